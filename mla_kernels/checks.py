@@ -1,0 +1,73 @@
+"""Argument checks of the public functions: each error names the argument, what came, and what is accepted."""
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str,
+    value,
+    *,
+    rank: int | None = None,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+    like: torch.Tensor | None = None,
+) -> None:
+    """Refuse ``value`` unless it is a tensor of this rank, shape (None = any), dtype and device, dense in its last axis.
+
+    ``like`` stands for "same dtype and device as that tensor".
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, a torch.Tensor is accepted")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: got {value.dim()} dimensions {tuple(value.shape)}, {rank} are accepted")
+    if shape is not None and (
+        value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape))
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, ({wanted}) is accepted")
+    if like is not None:
+        dtypes, device = (like.dtype,), like.device
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, accepted: {names}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, all arguments must be on {device}")
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: got stride {value.stride(-1)} in the last dimension, 1 is accepted (contiguous rows)"
+        )
+
+
+def check_no_grad(op: str, **tensors: torch.Tensor) -> None:
+    """Refuse to lose a gradient silently: ``op`` has no backward."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise NotImplementedError(
+                    f"{op} has no backward and {name} requires grad; call it under torch.no_grad() or detach {name}"
+                )
+
+
+def check_choice(name: str, value, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_int(name: str, value, low: int, high: int | None = None) -> None:
+    bounds = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, {bounds} is accepted")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value}, {bounds} is accepted")
+
+
+def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: str) -> None:
+    """Refuse an index tensor with a value outside [low, high)."""
+    if value.numel():
+        least, most = int(value.min()), int(value.max())
+        if least < low or most >= high:
+            raise ValueError(f"{name}: got values from {least} to {most}, accepted: {low} to {high - 1} ({meaning})")

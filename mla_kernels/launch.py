@@ -1,0 +1,298 @@
+"""Kernel: a ``@triton.jit`` function with the declaration that every tool reads, and its cached launch.
+
+A declaration stands beside each kernel and says what its arguments are, which constants a problem fixes, which a tile
+chooses, what fits, and what the work costs. The compile matrix, the autotuner, the NPU emulator, the benchmarks and the
+launch all read it; nothing is listed twice.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mla_kernels.language import HAS_TRITON
+from mla_kernels.targets.chips import CHIPS, Chip, nvidia_chip
+from mla_kernels.targets.source import python_function, standalone
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+GPU_OPTIONS = ("num_warps", "num_stages")  # launch options of the GPU compilers; they mean nothing on Ascend
+
+Tile = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Compulsory cost of a problem, whatever the tile: ``bytes`` counts each input read and each output written once."""
+
+    flops: float
+    bytes: float
+    workspace: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a tile makes of a problem: programs launched, and FLOPs (padding included) and bytes requested by each."""
+
+    programs: int
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named problem that the compile matrix, the tuner and the benchmarks use: its constants and its sizes."""
+
+    name: str
+    statics: Mapping[str, int | str | bool] = field(hash=False)
+    sizes: Mapping[str, int] = field(hash=False)
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+
+
+class Kernel:
+    """One Triton kernel and what is known about it.
+
+    Args:
+        fn: the ``@triton.jit`` function. Its run-time arguments come first, its ``tl.constexpr`` arguments after them.
+        arguments: run-time argument -> type, in order: ``"*T"`` (pointer to the element type), ``"*fp32"``, ``"*i32"``,
+            ``"i32"``, ``"fp32"``. A type may end in ``":16"``: offline compiles assume divisibility by 16, as the
+            launch finds it on real sizes. Pointers are always assumed aligned offline.
+        statics: constexpr names that the problem fixes.
+        tiles: constexpr or GPU option -> candidate values. Every other constexpr name is in ``statics``.
+        rule: ``(chip, dtype, statics, sizes) -> tile``: the closed-form choice used where no table has an entry; it
+            must fit every chip.
+        memory: ``(chip, dtype, statics, tile) -> {memory: bytes}``: closed-form estimate of on-chip use, for pruning.
+        cost: ``(dtype, statics, sizes) -> Cost``.
+        work: ``(dtype, statics, sizes, tile) -> Work``.
+        cases: the problems that tools use.
+        uses_dot: whether programs run on the matrix units (cube cores on Ascend).
+        unsupported: chip name -> reason, for chips that this kernel has no path on.
+    """
+
+    def __init__(
+        self,
+        fn,
+        *,
+        arguments: Mapping[str, str],
+        statics: tuple[str, ...],
+        tiles: Mapping[str, tuple[int, ...]],
+        rule: Callable[[Chip, str, Mapping, Mapping], Tile],
+        memory: Callable[[Chip, str, Mapping, Mapping], dict[str, int]],
+        cost: Callable[[str, Mapping, Mapping], Cost],
+        work: Callable[[str, Mapping, Mapping, Mapping], Work],
+        cases: tuple[Case, ...],
+        uses_dot: bool,
+        unsupported: Mapping[str, str] = {},
+    ):
+        self.fn = fn
+        self.name = python_function(fn).__name__
+        self.arguments = dict(arguments)
+        self.statics = tuple(statics)
+        self.tiles = {name: tuple(values) for name, values in tiles.items()}
+        self.tile_constants = tuple(name for name in self.tiles if name not in GPU_OPTIONS)
+        self.rule, self.memory, self.cost, self.work = rule, memory, cost, work
+        self.cases, self.uses_dot, self.unsupported = tuple(cases), uses_dot, dict(unsupported)
+        self._compiled: dict = {}
+        self._tiles: dict = {}
+        KERNELS[self.name] = self
+        if HAS_TRITON:
+            code = python_function(fn).__code__
+            declared = (*self.arguments, *self.statics, *self.tile_constants)
+            self._constexprs = code.co_varnames[len(self.arguments) : code.co_argcount]
+            if set(declared) != set(code.co_varnames[: code.co_argcount]) or list(self.arguments) != list(
+                code.co_varnames[: len(self.arguments)]
+            ):
+                raise TypeError(f"{self.name}: the declaration does not name the kernel's arguments in order")
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The kernel and its helpers as a module of their own."""
+        return standalone(self.fn)
+
+    @functools.cached_property
+    def source_hash(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+    def signature(self, dtype: str) -> dict[str, str]:
+        """Run-time argument -> Triton type for offline compiles, ``:16`` suffixes kept."""
+        return {name: kind.replace("T", dtype) for name, kind in self.arguments.items()}
+
+    def options(self, chip: Chip, tile: Mapping) -> dict[str, int]:
+        """Launch options that mean something on ``chip``."""
+        return {name: tile[name] for name in GPU_OPTIONS if name in tile} if chip.is_gpu else {}
+
+    def constexprs(self, statics: Mapping, tile: Mapping) -> dict:
+        """Constant arguments of the kernel, in its order."""
+        return {name: tile[name] if name in self.tiles else statics[name] for name in self._constexprs}
+
+    def programs(self, chip: Chip, work: int) -> int:
+        """Grid size: one program an item on GPUs, a persistent grid of one program a core on Ascend."""
+        if chip.is_gpu:
+            return work
+        return min(work, chip.dot_cores if self.uses_dot else chip.vector_cores)
+
+    def tile_for(self, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) -> Tile:
+        """The tile to launch: the shipped table's nearest entry for these constants, else the closed-form rule."""
+        if chip.name in self.unsupported:
+            raise NotImplementedError(f"{self.name} on {chip.name}: {self.unsupported[chip.name]}")
+        key = (chip.name, dtype, *statics.values(), *sizes.values())
+        tile = self._tiles.get(key)
+        if tile is None:
+            tile = _nearest(self.name, chip.name, dtype, statics, sizes)
+            tile = self._tiles[key] = tile if tile is not None else self.rule(chip, dtype, statics, sizes)
+        return tile
+
+    def launch(self, chip: Chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
+        """Run ``work`` items. ``args`` follow the declared order; tensors must lie on one device.
+
+        Nothing here waits for the device, allocates, or tunes. CPU tensors go where ``on_cpu`` says.
+        """
+        if work == 0:
+            return
+        constants = self.constexprs(statics, tile)
+        grid = self.programs(chip, work)
+        device = args[0].device
+        if device.type == "cpu" and cpu_mode() == "interpret":
+            from mla_kernels.targets import interpreter
+
+            interpreter.prepare()
+            self.fn[(grid,)](*args, **constants)
+        elif device.type == "cpu" and cpu_mode() == "npu-emulated":
+            from mla_kernels.targets import emulator
+
+            emulator.launch(self, chip, grid, args, constants)
+        elif device.type == "cuda" or (device.type == "cpu" and cpu_mode() == "cuda"):
+            self._launch_gpu(device, grid, args, constants, self.options(chip, tile))
+        elif device.type == "npu":
+            self.fn[(grid,)](*args, **constants)
+        else:
+            raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
+
+    def _launch_gpu(self, device, grid, args, constants, options):
+        """Launch through a compiled kernel kept under everything that Triton specialises on."""
+        from triton import knobs
+        from triton.runtime import driver
+
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            index = driver.active.get_current_device()
+            key = (index, *constants.values(), *options.values(), *map(_specialisation, args))
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                self._compiled[key] = self.fn[(grid,)](*args, **constants, **options)
+                return
+            stream = driver.active.get_current_stream(index)
+            hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            metadata = compiled.launch_metadata((grid,), stream, *args, *constants.values())
+            compiled.run(
+                grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *args,
+                *constants.values(),
+            )  # fmt: skip
+
+
+KERNELS: dict[str, Kernel] = {}
+"""Every declared kernel by name."""
+
+
+def _specialisation(value):
+    """What Triton compiles differently for: type, alignment, the value 1, and integers wider than 32 bits."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
+    return type(value)
+
+
+@functools.cache
+def _table(chip: str) -> dict[tuple[str, str], list[dict]]:
+    path = Path(__file__).parent / "autotune" / "tables" / f"{chip}.json"
+    if not path.exists():  # a source checkout keeps autotune/ beside the package
+        path = Path(__file__).parent.parent / "autotune" / "tables" / f"{chip}.json"
+    entries: dict = {}
+    for entry in json.loads(path.read_text())["entries"] if path.exists() else ():
+        entries.setdefault((entry["kernel"], entry["dtype"]), []).append(entry)
+    return entries
+
+
+def _nearest(kernel: str, chip: str, dtype: str, statics: Mapping, sizes: Mapping) -> Tile | None:
+    """Entry with the same constants whose sizes are nearest on a logarithmic scale."""
+    candidates = [e for e in _table(chip).get((kernel, dtype), ()) if e["statics"] == dict(statics)]
+
+    def distance(entry):
+        return sum(abs(math.log2(max(sizes[n], 1) / max(entry["sizes"][n], 1))) for n in sizes)
+
+    return dict(min(candidates, key=distance)["tile"]) if candidates else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which chip, and what runs CPU tensors
+
+
+class _Cpu:
+    """How kernels of CPU tensors run: "torch" (the fast torch code), "interpret", "npu-emulated" or "cuda"."""
+
+    mode: str = "torch"
+    chip: Chip = CHIPS["sm_90"]
+
+
+_cpu = _Cpu()
+if HAS_TRITON:
+    from triton import knobs as _knobs
+
+    _cpu.mode = "interpret" if _knobs.runtime.interpret else "torch"
+
+
+def cpu_mode() -> str:
+    """What runs an op of CPU tensors now; see :func:`on_cpu`."""
+    return _cpu.mode
+
+
+@contextlib.contextmanager
+def on_cpu(mode: str, target: str | None = None):
+    """Within the block, ops of CPU tensors run in ``mode``, with tiles of ``target``.
+
+    ``"torch"``: the fast torch code (default). ``"interpret"``: the Triton kernels in Triton's interpreter (needs
+    ``TRITON_INTERPRET=1`` at import). ``"npu-emulated"``: the kernels' Ascend lowering, executed natively.
+    ``"cuda"``: the CUDA launch path, with CPU memory posing as device memory, for launch tests over a stub driver.
+    """
+    modes = ("torch", "interpret", "npu-emulated", "cuda")
+    if mode not in modes:
+        raise ValueError(f"mode {mode!r}: accepted are {', '.join(modes)}")
+    target = target or {"npu-emulated": "ascend910b"}.get(mode, "sm_90")
+    if target not in CHIPS:
+        raise ValueError(f"target {target!r} is unknown; known targets: {', '.join(CHIPS)}")
+    before = _cpu.mode, _cpu.chip
+    _cpu.mode, _cpu.chip = mode, CHIPS[target]
+    try:
+        yield
+    finally:
+        _cpu.mode, _cpu.chip = before
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip that tensors on ``device`` are launched for."""
+    return _cpu.chip if device.type == "cpu" else _device_chip(device.type, device.index)
+
+
+@functools.cache
+def _device_chip(kind: str, index: int | None) -> Chip:
+    if kind == "cuda" and torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        if name not in CHIPS:
+            raise NotImplementedError(f"AMD {name}: gfx942 and gfx950 are supported")
+        return CHIPS[name]
+    if kind == "cuda":
+        return nvidia_chip(*torch.cuda.get_device_capability(index))
+    if kind == "npu":
+        name = torch.npu.get_device_name(index)
+        for prefix, chip in (("Ascend910_93", "ascend910c"), ("Ascend910B", "ascend910b"), ("Ascend950", "ascend950")):
+            if name.startswith(prefix):
+                return CHIPS[chip]
+        raise NotImplementedError(f"NPU {name}: Ascend 910B, 910C and 950 are supported")
+    raise NotImplementedError(f"tensors on {kind}: cuda, npu and cpu are supported")

@@ -1,0 +1,161 @@
+"""combine: each token's weighted sum of its experts' rows.
+
+Symbols: T tokens, K slots of a token, P = T * K rows in expert order, H hidden size, E experts.
+"""
+
+import torch
+
+from mla_kernels.checks import check_no_grad, check_range, check_tensor
+from mla_kernels.cpu import moe as cpu
+from mla_kernels.language import tl, triton
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.moe.dispatch import Dispatch
+from mla_kernels.shim import define_op
+
+
+@triton.jit
+def moe_combine_kernel(
+    rows,
+    weights,
+    inverse,
+    offsets,
+    out,
+    tokens,
+    hidden_size,
+    experts,
+    rows_stride,
+    weights_stride,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One item sums BLOCK_H columns of one token, slot after slot."""
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    filled = tl.load(offsets + experts)
+    for item in range(tl.program_id(0), tokens * blocks, tl.num_programs(0)):
+        token = item // blocks
+        column = (item % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for slot in tl.static_range(TOP_K):
+            row = tl.load(inverse + token * TOP_K + slot)
+            weight = tl.load(weights + token.to(tl.int64) * weights_stride + slot)
+            present = (row >= 0) & (row < filled)
+            end = tl.where(present, hidden_size, 0)  # nothing is read of a pair without an expert
+            row = tl.where(present, row, 0).to(tl.int64)
+            x = tl.load(rows + row * rows_stride + column, mask=column < end, other=0.0)  # [BLOCK_H]
+            total += tl.where(present, weight, 0.0) * x.to(tl.float32)
+        out_row = out + token.to(tl.int64) * hidden_size
+        tl.store(out_row + column, total.to(out.dtype.element_ty), mask=column < hidden_size)
+
+
+def _rule(chip, dtype, statics, sizes):
+    widest = 1024 if chip.is_gpu else 4096
+    return {"BLOCK_H": min(widest, max(16, 1 << (sizes["hidden"] - 1).bit_length())), "num_warps": 4}
+
+
+def _memory(chip, dtype, statics, tile):
+    return {"shared": 0} if chip.is_gpu else {"UB": tile["BLOCK_H"] * (2 * 4 + 4 * DTYPE_BYTES[dtype])}
+
+
+def _cost(dtype, statics, sizes):
+    tokens, hidden, top_k = sizes["tokens"], sizes["hidden"], statics["TOP_K"]
+    moved = tokens * hidden * (top_k + 1) * DTYPE_BYTES[dtype] + 8 * tokens * top_k
+    return Cost(flops=2.0 * tokens * top_k * hidden, bytes=moved)
+
+
+def _work(dtype, statics, sizes, tile):
+    blocks = -(-sizes["hidden"] // tile["BLOCK_H"])
+    whole = _cost(dtype, statics, sizes)
+    programs = max(1, sizes["tokens"] * blocks)
+    padding = blocks * tile["BLOCK_H"] / sizes["hidden"]
+    return Work(programs, padding * whole.flops / programs, whole.bytes / programs)
+
+
+COMBINE = Kernel(
+    moe_combine_kernel,
+    arguments={
+        "rows": "*T",
+        "weights": "*fp32",
+        "inverse": "*i32",
+        "offsets": "*i32",
+        "out": "*T",
+        "tokens": "i32",
+        "hidden_size": "i32:16",
+        "experts": "i32",
+        "rows_stride": "i32:16",
+        "weights_stride": "i32",
+    },
+    statics=("TOP_K",),
+    tiles={"BLOCK_H": (256, 512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)},
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=tuple(
+        Case(f"{model}, {tokens} tokens", {"TOP_K": top_k}, {"tokens": tokens, "hidden": hidden})
+        for model, top_k, hidden in (("V2-Lite", 6, 2048), ("V3", 8, 7168))
+        for tokens in (1, 256, 4096)
+    ),
+    uses_dot=False,
+)
+
+
+def launch_combine(rows, weights, inverse, offsets):
+    """Device implementation of the op: one launch."""
+    (tokens, top_k), hidden = weights.shape, rows.shape[1]
+    out = rows.new_empty(tokens, hidden)
+    chip = chip_of(rows.device)
+    statics = {"TOP_K": top_k}
+    tile = COMBINE.tile_for(chip, DTYPE_NAMES[rows.dtype], statics, {"tokens": tokens, "hidden": hidden})
+    args = (
+        rows, weights, inverse, offsets, out,
+        tokens, hidden, offsets.shape[0] - 1, rows.stride(0), weights.stride(0),
+    )  # fmt: skip
+    COMBINE.launch(chip, tokens * -(-hidden // tile["BLOCK_H"]), args, statics, tile)
+    return out
+
+
+def _fake(rows, weights, inverse, offsets):
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+def _check_values(rows, weights, inverse, offsets):
+    check_range("inverse", inverse, 0, max(inverse.numel(), 1), "rows")
+    check_range("offsets", offsets, 0, rows.shape[0] + 1, "rows")
+
+
+_op = define_op(
+    "combine",
+    "(Tensor rows, Tensor weights, Tensor inverse, Tensor offsets) -> Tensor",
+    cpu=cpu.combine,
+    device=launch_combine,
+    fake=_fake,
+    check_values=_check_values,
+)
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
+    """Each token's weighted sum of its experts' rows, over slots 0, 1, ... in this order. One kernel launch.
+
+    The result is the same bits at every call: no atomics, no other order of summation.
+
+    Args:
+        rows: [T * K, H] bf16, fp16 or fp32, in expert order: what :func:`mla_kernels.expert_ffn` returns.
+        weights: [T, K] fp32.
+        dispatched: from :func:`mla_kernels.dispatch`. A pair without an expert adds 0; its row and weight are ignored.
+
+    Returns:
+        [T, H] in the dtype of ``rows``, summed in fp32.
+
+    Raises:
+        ValueError: a wrong rank, shape or device. TypeError: a wrong dtype. NotImplementedError: an input that requires
+        grad.
+    """
+    check_tensor("rows", rows, rank=2)
+    check_tensor("weights", weights, rank=2, dtypes=(torch.float32,), device=rows.device)
+    pairs = weights.shape[0] * weights.shape[1]
+    if rows.shape[0] != pairs:
+        raise ValueError(f"rows: got {rows.shape[0]} rows, {pairs} are accepted (one for each of weights' values)")
+    check_tensor("dispatched.inverse", dispatched.inverse, shape=(pairs,), dtypes=(torch.int32,), device=rows.device)
+    check_tensor("dispatched.offsets", dispatched.offsets, rank=1, dtypes=(torch.int32,), device=rows.device)
+    check_no_grad("combine", rows=rows, weights=weights)
+    return _op(rows, weights, dispatched.inverse, dispatched.offsets)

@@ -1,0 +1,87 @@
+"""define_op: one declaration makes a torch op with its schema, fake, CPU, CUDA and NPU implementations and autograd.
+
+Ops go through ``torch.library.Library`` rather than ``custom_op``: a call costs about a quarter as much.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from mla_kernels import launch
+
+LIBRARY = torch.library.Library("mla_kernels", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+CHECK_VALUES = os.environ.get("MLA_KERNELS_CHECK_VALUES", "0") == "1"
+"""Whether values inside device tensors (slots, lengths, ids) are checked too; CPU tensors always are."""
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    cpu: Callable,
+    device: Callable,
+    fake: Callable,
+    check_values: Callable | None = None,
+    autograd: tuple[Callable, Callable] | None = None,
+) -> torch._ops.OpOverload:
+    """Register ``torch.ops.mla_kernels.<name>`` and return its overload.
+
+    Args:
+        name: the op's name.
+        schema: its arguments and results in torch's schema language, ``"(Tensor x, ...) -> Tensor"``.
+        cpu: the fast torch implementation for CPU tensors.
+        device: the launcher of the Triton kernels, for ``cuda`` and ``npu`` tensors (and CPU tensors under
+            :func:`mla_kernels.launch.on_cpu`). NPU goes under PrivateUse1, which works before torch_npu renames it.
+        fake: shapes and dtypes of the results, for tracing.
+        check_values: raises on bad values inside the tensors, before anything is written. Runs on CPU tensors always
+            and on device tensors when ``MLA_KERNELS_CHECK_VALUES=1``, because there it waits for the device.
+        autograd: ``(setup_context, backward)``, where the op has a backward.
+    """
+
+    def on_cpu(*args):
+        if check_values is not None:
+            check_values(*args)
+        return cpu(*args) if launch.cpu_mode() == "torch" else device(*args)
+
+    def on_device(*args):
+        if CHECK_VALUES and check_values is not None:
+            check_values(*args)
+        return device(*args)
+
+    LIBRARY.define(name + schema, tags=_TAGS)
+    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, on_device, "CUDA")
+    LIBRARY.impl(name, on_device, "PrivateUse1")
+    qualified = f"mla_kernels::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    op = getattr(torch.ops.mla_kernels, name).default
+    if autograd is not None:
+        LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, *autograd), "Autograd", with_keyset=True)
+    return op
+
+
+def _autograd_kernel(op, on_cpu, on_device, setup_context, backward):
+    """The op's Autograd kernel: torch's own where a gradient is wanted, else straight to the implementation.
+
+    ``torch.library.register_autograd`` always dispatches a second time, which costs more than the rest of the call.
+    """
+    from torch._library.autograd import Info, make_autograd_impl
+
+    differentiable = make_autograd_impl(op, Info(backward, setup_context))
+    keys = torch._C.DispatchKey
+    implementations = {keys.CPU: on_cpu, keys.CUDA: on_device, keys.PrivateUse1: on_device}
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable(keyset, *args)
+        below = keyset & torch._C._after_autograd_keyset
+        implementation = implementations.get(below.highestPriorityTypeId())
+        if implementation is not None:
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # tracing, fake tensors
+            return op.redispatch(below, *args)
+
+    return kernel

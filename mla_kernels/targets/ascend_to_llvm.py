@@ -1,0 +1,231 @@
+"""ttadapter IR, which the Ascend compiler reads, to x86-64 assembly.
+
+Three stages: text rewrites of what upstream MLIR does not know, upstream passes of ``bishengir-opt`` down to the LLVM
+dialect, and triton-ascend's own LLVM, which has an x86 backend. The rewrites only replace what they recognise; anything
+else stays, and the passes refuse it by name.
+
+Floating point: sums of products may be fused and sum reductions reassociated, as the NPU's compiler may do; nothing else
+is relaxed.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ascendnpuir
+from ascend_externals import SHAPED, VALUE, Unsupported, define_externals, element, extents, histogram
+
+TRIPLE = "x86_64-unknown-linux-gnu"
+ATOMIC = "GenericAtomic"  # attribute of the read-modify-write loops that atomics are lowered to
+
+FUSE = ("--inline --symbol-dce --convert-elementwise-to-linalg --linalg-fuse-elementwise-ops --canonicalize --cse").split()
+BUFFERIZE = (
+    "--eliminate-empty-tensors --empty-tensor-to-alloc-tensor "
+    "--one-shot-bufferize=allow-return-allocs-from-loops=true --canonicalize --cse --buffer-hoisting "
+    "--buffer-loop-hoisting --convert-bufferization-to-memref"
+).split()
+LOWER = (
+    "--convert-linalg-to-loops --lower-affine --loop-invariant-code-motion --canonicalize --cse --convert-scf-to-cf "
+    "--memref-expand --expand-strided-metadata --lower-affine --arith-expand=include-bf16=true --convert-math-to-llvm "
+    "--convert-math-to-libm --convert-complex-to-llvm --convert-vector-to-llvm --convert-index-to-llvm "
+    "--convert-arith-to-llvm --finalize-memref-to-llvm --convert-func-to-llvm --convert-cf-to-llvm "
+    "--convert-arith-to-llvm --canonicalize --cse --reconcile-unrealized-casts"
+).split()
+
+
+class StageError(Exception):
+    """A stage did not take the kernel; the message names the stage and the construct."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """A kernel as assembly. ``arguments`` are the MLIR types of its C interface, grid sizes and ids included."""
+
+    name: str
+    arguments: list[str]
+    atomic: bool
+    llvm_dialect: str
+    assembly: str
+
+
+def compile_native(ttadapter: str, cpu: str) -> Native:
+    """ttadapter IR to assembly for ``cpu`` (an LLVM name such as x86-64-v3). StageError where a stage refuses."""
+    entry = re.search(r"func\.func @(\w+)\((.*?)\) attributes \{SyncBlockLock", ttadapter, re.S)
+    if entry is None:
+        raise StageError("emulator: no kernel function in the ttadapter IR")
+    arguments = re.findall(r"%arg\d+: (memref<\?x\w+>|[a-z]+\d+)", entry[2])
+    stage = "emulator rewrites"
+    try:
+        text = rewrite(ttadapter)
+        stage = "emulator fusion"
+        text = matmuls_to_loops(run_passes(text, FUSE))
+        stage = "emulator bufferization"
+        text = copies_to_linalg(run_passes(text, BUFFERIZE))
+        stage = "emulator lowering"
+        dialect = run_passes(text, LOWER)
+        stage = "emulator llvm"
+        assembly = to_assembly(dialect, cpu)
+    except (Unsupported, RuntimeError) as error:
+        raise StageError(f"{stage}: {error}") from error
+    return Native(entry[1], arguments, ATOMIC in ttadapter, dialect, assembly)
+
+
+def run_passes(text: str, passes: list[str]) -> str:
+    tool = Path(ascendnpuir.__file__).parent / "bin" / "bishengir-opt"
+    result = subprocess.run([str(tool), "--allow-unregistered-dialect", *passes], input=text, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr[:2000] or f"bishengir-opt exit {result.returncode}")
+    return result.stdout
+
+
+# Rewrites before the passes -----------------------------------------------------------------------------------------
+
+
+def rewrite(text: str) -> str:
+    """Everything that upstream passes do not take, put into words that they do."""
+    text = text.replace("attributes {SyncBlockLockArgIdx", "attributes {llvm.emit_c_interface, SyncBlockLockArgIdx")
+    text = re.sub(r"@__hmf_(\w+f)\b", r"@\1", text)  # fp32 device functions have libm's names otherwise
+    text = re.sub(r" \{tt\.[^{}]*\}", "", text)  # argument attributes
+    text = re.sub(r"(\} )\{[^{}]*hivm\.[^{}]*\}", r"\1", text)  # scheduling hints on scf.if and scf.for
+    text = re.sub(r"^\s*(annotation\.mark|gpu\.barrier|call @triton_print).*$", "", text, flags=re.M)
+    text = re.sub(rf"{VALUE} = hivm\.hir\.pointer_cast\({VALUE}\) \[{VALUE}\] : {SHAPED}", _pointer_cast, text)
+    text = re.sub(rf"{VALUE} = hfusion\.histogram {VALUE}, (\d+) : {SHAPED} -> {SHAPED}", histogram, text)
+    text = define_externals(text)
+    moved = rf"ins\({VALUE} : {SHAPED}\) outs\({VALUE} : {SHAPED}\)"
+    text = re.sub(rf"linalg\.broadcast {moved} dimensions = \[([\d, ]*)\]", _broadcast, text)
+    text = re.sub(rf"linalg\.transpose {moved} permutation = \[([\d, ]*)\]", _transpose, text)
+    return _hide_matmuls(text)
+
+
+def _pointer_cast(match: re.Match) -> str:
+    """An i64 address and a length as a memref descriptor."""
+    result, address, length, kind = match[1], match[2], match[3], match[4]
+    q = "%q" + result[1:] + "_"  # prefix of fresh names
+    descriptor = "!llvm.struct<(ptr, ptr, i64, array<1 x i64>, array<1 x i64>)>"
+    return (
+        f"{q}p = llvm.inttoptr {address} : i64 to !llvm.ptr\n{q}0 = llvm.mlir.undef : {descriptor}\n"
+        f"{q}1 = llvm.insertvalue {q}p, {q}0[0] : {descriptor}\n{q}2 = llvm.insertvalue {q}p, {q}1[1] : {descriptor}\n"
+        f"{q}z = llvm.mlir.constant(0 : i64) : i64\n{q}o = llvm.mlir.constant(1 : i64) : i64\n"
+        f"{q}n = arith.index_cast {length} : index to i64\n{q}3 = llvm.insertvalue {q}z, {q}2[2] : {descriptor}\n"
+        f"{q}4 = llvm.insertvalue {q}n, {q}3[3, 0] : {descriptor}\n"
+        f"{q}5 = llvm.insertvalue {q}o, {q}4[4, 0] : {descriptor}\n"
+        f"{result} = builtin.unrealized_conversion_cast {q}5 : {descriptor} to {kind}"
+    )
+
+
+def _map(rank: int, axes: list[int]) -> str:
+    return f"affine_map<({', '.join(f'd{i}' for i in range(rank))}) -> ({', '.join(f'd{i}' for i in axes)})>"
+
+
+def _generic(maps: list[str], iterators: list[str], inputs: str, output: str, body: str, result: str) -> str:
+    kinds = ", ".join(f'"{kind}"' for kind in iterators)
+    return (
+        f"linalg.generic {{indexing_maps = [{', '.join(maps)}], iterator_types = [{kinds}]}} ins({inputs}) "
+        f"outs({output}) {{\n{body}\n}} -> {result}"
+    )
+
+
+def _elementwise_move(match: re.Match, axes: list[int]) -> str:
+    """A broadcast or transpose as an elementwise generic, so that it fuses: input axis k runs over output axis axes[k]."""
+    value, value_type, output, output_type = match[1], match[2], match[3], match[4]
+    rank, kind = len(extents(output_type)), element(value_type)
+    body = f"^bb0(%in: {kind}, %out: {kind}):\n linalg.yield %in : {kind}"
+    maps = [_map(rank, axes), _map(rank, list(range(rank)))]
+    inputs, outputs = f"{value} : {value_type}", f"{output} : {output_type}"
+    return _generic(maps, ["parallel"] * rank, inputs, outputs, body, output_type)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number.strip()]
+
+
+def _broadcast(match: re.Match) -> str:
+    added = _numbers(match[5])
+    return _elementwise_move(match, [axis for axis in range(len(extents(match[4]))) if axis not in added])
+
+
+def _transpose(match: re.Match) -> str:
+    permutation = _numbers(match[5])
+    return _elementwise_move(match, [permutation.index(axis) for axis in range(len(permutation))])
+
+
+# Matrix products: out of the way of elementwise fusion, then loops ----------------------------------------------------
+
+
+def _hide_matmuls(text: str) -> str:
+    """Matmuls behind an unregistered op, which elementwise fusion leaves alone."""
+    operands = rf"ins\({VALUE}, {VALUE} : {SHAPED}, {SHAPED}\) outs\({VALUE} : {SHAPED}\)(?: -> {SHAPED})?"
+
+    def hide(match: re.Match) -> str:
+        batch, left, right, left_type, right_type, out, out_type = match.groups()[:7]
+        signature = f"({left_type}, {right_type}, {out_type}) -> {out_type}"
+        return f'"emulator.{batch or ""}matmul"({left}, {right}, {out}) : {signature}'
+
+    return re.sub(rf"linalg\.(batch_)?matmul (?:\{{[^{{}}]*\}} )?{operands}", hide, text)
+
+
+def matmuls_to_loops(text: str) -> str:
+    """Hidden matmuls as generics over (batch,) i, k, j: the innermost loop runs along rows and each element still sums
+    over k in order. Sum reductions may be reassociated, so that LLVM makes vectors of them."""
+    operands = rf"\({VALUE}, {VALUE}, {VALUE}\) : \({SHAPED}, {SHAPED}, {SHAPED}\) -> {SHAPED}"
+    text = re.sub(rf'"emulator\.(batch_)?matmul"{operands}', _matmul, text)
+    reduce = re.compile(r"linalg\.reduce .*?linalg\.yield", re.S)
+    relaxed = (r"(arith\.addf %\w+, %\w+) :", r"\1 fastmath<reassoc> :")
+    return reduce.sub(lambda match: re.sub(*relaxed, match[0]), text)
+
+
+def _matmul(match: re.Match) -> str:
+    batch, left, right, out, left_type, right_type, out_type = match.groups()[:7]
+    lead = [0] if batch else []
+    i, k, j = (len(lead) + axis for axis in range(3))
+    rank = len(lead) + 3
+    kind = element(out_type)
+    is_float = kind[0] in "fb"
+    suffix, fused = ("f", " fastmath<contract>") if is_float else ("i", "")
+    lines = [f"^bb0(%a: {element(left_type)}, %b: {element(right_type)}, %out: {kind}):"]
+    names = []
+    for name, given in (("%a", element(left_type)), ("%b", element(right_type))):
+        if given != kind:
+            lines.append(f"{name}w = arith.{'extf' if is_float else 'extsi'} {name} : {given} to {kind}")
+        names.append(name if given == kind else name + "w")
+    lines += [
+        f"%p = arith.mul{suffix} {names[0]}, {names[1]}{fused} : {kind}",
+        f"%s = arith.add{suffix} %out, %p{fused} : {kind}",
+        f"linalg.yield %s : {kind}",
+    ]
+    maps = [_map(rank, [*lead, i, k]), _map(rank, [*lead, k, j]), _map(rank, [*lead, i, j])]
+    iterators = ["parallel"] * (len(lead) + 1) + ["reduction", "parallel"]
+    inputs = f"{left}, {right} : {left_type}, {right_type}"
+    return _generic(maps, iterators, inputs, f"{out} : {out_type}", "\n".join(lines), out_type)
+
+
+def copies_to_linalg(text: str) -> str:
+    """memref.copy would become a call of MLIR's runtime library; a linalg.copy becomes loops."""
+    return re.sub(
+        rf"memref\.copy {VALUE}, {VALUE} : {SHAPED} to {SHAPED}", r"linalg.copy ins(\1 : \3) outs(\2 : \4)", text
+    )
+
+
+def to_assembly(dialect: str, cpu: str) -> str:
+    """LLVM dialect to assembly; malloc and free become the launcher's arena."""
+    from triton._C.libtriton import ir, llvm
+
+    def with_triple(match: re.Match) -> str:
+        return f'module attributes {{llvm.target_triple = "{TRIPLE}"' + (", " if match[1] else "} ")
+
+    dialect = re.sub(r"^module( attributes \{)?", with_triple, dialect, count=1, flags=re.M)
+    with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
+        file.write(dialect)
+        file.flush()
+        context = ir.context()
+        ir.load_dialects(context)
+        module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        llvm.init_targets()
+        native = llvm.to_module(module, llvm.context())
+    llvm.attach_datalayout(native, TRIPLE, cpu, "")
+    llvm.optimize_module(native, llvm.OPTIMIZE_O3, cpu, "", [], False)
+    assembly = llvm.translate_to_asm(str(native), TRIPLE, cpu, "", [], False, False)
+    return re.sub(r"\b(malloc|free)@PLT\b", r"emulator_\1@PLT", assembly)

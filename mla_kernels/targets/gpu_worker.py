@@ -1,0 +1,170 @@
+"""Compiler process for NVIDIA and AMD: one JSON job a line on stdin, one JSON answer a line on stdout.
+
+Run as a script by :mod:`mla_kernels.targets.service` in a process without ``TRITON_INTERPRET``. Needs no GPU and no
+torch, and imports nothing of the package but the sibling files that read machine code.
+
+A job: ``source`` (text of a module), ``function`` (the kernel in it), ``signature`` {argument: "*bf16" | "i32:16" ...},
+``constexprs`` {argument: value}, ``vendor``, ``architecture`` ("90", "gfx942"), ``options``; ``output``, a path prefix,
+asks for the artefacts as files. The answer says whether it compiled or why not, and what the machine code holds.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import amdgcn
+import loops
+import sass
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompilationError
+
+TENSOR_MEMORY_COLUMNS = 512
+_SCRATCH = tempfile.TemporaryDirectory(prefix="mla_kernels_")
+
+
+@functools.lru_cache(maxsize=64)
+def load(source: str):
+    """The module of this source text; a file of its own, because Triton reads a kernel's source back."""
+    name = f"kernel_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    path = Path(_SCRATCH.name) / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_job(job: dict):
+    """Triton's CompiledKernel for a job. Pointers count as divisible by 16, and so do arguments marked ":16"."""
+    fn = getattr(load(job["source"]), job["function"])
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(fn.arg_names):
+        if name in job["constexprs"]:
+            signature[name] = "constexpr"
+            constexprs[(position,)] = job["constexprs"][name]
+            continue
+        kind, _, divisor = job["signature"][name].partition(":")
+        signature[name] = kind
+        if divisor == "16" or kind.startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    if job["vendor"] == "nvidia":
+        target = GPUTarget("cuda", int(job["architecture"]), 32)
+    else:
+        target = GPUTarget("hip", job["architecture"], 64)
+    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attributes)
+    with tempfile.TemporaryDirectory(dir=_SCRATCH.name) as folder:  # reports are cached, Triton's own files need not be
+        triton.knobs.cache.dir = folder
+        return triton.compile(source, target=target, options=job["options"])
+
+
+def disassemble(cubin: bytes) -> tuple[str, int]:
+    """(listing, registers a thread) of a cubin."""
+    path = Path(_SCRATCH.name) / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "-sass", "-res-usage", str(path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return listing, int(re.search(r"\bREG:(\d+)", listing).group(1))
+
+
+def describe(kinds: list[str], main: tuple[int, ...], shapes: dict[str, int]) -> dict:
+    """The part of an answer that both vendors share."""
+    return {
+        "spills": kinds.count("spill"),
+        "loop_spills": sum(kinds[i] == "spill" for i in main),
+        "tensor_instructions": kinds.count("tensor"),
+        "detail": {
+            "instructions": len(kinds),
+            "loop_instructions": len(main),
+            "loop_mix": loops.mix(kinds, main),
+            "loop_tensor_shapes": shapes,
+            "async_copy": "async copy" in kinds,
+        },
+    }
+
+
+def report_nvidia(compiled) -> tuple[dict, dict[str, str]]:
+    listing, registers = disassemble(compiled.asm["cubin"])
+    instructions = sass.parse(listing)
+    kinds = [sass.kind(instruction) for instruction in instructions]
+    main = loops.main_loop(kinds, sass.loops(instructions))
+    answer = describe(kinds, main, sass.tensor_shapes([instructions[i] for i in main]))
+    columns = compiled.metadata.tmem_size
+    answer["traps"] = max(sass.traps(instructions), int(columns > TENSOR_MEMORY_COLUMNS))
+    answer["registers"] = registers
+    answer["detail"]["tensor_memory_columns"] = columns
+    answer["detail"]["tma"] = any(instruction.name.startswith("UTMA") for instruction in instructions)
+    return answer, {"sass": listing}
+
+
+def report_amd(compiled) -> tuple[dict, dict[str, str]]:
+    text = compiled.asm["amdgcn"]
+    instructions, found = amdgcn.parse(text)
+    kinds = [amdgcn.kind(instruction) for instruction in instructions]
+    main = loops.main_loop(kinds, found)
+    answer = describe(kinds, main, amdgcn.tensor_shapes([instructions[i] for i in main]))
+    resources = amdgcn.resources(text)
+    answer["traps"] = kinds.count("trap")
+    answer["registers"] = resources["vgpr_count"]
+    answer["detail"]["accumulation_registers"] = resources["agpr_count"]
+    answer["detail"]["scalar_spills"] = resources["sgpr_spill_count"]
+    return answer, {}
+
+
+def report(job: dict) -> dict:
+    compiled = compile_job(job)
+    answer, artefacts = (report_nvidia if job["vendor"] == "nvidia" else report_amd)(compiled)
+    answer["detail"]["warps"] = compiled.metadata.num_warps
+    answer |= {"ok": True, "reason": "", "memory": {"shared": compiled.metadata.shared}}
+    if job.get("output"):
+        artefacts |= {name: compiled.asm[name] for name in compiled.asm if name not in ("source", "llir")}
+        for name, content in artefacts.items():
+            path = Path(f"{job['output']}.{name}")
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return answer
+
+
+def reason(error: Exception) -> str:
+    """A compiler's error in one line, with the kernel's line where Triton names one."""
+    where = ""
+    while True:
+        if isinstance(error, CompilationError) and error.src and hasattr(error.node, "lineno"):
+            where = f" at `{error.src.splitlines()[error.node.lineno - 1].strip()}`"
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    message = getattr(error, "error_message", None) or str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    return f"{type(error).__name__}{where}: {telling[0] if telling else 'no message'}"[:500]
+
+
+def answer_to(job: dict) -> dict:
+    try:
+        if job["action"] != "report":
+            return {"ok": False, "reason": f"action {job['action']!r}: the GPU compilers only report"}
+        return report(job)
+    except Exception as error:  # whatever a compiler raises is an answer
+        return {"ok": False, "reason": reason(error)}
+
+
+def main() -> None:
+    # Compilers print: give the protocol a descriptor of its own and send everything else to stderr.
+    protocol = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        protocol.write(json.dumps(answer_to(json.loads(line))) + "\n")
+        protocol.flush()
+
+
+if __name__ == "__main__":
+    main()

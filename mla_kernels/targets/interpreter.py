@@ -1,0 +1,63 @@
+"""Corrections to Triton's interpreter for bfloat16, applied once before the first interpreted launch.
+
+The interpreter of Triton 3.7 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot`` (results
+near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put right here.
+"""
+
+import functools
+
+import numpy as np
+
+from mla_kernels.language import tl
+
+
+def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns (uint16) to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bit patterns (uint16), rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
+
+
+@functools.cache
+def prepare() -> None:
+    """Install the corrections. Raises RuntimeError where the interpreter was not switched on before Triton's import."""
+    from triton import knobs
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if not knobs.runtime.interpret:
+        raise RuntimeError(
+            "interpreting a kernel needs TRITON_INTERPRET=1 in the environment before Triton is imported"
+        )
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, source, target):
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(bf16_to_fp32(source.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(fp32_to_bf16(source.data), tl.bfloat16)
+        if tl.bfloat16 in kinds and kinds[0] != kinds[1]:  # through float32, never as integers
+            return cast_impl(self, cast_impl(self, source, tl.float32), target)
+        return cast(self, source, target)
+
+    def create_dot(self, a, b, accumulator, *precision):
+        if a.dtype.scalar == tl.bfloat16:
+            product = np.matmul(bf16_to_fp32(a.data), bf16_to_fp32(b.data))
+            return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+        return dot(self, a, b, accumulator, *precision)
+
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, source, target, rounding_mode):
+        if {source.dtype.scalar, target.scalar} == {tl.bfloat16, tl.float32}:
+            return cast_impl(self, source, target)
+        return convert(self, source, target, rounding_mode)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

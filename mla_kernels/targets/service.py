@@ -1,0 +1,106 @@
+"""Worker processes that compile: one JSON job a line in, one JSON answer a line out.
+
+Two kinds of worker exist because both compilers are packages called ``triton``: ``gpu_worker.py`` runs under this
+Python, ``ascend_worker.py`` under the Python of an environment that holds triton-ascend and ascendnpu-ir.
+"""
+
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class ToolchainMissing(RuntimeError):
+    """The Ascend compilers were not found."""
+
+
+def ascend_python() -> str:
+    """Python of the environment with triton-ascend: MLA_KERNELS_ASCEND_PYTHON, else .venv-ascend up from here or from
+    the current directory. ToolchainMissing says how to make one."""
+    named = os.environ.get("MLA_KERNELS_ASCEND_PYTHON")
+    roots = [*HERE.parents, Path.cwd(), *Path.cwd().parents]
+    candidates = [Path(named)] if named else [root / ".venv-ascend" / "bin" / "python" for root in roots]
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    raise ToolchainMissing(
+        f"no Ascend toolchain at {named or '.venv-ascend'}: make a virtual environment with triton-ascend==3.2.0, "
+        "ascendnpu-ir==1.2.0, numpy and pybind11, and name its python in MLA_KERNELS_ASCEND_PYTHON"
+    )
+
+
+def cache_folder() -> Path:
+    """Where compiled artefacts and reports are kept: MLA_KERNELS_CACHE, else ~/.cache/mla_kernels."""
+    folder = os.environ.get("MLA_KERNELS_CACHE") or Path.home() / ".cache" / "mla_kernels"
+    return Path(folder)
+
+
+class Worker:
+    """One compiler process, started at its first job and again after a crash."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.process: subprocess.Popen | None = None
+        self.lock = threading.Lock()
+
+    def _start(self) -> None:
+        python = ascend_python() if self.kind == "ascend" else sys.executable
+        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+        self.process = subprocess.Popen(
+            [python, str(HERE / f"{self.kind}_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, job: dict) -> dict:
+        """Run one job. A compiler that crashes gives ``{"ok": False, "reason": ...}`` and is started anew."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            try:
+                self.process.stdin.write(json.dumps(job) + "\n")
+                self.process.stdin.flush()
+                answer = self.process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                return {"ok": False, "reason": f"the {self.kind} compiler process died (exit {self.process.wait()})"}
+            return json.loads(answer)
+
+
+class Pool:
+    """A few workers of each kind that share a queue of jobs."""
+
+    def __init__(self, size: int | None = None):
+        self.size = size or max(1, os.cpu_count() or 1)
+        self.threads = ThreadPoolExecutor(self.size)
+        self.free = {kind: queue.SimpleQueue() for kind in ("gpu", "ascend")}
+        for kind, workers in self.free.items():
+            for _ in range(self.size):
+                workers.put(Worker(kind))
+
+    def submit(self, kind: str, job: dict) -> Future:
+        return self.threads.submit(self._run, kind, job)
+
+    def _run(self, kind: str, job: dict) -> dict:
+        worker = self.free[kind].get()
+        try:
+            return worker.ask(job)
+        finally:
+            self.free[kind].put(worker)
+
+
+@functools.cache
+def pool() -> Pool:
+    """The process-wide pool."""
+    return Pool()

@@ -1,0 +1,69 @@
+"""A kernel's own source, cut out of its file so that any compiler can read it without the rest of the package.
+
+The Ascend compiler lives in another Python environment, without torch; the emulator, the offline compilers and the hash
+that keys every cache all work on this one text.
+"""
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+import sys
+
+HEADER = "import triton\nimport triton.language as tl\n"
+
+
+def python_function(kernel):
+    """The plain function behind a ``@triton.jit`` object (compiled or interpreted)."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    return kernel
+
+
+@functools.cache
+def standalone(kernel) -> str:
+    """Source of a module that defines ``kernel``, the jit functions it calls and the ``tl.constexpr`` globals they use.
+
+    Names are followed through module-level definitions and ``from mla_kernels... import`` lines. Anything else that a
+    kernel names must be a builtin, ``tl`` or ``triton``; NameError says which name could not be found.
+    """
+    function = python_function(kernel)
+    pieces: dict[str, str] = {}
+    _collect(function.__module__, function.__name__, pieces)
+    return HEADER + "\n\n" + "\n\n".join(pieces.values()) + "\n"
+
+
+def _collect(module_name: str, name: str, pieces: dict[str, str]) -> None:
+    if name in pieces:
+        return
+    source, definitions, imports = _module(module_name)
+    if name in imports:
+        return _collect(*imports[name], pieces)
+    if name not in definitions:
+        raise NameError(f"kernel source of {module_name}: {name!r} is not a module-level jit function or tl.constexpr")
+    node = definitions[name]
+    own = {argument.arg for argument in getattr(getattr(node, "args", None), "args", [])}
+    assigned = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    used = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    for other in used:
+        known = other in own or other in assigned or other in ("tl", "triton") or hasattr(builtins, other)
+        if not known and other != name:
+            _collect(module_name, other, pieces)
+    start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    pieces[name] = "\n".join(source[start - 1 : node.end_lineno])
+
+
+@functools.cache
+def _module(module_name: str):
+    module = sys.modules.get(module_name) or importlib.import_module(module_name)
+    text = inspect.getsource(module)
+    definitions, imports = {}, {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            definitions[node.targets[0].id] = node
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mla_kernels"):
+            imports.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
+    return text.splitlines(), definitions, imports

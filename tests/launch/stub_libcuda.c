@@ -1,0 +1,57 @@
+/* A CUDA driver that does nothing but hand each launch to a callback: enough for Triton's JIT and C launcher to run. */
+#include <stddef.h>
+
+typedef int Result;
+typedef unsigned long long DevicePtr;
+typedef struct {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream, *attributes;
+    unsigned attribute_count;
+} LaunchConfig;
+typedef void (*Recorder)(const unsigned *grid, const unsigned *block, unsigned shared_bytes, void **parameters);
+
+static Recorder recorder;
+void stub_record(Recorder callback) { recorder = callback; }
+
+Result cuInit(unsigned flags) { return 0; }
+Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+Result cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+Result cuDeviceGetAttribute(int *value, int attribute, int device) {
+    switch (attribute) {
+    case 8: *value = 49152; break;   /* shared memory per block */
+    case 10: *value = 32; break;     /* warp size */
+    case 12: *value = 65536; break;  /* registers per block */
+    case 16: *value = 132; break;    /* multiprocessors */
+    case 81: *value = 233472; break; /* shared memory per multiprocessor */
+    case 97: *value = 232448; break; /* shared memory per block, opt-in */
+    default: *value = 1;
+    }
+    return 0;
+}
+Result cuGetErrorString(Result error, const char **text) { *text = "stub"; return 0; }
+Result cuCtxGetCurrent(void **context) { *context = (void *)8; return 0; }
+Result cuCtxSetCurrent(void *context) { return 0; }
+Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)8; return 0; }
+Result cuCtxSetLimit(int limit, size_t value) { return 0; }
+Result cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return 0; }
+Result cuModuleLoadData(void **module, const void *image) { *module = (void *)16; return 0; }
+Result cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)24; return 0; }
+Result cuModuleUnload(void *module) { return 0; }
+Result cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
+Result cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
+Result cuPointerGetAttribute(void *data, int attribute, DevicePtr pointer) { *(DevicePtr *)data = pointer; return 0; }
+Result cuPointerGetAttributes(unsigned n, int *attributes, void **data, DevicePtr pointer) { return 0; }
+Result cuOccupancyMaxActiveClusters(int *count, void *function, const void *config) { *count = 1; return 0; }
+Result cuTensorMapEncodeTiled(void *map) { return 0; }
+Result cuTensorMapEncodeIm2col(void *map) { return 0; }
+Result cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
+    if (recorder) recorder(config->grid, config->block, config->shared_bytes, parameters);
+    return 0;
+}
+Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared_bytes, void *stream, void **parameters, void **extra) {
+    unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+    if (recorder) recorder(grid, block, shared_bytes, parameters);
+    return 0;
+}

@@ -1,0 +1,45 @@
+"""What the tests share: one comparison, poison, and the backends."""
+
+import torch
+
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+def assert_close(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor | None = None) -> None:
+    """Hold ``actual`` against the float64 result ``exact``.
+
+    float32: the largest error is at most 1e-5 of the output's scale (its largest magnitude). bfloat16 and float16: the
+    largest and the RMS error are at most twice those of ``baseline``, the same mathematics by torch in that dtype, with
+    one rounding of the output's scale as a floor. Infinities and NaN must stand in the same places, with the same sign.
+    """
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert exact.dtype == torch.float64, "the exact result must be float64"
+    got = actual.double()
+    assert torch.equal(got.isnan(), exact.isnan()), (
+        f"NaN in {int(got.isnan().sum())} places, expected {int(exact.isnan().sum())}"
+    )
+    for sign in (float("inf"), float("-inf")):
+        assert torch.equal(got == sign, exact == sign), f"{sign} in other places than expected"
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+    scale = exact[finite].abs().max().item()
+    worst, rms = _errors(got[finite], exact[finite])
+    if actual.dtype == torch.float32 and baseline is None:
+        assert worst <= 1e-5 * scale, f"largest error {worst:.3g}, accepted {1e-5 * scale:.3g} (scale {scale:.3g})"
+        return
+    assert baseline is not None, f"{actual.dtype} needs a baseline: torch's own result in that dtype"
+    torch_worst, torch_rms = _errors(baseline.double()[finite], exact[finite])
+    floor = EPSILON[actual.dtype] * scale
+    assert worst <= max(2 * torch_worst, floor), f"largest error {worst:.3g}, torch's own {torch_worst:.3g}"
+    assert rms <= max(2 * torch_rms, floor / 8), f"RMS error {rms:.3g}, torch's own {torch_rms:.3g}"
+
+
+def _errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    error = (got - exact).abs()
+    return error.max().item(), error.square().mean().sqrt().item()
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of NaN: whatever reads it shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)

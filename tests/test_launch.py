@@ -1,0 +1,113 @@
+"""Kernel declarations, tile lookup, and what CPU tensors run on."""
+
+import pytest
+import torch
+
+from mla_kernels import launch
+from mla_kernels.language import tl, triton
+from mla_kernels.launch import Case, Cost, Kernel, Work
+from mla_kernels.targets.chips import CHIPS, nvidia_chip
+
+
+@triton.jit
+def scale_kernel(x_ptr, y_ptr, size, factor, BLOCK: tl.constexpr):
+    for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets, mask=offsets < size, other=0.0)
+        tl.store(y_ptr + offsets, x * factor, mask=offsets < size)
+
+
+def declare(fn=scale_kernel, **changes):
+    declaration = dict(
+        arguments={"x_ptr": "*T", "y_ptr": "*T", "size": "i32", "factor": "fp32"},
+        statics=(),
+        tiles={"BLOCK": (128, 256), "num_warps": (4, 8)},
+        rule=lambda chip, dtype, statics, sizes: {"BLOCK": 256, "num_warps": 4},
+        memory=lambda chip, dtype, statics, tile: {},
+        cost=lambda dtype, statics, sizes: Cost(sizes["size"], 8 * sizes["size"]),
+        work=lambda dtype, statics, sizes, tile: Work(-(-sizes["size"] // tile["BLOCK"]), tile["BLOCK"], 8 * tile["BLOCK"]),
+        cases=(Case("small", {}, {"size": 1000}),),
+        uses_dot=False,
+    )
+    try:
+        return Kernel(fn, **(declaration | changes))
+    finally:
+        launch.KERNELS.pop("scale_kernel", None)  # not one of the package's
+
+
+@pytest.mark.parametrize("mode", ["interpret", "npu-emulated"])
+def test_one_declaration_runs_everywhere(mode):
+    kernel = declare()
+    x, y = torch.randn(1000), torch.zeros(1000)
+    with launch.on_cpu(mode):
+        chip = launch.chip_of(x.device)
+        tile = kernel.tile_for(chip, "fp32", {}, {"size": 1000})
+        kernel.launch(chip, 4, (x, y, 1000, 2.0), {}, tile)
+    assert torch.equal(y, 2 * x)
+
+
+def test_grid_is_persistent_on_ascend_and_one_program_an_item_on_gpus():
+    kernel = declare()
+    assert kernel.programs(CHIPS["sm_90"], 1000) == 1000
+    assert kernel.programs(CHIPS["ascend910b"], 1000) == CHIPS["ascend910b"].vector_cores
+    assert kernel.programs(CHIPS["ascend910b"], 3) == 3
+
+
+def test_gpu_options_are_left_out_on_ascend():
+    kernel = declare()
+    tile = {"BLOCK": 128, "num_warps": 8}
+    assert kernel.options(CHIPS["sm_90"], tile) == {"num_warps": 8}
+    assert kernel.options(CHIPS["ascend910b"], tile) == {}
+    assert kernel.constexprs({}, tile) == {"BLOCK": 128}
+
+
+def test_a_declaration_that_misnames_an_argument_is_refused():
+    with pytest.raises(TypeError, match="scale_kernel"):
+        declare(arguments={"y_ptr": "*T", "x_ptr": "*T", "size": "i32", "factor": "fp32"})
+    with pytest.raises(TypeError, match="scale_kernel"):
+        declare(tiles={"num_warps": (4,)})
+
+
+def test_an_unsupported_chip_raises_its_reason():
+    kernel = declare(unsupported={"sm_80": "no reason but this test"})
+    with pytest.raises(NotImplementedError, match="no reason but this test"):
+        kernel.tile_for(CHIPS["sm_80"], "fp32", {}, {"size": 1})
+
+
+def test_the_table_gives_the_nearest_entry_on_a_log_scale(monkeypatch):
+    entries = [
+        {"statics": {"E": 64}, "sizes": {"tokens": 1}, "tile": {"BLOCK": 16}},
+        {"statics": {"E": 64}, "sizes": {"tokens": 256}, "tile": {"BLOCK": 128}},
+        {"statics": {"E": 8}, "sizes": {"tokens": 20}, "tile": {"BLOCK": 64}},
+    ]
+    monkeypatch.setattr(launch, "_table", lambda chip: {("k", "bf16"): entries})
+    nearest = lambda tokens, experts=64: launch._nearest("k", "sm_90", "bf16", {"E": experts}, {"tokens": tokens})
+    assert nearest(12) == {"BLOCK": 16}
+    assert nearest(20) == {"BLOCK": 128}
+    assert nearest(20, experts=8) == {"BLOCK": 64}
+    assert nearest(20, experts=7) is None
+
+
+def test_the_launch_key_tells_apart_what_triton_specialises():
+    key = launch._specialisation
+    aligned = torch.empty(64, dtype=torch.bfloat16)
+    assert key(aligned) != key(aligned[1:])
+    assert key(aligned) != key(aligned.view(torch.float16))
+    assert len({key(v) for v in (1, 2, 16, 1 << 32, (1 << 32) + 1)}) == 5
+
+
+def test_on_cpu_refuses_unknown_modes_and_targets():
+    with pytest.raises(ValueError, match="mode 'gpu': accepted are torch, interpret, npu-emulated, cuda"):
+        with launch.on_cpu("gpu"):
+            pass
+    with pytest.raises(ValueError, match="target 'sm_42' is unknown; known targets: sm_80"):
+        with launch.on_cpu("interpret", "sm_42"):
+            pass
+
+
+def test_nvidia_devices_between_the_listed_ones_take_limits_that_hold():
+    assert nvidia_chip(8, 6).name == "sm_89"  # 99 KiB, as on sm_86
+    assert nvidia_chip(8, 0).name == "sm_80"
+    assert nvidia_chip(10, 3).name == "sm_100"
+    with pytest.raises(NotImplementedError, match=r"7\.5"):
+        nvidia_chip(7, 5)
