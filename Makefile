@@ -25,7 +25,7 @@ tables: .venv/.dev .venv-ascend/.ready
 	.venv/bin/python -m mla_kernels.autotune tune
 
 wheel: .venv/.dev
-	.venv/bin/python -m build --wheel
+	.venv/bin/python -m pip wheel --no-deps --wheel-dir dist .
 
 .venv/.created:
 	$(PYTHON) -m venv .venv

@@ -102,7 +102,7 @@ def _show(arguments) -> int:
                 rank = f"{entry['rank']} of {entry['considered']}"
                 ratio = f"{entry['seconds'] / entry['rule_seconds']:.2f}"
                 table.add_row(chip, entry["kernel"], entry["case"], entry["dtype"], tile, entry["provenance"], rank, ratio)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
 

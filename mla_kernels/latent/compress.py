@@ -1,9 +1,37 @@
-"""compress_latent: down-projection, RMSNorm, RoPE and the write to the paged latent cache in one kernel, one launch."""
+"""compress_latent: down-projection, RMSNorm, RoPE and the write to the paged latent cache in one kernel, one launch.
+
+:mod:`mla_kernels.latent.write` holds the variant that starts after the projection.
+"""
 
 import torch
 
+from mla_kernels.checks import check_no_grad, check_tensor
+from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.write import store_token
+from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.write import (
+    check_cache,
+    check_latent_arguments,
+    check_slots,
+    model_statics,
+    rope_pairs,
+    store_token,
+    token_bytes,
+    token_is_written,
+)
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.shim import define_op
+
+
+@triton.jit
+def project(
+    x, weight, acc, row_stride, offset, depth, inside,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """acc + x @ weight[:, offset : offset + BLOCK_K].T, with rows ``row_stride`` apart."""
+    rows = tl.arange(0, ROWS)
+    w = tl.load(weight + rows[:, None] * row_stride + (offset + depth)[None, :], mask=inside[None, :], other=0.0)
+    return tl.dot(x, tl.trans(w), acc, input_precision="ieee")  # [BLOCK_T, BLOCK_K] x [BLOCK_K, ROWS]
 
 
 @triton.jit
@@ -15,53 +43,216 @@ def compress_latent_kernel(
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
     cache,  # [pages, page_size, LATENT + ROPE]
-    first_out, second_out,  # the cache from the first and second rotated values of slot 0 on
     tokens, hidden_size, table_rows, num_slots, page_size,
     hidden_stride, weight_stride, pair_stride, cos_stride, sin_stride, page_stride, slot_stride,
     eps,
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = ROPE // 2
+    """Item: BLOCK_T tokens, with all LATENT columns in one program, since the norm runs over them.
+
+    First and second values of the rope pairs are two products, with every other row of the weight (``pair_stride``
+    apart), so that no lanes are shuffled. The slots are arbitrary rows of the cache, and a store with a loaded mask is
+    a scalar loop on Ascend: each row is picked out of the tile by a masked sum and stored on its own.
+    """
     rows = tl.arange(0, BLOCK_T)
-    columns = tl.arange(0, LATENT)
-    pairs = tl.arange(0, HALF)
     depth = tl.arange(0, BLOCK_K)
-    norm = tl.load(norm_weight + columns).to(tl.float32)  # [LATENT]
+    norm = tl.load(norm_weight + tl.arange(0, LATENT)).to(tl.float32)  # [LATENT]
     for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         start = block * BLOCK_T
-        block_hidden = hidden + start.to(tl.int64) * hidden_stride
+        x_rows = hidden + tl.cast(start, tl.int64) * hidden_stride
         latent = tl.zeros([BLOCK_T, LATENT], tl.float32)
-        first = tl.zeros([BLOCK_T, HALF], tl.float32)
-        second = tl.zeros([BLOCK_T, HALF], tl.float32)
-        for k in range(0, hidden_size, BLOCK_K):
-            here = (k + depth) < hidden_size
+        first = tl.zeros([BLOCK_T, ROPE // 2], tl.float32)
+        second = tl.zeros([BLOCK_T, ROPE // 2], tl.float32)
+        for offset in range(0, hidden_size, BLOCK_K):
+            inside = depth < hidden_size - offset
             x = tl.load(
-                block_hidden + rows[:, None] * hidden_stride + (k + depth)[None, :],
-                mask=(rows[:, None] < tokens - start) & here[None, :],
+                x_rows + rows[:, None] * hidden_stride + (offset + depth)[None, :],
+                mask=(rows[:, None] < tokens - start) & inside[None, :],
                 other=0.0,
             )  # [BLOCK_T, BLOCK_K]
-            w = tl.load(weight + columns[:, None] * weight_stride + (k + depth)[None, :], mask=here[None, :], other=0.0)
-            latent = tl.dot(x, tl.trans(w), latent, input_precision="ieee")  # [BLOCK_T, LATENT]
-            w = tl.load(
-                first_weight + pairs[:, None] * pair_stride + (k + depth)[None, :], mask=here[None, :], other=0.0
-            )
-            first = tl.dot(x, tl.trans(w), first, input_precision="ieee")  # [BLOCK_T, HALF]
-            w = tl.load(
-                second_weight + pairs[:, None] * pair_stride + (k + depth)[None, :], mask=here[None, :], other=0.0
-            )
-            second = tl.dot(x, tl.trans(w), second, input_precision="ieee")
+            latent = project(x, weight, latent, weight_stride, offset, depth, inside, LATENT)
+            first = project(x, first_weight, first, pair_stride, offset, depth, inside, ROPE // 2)
+            second = project(x, second_weight, second, pair_stride, offset, depth, inside, ROPE // 2)
         for row in range(0, tl.minimum(BLOCK_T, tokens - start)):
             slot = tl.load(slot_mapping + start + row).to(tl.int64)
             position = tl.load(positions + start + row).to(tl.int64)
-            if ((slot >= 0) & (slot < num_slots)) & ((position >= 0) & (position < table_rows)):
-                page = slot // page_size
-                target = page * page_stride + (slot - page * page_size) * slot_stride
-                chosen = (rows.to(tl.float32) == row.to(tl.float32))[:, None]
+            if token_is_written(slot, position, num_slots, table_rows):
+                chosen = (rows.to(tl.float32) == tl.cast(row, tl.float32))[:, None]  # [BLOCK_T, 1]
                 store_token(
                     tl.sum(tl.where(chosen, latent, 0.0), 0),
                     tl.sum(tl.where(chosen, first, 0.0), 0),
                     tl.sum(tl.where(chosen, second, 0.0), 0),
                     norm, cos + position * cos_stride, sin + position * sin_stride,
-                    cache + target, first_out + target, second_out + target, eps, LATENT, ROPE, MODE,
+                    cache, slot, page_size, page_stride, slot_stride, eps, LATENT, ROPE, MODE,
                 )  # fmt: skip
+
+
+def _rule(chip, dtype, statics, sizes):
+    """16 tokens: their 576 sums stay in registers on GPUs (8 warps) and in L0C and UB on Ascend.
+
+    BLOCK_K is 64; 32 where that would not fit the shared memory (gfx942), 16 for fp32 on GPUs, whose products without
+    matrix units hold the operands in registers.
+    """
+    depth = 64
+    if chip.is_gpu and dtype == "fp32":
+        depth = 16
+    elif chip.is_gpu and chip.memory["shared"] < 96 * 1024:
+        depth = 32
+    return {"BLOCK_T": 16, "BLOCK_K": depth, "num_warps": 8, "num_stages": 2}
+
+
+def _memory(chip, dtype, statics, tile):
+    """Operand tiles in shared memory or L1 (twice there, for double buffering), sums in L0C, three copies in UB."""
+    width = statics["LATENT"] + statics["ROPE"]
+    sums = 4 * tile["BLOCK_T"] * width
+    operands = (tile["BLOCK_T"] + width) * tile["BLOCK_K"] * DTYPE_BYTES[dtype]
+    if chip.is_gpu:
+        return {"shared": operands * max(1, tile["num_stages"] - 1)}
+    return {"L1": 2 * operands, "L0C": sums, "UB": 3 * sums + 48 * statics["LATENT"]}
+
+
+def _cost(dtype, statics, sizes):
+    width, size = statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    weights = (width * sizes["hidden_size"] + statics["LATENT"]) * size
+    a_token = sizes["hidden_size"] * size + token_bytes(dtype, statics)
+    return Cost(flops=2 * sizes["tokens"] * sizes["hidden_size"] * width, bytes=weights + sizes["tokens"] * a_token)
+
+
+def _work(dtype, statics, sizes, tile):
+    one = _cost(dtype, statics, {**sizes, "tokens": tile["BLOCK_T"]})
+    return Work(programs=-(-sizes["tokens"] // tile["BLOCK_T"]), flops=one.flops, bytes=one.bytes)
+
+
+COMPRESS_LATENT = Kernel(
+    compress_latent_kernel,
+    arguments={
+        "hidden": "*T",
+        "weight": "*T",
+        "first_weight": "*T",
+        "second_weight": "*T",
+        "norm_weight": "*T",
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "positions": "*i64",
+        "slot_mapping": "*i64",
+        "cache": "*T",
+        "tokens": "i32",
+        "hidden_size": "i32:16",
+        "table_rows": "i32",
+        "num_slots": "i32",
+        "page_size": "i32",
+        "hidden_stride": "i32:16",
+        "weight_stride": "i32:16",
+        "pair_stride": "i32:16",
+        "cos_stride": "i32:16",
+        "sin_stride": "i32:16",
+        "page_stride": "i32:16",
+        "slot_stride": "i32:16",
+        "eps": "fp32",
+    },
+    statics=("LATENT", "ROPE", "MODE"),
+    tiles={"BLOCK_T": (16, 32), "BLOCK_K": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        Case("v3", model_statics(512, 64, "interleaved_to_half"), {"tokens": 1024, "hidden_size": 7168}),
+        Case("v2_lite", model_statics(512, 64, "interleaved"), {"tokens": 1024, "hidden_size": 2048}),
+        Case("minicpm3", model_statics(256, 32, "half"), {"tokens": 1024, "hidden_size": 2560}),
+    ),
+    uses_dot=True,
+)
+
+
+def _launch(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+    tokens, hidden_size = hidden.shape
+    rope_dim = cache.shape[2] - latent_dim
+    statics = model_statics(latent_dim, rope_dim, rope)
+    chip = chip_of(cache.device)
+    sizes = {"tokens": tokens, "hidden_size": hidden_size}
+    tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
+    first, second = rope_pairs(rope, latent_dim, rope_dim)
+    weight_stride = weight.stride(0)
+    page_stride, slot_stride, _ = cache.stride()
+    args = (
+        hidden, weight, weight[first:], weight[second:], norm_weight, cos, sin, positions, slot_mapping, cache,
+        tokens, hidden_size, cos.shape[0], cache.shape[0] * cache.shape[1], cache.shape[1],
+        hidden.stride(0), weight_stride, weight_stride if rope == "half" else 2 * weight_stride,
+        cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+    )  # fmt: skip
+    COMPRESS_LATENT.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+
+
+def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+    check_slots(positions, slot_mapping, cos, cache)
+
+
+def _fake(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+    return None
+
+
+_compress_latent = define_op(
+    "compress_latent",
+    "(Tensor hidden, Tensor weight, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, "
+    "Tensor slot_mapping, Tensor(a!) cache, int latent_dim, str rope, float eps) -> ()",
+    cpu=cpu_latent.compress_latent,
+    device=_launch,
+    fake=_fake,
+    check_values=_check_values,
+)
+
+
+def compress_latent(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: LatentCache,
+    *,
+    rope: str,
+    eps: float = 1e-6,
+) -> None:
+    """Down-project hidden states, normalise and rotate them, and write them to their cache slots, in place.
+
+    The same as :func:`mla_kernels.latent.write.write_latent` of ``hidden @ weight.T``, in one launch and without
+    rounding the projection. A program holds whole rows, 16 or 32 tokens of them, so few tokens keep few cores busy:
+    in decode a separate projection followed by ``write_latent`` spreads over more of them.
+
+    Args:
+        hidden: ``[tokens, hidden_size]``, in the cache's dtype. Rows may have any stride.
+        weight: ``[latent_dim + rope_dim, hidden_size]``, ``kv_a_proj_with_mqa.weight``, in the cache's dtype.
+        norm_weight: ``[latent_dim]``, in the cache's dtype.
+        cos, sin: ``[positions, rope_dim / 2]`` float32 tables, YaRN's factor already in them.
+        positions: ``[tokens]`` int32 or int64, each token's row of the tables.
+        slot_mapping: ``[tokens]`` int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call
+            other than -1 must differ: of two tokens with one slot either may win, or parts of both.
+        cache: the :class:`LatentCache` written to. Slots that are not named keep their bits.
+        rope: ``"interleaved_to_half"`` (DeepSeek-V3), ``"interleaved"`` (DeepSeek-V2) or ``"half"`` (MiniCPM3); see
+            ``write_latent``.
+        eps: added to the mean square.
+
+    On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
+
+    Raises:
+        TypeError: a dtype that is not accepted, or ``cache`` is no LatentCache.
+        ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a slot below -1 or past
+            the cache, or a position outside the tables. Nothing was written then.
+        NotImplementedError: an input requires grad; there is no backward.
+
+    Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
+    """
+    check_cache(cache)
+    check_tensor("hidden", hidden, rank=2, like=cache.data)
+    check_tensor("weight", weight, shape=(cache.data.shape[2], hidden.shape[1]), like=cache.data)
+    check_latent_arguments(hidden.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
+    check_no_grad(
+        "compress_latent", hidden=hidden, weight=weight, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data
+    )
+    _compress_latent(
+        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.latent_dim, rope, float(eps)
+    )

@@ -37,13 +37,13 @@ def moe_combine_kernel(
         total = tl.zeros([BLOCK_H], tl.float32)
         for slot in tl.static_range(TOP_K):
             row = tl.load(inverse + token * TOP_K + slot)
-            weight = tl.load(weights + token.to(tl.int64) * weights_stride + slot)
+            weight = tl.load(weights + tl.cast(token, tl.int64) * weights_stride + slot)
             present = (row >= 0) & (row < filled)
             end = tl.where(present, hidden_size, 0)  # nothing is read of a pair without an expert
             row = tl.where(present, row, 0).to(tl.int64)
             x = tl.load(rows + row * rows_stride + column, mask=column < end, other=0.0)  # [BLOCK_H]
             total += tl.where(present, weight, 0.0) * x.to(tl.float32)
-        out_row = out + token.to(tl.int64) * hidden_size
+        out_row = out + tl.cast(token, tl.int64) * hidden_size
         tl.store(out_row + column, total.to(out.dtype.element_ty), mask=column < hidden_size)
 
 

@@ -84,8 +84,8 @@ def moe_gate_up_kernel(
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             n_mask = (n < intermediate)[:, None]
             x_rows = hidden + token[:, None] * hidden_stride
-            gate = gate_up + expert.to(tl.int64) * expert_stride
-            up = gate + intermediate.to(tl.int64) * weight_stride
+            gate = gate_up + tl.cast(expert, tl.int64) * expert_stride
+            up = gate + tl.cast(intermediate, tl.int64) * weight_stride
             n_rows = n[:, None] * weight_stride
             gate_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             up_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -106,7 +106,7 @@ def moe_gate_up_kernel(
                 gate_sum = tl.dot(x, tl.trans(w_gate), gate_sum, input_precision="ieee")
                 up_sum = tl.dot(x, tl.trans(w_up), up_sum, input_precision="ieee")
             y = gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum
-            out = activation + first.to(tl.int64) * intermediate
+            out = activation + tl.cast(first, tl.int64) * intermediate
             m = tl.arange(0, BLOCK_M)
             tl.store(
                 out + m[:, None] * intermediate + n[None, :],
@@ -144,10 +144,10 @@ def moe_down_kernel(
         if (first >= 0) & (first < end):
             m = tl.arange(0, BLOCK_M)
             m_mask = (m < end - first)[:, None]
-            x_rows = activation + first.to(tl.int64) * intermediate + m[:, None] * intermediate
+            x_rows = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             n_mask = (n < hidden_size)[:, None]
-            w_rows = down + expert.to(tl.int64) * expert_stride + n[:, None] * weight_stride
+            w_rows = down + tl.cast(expert, tl.int64) * expert_stride + n[:, None] * weight_stride
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             whole = intermediate // BLOCK_K * BLOCK_K
             for start in range(0, whole, BLOCK_K):
@@ -161,7 +161,7 @@ def moe_down_kernel(
                 x = tl.load(x_rows + k[None, :], mask=m_mask & k_mask, other=0.0)
                 w = tl.load(w_rows + k[None, :], mask=n_mask & k_mask, other=0.0)
                 total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-            out = rows + first.to(tl.int64) * hidden_size
+            out = rows + tl.cast(first, tl.int64) * hidden_size
             tl.store(
                 out + m[:, None] * hidden_size + n[None, :],
                 total.to(rows.dtype.element_ty),

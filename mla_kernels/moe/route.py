@@ -41,17 +41,16 @@ def route_kernel(
     GROUP_SIZE: tl.constexpr = EXPERTS // GROUPS
     expert = tl.arange(0, BLOCK_E)
     slot = tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_T)
     expert_f = expert.to(tl.float32)
     slot_f = slot.to(tl.float32)
     real = expert_f < EXPERTS  # [BLOCK_E]
     for item in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
-        token = item * BLOCK_T + tl.arange(0, BLOCK_T)
-        x = tl.load(
-            logits + (item * BLOCK_T).to(tl.int64) * logits_stride
-            + tl.arange(0, BLOCK_T)[:, None] * logits_stride + expert[None, :],
-            mask=(token < tokens)[:, None] & (expert < EXPERTS)[None, :],
-            other=float("-inf"),
-        ).to(tl.float32)  # [BLOCK_T, BLOCK_E]  # fmt: skip
+        first = tl.cast(item * BLOCK_T, tl.int64)
+        in_range = (lane < tokens - item * BLOCK_T)[:, None]
+        rows = logits + first * logits_stride + lane[:, None] * logits_stride
+        x = tl.load(rows + expert[None, :], mask=in_range & (expert < EXPERTS)[None, :], other=float("-inf"))
+        x = x.to(tl.float32)  # [BLOCK_T, BLOCK_E]
         present = (x == x) & real[None, :]
         if SOFTMAX:
             x = tl.where(present, x, float("-inf"))
@@ -73,8 +72,8 @@ def route_kernel(
                 own = tl.where(member, choice, float("-inf"))
                 best = tl.max(own, 1)
                 if (not SOFTMAX) and (GROUP_SIZE > 1):
-                    first = tl.min(tl.where(own == best[:, None], expert_f[None, :], NO_INDEX), 1)
-                    second = tl.max(tl.where(expert_f[None, :] == first[:, None], float("-inf"), own), 1)
+                    leader = tl.min(tl.where(own == best[:, None], expert_f[None, :], NO_INDEX), 1)
+                    second = tl.max(tl.where(expert_f[None, :] == leader[:, None], float("-inf"), own), 1)
                     best = tl.maximum(best + second, NEVER)
                 rank = tl.where(member, best[:, None], rank)
                 group += tl.where(expert_f >= (g + 1) * GROUP_SIZE, 1.0, 0.0)
@@ -105,8 +104,8 @@ def route_kernel(
             choice = tl.where(hit, float("-inf"), choice)
         if RENORMALIZE:
             weight = weight / (tl.sum(weight, 1)[:, None] + 1.0e-20)
-        out = token[:, None] * TOP_K + slot[None, :]
-        inside = (token < tokens)[:, None] & (slot < TOP_K)[None, :]
+        out = first * TOP_K + lane[:, None] * TOP_K + slot[None, :]
+        inside = in_range & (slot < TOP_K)[None, :]
         tl.store(weights + out, weight * routed_scale, mask=inside)  # [BLOCK_T, BLOCK_K]
         tl.store(ids + out, chosen.to(tl.int32), mask=inside)
 
@@ -265,9 +264,7 @@ def route(
     check_int("top_k_groups", top_k_groups, 1, num_groups)
     if bias is not None:
         if scoring == "softmax":
-            raise ValueError(
-                "bias: got a tensor with scoring 'softmax', None is accepted there (or scoring 'sigmoid')"
-            )
+            raise ValueError("bias: got a tensor with scoring 'softmax', None is accepted there (or scoring 'sigmoid')")
         check_tensor("bias", bias, shape=(experts,), dtypes=(torch.float32,), device=logits.device)
     check_no_grad("route", logits=logits, bias=bias)
     return _op(logits, bias, top_k, scoring, num_groups, top_k_groups, bool(renormalize), float(routed_scale))

@@ -85,6 +85,8 @@ def run_passes(text: str, passes: list[str]) -> str:
 
 def rewrite(text: str) -> str:
     """Everything that upstream passes do not take, put into words that they do."""
+    if "llvm.inline_asm" in text:
+        raise Unsupported("inline assembly, which is another machine's")
     text = text.replace("attributes {SyncBlockLockArgIdx", "attributes {llvm.emit_c_interface, SyncBlockLockArgIdx")
     text = re.sub(r"@__hmf_(\w+f)\b", r"@\1", text)  # fp32 device functions have libm's names otherwise
     text = re.sub(r" \{tt\.[^{}]*\}", "", text)  # argument attributes

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import ascend_to_llvm
 import ascendnpuir
-import triton
 from triton._C.libtriton import ir
 from triton.backends.ascend import compiler as ascend
 from triton.backends.compiler import GPUTarget
@@ -35,11 +34,26 @@ TIMEOUT = 240  # seconds for one bishengir run
 SOURCES = tempfile.TemporaryDirectory(prefix="mla_kernels_ascend_")
 
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
-ELEMENT_BYTES = {"f64": 8, "index": 8, "f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "i1": 0.125}
+ELEMENT_BYTES = {
+    "f64": 8,
+    "index": 8,
+    "f32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "i1": 0.125,
+}
 
 
 class CompileError(Exception):
-    """A stage refused the kernel; the message names the stage and gives its words."""
+    """A stage refused the kernel: the message names the stage and gives its words, ``memory`` what did not fit."""
+
+    def __init__(self, message: str, memory: dict[str, int] | None = None):
+        super().__init__(message)
+        self.memory = memory or {}
 
 
 def is_a5(architecture: str) -> bool:
@@ -100,19 +114,22 @@ def error_lines(output: bytes | str) -> str:
     """The lines of a compiler's output that say what is wrong, without the IR it dumps."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line for line in text.splitlines() if re.search(r"error|overflow|Assert|ERROR|terminate|Stack dump", line)]
+    lines = [line for line in text.splitlines() if re.search(r"error|overflow|Assert|ERROR|terminate", line)]
     lines = [line for line in lines if "hivmc" not in line]
     lines = [re.sub(r"(see current operation).*", r"\1", line)[:300] for line in lines]
     lines = [line for line in lines if "Failed to run" not in line] or lines
     return " | ".join(dict.fromkeys(lines))[:1200] or text[-600:]
 
 
-def overflows(output: str) -> str:
-    """ "ub overflow: 200.0 of 192.0 KiB" for each overflow that bishengir reported, "" for none."""
+def overflows(output: str) -> dict[str, tuple[int, int]]:
+    """Memory -> (bytes required, bytes there are), for each overflow that bishengir reported."""
     found = re.findall(r"(\w+) overflow, requires (\d+) bits while (\d+) bits", output)
-    return "; ".join(
-        dict.fromkeys(f"{name} overflow: {int(need) / 8192:.1f} of {int(have) / 8192:.1f} KiB" for name, need, have in found)
-    )
+    return {SPACES.get(name, name): (int(need) // 8, int(have) // 8) for name, need, have in found}
+
+
+def in_words(overflow: dict[str, tuple[int, int]]) -> str:
+    """``"UB overflow: 200.0 of 192.0 KiB"``, or "" where nothing overflowed."""
+    return "; ".join(f"{name} overflow: {a / 1024:.1f} of {b / 1024:.1f} KiB" for name, (a, b) in overflow.items())
 
 
 def bishengir(ttadapter: str, architecture: str, multibuffer: bool, folder: Path) -> tuple[str | None, str]:
@@ -190,14 +207,16 @@ def report(job: dict, folder: Path) -> dict:
     architecture = job["architecture"]
     multibuffer = (job.get("options") or {}).get("multibuffer", True)
     planned, said = bishengir(ttadapter, architecture, multibuffer, folder)
-    retry = ""
-    if planned is not None and multibuffer:
-        retry = overflows(said)  # the compiler tried again without multibuffer by itself
-    elif overflows(said) and multibuffer:
-        retry = overflows(said)
+    overflow = overflows(said)  # with a plan: the compiler tried again without multibuffer by itself
+    if planned is None and overflow and multibuffer and is_a5(architecture):  # a5 does not try again by itself
         planned, said = bishengir(ttadapter, architecture, False, folder)
     if planned is None:
-        raise CompileError(overflows(said) or f"bishengir: {error_lines(said)}")
+        overflow = overflows(said)
+        memory = {name: need for name, (need, _) in overflow.items()}
+        raise CompileError(in_words(overflow) or f"bishengir: {error_lines(said)}", memory)
+    if job.get("output"):
+        Path(job["output"] + ".ttadapter.mlir").write_text(ttadapter)
+        Path(job["output"] + ".planned.mlir").write_text(planned)
     return {
         "ok": True,
         "reason": "",
@@ -207,7 +226,7 @@ def report(job: dict, folder: Path) -> dict:
         "memory": memory_use(planned),
         "traps": 0,
         "tensor_instructions": count(r"call @\w*mma|hivm\.hir\.mmad|intr\.hivm\.\w*(?i:mad)", planned),
-        "detail": describe(planned, ttadapter) | {"retried_without_multibuffer": retry},
+        "detail": describe(planned, ttadapter) | {"retried_without_multibuffer": in_words(overflow)},
     }
 
 
@@ -235,17 +254,18 @@ def answer(job: dict) -> dict:
             return emulate(job)
         raise CompileError(f"action {job['action']!r}: report and emulate are known")
     except Exception as error:
-        reason = str(error) if isinstance(error, CompileError) else f"ascend worker: {type(error).__name__}: {error}"
+        ordinary = isinstance(error, CompileError)
+        reason = str(error) if ordinary else f"ascend worker: {type(error).__name__}: {error}"
         return {
             "ok": False,
             "reason": reason,
             "registers": None,
             "spills": 0,
             "loop_spills": 0,
-            "memory": {},
+            "memory": error.memory if ordinary else {},
             "traps": 0,
             "tensor_instructions": 0,
-            "detail": {"triton": triton.__version__},
+            "detail": {},
         }
 
 

@@ -25,7 +25,7 @@ class Chip:
     dot_cores: int
     vector_cores: int
     bandwidth: float  # bytes per second from device memory
-    l2_bytes: int
+    l2_bytes: int  # last cache before device memory
     flops: dict[str, float] = field(hash=False)
     source: str = ""
     core_registers: int = 0  # what a core of a GPU (SM, CU) shares among the programs on it; 0 on Ascend
@@ -116,8 +116,10 @@ def _ascend(name, part, architecture, ub_kib, l0c_kib, cube, vector, bandwidth, 
 
 
 _CUDA_GUIDE = "CUDA C++ Programming Guide, compute capabilities (shared memory); data sheet (rates)"
-_AMD_GUIDE = "CDNA white paper and data sheet"
-_ASCEND_TOOL = "sizes: the platform table of bishengir-compile for this target; rates: public data sheet, recalled"
+_AMD_GUIDE = "CDNA white paper and data sheet; the last-level cache is the Infinity Cache"
+_ASCEND_TOOL = (
+    "sizes, cores: bishengir-opt --hacc-append-device-spec for this target; rates: public figures, recalled"
+)
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip

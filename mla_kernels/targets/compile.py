@@ -101,12 +101,16 @@ def compiler_version(kind: str) -> str:
         if not HAS_TRITON:
             raise service.ToolchainMissing("no GPU toolchain: the package triton is not installed")
         return f"triton {importlib.metadata.version('triton')}"
-    code = f"from importlib.metadata import version; print(*[n + ' ' + version(n) for n in {_ASCEND_PACKAGES}], sep=', ')"
+    code = (
+        f"from importlib.metadata import version; print(*[n + ' ' + version(n) for n in {_ASCEND_PACKAGES}], sep=', ')"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     python = service.ascend_python()
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise service.ToolchainMissing(f"{python} has not {' and '.join(_ASCEND_PACKAGES)}: {done.stderr.strip()[-200:]}")
+        raise service.ToolchainMissing(
+            f"{python} has not {' and '.join(_ASCEND_PACKAGES)}: {done.stderr.strip()[-200:]}"
+        )
     return done.stdout.strip()
 
 

@@ -95,7 +95,7 @@ def launch(kernel, chip: Chip, grid: int, args: Sequence, constants: Mapping) ->
     if program is None:
         if chip.vendor != "ascend":
             raise EmulationError(f"{kernel.name}: the emulator runs Ascend lowerings, not {chip.name}")
-        types = dict(zip(kernel.arguments, map(_triton_type, args), strict=True))
+        types = dict(zip(kernel.arguments, map(triton_type, args), strict=True))
         for name, declared in kernel.arguments.items():
             if (declared[0] == "*") != (types[name][0] == "*") or (declared[0] == "i" and types[name] == "fp32"):
                 raise TypeError(f"{kernel.name}: argument {name} is declared {declared}, got {types[name]}")
@@ -107,7 +107,7 @@ def launch(kernel, chip: Chip, grid: int, args: Sequence, constants: Mapping) ->
 def run(
     source: str,
     function: str,
-    types: Mapping[str, str] | None,
+    types: Mapping[str, str],
     constants: Mapping,
     grid: tuple[int, ...],
     args: Sequence,
@@ -196,7 +196,8 @@ def _type_key(arg):
     return type(arg)
 
 
-def _triton_type(arg) -> str:
+def triton_type(arg) -> str:
+    """The Triton type that ``arg`` is launched as: "*bf16", "i32", "fp32", ..."""
     if isinstance(arg, torch.Tensor):
         if arg.device.type != "cpu":
             raise EmulationError(f"got a tensor on {arg.device}: the emulator takes CPU tensors")
@@ -281,7 +282,7 @@ def _link(function: str, answer: Mapping, scratch: Path) -> None:
     }.items():
         text = text.replace(f"@{name}@", value)
     (scratch / "launcher.c").write_text(text)
-    command = ["gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "launcher.c", "kernel.s"]
+    command = ["gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs", "launcher.c", "kernel.s"]
     try:
         result = subprocess.run([*command, "-o", "kernel.so", "-lm"], cwd=scratch, capture_output=True, text=True)
     except FileNotFoundError as error:

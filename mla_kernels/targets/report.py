@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class Report:
     """One kernel, compiled for one target with one tile.
 
-    ``loop_spills`` are spills to memory inside the main loop, ``spills`` those of the whole kernel. ``memory`` is what a
-    program uses of the memories in ``limits``, in bytes. ``traps`` counts places where the compiler gave up and left an
-    instruction that stops the kernel. ``detail`` differs by vendor: the main loop's instruction mix, tensor
+    ``loop_spills`` are spills to memory inside the main loop, ``spills`` those of the whole kernel. ``memory`` is what
+    a program uses of the memories in ``limits``, in bytes. ``traps`` counts places where the compiler gave up and
+    left an instruction that stops the kernel. ``detail`` differs by vendor: the main loop's instruction mix, tensor
     instruction shapes, asynchronous copies, programs that fit one core at a time (``resident``).
     """
 

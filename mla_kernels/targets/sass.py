@@ -6,7 +6,9 @@ Imports nothing of the package, so that a compiler process can load it as a plai
 import re
 from dataclasses import dataclass
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$")
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$"
+)
 _UPPER_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
@@ -14,7 +16,8 @@ _KINDS = {
     "tensor": "HMMA HGMMA QMMA QGMMA IMMA IGMMA DMMA BMMA OMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA UTCMXQMMA",
     "tensor memory": "LDTM STTM UTCCP UTCSHIFT UTCATOMSWS",
     "async copy": "LDGSTS UTMALDG UTMASTG UTMAREDG UBLKCP UBLKRED UTMAPF UTMACMDFLUSH UTMACCTL",
-    "load": "LDG LD LDC LDCU ULDC",
+    "load": "LDG LD",
+    "constant": "LDC LDCU ULDC",
     "store": "STG ST RED REDG ATOM ATOMG",
     "shared load": "LDS LDSM",
     "shared store": "STS STSM ATOMS",
@@ -24,10 +27,11 @@ _KINDS = {
     "convert": "F2F F2FP F2I F2IP I2F I2FP FRND I2I",
     "multiply": "IMAD IMUL IDP",
     "shuffle": "SHFL REDUX CREDUX VOTE MATCH",
-    "select": "SEL FSEL FMNMX FMNMX3 FSETP FSET ISETP ICMP IMNMX VIMNMX VIMNMX3 PLOP3 PSETP P2R R2P HSETP2 HMNMX2 DSETP FCHK",
+    "select": "SEL FSEL FMNMX FMNMX3 IMNMX VIMNMX VIMNMX3 HMNMX2",
+    "compare": "FSETP FSET ISETP ICMP HSETP2 DSETP FCHK PLOP3 PSETP P2R R2P",
     "integer": "IADD IADD3 VIADD VIADDMNMX LEA LOP LOP3 SHF SHL SHR PRMT SGXT BMSK POPC FLO BREV IABS",
     "move": "MOV MOVM CS2R S2R S2UR R2UR UR2R",
-    "sync": "BAR WARPSYNC SYNCS DEPBAR LDGDEPBAR MEMBAR FENCE WARPGROUP ARRIVES BSSY BSYNC UTCBAR ERRBAR CCTL ACQBULK ELECT",
+    "sync": "BAR WARPSYNC SYNCS DEPBAR LDGDEPBAR MEMBAR FENCE WARPGROUP ARRIVES BSSY BSYNC UTCBAR ERRBAR CCTL ELECT",
     "control": "BRA BRX EXIT RET CALL NOP YIELD NANOSLEEP BREAK JMP KILL",
     "trap": "BPT",
 }  # fmt: skip
@@ -36,7 +40,7 @@ _KIND_OF = {opcode: kind for kind, opcodes in _KINDS.items() for opcode in opcod
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction. ``control`` is the upper half of its encoding (stall count, barriers), 0 if not given."""
+    """One machine instruction. ``control`` is the upper half of its encoding (stall count, barriers); 0 if unknown."""
 
     address: int
     predicate: str

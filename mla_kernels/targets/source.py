@@ -26,22 +26,28 @@ def standalone(kernel) -> str:
     """Source of a module that defines ``kernel``, the jit functions it calls and the ``tl.constexpr`` globals they use.
 
     Names are followed through module-level definitions and ``from mla_kernels... import`` lines. Anything else that a
-    kernel names must be a builtin, ``tl`` or ``triton``; NameError says which name could not be found.
+    kernel names must be a builtin, ``tl`` or ``triton``; NameError says which name could not be found, or which one two
+    modules define.
     """
     function = python_function(kernel)
-    pieces: dict[str, str] = {}
+    pieces: dict[str, tuple[str, str]] = {}
     _collect(function.__module__, function.__name__, pieces)
-    return HEADER + "\n\n" + "\n\n".join(pieces.values()) + "\n"
+    return HEADER + "\n\n" + "\n\n".join(text for _, text in pieces.values()) + "\n"
 
 
-def _collect(module_name: str, name: str, pieces: dict[str, str]) -> None:
-    if name in pieces:
-        return
+def _collect(module_name: str, name: str, pieces: dict[str, tuple[str, str]]) -> None:
+    """Add the definition of ``name`` in a module, behind what it needs, as name -> (module, text)."""
     source, definitions, imports = _module(module_name)
     if name in imports:
-        return _collect(*imports[name], pieces)
+        origin, original = imports[name]
+        _collect(origin, original, pieces)
+        if original != name:
+            _add(pieces, name, module_name, f"{name} = {original}")
+        return
     if name not in definitions:
         raise NameError(f"kernel source of {module_name}: {name!r} is not a module-level jit function or tl.constexpr")
+    if pieces.get(name, ("", ""))[0] == module_name:
+        return
     node = definitions[name]
     own = {argument.arg for argument in getattr(getattr(node, "args", None), "args", [])}
     assigned = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -51,7 +57,13 @@ def _collect(module_name: str, name: str, pieces: dict[str, str]) -> None:
         if not known and other != name:
             _collect(module_name, other, pieces)
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    pieces[name] = "\n".join(source[start - 1 : node.end_lineno])
+    _add(pieces, name, module_name, "\n".join(source[start - 1 : node.end_lineno]))
+
+
+def _add(pieces: dict[str, tuple[str, str]], name: str, module_name: str, text: str) -> None:
+    other = pieces.setdefault(name, (module_name, text))
+    if other != (module_name, text):
+        raise NameError(f"kernel source: {name!r} is defined in {other[0]} and in {module_name}; rename one")
 
 
 @functools.cache

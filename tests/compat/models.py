@@ -25,9 +25,10 @@ def tiny(family: str, **changes):
     """A seeded ``<family>ForCausalLM`` with 3 layers, the first dense."""
     sizes = dict(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=24,
-        n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, n_shared_experts=1, routed_scaling_factor=1.5,
-        first_k_dense_replace=1, max_position_embeddings=512, pad_token_id=0, eos_token_id=None, bos_token_id=1,
+        num_attention_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=32,
+        v_head_dim=24, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, n_shared_experts=1,
+        first_k_dense_replace=1, routed_scaling_factor=1.5, max_position_embeddings=512, pad_token_id=0,
+        eos_token_id=None, bos_token_id=1,
     )  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**(sizes | changes))
     generator = torch.Generator().manual_seed(7)

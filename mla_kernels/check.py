@@ -1,0 +1,202 @@
+"""The compile matrix: every declared kernel, case and dtype, for every target, with the tile that a launch would take.
+
+``python -m mla_kernels check`` prints it; :func:`run` and :func:`support_markdown` are its parts. Printing needs the
+package ``rich``.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from mla_kernels.launch import KERNELS
+from mla_kernels.targets.chips import CHIPS
+from mla_kernels.targets.compile import Request, compile_many
+from mla_kernels.targets.report import Report
+
+MATRIX_START = "<!-- support matrix: start (python -m mla_kernels check writes it) -->"
+MATRIX_END = "<!-- support matrix: end -->"
+
+
+def requests(
+    targets: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    cases: Sequence[str] = (),
+) -> list[Request]:
+    """Compilations of the matrix, each with its default tile. An empty selection means all of that kind."""
+    found = []
+    for kernel in KERNELS.values():
+        for case in kernel.cases:
+            if (kernels and kernel.name not in kernels) or (cases and case.name not in cases):
+                continue
+            for chip in CHIPS.values():
+                if targets and chip.name not in targets:
+                    continue
+                for dtype in case.dtypes:
+                    if dtypes and dtype not in dtypes:
+                        continue
+                    known = chip.name not in kernel.unsupported
+                    tile = kernel.tile_for(chip, dtype, case.statics, case.sizes) if known else {}
+                    found.append(Request(kernel, chip, dtype, case.statics, tile, case.name))
+    return found
+
+
+def run(
+    targets: Sequence[str] = (),
+    kernels: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    progress: Callable[[Report], None] | None = None,
+) -> list[Report]:
+    """Reports of the matrix; arguments as :func:`requests`. Raises ToolchainMissing where a compiler is needed and
+    absent: nothing is skipped."""
+    return compile_many(requests(targets, kernels, dtypes, cases), progress)
+
+
+def failures(reports: Iterable[Report]) -> list[Report]:
+    """Reports that say no, declared gaps aside."""
+    return [report for report in reports if not report.ok and not report.unsupported]
+
+
+def cells(reports: Iterable[Report]) -> dict[tuple[str, str], dict[str, list[Report]]]:
+    """(kernel, case) -> target -> its reports, one a dtype; all in the order they came."""
+    rows: dict[tuple[str, str], dict[str, list[Report]]] = {}
+    for report in reports:
+        rows.setdefault((report.kernel, report.case), {}).setdefault(report.target, []).append(report)
+    return rows
+
+
+def fullest(reports: Iterable[Report]) -> int:
+    """Percentage of the fullest memory."""
+    shares = [
+        report.memory[name] / limit for report in reports for name, limit in report.limits.items() if report.memory
+    ]
+    return round(100 * max(shares, default=0))
+
+
+def cell(reports: list[Report]) -> str:
+    """One cell of the printed matrix, in rich's markup: how full the fullest memory is, or what is wrong."""
+    if all(report.unsupported for report in reports):
+        return "[dim]none[/]"
+    wrong = failures(reports)
+    if not wrong:
+        return f"[green]{fullest(reports)}%[/]"
+    first = wrong[0]
+    what = "error" if not first.compiled else "spills" if first.loop_spills else "trap" if first.traps else "memory"
+    return f"[bold red]{what}[/]" + ("" if len(wrong) == len(reports) else f" {' '.join(r.dtype for r in wrong)}")
+
+
+def table(reports: Sequence[Report]):
+    """The matrix as a ``rich.table.Table``: a line a kernel and under it its cases, a column a target."""
+    from rich import box
+    from rich.table import Table
+
+    targets = [name for name in CHIPS if any(report.target == name for report in reports)]
+    made = Table(
+        title="Compile matrix. A percentage: compiled, and how full the fullest on-chip memory is", box=box.SIMPLE
+    )
+    made.add_column("kernel, case", no_wrap=True)
+    for name in targets:
+        stem = next(stem for stem in ("sm_", "gfx", "ascend") if name.startswith(stem))
+        made.add_column(f"{stem}\n{name.removeprefix(stem)}", justify="right")
+    before = ""
+    for (kernel, case), row in cells(reports).items():
+        if before != kernel:
+            made.add_row(kernel)
+        made.add_row(f"  {case}", *(cell(row[target]) if target in row else "" for target in targets))
+        before = kernel
+    return made
+
+
+def support_markdown(reports: Sequence[Report]) -> str:
+    """The support matrix, op and kernel x target, as one Markdown table between stable markers.
+
+    A cell names the dtypes that compile in every case, without a spill in the main loop, without a trap and inside
+    every memory; "no" where none does. Declared gaps are explained below the table.
+    """
+    targets = [name for name in CHIPS if any(report.target == name for report in reports)]
+    by_kernel: dict[str, dict[str, list[Report]]] = {}
+    for report in reports:
+        by_kernel.setdefault(report.kernel, {}).setdefault(report.target, []).append(report)
+    lines = [
+        MATRIX_START,
+        f"| op | kernel | {' | '.join(targets)} |",
+        f"| --- | --- |{' --- |' * len(targets)}",
+    ]
+    notes: dict[str, None] = {}
+    for kernel, row in by_kernel.items():
+        op = KERNELS[kernel].fn.__module__.removeprefix("mla_kernels.") if kernel in KERNELS else ""
+        lines.append(f"| {op} | `{kernel}` | {' | '.join(_supported(row.get(target, [])) for target in targets)} |")
+        for target in targets:
+            for report in row.get(target, []):
+                if report.unsupported:
+                    notes[f"- `{kernel}` on {target}: {report.reason}"] = None
+    if notes:
+        lines += ["", *notes]
+    return "\n".join([*lines, MATRIX_END])
+
+
+def _supported(reports: list[Report]) -> str:
+    passed = {dtype: True for dtype in dict.fromkeys(report.dtype for report in reports)}
+    for report in reports:
+        passed[report.dtype] &= report.ok
+    return " ".join(dtype for dtype, good in passed.items() if good) or ("no" if reports else "")
+
+
+def replace_matrix(document: str, matrix: str) -> str:
+    """``document`` with the text between its markers replaced by ``matrix``; ValueError if it has no markers."""
+    start, end = document.find(MATRIX_START), document.find(MATRIX_END)
+    if start < 0 or end < start:
+        raise ValueError(f"the document has no lines {MATRIX_START!r} and {MATRIX_END!r}")
+    return document[:start] + matrix + document[end + len(MATRIX_END) :]
+
+
+def dump(reports: Iterable[Report], path: Path) -> None:
+    """All reports as JSON."""
+    rows = [dataclasses.asdict(report) | {"ok": report.ok, "problem": report.problem} for report in reports]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None = None) -> int:
+    """Compile ``wanted`` under a progress bar, print the matrix and every failure; 1 if there is one, else 0.
+
+    ``markdown``: "-" prints the support matrix instead, a path rewrites it in that file. ``output``: a JSON file.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console, messages = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 132
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    begin = time.monotonic()
+    with Progress(*columns, console=messages, transient=True) as bar:
+        task = bar.add_task("compiling", total=len(wanted))
+
+        def progress(report: Report) -> None:
+            bar.update(task, advance=1, description=f"{report.target} {report.kernel}")
+
+        reports = compile_many(wanted, progress)
+    seconds = time.monotonic() - begin
+    if output is not None:
+        dump(reports, output)
+    if markdown == "-":
+        print(support_markdown(reports))
+    elif markdown:
+        document = Path(markdown)
+        document.write_text(replace_matrix(document.read_text(), support_markdown(reports)))
+    else:
+        console.print(table(reports))
+    wrong = failures(reports)
+    for report in wrong:
+        messages.print(f"[bold red]{report.target}[/] {escape(report.label)}: {escape(report.problem)}", soft_wrap=True)
+    gaps = sum(report.unsupported for report in reports)
+    messages.print(
+        f"{len(reports)} compilations in {seconds:.0f} s: {len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed"
+        f", {gaps} declared unsupported. Nothing ran on a device.",
+        soft_wrap=True,
+    )
+    return int(bool(wrong))

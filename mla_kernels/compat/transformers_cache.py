@@ -1,0 +1,184 @@
+"""The cache layer that :mod:`mla_kernels.compat.transformers` puts into a transformers ``Cache``."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from mla_kernels.latent.cache import LatentCache
+
+
+class LatentLayer(CacheLayerMixin):
+    """One layer's latents in a paged :class:`LatentCache`, as a layer of a transformers ``Cache``.
+
+    Sequence ``b`` owns pages ``b * pages_per_seq`` to ``(b + 1) * pages_per_seq - 1``. Padding is counted in
+    ``get_seq_length``, as transformers expects, but takes no slot: with the mask ``[[0, 0, 1, 1], [1, 1, 1, 1]]`` and 4
+    tokens a page, tokens 2 and 3 of sequence 0 lie in slots 0 and 1, sequence 1 in slots 4 to 7, and ``seq_lens`` is
+    ``[2, 4]``. ``enable`` installs these layers by itself; ``Cache(layers=[LatentLayer(page_size=128), ...])`` chooses
+    another page size.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, page_size: int = 64):
+        self.page_size = page_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token and release the pages."""
+        self.cache: LatentCache | None = None
+        self.block_table = self.seq_lens = None  # int32 [batch, pages_per_seq], int32 [batch]
+        self.length = 0  # tokens seen, padding included
+        self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
+        self.is_initialized = False
+        self._expected = False
+
+    def expect(self, kept: torch.Tensor | None) -> None:
+        """Say which of the next ``update``'s tokens are real (bool [batch, tokens]); None: all of them."""
+        self._expected, self._new_kept = True, kept
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads, _, latent_dim = key_states.shape
+        if heads != 1 or value_states.shape[1] != 1:
+            raise ValueError(
+                f"LatentLayer: got {heads} key heads and {value_states.shape[1]} value heads, one latent and one "
+                "rotated key a token are accepted"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.cache = LatentCache.allocate(
+            0, self.page_size, latent_dim=latent_dim, rope_dim=value_states.shape[-1], dtype=self.dtype,
+            device=self.device,
+        )  # fmt: skip
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.block_table = torch.zeros(batch, 0, dtype=torch.int32, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the latents ``[batch, 1, tokens, latent]`` and rotated keys ``[batch, 1, tokens, rope]``.
+
+        Returns them as they came, with this layer attached to the first as ``latent_layer`` for the attention function.
+        """
+        if not self._expected:
+            raise RuntimeError(
+                "LatentLayer.update: the model that uses this cache is not enabled; call "
+                "mla_kernels.compat.transformers.enable(model) first"
+            )
+        self._expected = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, _, tokens, _ = key_states.shape
+        if batch != self.seq_lens.shape[0]:
+            raise ValueError(f"LatentLayer.update: got a batch of {batch}, the cache holds {self.seq_lens.shape[0]}")
+        self._reserve(self.length + tokens)
+        new = torch.cat((key_states.detach()[:, 0], value_states.detach()[:, 0]), -1)  # [batch, tokens, width]
+        rows = self._rows()
+        if self.kept is None and self._new_kept is None:
+            rows[:, self.length : self.length + tokens] = new
+            self.seq_lens += tokens
+        else:
+            self._store_padded(rows, new)
+        self.length += tokens
+        key_states.latent_layer = self
+        return key_states, value_states
+
+    def _store_padded(self, rows: torch.Tensor, new: torch.Tensor) -> None:
+        batch, tokens, _ = new.shape
+        if self.kept is None:
+            self.kept = torch.ones(batch, self.length, dtype=torch.bool, device=self.device)
+        sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, tokens)
+        if self._new_kept is None:
+            offsets = self.seq_lens[:, None] + torch.arange(tokens, device=self.device)  # [batch, tokens]
+            rows[sequence, offsets] = new
+            self.seq_lens += tokens
+            kept = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
+        else:
+            kept = self._new_kept
+            offsets = self.seq_lens[:, None] + kept.cumsum(-1) - 1
+            rows[sequence[kept], offsets[kept]] = new[kept]
+            self.seq_lens += kept.sum(-1, dtype=torch.int32)
+        self.kept = torch.cat((self.kept, kept), -1)
+
+    def _rows(self) -> torch.Tensor:
+        """The pages of each sequence end to end: [batch, slots of a sequence, width]."""
+        return self.cache.data.view(self.seq_lens.shape[0], -1, self.cache.data.shape[-1])
+
+    def _set_rows(self, rows: torch.Tensor) -> None:
+        data = rows.reshape(-1, self.page_size, rows.shape[-1])
+        self.cache = LatentCache(data, self.cache.latent_dim)
+        self.block_table = torch.arange(data.shape[0], dtype=torch.int32, device=self.device).view(rows.shape[0], -1)
+
+    def _reserve(self, slots: int) -> None:
+        """Room for ``slots`` tokens a sequence; grows by half, so that decoding copies each token a few times only."""
+        rows = self._rows() if self.cache.num_pages else self.cache.data.new_empty(self.seq_lens.shape[0], 0, 0)
+        if slots <= rows.shape[1]:
+            return
+        pages = -(-max(slots, rows.shape[1] * 3 // 2) // self.page_size)
+        grown = self.cache.data.new_zeros(rows.shape[0], pages * self.page_size, self.cache.data.shape[-1])
+        if rows.shape[1]:
+            grown[:, : rows.shape[1]] = rows
+        self._set_rows(grown)
+
+    def _gather(self) -> torch.Tensor:
+        """Every token where transformers keeps it, zeros for padding: [batch, 1, length, width]."""
+        rows = self._rows()
+        if self.kept is None:
+            return rows[:, None, : self.length]
+        place = (self.kept.cumsum(-1) - 1).clamp(min=0)  # [batch, length]
+        tokens = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[-1]))
+        return tokens.masked_fill(~self.kept[..., None], 0)[:, None]
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The latents in transformers' layout, [batch, 1, length, latent]."""
+        return self._gather()[..., : self.cache.latent_dim] if self.length else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The rotated keys in transformers' layout, [batch, 1, length, rope]."""
+        return self._gather()[..., self.cache.latent_dim :] if self.length else None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.cache.bytes_per_token
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (older versions)."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
+        remove = min(remove, self.length)
+        if remove == 0:
+            return
+        if self.kept is None:
+            self.seq_lens -= remove
+        else:
+            self.seq_lens -= self.kept[:, -remove:].sum(-1, dtype=torch.int32)
+            self.kept = self.kept[:, :-remove]
+        self.length -= remove
+
+    def _rearrange(self, pick) -> None:
+        if self.length:
+            self._set_rows(pick(self._rows()))
+            self.seq_lens = pick(self.seq_lens)
+            self.kept = None if self.kept is None else pick(self.kept)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._rearrange(lambda t: t[indices])
+
+    def offload(self) -> None:
+        raise NotImplementedError("LatentLayer: the cache cannot be offloaded; use cache_implementation='dynamic'")
+
+    prefetch = offload

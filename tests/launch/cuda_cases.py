@@ -1,0 +1,133 @@
+"""Cases that tests/launch/test_cuda_launch.py runs in a child process over the stub driver.
+
+Each public op launches on CPU tensors that pose as device memory. ``record`` checks that grid, threads and every
+argument reach the driver as passed; here the arguments are held against the op's own tensors.
+"""
+
+import pytest
+import torch
+
+from tests.launch.cuda_recorder import record
+
+import mla_kernels
+from mla_kernels.launch import KERNELS
+
+BF16, I32 = torch.bfloat16, torch.int32
+
+
+def pointers(launch):
+    return {name: value.data_ptr() for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
+
+
+def table(starts):
+    positions = torch.arange(64)[:, None] * torch.ones(32)
+    return positions.cos(), positions.sin()
+
+
+def make_cache():
+    return mla_kernels.LatentCache.allocate(40, 64, dtype=BF16, device="cpu")
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("rope", ["interleaved_to_half", "interleaved", "half"])
+def test_write_latent(tokens, rope):
+    cache, kv_a = make_cache(), torch.randn(tokens, 600)[:, :576].to(BF16)
+    cos, sin = table(64)
+    positions, slots = torch.arange(tokens), torch.arange(tokens) + 7
+    with record() as launches:
+        mla_kernels.write_latent(kv_a, torch.ones(512, dtype=BF16), cos, sin, positions, slots, cache, rope=rope)
+    (launch,) = launches
+    assert {kv_a.data_ptr(), cache.data.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr()} <= set(
+        pointers(launch).values()
+    )
+    assert {kv_a.stride(0), cache.data.stride(0), cache.data.stride(1)} & set(map(_number, launch.arguments.values()))
+
+
+def _number(value):
+    return value if isinstance(value, int) else None
+
+
+def test_compress_latent_is_one_launch():
+    cache, hidden = make_cache(), torch.randn(20, 2048).to(BF16)
+    weight = torch.randn(576, 2048).to(BF16)
+    cos, sin = table(64)
+    slots = torch.arange(20)
+    args = (hidden, weight, torch.ones(512, dtype=BF16), cos, sin, torch.arange(20), slots, cache)
+    with record() as launches:
+        mla_kernels.compress_latent(*args, rope="interleaved_to_half")
+    (launch,) = launches
+    assert {hidden.data_ptr(), weight.data_ptr(), cache.data.data_ptr(), slots.data_ptr()} <= set(pointers(launch).values())
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("pages", [2, 40])
+def test_mla_decode(heads, pages):
+    cache, q = make_cache(), torch.randn(3, 1, heads, 576).to(BF16)
+    block_table = torch.zeros(3, pages, dtype=I32)
+    seq_lens = torch.full((3,), 64 * pages, dtype=I32)
+    with record() as launches:
+        out, lse = mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1)
+    decode, *merge = launches
+    assert {t.data_ptr() for t in (q, cache.data, block_table, seq_lens)} <= set(pointers(decode).values())
+    assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
+    assert decode.constants["PAGE_SIZE"] == 64 and decode.constants["LATENT"] == 512
+
+
+def test_a_second_call_launches_what_was_compiled():
+    cache, q = make_cache(), torch.randn(3, 1, 16, 576).to(BF16)
+    block_table, seq_lens = torch.zeros(3, 2, dtype=I32), torch.full((3,), 100, dtype=I32)
+    with record() as launches:
+        mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1)
+        compiled = {name: len(kernel._compiled) for name, kernel in KERNELS.items()}
+        mla_kernels.mla_decode(q.clone(), cache, block_table, seq_lens, softmax_scale=0.1)
+        assert {name: len(kernel._compiled) for name, kernel in KERNELS.items()} == compiled
+        shifted = torch.randn(3 * 16 * 576 + 1).to(BF16)[1:].view(3, 1, 16, 576)  # not aligned to 16 bytes
+        mla_kernels.mla_decode(shifted, cache, block_table, seq_lens, softmax_scale=0.1)
+        assert len(KERNELS["mla_decode_kernel"]._compiled) == compiled["mla_decode_kernel"] + 1
+    assert len({launch.grid for launch in launches if launch.kernel == "mla_decode_kernel"}) == 1
+
+
+def test_merge_states():
+    outs, lses = torch.randn(4, 6, 512).to(BF16), torch.randn(4, 6)
+    with record() as launches:
+        out, lse = mla_kernels.merge_states(outs, lses)
+    (launch,) = launches
+    assert {t.data_ptr() for t in (outs, lses, out, lse)} <= set(pointers(launch).values())
+
+
+def test_route():
+    logits, bias = torch.randn(17, 256), torch.randn(256)
+    with record() as launches:
+        weights, ids = mla_kernels.route(logits, 8, bias=bias, num_groups=8, top_k_groups=4, routed_scale=2.5)
+    (launch,) = launches
+    assert {t.data_ptr() for t in (logits, bias, weights, ids)} <= set(pointers(launch).values())
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_fused_moe(tokens):
+    hidden, ids = torch.randn(tokens, 2048).to(BF16), torch.randint(0, 64, (tokens, 6), dtype=I32)
+    gate_up, down = torch.empty(64, 2816, 2048, dtype=BF16), torch.empty(64, 2048, 1408, dtype=BF16)
+    weights = torch.rand(tokens, 6)
+    with record() as launches:
+        out = mla_kernels.fused_moe(hidden, gate_up, down, weights, ids)
+    assert [launch.kernel for launch in launches] == [
+        "moe_dispatch_kernel", "moe_inverse_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel",
+    ]  # fmt: skip
+    dispatch, inverse, up, down_launch, combine = map(pointers, launches)
+    assert ids.data_ptr() in dispatch.values()
+    assert set(inverse.values()) & set(dispatch.values())  # the order that dispatch wrote
+    assert {hidden.data_ptr(), gate_up.data_ptr()} <= set(up.values())
+    assert down.data_ptr() in down_launch.values() and set(up.values()) & set(down_launch.values())
+    assert {weights.data_ptr(), out.data_ptr()} <= set(combine.values())
+    assert launches[2].arguments["expert_stride"] == gate_up.stride(0)
+    assert launches[3].arguments["weight_stride"] == down.stride(1)
+
+
+def test_nothing_is_launched_for_nothing():
+    with record() as launches:
+        out = mla_kernels.fused_moe(
+            torch.empty(0, 64), torch.empty(4, 64, 64), torch.empty(4, 64, 32), torch.empty(0, 2),
+            torch.empty(0, 2, dtype=I32),
+        )  # fmt: skip
+    assert out.shape == (0, 64)
+    assert all(launch.kernel == "moe_dispatch_kernel" for launch in launches)

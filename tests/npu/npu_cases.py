@@ -1,0 +1,74 @@
+"""Cases that tests/npu/test_npu_dispatch.py runs in a child process on the fake ``npu`` device."""
+
+import pytest
+import torch
+
+from tests.npu import fake_npu
+
+import mla_kernels
+from mla_kernels.reference import attention, latent, moe
+from tests.support import assert_close
+
+
+@pytest.fixture(autouse=True)
+def _clear():
+    fake_npu.launches.clear()
+
+
+def npu(*tensors):
+    moved = tuple(tensor.to("npu") for tensor in tensors)
+    assert all(tensor.device.type == "npu" for tensor in moved)
+    return moved if len(moved) > 1 else moved[0]
+
+
+def test_mla_decode():
+    data, q = torch.randn(6, 64, 576), torch.randn(2, 1, 4, 576)
+    block_table = torch.tensor([[3, 1], [5, 0]], dtype=torch.int32)
+    seq_lens = torch.tensor([100, 17], dtype=torch.int32)
+    out, lse = mla_kernels.mla_decode(
+        npu(q), mla_kernels.LatentCache(npu(data), 512), *npu(block_table, seq_lens), softmax_scale=0.05
+    )
+    exact = attention.mla_decode(q.double(), data.double(), block_table, seq_lens, softmax_scale=0.05, latent_dim=512)
+    assert out.device.type == "npu" and "mla_decode_kernel" in fake_npu.launches
+    assert_close(out.cpu(), exact[0])
+    assert_close(lse.cpu(), exact[1])
+
+
+def test_merge_states():
+    outs, lses = torch.randn(3, 5, 512), torch.randn(3, 5)
+    out, lse = mla_kernels.merge_states(*npu(outs, lses))
+    exact = attention.merge_states(outs.double(), lses.double())
+    assert len(fake_npu.launches) == 1
+    assert_close(out.cpu(), exact[0])
+    assert_close(lse.cpu(), exact[1])
+
+
+def test_write_latent():
+    kv_a, norm = torch.randn(5, 576), torch.rand(512) + 0.5
+    angles = torch.rand(9, 32)
+    cos, sin, positions, slots = angles.cos(), angles.sin(), torch.arange(5), torch.tensor([3, 0, -1, 17, 9])
+    cache, exact = mla_kernels.LatentCache(npu(torch.zeros(2, 16, 576)), 512), torch.zeros(2, 16, 576, dtype=torch.float64)
+    mla_kernels.write_latent(*npu(kv_a, norm, cos, sin, positions, slots), cache, rope="interleaved_to_half")
+    double = [tensor.double() for tensor in (kv_a, norm, cos, sin)]
+    latent.write_latent(*double, positions, slots, exact, latent_dim=512, rope="interleaved_to_half")
+    assert fake_npu.launches
+    assert_close(cache.data.cpu(), exact)
+
+
+def test_route_and_fused_moe():
+    logits, hidden = torch.randn(7, 16), torch.randn(7, 64)
+    gate_up, down = torch.randn(16, 96, 64) / 8, torch.randn(16, 64, 48) / 7
+    weights, ids = mla_kernels.route(npu(logits), 3)
+    out = mla_kernels.fused_moe(*npu(hidden, gate_up, down), weights, ids)
+    exact_weights, exact_ids = moe.route(logits.double(), 3)
+    assert torch.equal(ids.cpu().sort(1).values, exact_ids.int().sort(1).values)
+    exact = moe.fused_moe(hidden.double(), gate_up.double(), down.double(), exact_weights, exact_ids)
+    assert {"moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)
+    assert_close(out.cpu(), exact)
+
+
+def test_mixed_devices_are_refused():
+    data, q = torch.randn(6, 64, 576), torch.randn(2, 1, 4, 576)
+    table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="must be on npu"):
+        mla_kernels.mla_decode(npu(q), mla_kernels.LatentCache(data, 512), table, lengths, softmax_scale=1.0)

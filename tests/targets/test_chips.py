@@ -1,0 +1,65 @@
+"""Chip figures, against the compilers' own tables where those can be asked."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mla_kernels.targets import chips, service
+from mla_kernels.targets.chips import CHIPS
+
+
+def test_ten_targets():
+    assert list(CHIPS) == [
+        "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "ascend910b", "ascend910c", "ascend950"
+    ]  # fmt: skip
+    assert all(chip.source and chip.name == name for name, chip in CHIPS.items())
+    assert hash(CHIPS["sm_90"]) != hash(CHIPS["sm_80"])
+
+
+def test_unknown_chip_lists_the_known():
+    with pytest.raises(ValueError, match=r"'sm_70' is unknown; known targets: sm_80, .*, ascend950"):
+        chips.chip("sm_70")
+
+
+@pytest.mark.parametrize(
+    "capability, name", [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")]
+)
+def test_nvidia_chip(capability, name):
+    assert chips.nvidia_chip(*capability).name == name
+
+
+def test_old_nvidia_devices_are_refused():
+    with pytest.raises(NotImplementedError, match=r"7\.5"):
+        chips.nvidia_chip(7, 5)
+
+
+@pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.vendor == "ascend"])
+def test_ascend_figures_are_the_compiler_s(name):
+    """The Ascend compiler prints its platform table when asked to annotate an empty module; sizes are in bits."""
+    chip = CHIPS[name]
+    environment = Path(service.ascend_python()).parent.parent
+    suffix = "-a5" if name == "ascend950" else ""
+    (tool,) = environment.glob(f"lib/python3*/site-packages/ascendnpuir/bin/bishengir-opt{suffix}")
+    command = [tool, f"--hacc-append-device-spec=target={chip.architecture}"]
+    printed = subprocess.run(command, input="module {}", capture_output=True, text=True, check=True).stdout
+    table = {key: int(value) for key, value in re.findall(r'dl_entry<"(\w+)", (\d+) :', printed)}
+    assert chip.memory == {memory: table[f"{memory}_SIZE"] // 8 for memory in ("UB", "L1", "L0A", "L0B", "L0C")}
+    assert (chip.dot_cores, chip.vector_cores) == (table["CUBE_CORE_COUNT"], table["VECTOR_CORE_COUNT"])
+
+
+@pytest.mark.parametrize(
+    "name, registers, shared, warps, programs",
+    [
+        ("sm_90", 128, 0, 4, 4),  # 64 Ki registers / (128 x 128 threads)
+        ("sm_90", 255, 0, 8, 1),
+        ("sm_90", 32, 100 * 1024, 4, 2),  # 228 KiB / 101 KiB
+        ("sm_90", 32, 0, 1, 32),  # the most programs
+        ("sm_89", 32, 0, 8, 6),  # 1536 threads / 256
+        ("gfx942", 128, 0, 4, 4),  # 4 waves on each of 4 SIMDs
+        ("gfx942", 64, 40 * 1024, 4, 1),  # 64 KiB / 40 KiB
+    ],
+)
+def test_resident_programs(name, registers, shared, warps, programs):
+    assert CHIPS[name].resident(registers, shared, warps) == programs
