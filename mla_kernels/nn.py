@@ -213,7 +213,8 @@ class LatentAttention(nn.Module):
 
     def _write(self, hidden, cos, sin, positions, slot_mapping, cache: LatentCache) -> None:
         tokens, down = hidden.flatten(0, 1), self.kv_a_proj_with_mqa
-        tail = (self.kv_a_layernorm.weight, cos, sin, positions.flatten(), slot_mapping.flatten(), cache)
+        places = (positions.flatten().contiguous(), slot_mapping.flatten().contiguous())
+        tail = (self.kv_a_layernorm.weight, cos, sin, *places, cache)
         if down.bias is None:
             compress_latent(tokens, down.weight, *tail, rope=self.config.rope, eps=INNER_EPS)
         else:

@@ -1,6 +1,6 @@
 """Merging of partial attention results: ``merge_states``, and the merge of the splits of ``mla_decode``.
 
-Source of the mathematics: FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1 (softmax of a union of key sets).
+Source of the mathematics: FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1 (softmax by parts).
 """
 
 import torch
@@ -24,7 +24,7 @@ def split_length(length, min_split, max_splits):
 
 @triton.jit
 def merge_part(acc, total, largest, values, lse):
-    """One more part into the running (sum of exp(lse) * values, sum of exp(lse), largest lse). Empty parts change nothing.
+    """Take one more part into the running sums of exp(lse) * values and exp(lse). An empty part changes nothing.
 
     The first part that is not empty enters with weight exp(0) = 1, so merging a single part returns its very bits.
     """
@@ -100,3 +100,173 @@ def merge_splits_kernel(
         first = tl.cast(sequence, tl.int64) * rows + row
         tl.store(out_ptr + first * WIDTH + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(lse_ptr + first + line, lse, mask=inside)
+
+
+def _merge_rule(chip, dtype, statics, sizes):
+    """Rows enough to feed every core on GPUs, and to make each transfer a few tens of KB on Ascend."""
+    width = 1 << (statics["WIDTH"] - 1).bit_length()
+    if chip.is_gpu:
+        return {"BLOCK_R": max(1, 1024 // width), "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_R": max(1, 4096 // width), "num_warps": 4, "num_stages": 2}
+
+
+def _merge_memory(chip, dtype, statics, tile):
+    """Nothing shared on GPUs; on Ascend the accumulator and about five copies of a part's tile, in fp32."""
+    width = 1 << (statics["WIDTH"] - 1).bit_length()
+    return {"shared": 0} if chip.is_gpu else {"UB": 6 * tile["BLOCK_R"] * width * 4}
+
+
+def _merge_cost(dtype, statics, sizes):
+    rows, parts, width = sizes["rows"], sizes["parts"], statics["WIDTH"]
+    size = DTYPE_BYTES[dtype]
+    return Cost(flops=3.0 * parts * rows * width, bytes=(parts + 1) * rows * (width * size + 4))
+
+
+def _merge_work(dtype, statics, sizes, tile):
+    cost = _merge_cost(dtype, statics, sizes)
+    programs = -(-sizes["rows"] // tile["BLOCK_R"])
+    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
+
+
+_TILES = {"BLOCK_R": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)}
+
+MERGE_STATES = Kernel(
+    merge_states_kernel,
+    arguments={
+        "outs_ptr": "*T",
+        "lses_ptr": "*fp32",
+        "out_ptr": "*T",
+        "lse_ptr": "*fp32",
+        "outs_stride": "i32:16",
+        "lses_stride": "i32:16",
+        "parts": "i32",
+        "rows": "i32",
+        "work": "i32",
+    },
+    statics=("WIDTH", "BLOCK_D"),
+    tiles=_TILES,
+    rule=_merge_rule,
+    memory=_merge_memory,
+    cost=_merge_cost,
+    work=_merge_work,
+    cases=(Case("v3_prefix", {"WIDTH": 512, "BLOCK_D": 512}, {"rows": 128 * 64, "parts": 2}),),
+    uses_dot=False,
+)
+
+MERGE_SPLITS = Kernel(
+    merge_splits_kernel,
+    arguments={
+        "partial_ptr": "*fp32",
+        "partial_lse_ptr": "*fp32",
+        "seq_lens_ptr": "*i32",
+        "out_ptr": "*T",
+        "lse_ptr": "*fp32",
+        "sequences": "i32",
+        "rows": "i32",
+        "capacity": "i32",
+        "min_split": "i32",
+        "max_splits": "i32",
+        "work": "i32",
+    },
+    statics=("WIDTH",),
+    tiles=_TILES,
+    rule=_merge_rule,
+    memory=_merge_memory,
+    cost=lambda dtype, statics, sizes: _merge_cost("fp32", statics, sizes),
+    work=lambda dtype, statics, sizes, tile: _merge_work("fp32", statics, sizes, tile),
+    cases=(
+        Case("v3", {"WIDTH": 512}, {"rows": 128 * 8, "parts": 8}),
+        Case("v2_lite", {"WIDTH": 512}, {"rows": 16 * 8, "parts": 8}),
+    ),
+    uses_dot=False,
+)
+
+
+def merge_splits(partial, partial_lse, seq_lens, capacity, min_split, max_splits, out, lse) -> None:
+    """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits."""
+    _, sequences, rows, width = partial.shape
+    statics = {"WIDTH": width}
+    chip = chip_of(out.device)
+    # a tile changes the order of nothing, so it may depend on the number of rows
+    tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], statics, {"rows": sequences * rows})
+    work = sequences * -(-rows // tile["BLOCK_R"])
+    args = (partial, partial_lse, seq_lens, out, lse, sequences, rows, capacity, min_split, max_splits, work)
+    MERGE_SPLITS.launch(chip, work, args, statics, tile)
+
+
+def _launch_merge_states(outs, lses):
+    parts, width = outs.shape[0], outs.shape[-1]
+    out, lse = _fake_merge_states(outs, lses)
+    rows = lse.numel()
+    outs = outs if outs[0].is_contiguous() else outs.contiguous()
+    lses = lses if lses[0].is_contiguous() else lses.contiguous()
+    statics = {"WIDTH": width, "BLOCK_D": 1 << (width - 1).bit_length()}
+    chip = chip_of(outs.device)
+    tile = MERGE_STATES.tile_for(chip, DTYPE_NAMES[outs.dtype], statics, {"rows": rows, "parts": parts})
+    work = -(-rows // tile["BLOCK_R"])
+    args = (outs, lses, out, lse, outs.stride(0), lses.stride(0), parts, rows, work)
+    MERGE_STATES.launch(chip, work, args, statics, tile)
+    return out, lse
+
+
+def _fake_merge_states(outs, lses):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, out_grad, lse_grad):
+    """With w_i = exp(lse_i - lse): d outs_i = w_i d out, d lses_i = w_i (<d out, outs_i - out> + d lse)."""
+    outs, lses, out, lse = ctx.saved_tensors
+    empty = lses == float("-inf")  # [parts, ...]
+    weights = torch.exp(lses - lse).masked_fill(empty, 0.0)
+    out_grad = out_grad.float()
+    toward = (out_grad * (outs.float() - out.float())).sum(-1).masked_fill(empty, 0.0)
+    return (weights[..., None] * out_grad).to(outs.dtype), weights * (toward + lse_grad)
+
+
+_merge_states = define_op(
+    "merge_states",
+    "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    cpu=cpu_merge_states,
+    device=_launch_merge_states,
+    fake=_fake_merge_states,
+    autograd=(_save_for_backward, _backward),
+)
+
+
+def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of disjoint key sets, from attention over each of them.
+
+    Given ``outs[i]`` and ``lses[i]``, attention and log-sum-exp of the same queries over part i of the keys,
+    ``lse = log(sum_i exp(lses[i]))`` and ``out = sum_i exp(lses[i] - lse) * outs[i]``. A part that saw no key has lse
+    -inf and changes nothing, whatever its ``outs`` hold; where every part is empty, out is 0 and lse -inf.
+    Differentiable in both arguments.
+
+    Example: scores log(3) and log(1), values 1 and 5, one key a part: ``outs = [[1.0], [5.0]]`` and
+    ``lses = [log(3), 0]`` give ``out = [(3 * 1 + 1 * 5) / 4] = [2.0]`` and ``lse = log(4)``.
+
+    Args:
+        outs: [parts, ..., d], bfloat16, float16 or float32. Any stride between parts is taken as it is.
+        lses: [parts, ...], float32, natural logarithm, on the same device.
+
+    Returns:
+        (out [..., d] in the dtype of ``outs``, lse [...] float32).
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: fewer than two dimensions, no part, shapes or devices that differ, or a last dimension with gaps.
+
+    Source: FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1.
+    """
+    check_tensor("outs", outs)
+    if outs.dim() < 2 or outs.shape[0] == 0 or outs.shape[-1] == 0:
+        raise ValueError(f"outs: got shape {tuple(outs.shape)}, (parts, ..., d) with parts and d above 0 is accepted")
+    check_tensor("lses", lses, shape=tuple(outs.shape[:-1]), dtypes=(torch.float32,), device=outs.device)
+    wants_grad = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
+    if wants_grad or torch.compiler.is_compiling():
+        return _merge_states(outs, lses)
+    with torch._C._AutoDispatchBelowAutograd():  # the autograd layer costs more than the rest of the call
+        return _merge_states(outs, lses)

@@ -3,8 +3,8 @@
 ``enable(model)`` makes a loaded model keep its latents in paged :class:`LatentCache` buffers, decode in the latent
 space with ``mla_decode``, and run its experts with ``fused_moe``; ``disable(model)`` gives it transformers' own code
 back. Both use transformers' public hooks (``AttentionInterface``, ``AttentionMaskInterface``, ``ExpertsInterface``,
-cache layers) and a torch forward pre-hook. One undocumented method, ``expand_kv`` of the attention modules, is looked for and
-refused by name where it is missing.
+cache layers) and a torch forward pre-hook. One undocumented method is needed, ``expand_kv`` of the attention modules;
+where it is missing, ``enable`` says so.
 
 The attention and experts functions are registered as ``"mla_kernels"`` when this module is imported, so
 ``model.set_experts_implementation("mla_kernels")`` alone works on any model whose experts use plain SwiGLU.

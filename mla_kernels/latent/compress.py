@@ -14,7 +14,6 @@ from mla_kernels.latent.write import (
     check_latent_arguments,
     check_slots,
     model_statics,
-    rope_pairs,
     store_token,
     token_bytes,
     token_is_written,
@@ -24,13 +23,9 @@ from mla_kernels.shim import define_op
 
 
 @triton.jit
-def project(
-    x, weight, acc, row_stride, offset, depth, inside,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """acc + x @ weight[:, offset : offset + BLOCK_K].T, with rows ``row_stride`` apart."""
-    rows = tl.arange(0, ROWS)
-    w = tl.load(weight + rows[:, None] * row_stride + (offset + depth)[None, :], mask=inside[None, :], other=0.0)
+def project(x, weight, acc, stride, depth, inside, ROWS: tl.constexpr):
+    """acc + x @ w.T, where w is ROWS rows of BLOCK_K values, ``stride`` apart, the first at ``weight``."""
+    w = tl.load(weight + tl.arange(0, ROWS)[:, None] * stride + depth[None, :], mask=inside[None, :], other=0.0)
     return tl.dot(x, tl.trans(w), acc, input_precision="ieee")  # [BLOCK_T, BLOCK_K] x [BLOCK_K, ROWS]
 
 
@@ -38,21 +33,19 @@ def project(
 def compress_latent_kernel(
     hidden,  # [tokens, hidden_size]
     weight,  # [LATENT + ROPE, hidden_size]
-    first_weight, second_weight,  # weight from the first and from the second row of the first rope pair on
     norm_weight,  # [LATENT]
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
     cache,  # [pages, page_size, LATENT + ROPE]
     tokens, hidden_size, table_rows, num_slots, page_size,
-    hidden_stride, weight_stride, pair_stride, cos_stride, sin_stride, page_stride, slot_stride,
+    hidden_stride, weight_stride, cos_stride, sin_stride, page_stride, slot_stride,
     eps,
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Item: BLOCK_T tokens, with all LATENT columns in one program, since the norm runs over them.
 
-    First and second values of the rope pairs are two products, with every other row of the weight (``pair_stride``
-    apart), so that no lanes are shuffled. The slots are arbitrary rows of the cache, and a store with a loaded mask is
+    The slots are arbitrary rows of the cache, and a store with a loaded mask is
     a scalar loop on Ascend: each row is picked out of the tile by a masked sum and stored on its own.
     """
     rows = tl.arange(0, BLOCK_T)
@@ -62,8 +55,7 @@ def compress_latent_kernel(
         start = block * BLOCK_T
         x_rows = hidden + tl.cast(start, tl.int64) * hidden_stride
         latent = tl.zeros([BLOCK_T, LATENT], tl.float32)
-        first = tl.zeros([BLOCK_T, ROPE // 2], tl.float32)
-        second = tl.zeros([BLOCK_T, ROPE // 2], tl.float32)
+        rope = tl.zeros([BLOCK_T, ROPE], tl.float32)
         for offset in range(0, hidden_size, BLOCK_K):
             inside = depth < hidden_size - offset
             x = tl.load(
@@ -71,9 +63,9 @@ def compress_latent_kernel(
                 mask=(rows[:, None] < tokens - start) & inside[None, :],
                 other=0.0,
             )  # [BLOCK_T, BLOCK_K]
-            latent = project(x, weight, latent, weight_stride, offset, depth, inside, LATENT)
-            first = project(x, first_weight, first, pair_stride, offset, depth, inside, ROPE // 2)
-            second = project(x, second_weight, second, pair_stride, offset, depth, inside, ROPE // 2)
+            w = weight + offset
+            latent = project(x, w, latent, weight_stride, depth, inside, LATENT)
+            rope = project(x, w + LATENT * tl.cast(weight_stride, tl.int64), rope, weight_stride, depth, inside, ROPE)
         for row in range(0, tl.minimum(BLOCK_T, tokens - start)):
             slot = tl.load(slot_mapping + start + row).to(tl.int64)
             position = tl.load(positions + start + row).to(tl.int64)
@@ -81,8 +73,7 @@ def compress_latent_kernel(
                 chosen = (rows.to(tl.float32) == tl.cast(row, tl.float32))[:, None]  # [BLOCK_T, 1]
                 store_token(
                     tl.sum(tl.where(chosen, latent, 0.0), 0),
-                    tl.sum(tl.where(chosen, first, 0.0), 0),
-                    tl.sum(tl.where(chosen, second, 0.0), 0),
+                    tl.sum(tl.where(chosen, rope, 0.0), 0),
                     norm, cos + position * cos_stride, sin + position * sin_stride,
                     cache, slot, page_size, page_stride, slot_stride, eps, LATENT, ROPE, MODE,
                 )  # fmt: skip
@@ -129,8 +120,6 @@ COMPRESS_LATENT = Kernel(
     arguments={
         "hidden": "*T",
         "weight": "*T",
-        "first_weight": "*T",
-        "second_weight": "*T",
         "norm_weight": "*T",
         "cos": "*fp32",
         "sin": "*fp32",
@@ -144,7 +133,6 @@ COMPRESS_LATENT = Kernel(
         "page_size": "i32",
         "hidden_stride": "i32:16",
         "weight_stride": "i32:16",
-        "pair_stride": "i32:16",
         "cos_stride": "i32:16",
         "sin_stride": "i32:16",
         "page_stride": "i32:16",
@@ -173,14 +161,12 @@ def _launch(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cach
     chip = chip_of(cache.device)
     sizes = {"tokens": tokens, "hidden_size": hidden_size}
     tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
-    first, second = rope_pairs(rope, latent_dim, rope_dim)
-    weight_stride = weight.stride(0)
     page_stride, slot_stride, _ = cache.stride()
     args = (
-        hidden, weight, weight[first:], weight[second:], norm_weight, cos, sin, positions, slot_mapping, cache,
+        hidden, weight, norm_weight, cos, sin,
+        positions, slot_mapping, cache,
         tokens, hidden_size, cos.shape[0], cache.shape[0] * cache.shape[1], cache.shape[1],
-        hidden.stride(0), weight_stride, weight_stride if rope == "half" else 2 * weight_stride,
-        cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        hidden.stride(0), weight.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
     )  # fmt: skip
     COMPRESS_LATENT.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
 

@@ -24,42 +24,53 @@ def token_is_written(slot, position, num_slots, table_rows):
 @triton.jit
 def store_token(
     latent,  # [LATENT] fp32, before the norm
-    first,  # [ROPE / 2] fp32, first values of the rope pairs
-    second,  # [ROPE / 2] fp32, their second values
+    rope,  # [ROPE] fp32, before the rotation
     norm,  # [LATENT] fp32
     cos_row, sin_row,  # pointers to this token's rows of the tables
     cache, slot, page_size, page_stride, slot_stride,
     eps,
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate one token and write it to its slot (int64)."""
+    """Normalise and rotate one token and write it to its slot (int64).
+
+    One-hot sums take the rope pairs apart and put them side by side. Loads and stores with stride 2 would not do on
+    Ascend: such a load reads past the end of its tensor, such a store overflows the compiler's buffers, and split and
+    join crash the 950's compiler. The comparisons are of floats, because the 910 compares integers one by one.
+    """
+    HALF: tl.constexpr = ROPE // 2
     columns = tl.arange(0, LATENT)
-    pairs = tl.arange(0, ROPE // 2)
+    pairs = tl.arange(0, HALF)
     page = slot // page_size
     out = cache + (page * page_stride + (slot - page * page_size) * slot_stride)
     scale = 1.0 / tl.sqrt(tl.sum(latent * latent, 0) / LATENT + eps)
     tl.store(out + columns, (latent * scale * norm).to(cache.dtype.element_ty))
-    cos = tl.load(cos_row + pairs)  # [ROPE / 2]
+
+    lane = tl.arange(0, ROPE).to(tl.float32)
+    pair = pairs.to(tl.float32)
+    if MODE == "half":
+        first_lane = pair
+        second_lane = pair + HALF
+    else:
+        first_lane = 2.0 * pair
+        second_lane = 2.0 * pair + 1.0
+    first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], rope[:, None], 0.0), 0)  # [ROPE, HALF] -> [HALF]
+    second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], rope[:, None], 0.0), 0)
+    cos = tl.load(cos_row + pairs)  # [HALF]
     sin = tl.load(sin_row + pairs)
     rotated_first = first * cos - second * sin
     rotated_second = second * cos + first * sin
     if MODE == "interleaved":
-        # One-hot sums put the values side by side: a store with stride 2 overflows the buffers of the 910's compiler.
-        # They compare as floats, because the 910 compares integers one by one.
-        place = tl.arange(0, ROPE).to(tl.float32)[None, :]  # [1, ROPE]
-        even = (2 * pairs).to(tl.float32)[:, None]  # [ROPE / 2, 1]
-        rotated = tl.where(place == even, rotated_first[:, None], 0.0)  # [ROPE / 2, ROPE]
-        rotated += tl.where(place == even + 1.0, rotated_second[:, None], 0.0)
+        rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, ROPE]
+        rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
         tl.store(out + LATENT + tl.arange(0, ROPE), tl.sum(rotated, 0).to(cache.dtype.element_ty))
     else:
         tl.store(out + LATENT + pairs, rotated_first.to(cache.dtype.element_ty))
-        tl.store(out + (LATENT + ROPE // 2) + pairs, rotated_second.to(cache.dtype.element_ty))
+        tl.store(out + (LATENT + HALF) + pairs, rotated_second.to(cache.dtype.element_ty))
 
 
 @triton.jit
 def write_latent_kernel(
     kv_a,  # [tokens, LATENT + ROPE]
-    first_in, second_in,  # kv_a from the first and from the second value of the first rope pair on
     norm_weight,  # [LATENT]
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
@@ -69,9 +80,8 @@ def write_latent_kernel(
     eps,
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Item: one token. Rope pairs come through pointers of their own: loads with stride 2 need that on Ascend."""
+    """Item: one token."""
     columns = tl.arange(0, LATENT)
-    pairs = tl.arange(0, ROPE // 2)
     norm = tl.load(norm_weight + columns).to(tl.float32)  # [LATENT]
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -79,14 +89,9 @@ def write_latent_kernel(
         if token_is_written(slot, position, num_slots, table_rows):
             source = tl.cast(token, tl.int64) * kv_stride
             latent = tl.load(kv_a + source + columns).to(tl.float32)  # [LATENT]
-            if MODE == "half":
-                first = tl.load(first_in + source + pairs).to(tl.float32)  # [ROPE / 2]
-                second = tl.load(second_in + source + pairs).to(tl.float32)
-            else:
-                first = tl.load(first_in + source + 2 * pairs).to(tl.float32)
-                second = tl.load(second_in + source + 2 * pairs).to(tl.float32)
+            rope = tl.load(kv_a + source + LATENT + tl.arange(0, ROPE)).to(tl.float32)  # [ROPE]
             store_token(
-                latent, first, second, norm, cos + position * cos_stride, sin + position * sin_stride,
+                latent, rope, norm, cos + position * cos_stride, sin + position * sin_stride,
                 cache, slot, page_size, page_stride, slot_stride, eps, LATENT, ROPE, MODE,
             )  # fmt: skip
 
@@ -96,11 +101,10 @@ def _rule(chip, dtype, statics, sizes):
 
 
 def _memory(chip, dtype, statics, tile):
-    """Ascend: about ten buffers of a row in fp32 and, for the one-hot sums, ten of ROPE / 2 x ROPE."""
+    """Ascend: about six buffers of a row in fp32 and ten of ROPE / 2 x ROPE for the one-hot sums."""
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"]}
-    row, rope = 4 * statics["LATENT"], statics["ROPE"]
-    return {"UB": 10 * row + (20 * rope * rope if statics["MODE"] == "interleaved" else 0)}
+    return {"UB": 24 * statics["LATENT"] + 20 * statics["ROPE"] ** 2}
 
 
 def token_bytes(dtype, statics) -> int:
@@ -132,8 +136,6 @@ WRITE_LATENT = Kernel(
     write_latent_kernel,
     arguments={
         "kv_a": "*T",
-        "first_in": "*T",
-        "second_in": "*T",
         "norm_weight": "*T",
         "cos": "*fp32",
         "sin": "*fp32",
@@ -166,20 +168,14 @@ WRITE_LATENT = Kernel(
 )
 
 
-def rope_pairs(rope: str, latent_dim: int, rope_dim: int) -> tuple[int, int]:
-    """Columns of the first and of the second value of the first rope pair."""
-    return latent_dim, latent_dim + (rope_dim // 2 if rope == "half" else 1)
-
-
 def _launch(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
     tokens, rope_dim = kv_a.shape[0], cache.shape[2] - latent_dim
     statics = model_statics(latent_dim, rope_dim, rope)
     chip = chip_of(cache.device)
     tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
-    first, second = rope_pairs(rope, latent_dim, rope_dim)
     page_stride, slot_stride, _ = cache.stride()
     args = (
-        kv_a, kv_a[:, first:], kv_a[:, second:], norm_weight, cos, sin, positions, slot_mapping, cache,
+        kv_a, norm_weight, cos, sin, positions, slot_mapping, cache,
         tokens, cos.shape[0], cache.shape[0] * cache.shape[1], cache.shape[1],
         kv_a.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
     )  # fmt: skip

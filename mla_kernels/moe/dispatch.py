@@ -70,7 +70,7 @@ def moe_inverse_kernel(order, inverse, pairs, BLOCK_P: tl.constexpr):
 
 def _dispatch_rule(chip, dtype, statics, sizes):
     largest = 1024 if chip.is_gpu else 512
-    return {"BLOCK_P": min(largest, max(32, 1 << sizes["pairs"].bit_length())), "num_warps": 4}
+    return {"BLOCK_P": min(largest, max(32, 1 << (sizes["pairs"] - 1).bit_length())), "num_warps": 4}
 
 
 def _dispatch_cost(dtype, statics, sizes):

@@ -176,19 +176,24 @@ def _block_m(sizes):
 
 
 def _rule(products):
-    """Tile rule of a kernel with ``products`` accumulators of [BLOCK_M, BLOCK_N]."""
+    """Tile rule of a kernel with ``products`` accumulators of [BLOCK_M, BLOCK_N], which is what limits a tile: fp32
+    registers of GPU threads, the vector memory that gate_up's epilogue needs on Ascend."""
 
     def rule(chip, dtype, statics, sizes):
-        block_m = _block_m(sizes)
-        if dtype == "fp32":  # on the FMA units of GPUs, whose operands stand in registers
-            tile = {"BLOCK_M": min(block_m, 64), "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        m = _block_m(sizes)
+        stages = 2 if chip.vendor == "amd" else 3
+        if dtype == "fp32":  # GPUs multiply fp32 on their FMA units, with operands in registers
+            shape = {"BLOCK_M": min(m, 64), "BLOCK_N": 64 // products, "BLOCK_K": 32, "num_warps": 4}
+            stages = 2
         elif chip.vendor == "ascend":
-            tile = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-        elif block_m < 64:
-            tile = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+            fits_128 = products == 1 or chip.memory["L0C"] > 128 * 1024
+            shape = {"BLOCK_M": m if fits_128 else min(m, 64), "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
+        elif m < 64:
+            shape = {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
         else:
-            tile = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-        return tile | {"GROUP_M": 8}
+            wide = chip.name in ("sm_90", "sm_100")  # accumulators outside the registers that operands take
+            shape = {"BLOCK_M": m, "BLOCK_N": 128 if wide else 128 // products, "BLOCK_K": 64, "num_warps": m // 16}
+        return shape | {"num_stages": stages, "GROUP_M": 8}
 
     return rule
 

@@ -113,7 +113,7 @@ def route_kernel(
 def _rule(chip, dtype, statics, sizes):
     """About 1024 scores a program on GPUs; on Ascend what the dozen live rows of a token leave room for in UB."""
     block_t = max(1, (1024 if chip.is_gpu else 2048) // statics["BLOCK_E"])
-    return {"BLOCK_T": min(block_t, 1 << sizes["tokens"].bit_length()), "num_warps": 4}
+    return {"BLOCK_T": min(block_t, 1 << (sizes["tokens"] - 1).bit_length()), "num_warps": 4}
 
 
 def _memory(chip, dtype, statics, tile):

@@ -1,4 +1,4 @@
-"""MLIR bodies for the operations that triton-adapter leaves to a library: cumsum, cumprod, flip, gather, sort, histogram.
+"""MLIR bodies for what triton-adapter leaves to a library: cumsum, cumprod, flip, gather, sort, histogram.
 
 In the ttadapter IR they are calls to private functions without a body (``@triton_cumsum_0``) or, for the histogram, an
 op of the closed part. Each becomes plain loops over ``tensor.extract`` and ``tensor.insert``.
@@ -182,7 +182,7 @@ BODIES = {
 
 
 def histogram(match: re.Match) -> str:
-    """``hfusion.histogram`` as a loop that counts; groups: result, values, bins, type of the values, type of the counts."""
+    """``hfusion.histogram`` as a loop; groups: result, values, bins, type of the values, type of the counts."""
     result, values, value_type, count_type = match[1], match[2], match[4], match[5]
     kind, length = element(count_type), extents(value_type)[0]
     q = "%q" + result[1:] + "_"  # prefix of fresh names

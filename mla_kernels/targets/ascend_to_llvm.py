@@ -4,8 +4,8 @@ Three stages: text rewrites of what upstream MLIR does not know, upstream passes
 dialect, and triton-ascend's own LLVM, which has an x86 backend. The rewrites only replace what they recognise; anything
 else stays, and the passes refuse it by name.
 
-Floating point: sums of products may be fused and sum reductions reassociated, as the NPU's compiler may do; nothing else
-is relaxed.
+Floating point: sums of products may be fused and sum reductions reassociated, as the NPU's compiler may do; nothing
+else is relaxed.
 """
 
 import re
@@ -18,21 +18,24 @@ import ascendnpuir
 from ascend_externals import SHAPED, VALUE, Unsupported, define_externals, element, extents, histogram
 
 TRIPLE = "x86_64-unknown-linux-gnu"
+NO_UNROLLING = "{loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}"
+HIDDEN = "emulator_hidden"  # dialect name that matrix products get while elementwise steps are fused
 ATOMIC = "GenericAtomic"  # attribute of the read-modify-write loops that atomics are lowered to
 
-FUSE = ("--inline --symbol-dce --convert-elementwise-to-linalg --linalg-fuse-elementwise-ops --canonicalize --cse").split()
+FUSE = "--inline --symbol-dce --convert-elementwise-to-linalg --linalg-fuse-elementwise-ops --canonicalize --cse"
 BUFFERIZE = (
     "--eliminate-empty-tensors --empty-tensor-to-alloc-tensor "
     "--one-shot-bufferize=allow-return-allocs-from-loops=true --canonicalize --cse --buffer-hoisting "
-    "--buffer-loop-hoisting --convert-bufferization-to-memref"
-).split()
+    "--buffer-loop-hoisting --ownership-based-buffer-deallocation --canonicalize --buffer-deallocation-simplification "
+    "--bufferization-lower-deallocations --convert-bufferization-to-memref --canonicalize --cse"
+)
 LOWER = (
     "--convert-linalg-to-loops --lower-affine --loop-invariant-code-motion --canonicalize --cse --convert-scf-to-cf "
     "--memref-expand --expand-strided-metadata --lower-affine --arith-expand=include-bf16=true --convert-math-to-llvm "
     "--convert-math-to-libm --convert-complex-to-llvm --convert-vector-to-llvm --convert-index-to-llvm "
     "--convert-arith-to-llvm --finalize-memref-to-llvm --convert-func-to-llvm --convert-cf-to-llvm "
     "--convert-arith-to-llvm --canonicalize --cse --reconcile-unrealized-casts"
-).split()
+)
 
 
 class StageError(Exception):
@@ -60,21 +63,25 @@ def compile_native(ttadapter: str, cpu: str) -> Native:
     try:
         text = rewrite(ttadapter)
         stage = "emulator fusion"
-        text = matmuls_to_loops(run_passes(text, FUSE))
+        fused = run_passes(text, FUSE)
+        text = matmuls_to_loops(fused)
         stage = "emulator bufferization"
         text = copies_to_linalg(run_passes(text, BUFFERIZE))
         stage = "emulator lowering"
         dialect = run_passes(text, LOWER)
         stage = "emulator llvm"
-        assembly = to_assembly(dialect, cpu)
+        assembly = to_assembly(dialect, cpu, unroll=HIDDEN in fused)
     except (Unsupported, RuntimeError) as error:
         raise StageError(f"{stage}: {error}") from error
     return Native(entry[1], arguments, ATOMIC in ttadapter, dialect, assembly)
 
 
-def run_passes(text: str, passes: list[str]) -> str:
+def run_passes(text: str, passes: str) -> str:
+    """``text`` after bishengir-opt's passes; RuntimeError with its words where one refuses."""
     tool = Path(ascendnpuir.__file__).parent / "bin" / "bishengir-opt"
-    result = subprocess.run([str(tool), "--allow-unregistered-dialect", *passes], input=text, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(tool), "--allow-unregistered-dialect", *passes.split()], input=text, capture_output=True, text=True
+    )
     if result.returncode:
         raise RuntimeError(result.stderr[:2000] or f"bishengir-opt exit {result.returncode}")
     return result.stdout
@@ -130,7 +137,7 @@ def _generic(maps: list[str], iterators: list[str], inputs: str, output: str, bo
 
 
 def _elementwise_move(match: re.Match, axes: list[int]) -> str:
-    """A broadcast or transpose as an elementwise generic, so that it fuses: input axis k runs over output axis axes[k]."""
+    """A broadcast or transpose as a generic, so that it fuses: input axis k runs over output axis axes[k]."""
     value, value_type, output, output_type = match[1], match[2], match[3], match[4]
     rank, kind = len(extents(output_type)), element(value_type)
     body = f"^bb0(%in: {kind}, %out: {kind}):\n linalg.yield %in : {kind}"
@@ -163,7 +170,7 @@ def _hide_matmuls(text: str) -> str:
     def hide(match: re.Match) -> str:
         batch, left, right, left_type, right_type, out, out_type = match.groups()[:7]
         signature = f"({left_type}, {right_type}, {out_type}) -> {out_type}"
-        return f'"emulator.{batch or ""}matmul"({left}, {right}, {out}) : {signature}'
+        return f'"{HIDDEN}.{batch or ""}matmul"({left}, {right}, {out}) : {signature}'
 
     return re.sub(rf"linalg\.(batch_)?matmul (?:\{{[^{{}}]*\}} )?{operands}", hide, text)
 
@@ -172,7 +179,7 @@ def matmuls_to_loops(text: str) -> str:
     """Hidden matmuls as generics over (batch,) i, k, j: the innermost loop runs along rows and each element still sums
     over k in order. Sum reductions may be reassociated, so that LLVM makes vectors of them."""
     operands = rf"\({VALUE}, {VALUE}, {VALUE}\) : \({SHAPED}, {SHAPED}, {SHAPED}\) -> {SHAPED}"
-    text = re.sub(rf'"emulator\.(batch_)?matmul"{operands}', _matmul, text)
+    text = re.sub(rf'"{HIDDEN}\.(batch_)?matmul"{operands}', _matmul, text)
     reduce = re.compile(r"linalg\.reduce .*?linalg\.yield", re.S)
     relaxed = (r"(arith\.addf %\w+, %\w+) :", r"\1 fastmath<reassoc> :")
     return reduce.sub(lambda match: re.sub(*relaxed, match[0]), text)
@@ -210,14 +217,20 @@ def copies_to_linalg(text: str) -> str:
     )
 
 
-def to_assembly(dialect: str, cpu: str) -> str:
-    """LLVM dialect to assembly; malloc and free become the launcher's arena."""
+def to_assembly(dialect: str, cpu: str, unroll: bool) -> str:
+    """LLVM dialect to assembly; malloc and free become the launcher's arena.
+
+    Tiles are loops of known length. Unrolling them makes matrix products twice as fast, and a kernel of many small
+    elementwise steps ten times as long to compile: it is for kernels with a product.
+    """
     from triton._C.libtriton import ir, llvm
 
     def with_triple(match: re.Match) -> str:
         return f'module attributes {{llvm.target_triple = "{TRIPLE}"' + (", " if match[1] else "} ")
 
     dialect = re.sub(r"^module( attributes \{)?", with_triple, dialect, count=1, flags=re.M)
+    if not unroll:
+        dialect = re.sub(r"^(\s*llvm\.br \^bb\d+(?:\(.*\))?)$", rf"\1 {NO_UNROLLING}", dialect, flags=re.M)
     with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
         file.write(dialect)
         file.flush()

@@ -20,7 +20,7 @@ class Chip:
     vendor: str  # "nvidia" | "amd" | "ascend"
     part: str
     architecture: str  # what the compiler is told
-    memory: dict[str, int]
+    memory: dict[str, int] = field(hash=False)
     registers: int  # 32-bit registers a thread may use before spilling; 0 where the notion does not exist
     dot_cores: int
     vector_cores: int
@@ -117,9 +117,7 @@ def _ascend(name, part, architecture, ub_kib, l0c_kib, cube, vector, bandwidth, 
 
 _CUDA_GUIDE = "CUDA C++ Programming Guide, compute capabilities (shared memory); data sheet (rates)"
 _AMD_GUIDE = "CDNA white paper and data sheet; the last-level cache is the Infinity Cache"
-_ASCEND_TOOL = (
-    "sizes, cores: bishengir-opt --hacc-append-device-spec for this target; rates: public figures, recalled"
-)
+_ASCEND_TOOL = "sizes, cores: bishengir-opt --hacc-append-device-spec for this target; rates: public figures, recalled"
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip

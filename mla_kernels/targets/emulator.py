@@ -2,8 +2,8 @@
 
 A kernel goes through triton-ascend's front end and triton-adapter exactly as for the device; from there upstream MLIR
 passes and LLVM make x86-64 code of it instead of Ascend code, gcc links it, and ctypes launches it, each program of the
-grid in turn on two threads. What it shows: that the kernel's Ascend lowering computes the right values. What it does not
-show: speed, the closed last compiler stage, and races between cores (a program runs undisturbed on one thread, and
+grid in turn on two threads. What it shows: that the kernel's Ascend lowering computes the right values. What it does
+not show: speed, the closed last compiler stage, and races between cores (a program runs undisturbed on one thread, and
 kernels with atomics run on one thread alone).
 
 Whatever the lowering holds that the emulator has no meaning for is an EmulationError, never skipped.
@@ -14,7 +14,6 @@ import ctypes
 import functools
 import hashlib
 import json
-import mmap
 import os
 import signal
 import struct
@@ -27,10 +26,11 @@ import torch
 
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS, Chip
-from mla_kernels.targets.guard_pages import GuardedCopies, call_in_child
+from mla_kernels.targets.guard_pages import GuardedCopies, SharedInteger, call_in_child
 
 HERE = Path(__file__).parent
 THREADS = 2
+LINKER = ("gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -71,6 +71,7 @@ class Program:
         self.pack = struct.Struct("<" + "".join(codes)).pack
         loaded = ctypes.CDLL(str(library))
         self.watch, self.entry = loaded.emulator_watch, loaded.emulator_launch
+        self.watch.argtypes = [ctypes.c_void_p]
         self.entry.restype = ctypes.c_long
         self.entry.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 4]
 
@@ -113,7 +114,7 @@ def run(
     args: Sequence,
     chip: Chip = CHIPS["ascend910b"],
 ) -> None:
-    """Run ``function`` of the module text ``source``: the level below :func:`launch`, for kernels without a declaration.
+    """Run ``function`` of the module text ``source``: the level below :func:`launch`, without a declaration.
 
     Args:
         types: run-time argument -> Triton type ("*bf16", "i32", ...), in the kernel's order.
@@ -131,9 +132,9 @@ _guard: tuple[str, ...] = ()
 def guarded(sides: tuple[str, ...] = ("end", "start")):
     """Within the block each launch runs in a child process, on copies of its tensors that touch inaccessible memory.
 
-    Once for each of ``sides``: "start" has the inaccessible pages right before a tensor, "end" right after it. An access
-    that leaves its tensor raises EmulationError; results are copied back after the last run. Views of one storage keep
-    overlapping as they did, with the guards around what they cover together.
+    Once for each of ``sides``: "start" has the inaccessible pages right before a tensor, "end" right after it. An
+    access that leaves its tensor raises EmulationError, which names the argument; results are copied back after the
+    last run. Views of one storage keep overlapping as they did, with the guards around what they cover together.
     """
     global _guard
     if not sides or set(sides) - {"start", "end"}:
@@ -146,45 +147,43 @@ def guarded(sides: tuple[str, ...] = ("end", "start")):
 
 
 def _execute(program: Program, grid: tuple[int, int, int], args: Sequence) -> None:
-    for side in _guard:
-        run_in_child(program, grid, args, side, keep=side == _guard[-1])
-    if not _guard:
+    if _guard:
+        run_in_child(program, grid, args, _guard)
+    else:
         program(grid, [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args])
 
 
-def run_in_child(program: Program, grid: tuple[int, int, int], args: Sequence, side: str, *, keep: bool = True) -> None:
-    """One launch in a forked child between guard pages; ``keep`` copies its results into the tensors of ``args``.
+def run_in_child(program: Program, grid: tuple[int, int, int], args: Sequence, sides: Sequence[str]) -> None:
+    """A launch in a forked child, once for each of ``sides`` on copies guarded there; the last run's results are kept.
 
     Raises EmulationError where the child dies, with the tensors untouched.
     """
-    with GuardedCopies(tuple(args), side) as copies, mmap.mmap(-1, 8) as shared:
-        values = [arg if address is None else address for arg, address in zip(args, copies.addresses)]
-        slot = ctypes.c_uint64.from_buffer(shared)
+    with contextlib.ExitStack() as stack:
+        copies = [stack.enter_context(GuardedCopies(tuple(args), side)) for side in sides]
+        fault = stack.enter_context(SharedInteger())
 
         def call() -> None:
-            program.watch(ctypes.byref(slot))
-            program(grid, values)
+            program.watch(fault.address)
+            for each in copies:
+                program(grid, [arg if at is None else at for arg, at in zip(args, each.addresses)])
 
         status, died_of = call_in_child(call)
-        address = slot.value
-        del slot  # a view of the mapping, which would keep it from closing
+        if died_of in (signal.SIGSEGV, signal.SIGBUS):
+            where = _where(program, copies, fault.value)
+            raise EmulationError(f"{program.function}: died of signal {died_of}: out-of-bounds access {where}")
         if died_of:
-            what = f"{program.function}: the program died of signal {died_of}"
-            if died_of not in (signal.SIGSEGV, signal.SIGBUS):
-                raise EmulationError(f"{what} ({signal.Signals(died_of).name})")
-            raise EmulationError(f"{what}: out-of-bounds access {_where(program, copies.locate(address), address)}")
+            raise EmulationError(f"{program.function}: died of signal {died_of}")
         if status:
             raise EmulationError(f"{program.function}: the program failed in its child process (arena exhausted)")
-        if keep:
-            copies.copy_back()
+        copies[-1].copy_back()
 
 
-def _where(program: Program, place: tuple[int, int] | None, address: int) -> str:
-    if place is None:
-        return f"at {address:#x}, far from every tensor"
-    position, distance = place
-    name = program.names[position]
-    return f"{-distance} bytes before the start of {name}" if distance < 0 else f"{distance} bytes past the end of {name}"
+def _where(program: Program, copies: Sequence[GuardedCopies], address: int) -> str:
+    for place in filter(None, (each.locate(address) for each in copies)):
+        name, distance = program.names[place[0]], place[1]
+        edge = "before the start" if distance < 0 else "past the end"
+        return f"{abs(distance)} bytes {edge} of {name}"
+    return f"at {address:#x}, far from every tensor"
 
 
 def _type_key(arg):
@@ -282,9 +281,9 @@ def _link(function: str, answer: Mapping, scratch: Path) -> None:
     }.items():
         text = text.replace(f"@{name}@", value)
     (scratch / "launcher.c").write_text(text)
-    command = ["gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs", "launcher.c", "kernel.s"]
+    command = [*LINKER, "launcher.c", "kernel.s", "-o", "kernel.so", "-lm"]
     try:
-        result = subprocess.run([*command, "-o", "kernel.so", "-lm"], cwd=scratch, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise EmulationError(f"{function}: gcc is not installed, and the emulator links with it") from error
     if result.returncode:

@@ -13,9 +13,12 @@ extern void _mlir_ciface_@NAME@(@DECLARATION@);
 
 #define THREADS 2
 #define ARENA_BYTES (1UL << 34) /* reserved, not touched */
-#define KEEP_BYTES (1UL << 26)  /* touched pages above this go back after a launch */
+#define KEEP_BYTES (1UL << 26)  /* a thread that touched more gives its pages back after a launch */
+#define SIZES 256               /* distinct sizes whose freed blocks are used again */
 
-typedef struct { char *base; size_t top, peak; jmp_buf exhausted; int failed; } Arena;
+typedef struct Block { size_t bytes; struct Block *next; char pad[48]; } Block; /* 64 bytes in front of each block */
+typedef struct { size_t bytes; Block *first; } FreeList;
+typedef struct { char *base; size_t top, peak; jmp_buf exhausted; int failed; FreeList lists[SIZES]; int sizes; } Arena;
 typedef struct { const uint64_t *args; int gx, gy, gz; long next, programs; } Launch;
 
 static Arena arenas[THREADS];
@@ -23,14 +26,37 @@ static Launch current;
 static __thread Arena *mine;
 static pthread_mutex_t one_launch = PTHREAD_MUTEX_INITIALIZER;
 
-void *emulator_malloc(size_t bytes) {
-  char *start = mine->base + mine->top;
-  mine->top += (bytes + 63) & ~63UL;
-  if (mine->top > ARENA_BYTES) longjmp(mine->exhausted, 1);
-  return start;
+static FreeList *list_of(size_t bytes) {
+  for (int i = 0; i < mine->sizes; i++)
+    if (mine->lists[i].bytes == bytes) return &mine->lists[i];
+  if (mine->sizes == SIZES) return 0;
+  mine->lists[mine->sizes] = (FreeList){bytes, 0};
+  return &mine->lists[mine->sizes++];
 }
 
-void emulator_free(void *pointer) { (void)pointer; }
+void *emulator_malloc(size_t bytes) {
+  bytes = (bytes + 63) & ~63UL;
+  FreeList *list = list_of(bytes);
+  if (list && list->first) {
+    Block *again = list->first;
+    list->first = again->next;
+    return again + 1;
+  }
+  Block *block = (Block *)(mine->base + mine->top);
+  mine->top += sizeof(Block) + bytes;
+  if (mine->top > ARENA_BYTES) longjmp(mine->exhausted, 1);
+  block->bytes = bytes;
+  return block + 1;
+}
+
+void emulator_free(void *pointer) {
+  if (!pointer) return;
+  Block *block = (Block *)pointer - 1;
+  FreeList *list = list_of(block->bytes);
+  if (!list) return;
+  block->next = list->first;
+  list->first = block;
+}
 
 static void *work(void *arena) {
   const uint64_t *a = current.args;
@@ -51,6 +77,7 @@ static void *work(void *arena) {
     const long p = __atomic_fetch_add(&current.next, 1, __ATOMIC_RELAXED);
     if (p >= current.programs) break;
     mine->top = 0;
+    mine->sizes = 0;
     _mlir_ciface_@NAME@(&none, &none, @ARGUMENTS@ gx, gy, gz, (int)(p % gx), (int)(p / gx % gy), (int)(p / gx / gy));
     if (mine->top > mine->peak) mine->peak = mine->top;
   }

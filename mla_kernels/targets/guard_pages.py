@@ -66,7 +66,6 @@ class GuardedCopies:
     """Copies of the tensors among ``args``; views of one storage stay views of one copy.
 
     Within the block, ``addresses`` holds for each argument its copy's address (None for what is no tensor).
-    ``copy_back`` writes the copies' contents into the tensors.
     """
 
     def __init__(self, args: tuple, side: str):
@@ -101,6 +100,7 @@ class GuardedCopies:
         return self.args[position].untyped_storage().data_ptr() or -position - 1  # empty tensors have none
 
     def copy_back(self) -> None:
+        """Write what the copies hold into the tensors."""
         for region, start in self._regions.values():
             ctypes.memmove(start, region.address, region.size)
 
@@ -114,8 +114,24 @@ class GuardedCopies:
         return None
 
 
+class SharedInteger:
+    """A number that a forked child can set: at ``address`` for native code, as ``value`` for its parent."""
+
+    def __enter__(self) -> "SharedInteger":
+        self._region = _Region(8, "start")
+        self.address = self._region.address
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._region.close()
+
+    @property
+    def value(self) -> int:
+        return ctypes.c_uint64.from_address(self.address).value
+
+
 def call_in_child(call: Callable[[], None]) -> tuple[int, int]:
-    """Run ``call`` in a forked child: its exit status (0, or 1 where ``call`` raised) and the signal that killed it or 0.
+    """Run ``call`` in a forked child: its exit status (1 where ``call`` raised) and the signal that killed it, or 0.
 
     ``call`` must stay in native code: other threads do not exist in the child, and their locks may be held.
     """

@@ -39,7 +39,7 @@ def parity(problem):
     problem.check(before)
 
 
-@pytest.mark.parametrize(("op", "shape"), sampled_cases())
+@pytest.mark.parametrize(("op", "shape"), list(sampled_cases()))
 def test_parity(backend, device, op, shape):
     parity(make(op, device=device, **shape))
 

@@ -8,7 +8,7 @@ from mla_kernels.targets.source import HEADER
 
 SOURCE = (
     HEADER
-    + '''
+    + """
 @triton.jit
 def product(a, b, c, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr):
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -33,7 +33,7 @@ def copy(x, y, index, BLOCK: tl.constexpr):
 @triton.jit
 def wrong(x, BLOCK: tl.constexpr):
     tl.store(x, no_such_name)
-'''
+"""
 )
 ASCEND = ("ascend910b", "ascend910c", "ascend950")
 

@@ -24,7 +24,8 @@ def test_unknown_chip_lists_the_known():
 
 
 @pytest.mark.parametrize(
-    "capability, name", [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")]
+    "capability, name",
+    [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
 )
 def test_nvidia_chip(capability, name):
     assert chips.nvidia_chip(*capability).name == name

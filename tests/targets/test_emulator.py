@@ -1,52 +1,18 @@
-"""The NPU emulator against torch, on kernels of its own."""
+"""Values that the NPU emulator computes, against torch, on kernels of its own."""
 
 import pytest
 import torch
 
 from mla_kernels import launch
 from mla_kernels.language import tl, triton
-from mla_kernels.targets import emulator, service
+from mla_kernels.targets import emulator
 from mla_kernels.targets.chips import CHIPS
-from mla_kernels.targets.source import python_function, standalone
+from mla_kernels.targets.source import standalone
+from tests.targets.emulated import gather_kernel, matmul, relative_error, run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def run(kernel, grid, *args, **constants):
-    """Launch a jit function of this file; argument types follow from ``args``."""
-    names = python_function(kernel).__code__.co_varnames
-    types = {name: emulator.triton_type(arg) for name, arg in zip(names, args)}
-    emulator.run(standalone(kernel), python_function(kernel).__name__, types, constants, grid, args)
-
-
-def relative_error(actual, exact):
-    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
-
-
-@triton.jit
-def matmul_kernel(
-    a, b, c, rows, columns, depth, stride_a, stride_b, stride_c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        at = start + k
-        left = tl.load(a + m[:, None] * stride_a + at[None, :], mask=(m[:, None] < rows) & (at[None, :] < depth), other=0.0)
-        right = tl.load(b + at[:, None] * stride_b + n[None, :], mask=(at[:, None] < depth) & (n[None, :] < columns), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    inside = (m[:, None] < rows) & (n[None, :] < columns)
-    tl.store(c + m[:, None] * stride_c + n[None, :], total.to(c.dtype.element_ty), mask=inside)
-
-
-def matmul(a, b, c, rows=None):
-    (m, k), n = a.shape, b.shape[1]
-    grid = (triton.cdiv(m, 32), triton.cdiv(n, 32))
-    sizes = (rows or m, n, k, a.stride(0), b.stride(0), c.stride(0))
-    run(matmul_kernel, grid, a, b, c, *sizes, BLOCK_M=32, BLOCK_N=32, BLOCK_K=64)
 
 
 @each_dtype
@@ -195,15 +161,6 @@ def test_conversions_round_to_nearest_even(source, target):
     assert torch.equal(y.nan_to_num(nan=7.0), x.to(DTYPES[target]).nan_to_num(nan=7.0))
 
 
-@triton.jit
-def gather_kernel(table, index, out, rows, columns, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    row, column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    source = tl.load(index + row, mask=row < rows, other=0)
-    value = tl.load(table + source[:, None] * columns + column[None, :], mask=column[None, :] < columns, other=0.0)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tl.store(out + row[:, None] * columns + column[None, :], value, mask=inside)
-
-
 @each_dtype
 def test_gather_rows(dtype):
     torch.manual_seed(0)
@@ -264,6 +221,24 @@ def test_loops_with_run_time_bounds():
 
 
 @triton.jit
+def repeated_kernel(x, y, items, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for item in range(items):
+        if item % 2 == 0:
+            total = tl.cumsum(total, 0) + tl.load(x + at)
+    tl.store(y + at, total)
+
+
+def test_memory_of_a_program_does_not_grow_with_its_loop():
+    x, y = torch.randn(64), torch.zeros(64)
+    types = {"x": "*fp32", "y": "*fp32", "items": "i32"}
+    program = emulator.build(standalone(repeated_kernel), "repeated_kernel", types, {"BLOCK": 64})
+    peaks = [program((1, 1, 1), (x.data_ptr(), y.data_ptr(), items)) for items in (2, 200)]
+    assert peaks[0] == peaks[1] < 4096
+
+
+@triton.jit
 def wide_integer_kernel(y, value):
     tl.store(y, value + 1)
 
@@ -287,64 +262,6 @@ def test_contiguous_atomics(dtype):
     y = torch.zeros(50, dtype=dtype)
     run(column_sum_kernel, (6,), x, y, 50, BLOCK=64)
     assert y.equal(x.sum(0).to(dtype))
-
-
-# Failures are loud
-
-
-def test_out_of_bounds_read_is_named():
-    a, b, c = torch.randn(50, 100), torch.randn(100, 70), torch.zeros(50, 70)
-    with emulator.guarded(), pytest.raises(emulator.EmulationError, match="bytes past the end of a"):
-        matmul(a, b, c, rows=52)
-    assert c.eq(0).all()  # a run that died wrote nothing
-
-
-@triton.jit
-def shifted_copy_kernel(x, y, shift, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(y + at, tl.load(x + at + shift))
-
-
-@pytest.mark.parametrize("shift, message", [(-1, "4 bytes before the start of x"), (1, "bytes past the end of x")])
-def test_out_of_bounds_by_one(shift, message):
-    x, y = torch.randn(64), torch.empty(64)
-    with emulator.guarded():
-        run(shifted_copy_kernel, (1,), x, y, 0, BLOCK=64)
-        assert y.equal(x)
-        with pytest.raises(emulator.EmulationError, match=message):
-            run(shifted_copy_kernel, (1,), x, y, shift, BLOCK=64)
-
-
-@triton.jit
-def inline_assembly_kernel(x, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    value = tl.load(x + at)
-    value = tl.inline_asm_elementwise("mov $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1)
-    tl.store(x + at, value)
-
-
-def test_inline_assembly_is_refused():
-    with pytest.raises(emulator.EmulationError, match="inline_assembly_kernel: emulator rewrites: inline assembly"):
-        run(inline_assembly_kernel, (1,), torch.zeros(64, dtype=torch.int32), BLOCK=64)
-
-
-def test_unknown_device_function_is_refused():
-    source = """
-import triton
-import triton.language as tl
-from triton.language.extra.ascend import libdevice
-@triton.jit
-def f(x, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(x + at, libdevice.relu(tl.load(x + at)))
-"""
-    with pytest.raises(emulator.EmulationError, match=r"linking failed: (.|\n)*undefined reference to `reluf"):
-        emulator.run(source, "f", {"x": "*fp32"}, {"BLOCK": 64}, (1,), (torch.zeros(64),))
-
-
-def test_error_names_the_stage():
-    with pytest.raises(emulator.EmulationError, match="triton front end"):
-        emulator.run("import triton\n@triton.jit\ndef f(x):\n    nothing(x)\n", "f", {"x": "*fp32"}, {}, (1,), ())
 
 
 def test_launch_of_a_declared_kernel(monkeypatch):
@@ -371,52 +288,3 @@ def test_launch_of_a_declared_kernel(monkeypatch):
             kernel.launch(chip, 6, (x, 3, 50), statics, {})
         with pytest.raises(emulator.EmulationError, match="not sm_90"):
             kernel.launch(CHIPS["sm_90"], 6, (x, y, 50), statics, {})
-
-
-def test_missing_toolchain_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLA_KERNELS_ASCEND_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(service.ToolchainMissing, match="no Ascend toolchain"):
-        service.ascend_python()
-
-
-# Where triton-ascend's lowering, and so the emulator, differs from Triton elsewhere (seen in triton-ascend 3.2.0)
-
-
-@triton.jit
-def high_product_kernel(x, y, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(y + at, tl.umulhi(tl.load(x + at), tl.load(x + at)))
-
-
-def test_umulhi_is_signed_on_ascend():
-    x = torch.tensor([-1, 1 << 30] * 8, dtype=torch.int32)
-    y = torch.zeros_like(x)
-    run(high_product_kernel, (1,), x, y, BLOCK=16)
-    assert y.tolist() == [0, 1 << 28] * 8  # unsigned: 2^32 - 2 first
-
-
-def test_masked_row_gather_reads_the_whole_block_on_ascend():
-    table, index = torch.randn(20, 60), torch.full((16,), 19, dtype=torch.int32)
-    with emulator.guarded(), pytest.raises(emulator.EmulationError, match="past the end of table"):
-        run(gather_kernel, (1,), table, index, torch.empty(16, 60), 16, 60, BLOCK_N=16, BLOCK_D=64)
-
-
-@triton.jit
-def compare_and_swap_kernel(x, y):
-    tl.store(y, tl.atomic_cas(x, 3, 5))
-
-
-def test_compare_and_swap_returns_the_new_value_on_ascend():
-    x, y = torch.full((1,), 3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    run(compare_and_swap_kernel, (1,), x, y)
-    assert x.item() == 5 and y.item() == 5  # elsewhere the result is the old value, 3
-
-
-@triton.jit
-def ticket_kernel(counter, y):
-    tl.store(y + tl.atomic_add(counter, 1), 1)
-
-
-def test_scalar_atomic_with_a_used_result_does_not_lower_on_ascend():
-    with pytest.raises(emulator.EmulationError, match="triton-adapter"):
-        run(ticket_kernel, (1,), torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))

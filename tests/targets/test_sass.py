@@ -35,7 +35,12 @@ def test_sass_instructions():
     instructions = sass.parse(LISTING)
     assert len(instructions) == 20
     first, branch = instructions[0], instructions[7]
-    assert (first.address, first.opcode, first.operands, first.control) == (0, "LDC", "R1, c[0x0][0x28]", 0xE700000000800)
+    assert (first.address, first.opcode, first.operands, first.control) == (
+        0,
+        "LDC",
+        "R1, c[0x0][0x28]",
+        0xE700000000800,
+    )
     assert (branch.predicate, branch.name, branch.operands) == ("!P6", "BRA", "0x30")
     assert [sass.kind(i) for i in instructions[:8]] == [
         "constant", "spill", "control", "async copy", "tensor", "spill", "tensor", "control"

@@ -7,7 +7,7 @@ import pytest
 
 from mla_kernels.targets.source import HEADER, python_function, standalone
 
-HELPERS = '''
+HELPERS = """
 from mla_kernels.language import tl, triton
 
 EXTRA = tl.constexpr(8)
@@ -21,9 +21,9 @@ def deep(x):
 @triton.jit
 def scale(x):
     return deep(x) + 1
-'''
+"""
 
-KERNELS = '''
+KERNELS = """
 import math
 
 from mla_kernels.language import tl, triton
@@ -59,7 +59,7 @@ def unknown(x_ptr):
 @triton.jit
 def typo(x_ptr):
     tl.store(x_ptr, undefined_name)
-'''
+"""
 
 
 @pytest.fixture

@@ -1,0 +1,183 @@
+"""Routing, dispatch, combine and the fused experts, at DeepSeek-V2-Lite's sizes."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mla_kernels.moe.combine import combine
+from mla_kernels.moe.dispatch import dispatch
+from mla_kernels.moe.experts import expert_ffn
+from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.route import route
+from mla_kernels.reference import moe as reference
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
+TOKENS = (1, 16, 256, 1024)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+
+
+@functools.lru_cache(maxsize=1)
+def expert_weights(dtype):
+    """gate_up and down; one random expert, rolled by another count for each, since 5e8 random numbers take seconds."""
+
+    def stack(rows, columns):
+        one = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
+        return torch.stack([one.roll(37 * expert) for expert in range(EXPERTS)])
+
+    return stack(2 * INTERMEDIATE, HIDDEN), stack(HIDDEN, INTERMEDIATE)
+
+
+def plain_route(logits, bias, groups, kept_groups, top_k):
+    """DeepSeek-V3's router as transformers writes it."""
+    scores = logits.sigmoid()
+    choice = scores + bias
+    ranks = choice.view(-1, groups, logits.shape[1] // groups).topk(2, -1).values.sum(-1)
+    mask = torch.zeros_like(ranks).scatter_(1, ranks.topk(kept_groups, -1, sorted=False).indices, 1)
+    mask = mask[:, :, None].expand(-1, -1, logits.shape[1] // groups).reshape(logits.shape)
+    ids = choice.masked_fill(~mask.bool(), float("-inf")).topk(top_k, -1).indices
+    weights = scores.gather(1, ids)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, ids
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_route(race, tokens):
+    logits, bias = torch.randn(tokens, 256), torch.randn(256) * 0.1
+    options = {"num_groups": 8, "top_k_groups": 4, "routed_scale": 2.5}
+    exact, _ = reference.route(logits.double(), 8, bias=bias.double(), **options)
+    race(
+        lambda: route(logits, 8, bias=bias, **options)[0],
+        {"torch (HF's code)": lambda: plain_route(logits, bias, 8, 4, 8)[0]},
+        exact,
+        nbytes=logits.nbytes + tokens * 8 * 8,
+        flops=4 * logits.numel(),
+    )
+
+
+def plain_dispatch(ids, experts):
+    order = ids.flatten().argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel())
+    counts = F.one_hot(ids.flatten().long(), experts).sum(0)
+    return order, order // ids.shape[1], inverse, F.pad(counts.cumsum(0), (1, 0))
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_dispatch(race, tokens):
+    ids = torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
+    exact = torch.cat(reference.dispatch(ids, EXPERTS)).double()
+    race(
+        lambda: dispatch(ids, EXPERTS),
+        {"torch": lambda: plain_dispatch(ids, EXPERTS)},
+        exact,
+        pick=lambda result: torch.cat(result).float(),
+        nbytes=4 * ids.nbytes,
+        flops=0,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_combine(race, tokens):
+    ids = torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
+    rows, weights = torch.randn(tokens * TOP_K, HIDDEN).bfloat16(), torch.rand(tokens, TOP_K)
+    dispatched = dispatch(ids, EXPERTS)
+    inverse = dispatched.inverse.long()
+    race(
+        lambda: combine(rows, weights, dispatched),
+        {"torch": lambda: (rows[inverse].view(tokens, TOP_K, -1) * weights.unsqueeze(-1)).sum(1).bfloat16()},
+        reference.combine(rows.double(), weights.double(), dispatched),
+        nbytes=rows.nbytes * (TOP_K + 1) / TOP_K,
+        flops=2 * rows.numel(),
+    )
+
+
+def exact_rows(hidden, gate_up, down, weights, ids):
+    """fp64 result of these tokens, expert by expert to save memory."""
+    total = torch.zeros(hidden.shape, dtype=torch.float64)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (hidden[token].double() @ gate_up[expert].double().t()).chunk(2, -1)
+        out = (F.silu(gate) * up) @ down[expert].double().t()
+        total.index_add_(0, token, out * weights[token, slot, None].double())
+    return total
+
+
+def plain_moe(hidden, gate_up, down, weights, ids):
+    total = torch.zeros(hidden.shape)
+    for expert in range(gate_up.shape[0]):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        if token.numel():
+            gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, -1)
+            out = F.linear(F.silu(gate) * up, down[expert])
+            total.index_add_(0, token, out * weights[token, slot, None])
+    return total.to(hidden.dtype)
+
+
+def hf_experts(gate_up, down, hidden, weights, ids):
+    """transformers' experts over the same weights, one function for each experts_implementation."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K
+    )
+    with torch.device("meta"):
+        module = DeepseekV3Experts(config)
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(weight) for weight in (gate_up, down))
+
+    def run(implementation):
+        def step():
+            config._experts_implementation_internal = implementation
+            return module(hidden, ids.long(), weights)
+
+        return step
+
+    names = ["eager", "grouped_mm"]
+    if hidden.shape[0] <= 16:
+        names.append("batched_mm")  # copies the weights of every (token, slot) pair
+    return {f"HF {name}": run(name) for name in names}
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_fused_moe(race, dtype, tokens):
+    gate_up, down = expert_weights(dtype)
+    hidden = torch.randn(tokens, HIDDEN).to(dtype)
+    weights, ids = route(torch.randn(tokens, EXPERTS), TOP_K)
+    args = (hidden, gate_up, down, weights, ids)
+    sample = slice(0, 4)
+    used = ids.unique().numel()
+    expert_bytes = 3 * INTERMEDIATE * HIDDEN * dtype.itemsize
+    race(
+        lambda: fused_moe(*args),
+        {"torch": lambda: plain_moe(*args), **hf_experts(gate_up, down, hidden, weights, ids)},
+        exact_rows(hidden[sample], gate_up, down, weights[sample], ids[sample]),
+        pick=lambda result: result[sample],
+        nbytes=used * expert_bytes + 2 * hidden.nbytes,
+        flops=6 * INTERMEDIATE * HIDDEN * tokens * TOP_K,
+    )
+
+
+def test_expert_ffn(race):
+    gate_up, down = expert_weights(torch.bfloat16)
+    hidden = torch.randn(16, HIDDEN).bfloat16()
+    dispatched = dispatch(torch.rand(16, EXPERTS).topk(TOP_K).indices.int(), EXPERTS)
+    tokens, ends = dispatched.tokens.long(), dispatched.offsets[1:]
+
+    def plain():
+        gate, up = F.grouped_mm(hidden[tokens], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+    used = (dispatched.offsets.diff() > 0).nonzero().flatten()
+    first = int(used[0])
+    rows = slice(0, int(dispatched.offsets[first + 1]))
+    gate, up = (hidden[tokens[rows]].double() @ gate_up[first].double().t()).chunk(2, -1)
+    race(
+        lambda: expert_ffn(hidden, gate_up, down, dispatched),
+        {"torch grouped_mm": plain} if hasattr(F, "grouped_mm") else {},
+        (F.silu(gate) * up) @ down[first].double().t(),
+        pick=lambda result: result[rows],
+        nbytes=used.numel() * 3 * INTERMEDIATE * HIDDEN * 2 + tokens.numel() * HIDDEN * 4,
+        flops=6 * INTERMEDIATE * HIDDEN * tokens.numel(),
+    )

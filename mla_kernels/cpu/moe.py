@@ -1,0 +1,119 @@
+"""Routing, sorting by expert, the experts and their weighted sum, for CPU tensors.
+
+Loops run over experts that have tokens and over the slots of a token, never over tokens.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from mla_kernels.cpu.gemm import linear
+
+_NEVER = float("-inf")
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_k_groups: int,
+    renormalize: bool,
+    routed_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores in fp32, the choice by exact (score, index) order; see `_best`."""
+    logits = logits.float()
+    missing = logits.isnan()
+    if scoring == "softmax":
+        scores = choice = torch.softmax(logits.masked_fill(missing, _NEVER), -1)
+    else:
+        scores = torch.sigmoid(logits)
+        choice = scores if bias is None else scores + bias
+    choice = choice.masked_fill(missing.logical_or_(choice.isnan()), _NEVER)
+
+    if top_k_groups < num_groups:
+        grouped = choice.unflatten(1, (num_groups, -1))  # [T, groups, experts of a group]
+        ranked = 1 if scoring == "softmax" else min(2, grouped.shape[2])
+        rank = grouped.topk(ranked, -1).values.sum(-1)
+        outside = torch.ones_like(rank, dtype=torch.bool).scatter_(1, _best(rank, top_k_groups), False)
+        if scoring == "softmax":
+            outside = outside.unsqueeze(2)
+            scores = scores.unflatten(1, (num_groups, -1)).masked_fill(outside, 0.0).flatten(1)
+            choice = grouped.masked_fill(outside & (grouped > _NEVER), 0.0).flatten(1)
+        else:
+            choice = grouped.masked_fill(outside.unsqueeze(2), _NEVER).flatten(1)
+
+    ids = _best(choice, top_k)
+    weights = scores.gather(1, ids)
+    absent = choice.gather(1, ids) == _NEVER
+    if absent.any():  # fewer candidates than slots
+        weights, ids = weights.masked_fill(absent, 0.0), ids.masked_fill(absent, -1)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routed_scale, ids.int()
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of each row's ``count`` largest fp32 values, best first, the lowest index first among equals; no NaN.
+
+    One integer holds both: the value's bits, turned so that they order as the value does, above the inverted index.
+    """
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = values.shape[1] - 1
+    keys = (bits.long() << 32) + torch.arange(last, -1, -1)
+    return last - (keys.topk(count, -1).values & 0xFFFFFFFF)
+
+
+def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stable sort; pairs without an expert count as expert ``num_experts``."""
+    experts = ids.reshape(-1)
+    experts = experts.masked_fill((experts < 0) | (experts > num_experts), num_experts)
+    order = experts.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int32)
+    torch.cumsum(torch.bincount(experts, minlength=num_experts + 1)[:-1], 0, out=offsets[1:])
+    return order.int(), (order // max(ids.shape[1], 1)).int(), inverse.int(), offsets
+
+
+def expert_ffn(
+    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Two products for each expert that has tokens, with SwiGLU between them in place."""
+    bounds = offsets.tolist()
+    intermediate = down.shape[2]
+    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
+    sorted_hidden = hidden.index_select(0, tokens[: bounds[-1]])
+    for expert, (first, last) in enumerate(pairwise(bounds)):
+        if first < last:
+            gate_and_up = linear(sorted_hidden[first:last], gate_up[expert])  # [tokens of the expert, 2I]
+            activation = F.silu(gate_and_up[:, :intermediate]).mul_(gate_and_up[:, intermediate:])
+            rows[first:last] = linear(activation, down[expert])
+    return rows
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sum over slots in fp32, slot 0 first."""
+    tokens, top_k = weights.shape
+    place = inverse.view(tokens, top_k)
+    skipped = place >= offsets[-1]
+    holes = bool(skipped.any())
+    if holes:
+        weights = weights.masked_fill(skipped, 0.0)
+    total = torch.zeros(tokens, rows.shape[1])
+    for slot in range(top_k):
+        values = rows.index_select(0, place[:, slot]).float()
+        if holes:  # rows of skipped pairs may hold anything
+            values.masked_fill_(skipped[:, slot : slot + 1], 0.0)
+        total.addcmul_(values, weights[:, slot : slot + 1])
+    return total.to(rows.dtype)
+
+
+def fused_moe(
+    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """`dispatch`, `expert_ffn` and `combine`."""
+    _, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    return combine(expert_ffn(hidden, gate_up, down, tokens, offsets), weights, inverse, offsets)

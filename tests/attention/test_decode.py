@@ -1,0 +1,191 @@
+"""mla_decode against the reference on every backend: shapes, splits, bad indices, bits."""
+
+import random
+
+import pytest
+import torch
+
+from mla_kernels import launch
+from mla_kernels.attention import decode
+from mla_kernels.latent.cache import LatentCache
+from tests.attention.problems import Problem, make
+
+HEADS = (1, 3, 5, 12, 16, 20, 63, 96, 127, 128)
+PAGE_SIZES = (1, 16, 61, 64, 128)
+QUERIES = (1, 2, 3, 5)
+LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 130)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shapes(count: int) -> list[tuple]:
+    """Random (heads, page size, queries, dtype, lengths) in which every value of each stands at least once."""
+    rng = random.Random(2)
+    columns = []
+    for values in (HEADS, PAGE_SIZES, QUERIES, DTYPES):
+        column = [*values * (count // len(values)), *rng.sample(values, count % len(values))]
+        rng.shuffle(column)
+        columns.append(column)
+    lengths = [tuple(rng.sample(LENGTHS, 3)) for _ in range(count)]
+    return list(zip(*columns, lengths))
+
+
+@pytest.mark.parametrize("heads, page_size, queries, dtype, lengths", shapes(10))
+def test_parity(backend, device, heads, page_size, queries, dtype, lengths):
+    problem = make(lengths, heads=heads, page_size=page_size, queries=queries, dtype=dtype, device=device)
+    problem.check(problem.run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_parity_of_every_shape(backend, device, page_size, queries, dtype):
+    for heads in HEADS:
+        problem = make(LENGTHS, heads=heads, page_size=page_size, queries=queries, dtype=dtype, device=device)
+        problem.check(problem.run())
+
+
+@pytest.mark.parametrize("heads, dtype", [(128, torch.bfloat16), (16, torch.float32), (20, torch.float16)])
+def test_real_sizes(heads, dtype, backend, device):
+    if backend == "interpret":
+        pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
+    lengths = [1581, 777]
+    problem = make(lengths, heads=heads, dtype=dtype, latent_dim=512, rope_dim=64, device=device)
+    problem.check(problem.run())
+
+
+def test_not_causal(backend, device):
+    problem = make([5, 70], heads=4, queries=3, causal=False, device=device)
+    problem.check(problem.run())
+
+
+def test_empty_rows_are_zero_and_minus_infinity(backend, device):
+    out, lse = make([0, 1, 2], heads=2, queries=3, device=device).run()
+    seen = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(lse.cpu() == float("-inf"), ~seen[..., None].expand(-1, -1, 2))
+    assert (out.cpu()[~seen] == 0).all() and (out.cpu()[seen] != 0).all()
+
+
+def test_empty_batch(backend, device):
+    problem = make([5], device=device)
+    none = slice(0, 0)
+    problem = Problem(problem.q[none], problem.cache, problem.block_table[none], problem.seq_lens[none])
+    out, lse = problem.run()
+    assert out.shape == (0, 1, 3, 64) and lse.shape == (0, 1, 3)
+
+
+def test_table_without_columns(backend, device):
+    problem = make([0], device=device)
+    out, lse = problem.run(block_table=problem.block_table[:, :0])
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("layout", ["heads_first", "query_slice", "head_slice", "one_head"])
+def test_queries_of_any_stride(layout, backend, device):
+    problem = make([70, 3], heads=4, queries=2, device=device)
+    exact = problem.q
+    if layout == "heads_first":
+        problem.q = exact.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "query_slice":
+        problem.q = torch.cat([exact, exact], 1)[:, :2]
+    elif layout == "head_slice":
+        problem.q = torch.cat([exact, exact], 2)[:, :, :4]
+    else:
+        problem.q = exact[:, :, :1]
+    assert not problem.q.is_contiguous()
+    problem.check(problem.run())
+
+
+def test_cache_and_table_of_any_stride(backend, device):
+    problem = make([70, 3], device=device)
+    data = problem.cache.data
+    wide = torch.full((data.shape[0], 2, *data.shape[1:]), float("nan"), device=device)
+    wide[:, 1] = data
+    table = torch.stack([problem.block_table, torch.full_like(problem.block_table, -1)], 1)
+    strided = Problem(
+        problem.q, LatentCache(wide[:, 1], 64), table[:, 0], problem.seq_lens, problem.softmax_scale
+    )
+    assert not strided.cache.data.is_contiguous() and not strided.block_table.is_contiguous()
+    for got, want in zip(strided.run(), problem.run()):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_splits(backend, device, queries, monkeypatch):
+    problem = make([1, 129, 700, 128, 0], heads=5, queries=queries, device=device)
+    problem.check(problem.run())  # 512 keys a split
+    monkeypatch.setattr(decode, "MIN_SPLIT", 128)
+    problem.check(problem.run())
+    monkeypatch.setattr(decode, "MAX_SPLITS", 2)
+    problem.check(problem.run())
+
+
+def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, device):
+    problem = make([130, 1, 0], heads=5, queries=2, device=device)
+    room = torch.full((3, 20), -1, dtype=torch.int32, device=device)
+    room[:, : problem.block_table.shape[1]] = problem.block_table
+    for wide, narrow in zip(problem.run(block_table=room), problem.run()):
+        assert torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_batch(backend, device, dtype):
+    problem = make([700, 65, 0, 129], heads=5, dtype=dtype, device=device)
+    together = problem.run()
+    for index in range(4):
+        for alone, joint in zip(problem.sequence(index).run(), together):
+            assert torch.equal(alone[0], joint[index])
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    permuted = Problem(
+        problem.q[order], problem.cache, problem.block_table[order], problem.seq_lens[order], problem.softmax_scale
+    )
+    for shuffled, joint in zip(permuted.run(), together):
+        assert torch.equal(shuffled, joint[order])
+
+
+def test_repeats_give_the_same_bits(backend, device):
+    problem = make([130, 40], heads=5, dtype=torch.bfloat16, device=device)
+    first = problem.run()
+    for _ in range(19):
+        for got, want in zip(problem.run(), first):
+            assert torch.equal(got, want)
+
+
+def unchecked(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The launcher, without the value checks that CPU tensors go through."""
+    return decode._launch(*problem.arguments())
+
+
+@pytest.mark.parametrize("page_size", [64, 16, 61])
+def test_garbage_in_device_tensors_is_absent_tokens(backend, device, page_size):
+    if backend == "cpu":
+        pytest.skip("values of CPU tensors are checked")
+    problem = make([130, 200, 70, 66], queries=2, page_size=page_size, device=device)
+    problem.block_table[0, 0] = -1
+    problem.block_table[1, 1] = problem.cache.num_pages
+    problem.block_table[2, -1] = 2**31 - 1
+    problem.block_table[3] = -(2**31)
+    problem.seq_lens[2:] = torch.tensor([2**31 - 1, -5], device=device)
+    problem.check(unchecked(problem))
+
+
+@pytest.mark.parametrize("page_size", [64, 61])
+def test_no_access_leaves_a_tensor(page_size):
+    emulator = pytest.importorskip("mla_kernels.targets.emulator")
+    problem = make([130, 200, 0], queries=2, page_size=page_size)
+    problem.block_table[0, 1] = problem.cache.num_pages
+    problem.seq_lens[1] = 2**31 - 1
+    with launch.on_cpu("npu-emulated"), emulator.guarded():
+        problem.check(unchecked(problem))
+
+
+def test_offsets_past_two_to_the_31(backend, device):
+    pages = 2**31 // (64 * 80) + 20
+    data = torch.empty(pages, 64, 80, dtype=torch.bfloat16, device=device)  # only the pages in use become real
+    small = make([70], dtype=torch.bfloat16, device=device)
+    for column, page in enumerate((pages - 1, pages - 10)):
+        data[page] = small.cache.data[small.block_table[0, column]]
+    table = torch.tensor([[pages - 1, pages - 10]], dtype=torch.int32, device=device)
+    large = Problem(small.q, LatentCache(data, 64), table, small.seq_lens, small.softmax_scale)
+    for got, want in zip(large.run(), small.run()):
+        assert torch.equal(got, want)

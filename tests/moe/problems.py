@@ -1,0 +1,67 @@
+"""Seeded problems for the mixture-of-experts tests, and the exact answer to each."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_kernels.reference import moe as reference
+
+
+@dataclass
+class Layer:
+    """Inputs of fused_moe."""
+
+    hidden: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+
+    def inputs(self):
+        return self.hidden, self.gate_up, self.down, self.weights, self.ids
+
+    def exact(self):
+        """The answer in float64."""
+        return reference.fused_moe(*(x.double() if x.is_floating_point() else x for x in self.inputs()))
+
+    def baseline(self):
+        """The same mathematics in the layer's dtype; None for fp32, which has an absolute bound."""
+        return None if self.hidden.dtype == torch.float32 else reference.fused_moe(*self.inputs())
+
+
+def distinct_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """top_k different experts for every token, as a router gives them."""
+    return torch.rand(tokens, experts).argsort(1)[:, :top_k].int().contiguous()
+
+
+def layer(tokens, experts, top_k, hidden, intermediate, dtype=torch.float32, ids=None) -> Layer:
+    """A random layer whose activations keep the size of its inputs."""
+    return Layer(
+        torch.randn(tokens, hidden).to(dtype),
+        (torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5).to(dtype),
+        (torch.randn(experts, hidden, intermediate) * intermediate**-0.5).to(dtype),
+        torch.rand(tokens, top_k),
+        distinct_ids(tokens, experts, top_k) if ids is None else ids,
+    )
+
+
+def wide_layer(tokens, experts, top_k, hidden, intermediate, ids) -> Layer:
+    """A bf16 layer of real size: every expert is the same random matrix, rolled by its own number of rows."""
+    gate_up = torch.empty(experts, 2 * intermediate, hidden, dtype=torch.bfloat16)
+    down = torch.empty(experts, hidden, intermediate, dtype=torch.bfloat16)
+    first = (torch.randn(2 * intermediate, hidden) * hidden**-0.5).bfloat16()
+    second = (torch.randn(hidden, intermediate) * intermediate**-0.5).bfloat16()
+    for expert in range(experts):
+        gate_up[expert], down[expert] = first.roll(expert, 0), second.roll(-expert, 0)
+    return Layer(torch.randn(tokens, hidden).bfloat16(), gate_up, down, torch.rand(tokens, top_k), ids)
+
+
+def used_experts(problem: Layer) -> Layer:
+    """The same layer without the experts that no token uses, so that its float64 answer is affordable."""
+    experts = problem.gate_up.shape[0]
+    valid = (problem.ids >= 0) & (problem.ids < experts)
+    used = problem.ids[valid].unique()
+    number = torch.full((experts,), -1, dtype=torch.int32)
+    number[used.long()] = torch.arange(len(used), dtype=torch.int32)
+    ids = torch.where(valid, number[problem.ids.clamp(0, experts - 1).long()], -1)
+    return Layer(problem.hidden, problem.gate_up[used.long()], problem.down[used.long()], problem.weights, ids)

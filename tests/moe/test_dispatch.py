@@ -1,0 +1,75 @@
+"""dispatch against the reference, and the properties of a stable sort by expert."""
+
+import pytest
+import torch
+
+from mla_kernels import launch
+from mla_kernels.moe.dispatch import dispatch
+from mla_kernels.reference import moe as reference
+from mla_kernels.targets import emulator
+
+SENTINELS = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+
+
+def random_ids(tokens, experts, top_k):
+    """Any experts, a fifth of them none of this device's."""
+    ids = torch.randint(0, experts, (tokens, top_k), dtype=torch.int32)
+    outside = torch.cat([SENTINELS, torch.tensor([experts], dtype=torch.int32)])
+    return torch.where(torch.rand(tokens, top_k) < 0.2, outside[torch.randint(0, 4, (tokens, top_k))], ids)
+
+
+def assert_same(actual, expected):
+    for name in expected._fields:
+        got = getattr(actual, name)
+        assert got.dtype == torch.int32 and torch.equal(got, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, top_k",
+    [(0, 8, 2), (1, 1, 1), (2, 64, 6), (17, 8, 1), (61, 64, 6), (300, 8, 6), (9, 256, 8), (5, 160, 6)],
+)
+def test_parity(backend, tokens, experts, top_k):
+    ids = random_ids(tokens, experts, top_k)
+    assert_same(dispatch(ids, experts), reference.dispatch(ids, experts))
+
+
+def test_documented_example(backend):
+    order, tokens, inverse, offsets = dispatch(torch.tensor([[2, 0], [0, -1], [2, 1]], dtype=torch.int32), 3)
+    assert order.tolist() == [1, 2, 5, 0, 4, 3]
+    assert tokens.tolist() == [0, 1, 2, 0, 2, 1]
+    assert inverse.tolist() == [3, 0, 1, 5, 4, 2]
+    assert offsets.tolist() == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize("expert", [0, 7, -1, 8])
+def test_all_tokens_to_one_expert(backend, expert):
+    ids = torch.full((100, 6), expert, dtype=torch.int32)
+    order, _, _, offsets = dispatch(ids, 8)
+    assert torch.equal(order, torch.arange(600, dtype=torch.int32))
+    starts = [0] * 9 if not 0 <= expert < 8 else [0] * (expert + 1) + [600] * (8 - expert)
+    assert offsets.tolist() == starts
+
+
+def test_permuting_and_back_is_the_identity(backend):
+    ids = random_ids(61, 64, 6)
+    order, tokens, inverse, offsets = dispatch(ids, 64)
+    pairs = torch.arange(61 * 6, dtype=torch.int32)
+    assert torch.equal(order[inverse.long()], pairs)
+    assert torch.equal(inverse[order.long()], pairs)
+    assert torch.equal(tokens, order // 6)
+    assert offsets[-1] == ((ids >= 0) & (ids < 64)).sum()
+    assert torch.equal(offsets.diff().long(), torch.bincount(ids[(ids >= 0) & (ids < 64)], minlength=64))
+
+
+def test_rows_with_a_stride(backend):
+    ids = random_ids(61, 64, 6)
+    wide = torch.full((61, 10), 3, dtype=torch.int32)
+    wide[:, 2:8] = ids
+    assert_same(dispatch(wide[:, 2:8], 64), dispatch(ids, 64))
+
+
+def test_no_access_outside_the_tensors():
+    ids = random_ids(61, 64, 6)
+    with launch.on_cpu("npu-emulated"), emulator.guarded():
+        result = dispatch(ids, 64)
+    assert_same(result, reference.dispatch(ids, 64))

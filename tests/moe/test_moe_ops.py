@@ -1,0 +1,78 @@
+"""The mixture-of-experts ops as torch sees them: opcheck, torch.compile, declarations."""
+
+import pytest
+import torch
+
+from mla_kernels.launch import CHIPS, KERNELS
+from mla_kernels.moe.combine import combine
+from mla_kernels.moe.dispatch import dispatch
+from mla_kernels.moe.experts import expert_ffn
+from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.route import route
+from tests.moe.problems import layer
+
+OPS = torch.ops.mla_kernels
+MOE_KERNELS = [name for name in KERNELS if name.startswith(("route", "moe_"))]
+
+
+def op_arguments(name, dtype):
+    problem = layer(5, 4, 2, 32, 24, dtype)
+    _, tokens, inverse, offsets = dispatch(problem.ids, 4)
+    return {
+        "route": (torch.randn(5, 8, dtype=dtype), torch.randn(8), 2, "sigmoid", 4, 2, True, 2.5),
+        "dispatch": (problem.ids, 4),
+        "expert_ffn": (problem.hidden, problem.gate_up, problem.down, tokens, offsets),
+        "combine": (torch.randn(10, 32).to(dtype), problem.weights, inverse, offsets),
+        "fused_moe": problem.inputs(),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["route", "dispatch", "expert_ffn", "combine", "fused_moe"])
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, dtype))
+
+
+def moe_in_parts(logits, hidden, gate_up, down):
+    weights, ids = route(logits, 2, num_groups=2, top_k_groups=1)
+    sorted_pairs = dispatch(ids, 4)
+    return combine(expert_ffn(hidden, gate_up, down, sorted_pairs), weights, sorted_pairs)
+
+
+def moe_fused(logits, hidden, gate_up, down):
+    weights, ids = route(logits, 2, num_groups=2, top_k_groups=1)
+    return fused_moe(hidden, gate_up, down, weights, ids)
+
+
+@pytest.mark.parametrize("model", [moe_in_parts, moe_fused])
+def test_compiled_without_a_graph_break(model):
+    problem = layer(5, 4, 2, 32, 24)
+    inputs = torch.randn(5, 4), *problem.inputs()[:3]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), model(*inputs))
+
+
+def test_exported():
+    class Model(torch.nn.Module):
+        forward = staticmethod(moe_fused)
+
+    problem = layer(5, 4, 2, 32, 24)
+    inputs = torch.randn(5, 4), *problem.inputs()[:3]
+    program = torch.export.export(Model(), inputs)
+    assert torch.equal(program.module()(*inputs), moe_fused(*inputs))
+
+
+@pytest.mark.parametrize("name", MOE_KERNELS)
+def test_declared_rule_fits_the_estimate_of_every_chip(name):
+    kernel = KERNELS[name]
+    for chip in CHIPS.values():
+        for case in kernel.cases:
+            for dtype in case.dtypes:
+                tile = kernel.rule(chip, dtype, case.statics, case.sizes)
+                assert set(tile) == set(kernel.tiles)
+                for memory, used in kernel.memory(chip, dtype, case.statics, tile).items():
+                    assert used <= chip.memory[memory], (chip.name, case.name, dtype, memory)
+                cost = kernel.cost(dtype, case.statics, case.sizes)
+                work = kernel.work(dtype, case.statics, case.sizes, tile)
+                assert work.programs >= 1
+                assert work.flops * work.programs >= 0.99 * cost.flops

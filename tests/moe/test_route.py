@@ -1,0 +1,155 @@
+"""route against the reference, Hugging Face's routers, and its own contract for ties, NaN and groups."""
+
+import pytest
+import torch
+
+from mla_kernels.moe.route import route
+from mla_kernels.reference import moe as reference
+from mla_kernels.targets import emulator
+from tests.support import assert_close
+
+V2_LITE = {"top_k": 6, "scoring": "softmax", "renormalize": False}
+V2 = V2_LITE | {"num_groups": 8, "top_k_groups": 3, "routed_scale": 16.0}
+V3 = {"top_k": 8, "num_groups": 8, "top_k_groups": 4, "routed_scale": 2.5}
+CONFIGURATIONS = {
+    "one expert": (1, {"top_k": 1}),
+    "softmax": (8, {"top_k": 1, "scoring": "softmax"}),
+    "V2-Lite": (64, V2_LITE),
+    "V2": (160, V2),
+    "V3": (256, V3),
+    "groups of one": (12, {"top_k": 4, "num_groups": 12, "top_k_groups": 5}),
+    "sigmoid, no groups": (384, {"top_k": 8, "renormalize": False}),
+}
+
+
+def problem(experts, options, tokens, dtype=torch.float32):
+    """Logits and the arguments of route; a bias wherever one is accepted."""
+    sigmoid = options.get("scoring", "sigmoid") == "sigmoid"
+    bias = torch.randn(experts) * 0.1 if sigmoid and experts > 1 else None
+    return (torch.randn(tokens, experts) * 2).to(dtype), options | {"bias": bias}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("tokens", [0, 17])
+def test_parity(backend, name, tokens):
+    experts, options = CONFIGURATIONS[name]
+    logits, options = problem(experts, options, tokens)
+    weights, ids = route(logits, **options)
+    exact_weights, exact_ids = reference.route(logits.double(), **options)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert torch.equal(ids, exact_ids)
+    assert_close(weights, exact_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_of_16_bit_logits(backend, dtype):
+    logits, options = problem(64, V2_LITE, 17, dtype)
+    weights, ids = route(logits, **options)
+    exact_weights, exact_ids = reference.route(logits.double(), **options)
+    assert torch.equal(ids, exact_ids)
+    assert (weights - exact_weights).abs().max() <= 1e-6  # computed in fp32, whatever the logits' dtype
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_v3_router_at_real_size(backend, tokens):
+    if backend == "interpret":
+        tokens = min(tokens, 20)
+    logits, options = problem(256, V3, tokens)
+    weights, ids = route(logits, **options)
+    exact_weights, exact_ids = reference.route(logits.double(), **options)
+    assert torch.equal(ids.sort(1).values, exact_ids.sort(1).values)
+    assert_close(weights, exact_weights)
+
+
+def test_hugging_face_v3_router(backend):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = transformers.DeepseekV3Config(hidden_size=32, routed_scaling_factor=2.5)
+    router = DeepseekV3TopkRouter(config).eval()
+    with torch.no_grad():
+        router.weight.normal_()
+        router.e_score_correction_bias.normal_(0, 0.1)
+        logits, theirs, their_ids = router(torch.randn(17, 32))
+        weights, ids = route(logits, **V3, bias=router.e_score_correction_bias)
+    order, their_order = ids.argsort(1), their_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
+    assert torch.allclose(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=1e-6)
+
+
+def test_hugging_face_v2_router(backend):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+
+    config = transformers.DeepseekV2Config(
+        hidden_size=32, n_routed_experts=160, n_group=8, topk_group=3, topk_method="group_limited_greedy",
+        num_experts_per_tok=6, routed_scaling_factor=16.0,
+    )  # fmt: skip
+    router = DeepseekV2TopkRouter(config).eval()
+    with torch.no_grad():
+        router.weight.normal_()
+        logits, theirs, their_ids = router(torch.randn(17, 32))
+        weights, ids = route(logits, **V2)
+    order, their_order = ids.argsort(1), their_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
+    assert torch.allclose(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_equal_logits_choose_the_lowest_experts_and_groups(backend, scoring):
+    logits = torch.zeros(17, 160)
+    _, ids = route(logits, 6, scoring=scoring, num_groups=8, top_k_groups=3)
+    assert torch.equal(ids, torch.arange(6, dtype=torch.int32).expand(17, 6))
+    logits[:, 100:] = 1.0  # groups 5, 6 and 7 tie for the best
+    _, ids = route(logits, 6, scoring=scoring, num_groups=8, top_k_groups=3)
+    assert torch.equal(ids, torch.arange(100, 106, dtype=torch.int32).expand(17, 6))
+
+
+@pytest.mark.parametrize("name", ["V2-Lite", "V3"])
+def test_nan_logits_are_never_chosen(backend, name):
+    experts, options = CONFIGURATIONS[name]
+    logits, options = problem(experts, options, 17)
+    logits[torch.rand(17, experts) < 0.3] = float("nan")
+    logits[3] = float("nan")  # nothing to choose
+    logits[4, 5:] = float("nan")  # fewer than top_k left
+    logits[5] = float("-inf")
+    logits[5, 7] = 0.0
+    weights, ids = route(logits, **options)
+    exact_weights, exact_ids = reference.route(logits.double(), **options)
+    assert torch.equal(ids, exact_ids)
+    assert_close(weights, exact_weights)
+    assert (ids[3] == -1).all() and (weights[3] == 0).all()
+    assert not logits.gather(1, ids.clamp(min=0).long())[ids >= 0].isnan().any()
+
+
+def test_chosen_experts_are_distinct_and_in_kept_groups(backend):
+    logits, options = problem(256, V3, 17)
+    weights, ids = route(logits, **options)
+    assert all(len(row.unique()) == 8 for row in ids)
+    assert all(len((row // 32).unique()) <= 4 for row in ids)
+    assert torch.allclose(weights.sum(1), torch.full((17,), 2.5))
+
+
+def test_all_experts_chosen(backend):
+    logits = torch.randn(17, 8)
+    weights, ids = route(logits, 8, scoring="softmax")
+    assert torch.equal(ids.sort(1).values, torch.arange(8, dtype=torch.int32).expand(17, 8))
+    assert torch.allclose(weights, logits.softmax(1).gather(1, ids.long()), atol=1e-6)
+
+
+def test_rows_with_a_stride(backend):
+    logits, options = problem(64, V2_LITE, 17)
+    wide = torch.full((17, 200), float("nan"))
+    wide[:, 3:67] = logits
+    for expected, actual in zip(route(logits, **options), route(wide[:, 3:67], **options)):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("name", ["V2-Lite", "groups of one"])
+def test_no_access_outside_the_tensors(name):
+    from mla_kernels import launch
+
+    experts, options = CONFIGURATIONS[name]
+    logits, options = problem(experts, options, 17)
+    with launch.on_cpu("npu-emulated"), emulator.guarded():
+        route(logits, **options)

@@ -1,0 +1,140 @@
+"""The demo on a tiny model: what it prints, and when it fails."""
+
+import pytest
+import torch
+
+from mla_kernels import demo
+from mla_kernels.launch import KERNELS
+from mla_kernels.targets import service
+from mla_kernels.targets.chips import CHIPS
+from mla_kernels.targets.report import Report
+
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+
+from mla_kernels.compat import transformers as compat
+
+SMOKE = ["--smoke", "--rounds", "1", "--tokens", "5"]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compilations that were asked for; they succeed at once, except on the targets in ``compiled.broken``."""
+
+    class Compiled(list):
+        broken = ()
+
+    asked = Compiled()
+
+    def compile_many(requests, progress=None):
+        asked.extend(requests)
+        return [
+            Report(r.chip.name, r.kernel.name, r.dtype, r.case, r.tile, r.chip.name not in asked.broken)
+            for r in requests
+        ]
+
+    monkeypatch.setattr(demo, "compile_many", compile_many)
+    monkeypatch.setattr(demo, "compiler_version", lambda kind: kind)
+    return asked
+
+
+def _wrong_decode(monkeypatch):
+    right = compat.mla_decode
+
+    def mla_decode(*args, **kwargs):
+        out, lse = right(*args, **kwargs)
+        return -out, lse
+
+    monkeypatch.setattr(compat, "mla_decode", mla_decode)
+
+
+def test_prints_texts_speeds_caches_and_matrix(capsys, compiled):
+    assert demo.main(SMOKE) == 0
+    printed = capsys.readouterr().out
+    assert "Greedy text: identical (5 tokens" in printed
+    assert "prefill, 64 tokens" in printed
+    assert "decode, one token at a time" in printed
+    heads, latent = 4 * (32 + 16 + 32) * 4, (64 + 16) * 4
+    assert f"{heads:,}" in printed
+    assert printed.count(f"{latent} ") >= 2, "transformers caches latents too"
+    assert "Compile matrix" in printed
+    assert {request.kernel.name for request in compiled} == set(KERNELS)
+    assert {request.chip.name for request in compiled} == set(CHIPS)
+    assert {request.dtype for request in compiled} == {"bf16"}
+    assert len(compiled) == len(KERNELS) * len(CHIPS), "one case a kernel"
+
+
+def test_different_tokens_fail_in_fp32_only(capsys, monkeypatch):
+    _wrong_decode(monkeypatch)
+    assert demo.main([*SMOKE, "--no-matrix"]) == 1
+    assert "Greedy text: different" in capsys.readouterr().out
+    assert demo.main([*SMOKE, "--no-matrix", "--dtype", "bf16"]) == 0
+    assert "Greedy text: different" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_compile_fails(capsys, monkeypatch, compiled):
+    compiled.broken = ("gfx950",)
+    monkeypatch.setattr(demo, "compare_texts", lambda *arguments: True)
+    assert demo.main(SMOKE) == 1
+    assert "gfx950" in capsys.readouterr().out
+
+
+def test_a_missing_toolchain_is_said_plainly(capsys, monkeypatch, compiled):
+    def compiler_version(kind):
+        if kind == "ascend":
+            raise service.ToolchainMissing("no python with triton-ascend")
+        return kind
+
+    monkeypatch.setattr(demo, "compiler_version", compiler_version)
+    monkeypatch.setattr(demo, "compare_texts", lambda *arguments: True)
+    assert demo.main(SMOKE) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not compiled for ascend910b, ascend910c, ascend950: no python with triton-ascend" in printed
+    assert {request.chip.is_gpu for request in compiled} == {True}
+
+
+def test_own_checkpoint_and_prompt(tmp_path, capsys, monkeypatch):
+    model = demo.build_model(demo.SMOKE, torch.float32, seed=1)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: demo.ByteTokenizer())
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("A [bold] prompt.")
+    arguments = ["--model", str(tmp_path / "model"), "--prompt", str(prompt), "--no-matrix", *SMOKE[1:]]
+    assert demo.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "DeepseekV2ForCausalLM from" in printed
+    assert "17 tokens: A [bold] prompt." in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "0"], "--tokens: got 0, at least 1 is accepted"),
+        (["--prompt", "/no/such/file"], "--prompt: /no/such/file is no file"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+    ],
+)
+def test_bad_options_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert demo.main([]) == 2
+    assert "the demo needs rich and transformers: pip install" in capsys.readouterr().err
+
+
+def test_weights_depend_on_the_seed():
+    first, again, other = (demo.build_model(demo.SMOKE, torch.bfloat16, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert first.dtype == torch.bfloat16
+
+
+def test_bytes_as_tokens():
+    tokenizer = demo.ByteTokenizer()
+    assert tokenizer.encode("é") == [256, 0xC3, 0xA9]
+    assert tokenizer.decode(tokenizer.encode(demo.PROMPT)) == demo.PROMPT
