@@ -24,7 +24,8 @@ def machine() -> str:
         pass
     allocator = os.environ.get("GLIBC_TUNABLES", "default allocator")
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
-    return f"{name}, {threads}, torch {torch.__version__}, {allocator}, {datetime.now():%Y-%m-%d}"
+    load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+    return f"{name}, {threads}, torch {torch.__version__}, {allocator}, {load}, {datetime.now():%Y-%m-%d}"
 
 
 def table(records: list[dict]) -> list[str]:

@@ -1,7 +1,8 @@
 """``race``: time an op against its competitors, round by round, after checking that all of them are right.
 
 ``pytest bench --benchmark-enable`` times; without the option each case is only checked. Nothing is asserted about time.
-OMP_NUM_THREADS sets the threads (2 by default); BENCH_SECONDS is the time given to a case (4 by default).
+OMP_NUM_THREADS sets the threads (2 by default). On a machine that others use at the same time ``--cpu-time`` counts the
+processor time of one thread instead.
 """
 
 import os
@@ -18,14 +19,21 @@ ERROR_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """RMS error over the RMS of the exact result that a competitor may have."""
 
 
+def pytest_addoption(parser):
+    parser.addoption("--case-seconds", type=float, default=4.0, help="time given to a case")
+    parser.addoption("--cpu-time", action="store_true", help="one thread, its processor time")
+
+
 def pytest_configure(config):
     config.stash[RECORDS] = []
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    one = config.getoption("--cpu-time")
+    torch.set_num_threads(1 if one else int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash[RECORDS]:
-        terminalreporter.section("competitor's time over ours, interleaved rounds, wall time")
+        clock = "processor time of one thread" if config.getoption("--cpu-time") else "wall time"
+        terminalreporter.section(f"competitor's time over ours, interleaved rounds, {clock}")
         terminalreporter.line(machine())
         for line in table(config.stash[RECORDS]):
             terminalreporter.line(line)
@@ -59,21 +67,21 @@ def race(benchmark, request):
             nbytes, flops: compulsory cost of one call.
             calls: how often one function call runs the op; times are divided by it.
         """
+        clock = time.thread_time if request.config.getoption("--cpu-time") else time.perf_counter
         contestants = {OURS: ours, **others}
-        spent = {name: _checked(name, run, exact, pick) for name, run in contestants.items()}
+        spent = {name: _checked(name, function, exact, pick, clock) for name, function in contestants.items()}
         times = {name: [] for name in contestants}
 
         def timed(name: str) -> None:
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append((clock() - start) / calls)
 
         def others_first() -> None:
             for name in others:
                 timed(name)
 
-        seconds = float(os.environ.get("BENCH_SECONDS", "4"))
-        rounds = max(5, min(300, int(seconds / sum(spent.values()))))
+        rounds = max(5, min(300, int(request.config.getoption("--case-seconds") / sum(spent.values()))))
         benchmark.pedantic(timed, args=(OURS,), setup=others_first, rounds=rounds)
         if benchmark.enabled:
             case = request.node.name.removeprefix("test_")
@@ -84,13 +92,13 @@ def race(benchmark, request):
     return run
 
 
-def _checked(name: str, run: Callable, exact: torch.Tensor, pick: Callable) -> float:
+def _checked(name: str, function: Callable, exact: torch.Tensor, pick: Callable, clock: Callable) -> float:
     """Seconds of a second call, once the first gave the right result."""
-    result = pick(run())
+    result = pick(function())
     limit = ERROR_LIMIT[result.dtype]
     error = (result.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     if not error <= limit:
         pytest.fail(f"{name} is wrong and will not be timed: RMS error {error:.3g} of the result, accepted {limit}")
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    start = clock()
+    function()
+    return clock() - start

@@ -120,7 +120,7 @@ def v2_lite_layer(length, dtype):
         def step():
             layer.config._attn_implementation = implementation
             out, _ = layer(hidden, past_key_values=past, position_embeddings=angles)
-            past.crop(length)
+            past.crop(-1)
             return out
 
         return step

@@ -1,0 +1,29 @@
+"""Triton kernels for multi-head latent attention and mixture of experts, from one source on NVIDIA, AMD and Ascend."""
+
+from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.merge import merge_states
+from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.latent.compress import compress_latent
+from mla_kernels.latent.write import write_latent
+from mla_kernels.moe.combine import combine
+from mla_kernels.moe.dispatch import Dispatch, dispatch
+from mla_kernels.moe.experts import expert_ffn
+from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.route import route
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheLayout",
+    "Dispatch",
+    "LatentCache",
+    "combine",
+    "compress_latent",
+    "dispatch",
+    "expert_ffn",
+    "fused_moe",
+    "merge_states",
+    "mla_decode",
+    "route",
+    "write_latent",
+]

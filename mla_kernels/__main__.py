@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def run_compile(options) -> int:
         if name not in kernel.tiles:
             options.error(f"--tile {name}: {kernel.name} has {', '.join(kernel.tiles)}")
         tile[name] = value
-    prefix = options.output / f"{kernel.name}.{options.dtype}.{case.name}.{chip.name}"
+    words = re.sub(r"[^\w.-]+", "_", case.name)
+    prefix = options.output / f"{kernel.name}.{options.dtype}.{words}.{chip.name}"
     report = write_artefacts(Request(kernel, chip, options.dtype, case.statics, tile, case.name), prefix)
     print(f"{report.target} {report.label}: {report.problem or 'ok'}")
     for name in ("registers", "spills", "loop_spills", "traps", "tensor_instructions"):
@@ -121,7 +123,7 @@ def run_info(options) -> int:
         print(f"  {chip.name:<11} {chip.part:<18} {cores} cores, {chip.bandwidth / 1e12:.2f} TB/s, {memory}")
     print("kernels:")
     for kernel in launch.KERNELS.values():
-        print(f"  {kernel.name:<36} {', '.join(case.name for case in kernel.cases)}")
+        print(f"  {kernel.name:<36} {' | '.join(case.name for case in kernel.cases)}")
     print("environment variables:")
     for name, meaning in VARIABLES.items():
         print(f"  {name}={os.environ.get(name, '')}  ({meaning})")

@@ -13,8 +13,15 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 from mla_kernels.compat import transformers as compat
+from tests.compat.models import fast_cpu
 
 SMOKE = ["--smoke", "--rounds", "1", "--tokens", "5"]
+
+
+@pytest.fixture(autouse=True)
+def _fast_cpu():
+    with fast_cpu():
+        yield
 
 
 @pytest.fixture

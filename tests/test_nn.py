@@ -3,20 +3,19 @@
 import pytest
 import torch
 
-from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.nn import AttentionConfig, LatentAttention, MoE, MoEConfig, apply_rope, rope_tables, softmax_scale
 
 pytest.importorskip("transformers")
 
-from tests.compat.models import VARIANTS, YARN, tiny
+from tests.compat.models import VARIANTS, YARN, fast_cpu, tiny
 
 PAGE_SIZE = 16
 
 
 @pytest.fixture(autouse=True)
 def _fast_cpu():
-    with launch.on_cpu("torch"), torch.no_grad():
+    with fast_cpu():
         yield
 
 

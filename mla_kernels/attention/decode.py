@@ -64,7 +64,7 @@ def mla_decode_kernel(
                 unseen = rows // heads - 1  # keys hidden from the first query
                 query = ((row + line).to(tl.float32) + 0.5) * (1.0 / heads)
                 query = query.to(tl.int32).to(tl.float32)  # [BLOCK_H]
-                end = tl.minimum(end, length - unseen + (row + BLOCK_H - 1) // heads)
+                end = tl.minimum(end, length - unseen + tl.minimum((row + BLOCK_H - 1) // heads, unseen))
             inside = line < rows - row
             q_base = q_ptr + tl.cast(sequence, tl.int64) * q_stride + tl.cast(row, tl.int64) * q_row_stride
             q_rows = q_base + line[:, None] * q_row_stride
@@ -118,11 +118,12 @@ def mla_decode_kernel(
             acc = acc / total[:, None]
             lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
             target = tl.cast(split * sequences + sequence, tl.int64) * rows + row
-            tile = target * LATENT + value + line[:, None] * LATENT + value_column[None, :]
+            tile = line[:, None] * LATENT + value_column[None, :]
             if SPLIT:
-                tl.store(partial_ptr + tile, acc, mask=inside[:, None])
+                tl.store(partial_ptr + (target * LATENT + value) + tile, acc, mask=inside[:, None])
             else:
-                tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+                acc = acc.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + (target * LATENT + value) + tile, acc, mask=inside[:, None])
             if value == 0:
                 tl.store(lse_ptr + target + line, lse, mask=inside)
 

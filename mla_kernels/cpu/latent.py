@@ -1,6 +1,7 @@
 """Latent compression and the write into a paged cache, for CPU tensors."""
 
 import torch
+import torch.nn.functional as F
 
 from mla_kernels.cpu.gemm import linear
 
@@ -36,15 +37,11 @@ def write_latent(
     eps: float,
 ) -> None:
     """RMSNorm and RoPE of kv_a [tokens, latent_dim + rope_dim] in fp32, rounded once, written to the slots."""
-    kv_a = kv_a.float()
-    tokens, width = kv_a.shape
-    latent, key = kv_a[:, :latent_dim], kv_a[:, latent_dim:]
-    rows = torch.empty(tokens, width)
-    scale = latent.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    torch.mul(latent * scale, norm_weight, out=rows[:, :latent_dim])
-    _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope, rows[:, latent_dim:])
-
-    rows, slots = rows.to(cache.dtype), slot_mapping.long()
+    width = kv_a.shape[1]
+    latent, key = kv_a.float().split((latent_dim, width - latent_dim), -1)
+    latent = F.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
+    key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
+    rows, slots = torch.cat((latent, key), -1).to(cache.dtype), slot_mapping.long()
     written = slots >= 0
     if not written.all():
         rows, slots = rows[written], slots[written]
@@ -54,16 +51,8 @@ def write_latent(
         cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
-def _rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str, out: torch.Tensor) -> None:
-    """Turn the pairs of key [tokens, rope_dim] by the angles; ``rope`` says where a pair lies in key and in out."""
-    half = key.shape[1] // 2
-    if rope == "half":
-        first, second = key[:, :half], key[:, half:]
-    else:
-        first, second = key[:, 0::2], key[:, 1::2]
-    if rope == "interleaved":
-        out_first, out_second = out[:, 0::2], out[:, 1::2]
-    else:
-        out_first, out_second = out[:, :half], out[:, half:]
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
-    out_second.copy_((second * cos).addcmul_(first, sin))
+def _rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+    """Turn the pairs of key [tokens, rope_dim] by the angles; ``rope`` says where a pair lies before and after."""
+    first, second = key.chunk(2, -1) if rope == "half" else key.unflatten(1, (-1, 2)).unbind(-1)
+    turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.stack(turned, -1).flatten(1) if rope == "interleaved" else torch.cat(turned, -1)

@@ -35,10 +35,9 @@ def _expert_ids(ids, start, pairs, experts, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def moe_dispatch_kernel(ids, order, tokens, offsets, pairs, top_k, experts, BLOCK_P: tl.constexpr):
+def moe_dispatch_kernel(ids, order, offsets, pairs, experts, BLOCK_P: tl.constexpr):
     """Item e counts the pairs of lower experts, which is where e's rows begin, then places its own pairs there, in
     order. Item ``experts`` does so for the pairs without an expert."""
-    lane = tl.arange(0, BLOCK_P)
     for expert in range(tl.program_id(0), experts + 1, tl.num_programs(0)):
         row = 0
         for start in range(0, pairs, BLOCK_P):
@@ -50,21 +49,17 @@ def moe_dispatch_kernel(ids, order, tokens, offsets, pairs, top_k, experts, BLOC
             count = tl.cumsum(tl.where(own, 1.0, 0.0), 0)  # [BLOCK_P]
             found = tl.max(count, 0).to(tl.int32)
             if found > 0:
-                place = row + count.to(tl.int32) - 1
-                # pair // top_k: exact in fp32, because only the distance from the block's first token is divided
-                ahead = (lane + start % top_k).to(tl.float32)
-                token = start // top_k + ((ahead + 0.5) / top_k).to(tl.int32)
-                tl.store(order + place, start + lane, mask=own)
-                tl.store(tokens + place, token, mask=own)
+                tl.store(order + row + count.to(tl.int32) - 1, start + tl.arange(0, BLOCK_P), mask=own)
             row += found
 
 
 @triton.jit
-def moe_inverse_kernel(order, inverse, pairs, BLOCK_P: tl.constexpr):
-    """One item inverts BLOCK_P entries of the permutation ``order``."""
+def moe_inverse_kernel(order, tokens, inverse, pairs, top_k, BLOCK_P: tl.constexpr):
+    """One item takes BLOCK_P rows of the permutation ``order``: their tokens, and their entries of its inverse."""
     for item in range(tl.program_id(0), tl.cdiv(pairs, BLOCK_P), tl.num_programs(0)):
         row = item * BLOCK_P + tl.arange(0, BLOCK_P)
         pair = tl.load(order + row, mask=row < pairs, other=0)
+        tl.store(tokens + row, pair // top_k, mask=row < pairs)
         tl.store(inverse + pair, row, mask=row < pairs)
 
 
@@ -74,21 +69,21 @@ def _dispatch_rule(chip, dtype, statics, sizes):
 
 
 def _dispatch_cost(dtype, statics, sizes):
-    return Cost(flops=4.0 * sizes["pairs"] * (sizes["experts"] + 1), bytes=12.0 * sizes["pairs"] + 4 * sizes["experts"])
+    return Cost(flops=4.0 * sizes["pairs"] * (sizes["experts"] + 1), bytes=8.0 * sizes["pairs"] + 4 * sizes["experts"])
 
 
 def _dispatch_work(dtype, statics, sizes, tile):
     programs = sizes["experts"] + 1
     blocks = -(-sizes["pairs"] // tile["BLOCK_P"])
-    return Work(programs, 8.0 * blocks * tile["BLOCK_P"], 8.0 * sizes["pairs"] * (1 + 1 / programs))
+    return Work(programs, 8.0 * blocks * tile["BLOCK_P"], 8.0 * sizes["pairs"] + 4.0 * sizes["pairs"] / programs)
 
 
 def _inverse_cost(dtype, statics, sizes):
-    return Cost(flops=0, bytes=8.0 * sizes["pairs"])
+    return Cost(flops=0, bytes=12.0 * sizes["pairs"])
 
 
 def _inverse_work(dtype, statics, sizes, tile):
-    return Work(-(-sizes["pairs"] // tile["BLOCK_P"]), 0, 8.0 * tile["BLOCK_P"])
+    return Work(-(-sizes["pairs"] // tile["BLOCK_P"]), 0, 12.0 * tile["BLOCK_P"])
 
 
 def _memory(chip, dtype, statics, tile):
@@ -111,15 +106,7 @@ def _cases(**more):
 
 DISPATCH = Kernel(
     moe_dispatch_kernel,
-    arguments={
-        "ids": "*i32",
-        "order": "*i32",
-        "tokens": "*i32",
-        "offsets": "*i32",
-        "pairs": "i32",
-        "top_k": "i32",
-        "experts": "i32",
-    },
+    arguments={"ids": "*i32", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32"},
     statics=(),
     tiles={"BLOCK_P": (128, 256, 512, 1024, 2048), "num_warps": (1, 4, 8)},
     rule=_dispatch_rule,
@@ -132,7 +119,7 @@ DISPATCH = Kernel(
 
 INVERSE = Kernel(
     moe_inverse_kernel,
-    arguments={"order": "*i32", "inverse": "*i32", "pairs": "i32"},
+    arguments={"order": "*i32", "tokens": "*i32", "inverse": "*i32", "pairs": "i32", "top_k": "i32"},
     statics=(),
     tiles={"BLOCK_P": (128, 256, 512, 1024), "num_warps": (1, 4)},
     rule=_dispatch_rule,
@@ -156,9 +143,9 @@ def launch_dispatch(ids, num_experts):
     pairs, top_k = ids.numel(), ids.shape[1]
     chip = chip_of(ids.device)
     tile = DISPATCH.tile_for(chip, "bf16", {}, {"pairs": pairs, "experts": num_experts})
-    DISPATCH.launch(chip, num_experts + 1, (ids, order, tokens, offsets, pairs, top_k, num_experts), {}, tile)
+    DISPATCH.launch(chip, num_experts + 1, (ids, order, offsets, pairs, num_experts), {}, tile)
     tile = INVERSE.tile_for(chip, "bf16", {}, {"pairs": pairs})
-    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), (order, inverse, pairs), {}, tile)
+    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), (order, tokens, inverse, pairs, top_k), {}, tile)
     return order, tokens, inverse, offsets
 
 

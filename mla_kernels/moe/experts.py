@@ -191,8 +191,8 @@ def _rule(products):
         elif m < 64:
             shape = {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
         else:
-            wide = chip.name in ("sm_90", "sm_100")  # accumulators outside the registers that operands take
-            shape = {"BLOCK_M": m, "BLOCK_N": 128 if wide else 128 // products, "BLOCK_K": 64, "num_warps": m // 16}
+            n = 128 if chip.dot_from_shared else 128 // products
+            shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": m // 16}
         return shape | {"num_stages": stages, "GROUP_M": 8}
 
     return rule
@@ -205,8 +205,9 @@ def _memory(products):
         size = DTYPE_BYTES[dtype]
         m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
         operands = (m + products * n) * k * size
-        if chip.is_gpu:
-            return {"shared": operands * max(1, tile["num_stages"] - (chip.vendor == "amd"))}
+        if chip.is_gpu:  # operands read from shared memory stay there until their product is done
+            held = chip.dot_from_shared and dtype != "fp32" and m >= 64
+            return {"shared": operands * max(1, tile["num_stages"] - (not held))}
         return {"L1": 2 * operands, "L0A": 2 * m * k * size, "L0C": products * m * n * 4, "UB": products * m * n * 2}
 
     return memory

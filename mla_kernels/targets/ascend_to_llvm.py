@@ -20,6 +20,7 @@ from ascend_externals import SHAPED, VALUE, Unsupported, define_externals, eleme
 TRIPLE = "x86_64-unknown-linux-gnu"
 NO_UNROLLING = "{loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}"
 HIDDEN = "emulator_hidden"  # dialect name that matrix products get while elementwise steps are fused
+FUSED = "fastmath<contract>"  # on the products and sums of matrix products, nowhere else
 ATOMIC = "GenericAtomic"  # attribute of the read-modify-write loops that atomics are lowered to
 
 FUSE = "--inline --symbol-dce --convert-elementwise-to-linalg --linalg-fuse-elementwise-ops --canonicalize --cse"
@@ -63,14 +64,13 @@ def compile_native(ttadapter: str, cpu: str) -> Native:
     try:
         text = rewrite(ttadapter)
         stage = "emulator fusion"
-        fused = run_passes(text, FUSE)
-        text = matmuls_to_loops(fused)
+        text = matmuls_to_loops(run_passes(text, FUSE))
         stage = "emulator bufferization"
         text = copies_to_linalg(run_passes(text, BUFFERIZE))
         stage = "emulator lowering"
         dialect = run_passes(text, LOWER)
         stage = "emulator llvm"
-        assembly = to_assembly(dialect, cpu, unroll=HIDDEN in fused)
+        assembly = to_assembly(dialect, cpu)
     except (Unsupported, RuntimeError) as error:
         raise StageError(f"{stage}: {error}") from error
     return Native(entry[1], arguments, ATOMIC in ttadapter, dialect, assembly)
@@ -192,7 +192,7 @@ def _matmul(match: re.Match) -> str:
     rank = len(lead) + 3
     kind = element(out_type)
     is_float = kind[0] in "fb"
-    suffix, fused = ("f", " fastmath<contract>") if is_float else ("i", "")
+    suffix, fused = ("f", f" {FUSED}") if is_float else ("i", "")
     lines = [f"^bb0(%a: {element(left_type)}, %b: {element(right_type)}, %out: {kind}):"]
     names = []
     for name, given in (("%a", element(left_type)), ("%b", element(right_type))):
@@ -217,20 +217,29 @@ def copies_to_linalg(text: str) -> str:
     )
 
 
-def to_assembly(dialect: str, cpu: str, unroll: bool) -> str:
-    """LLVM dialect to assembly; malloc and free become the launcher's arena.
+def limit_unrolling(dialect: str) -> str:
+    """Unrolling for the loops of matrix products alone.
 
-    Tiles are loops of known length. Unrolling them makes matrix products twice as fast, and a kernel of many small
-    elementwise steps ten times as long to compile: it is for kernels with a product.
+    Tiles are loops of known length. Unrolling the innermost loop makes a product twice as fast; unrolling the others
+    changes little and takes LLVM ten times as long.
     """
+
+    def annotate(block: re.Match) -> str:
+        return block[0] if FUSED in block[0] else f"{block[0]} {NO_UNROLLING}"
+
+    block_with_jump = r"^(?:(?!\s*\^bb|\s*llvm\.br).*\n)*\s*llvm\.br \^bb\d+(?:\(.*\))?$"
+    return re.sub(block_with_jump, annotate, dialect, flags=re.M)
+
+
+def to_assembly(dialect: str, cpu: str) -> str:
+    """LLVM dialect to assembly; malloc and free become the launcher's arena."""
     from triton._C.libtriton import ir, llvm
 
     def with_triple(match: re.Match) -> str:
         return f'module attributes {{llvm.target_triple = "{TRIPLE}"' + (", " if match[1] else "} ")
 
     dialect = re.sub(r"^module( attributes \{)?", with_triple, dialect, count=1, flags=re.M)
-    if not unroll:
-        dialect = re.sub(r"^(\s*llvm\.br \^bb\d+(?:\(.*\))?)$", rf"\1 {NO_UNROLLING}", dialect, flags=re.M)
+    dialect = limit_unrolling(dialect)
     with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
         file.write(dialect)
         file.flush()

@@ -6,7 +6,8 @@ Runs as a script under the Python of an environment with triton-ascend and ascen
 and bishengir-compile up to on-chip memory planning. The compiler's last step, from there to machine code, is closed and
 not in the package: a file ``module.hivm.opt.mlir`` is success. Ascend cores have no register spilling that this stage
 could show: every tile lives in a buffer that memory planning placed, or the compile fails with an overflow. Spills and
-traps are therefore 0 by construction.
+traps are therefore 0 by construction. L0A and L0B stay 0 here: the matrix instructions, still whole at this stage, fill
+them piece by piece.
 
 ``emulate`` turns the same ttadapter IR into x86-64 assembly (see ascend_to_llvm.py).
 """

@@ -41,6 +41,11 @@ class Chip:
     def warp_size(self) -> int:
         return {"nvidia": 32, "amd": 64, "ascend": 0}[self.vendor]
 
+    @property
+    def dot_from_shared(self) -> bool:
+        """Whether tensor cores read 16-bit operands from shared memory (wgmma, tcgen05) instead of registers."""
+        return self.architecture in ("90", "100")
+
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Programs of so many registers a thread, shared bytes and warps that fit one core of a GPU at a time."""
         by_memory = self.core_programs

@@ -6,6 +6,8 @@ grid in turn on two threads. What it shows: that the kernel's Ascend lowering co
 not show: speed, the closed last compiler stage, and races between cores (a program runs undisturbed on one thread, and
 kernels with atomics run on one thread alone).
 
+An int argument of value 1 stays an argument, where Triton's launch would make a constant of it.
+
 Whatever the lowering holds that the emulator has no meaning for is an EmulationError, never skipped.
 """
 

@@ -1,7 +1,11 @@
 """Tiny random DeepSeek models of transformers, wide enough in their weights that greedy text varies."""
 
+import contextlib
+
 import torch
 import transformers
+
+from mla_kernels import launch
 
 YARN = {
     "rope_type": "yarn",
@@ -42,3 +46,15 @@ def tiny(family: str, **changes):
             elif "e_score_correction_bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)
     return model.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def fast_cpu():
+    """The torch code of CPU ops, without gradients, on one thread: these models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with launch.on_cpu("torch"), torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)

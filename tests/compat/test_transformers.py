@@ -6,22 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mla_kernels import launch
-
 pytest.importorskip("transformers")
 
 import transformers
 
 from mla_kernels.compat import transformers as compat
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
-from tests.compat.models import VARIANTS, VOCABULARY, tiny
+from tests.compat.models import VARIANTS, VOCABULARY, fast_cpu, tiny
 
 PROMPT, NEW = 37, 24
 
 
 @pytest.fixture(autouse=True)
 def _fast_cpu():
-    with launch.on_cpu("torch"), torch.no_grad():
+    with fast_cpu():
         yield
 
 

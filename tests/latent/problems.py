@@ -13,6 +13,8 @@ from tests.support import assert_close
 OPS = {"write_latent": write_latent, "compress_latent": compress_latent}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 TABLE_ROWS = 11
+SMALL = {"interleaved_to_half": (32, 16), "interleaved": (64, 16), "half": (32, 32)}
+"""rope -> latent_dim, rope_dim. One choice each, so that tests share what the emulator compiled."""
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,8 @@ def make(
     *,
     tokens: int = 5,
     hidden_size: int = 48,
-    latent_dim: int = 32,
-    rope_dim: int = 16,
+    latent_dim: int | None = None,
+    rope_dim: int | None = None,
     page_size: int = 4,
     dtype: torch.dtype = torch.float32,
     rope: str = "interleaved_to_half",
@@ -76,6 +78,7 @@ def make(
     device: torch.device | str = "cpu",
 ) -> Problem:
     """A problem with ``skipped`` tokens of slot -1 and the others on distinct slots, of which the cache has more."""
+    latent_dim, rope_dim = latent_dim or SMALL[rope][0], rope_dim or SMALL[rope][1]
     width = latent_dim + rope_dim
     num_pages = -(-(tokens + 3) // page_size) + 1
     slots = torch.randperm(num_pages * page_size)[:tokens]

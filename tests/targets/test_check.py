@@ -38,7 +38,7 @@ def registry(monkeypatch, tmp_path_factory):
         work=lambda dtype, statics, sizes, tile: Work(1, 1.0, 1.0),
         cases=(
             Case("one", {"OFFSET": 1}, {"size": 100}),
-            Case("two", {"OFFSET": 2}, {"size": 100}, dtypes=("fp32",)),
+            Case("case two", {"OFFSET": 2}, {"size": 100}, dtypes=("fp32",)),
         ),
         uses_dot=False,
         unsupported={"gfx950": "a made-up gap"},
@@ -54,7 +54,7 @@ def report(target="sm_90", kernel="k", dtype="bf16", case="one", **fields):
 def test_requests_of_the_whole_matrix_and_of_parts():
     assert len(check.requests()) == 10 * (3 + 1)
     assert len(check.requests(targets=["sm_90", "ascend950"], dtypes=["bf16", "fp16"])) == 4
-    assert [request.case for request in check.requests(targets=["sm_80"], cases=["two"])] == ["two"]
+    assert [request.case for request in check.requests(targets=["sm_80"], cases=["case two"])] == ["case two"]
     assert check.requests(kernels=["other"]) == []
 
 
@@ -138,8 +138,8 @@ def test_markdown_to_a_file_needs_the_whole_matrix(tmp_path, capsys):
         (["check", "--target", "sm_70"], "sm_80"),
         (["check", "--kernel", "nothing"], "check_for_test_kernel"),
         (["check", "--dtype", "int8"], "fp32"),
-        (["check", "--case", "three"], "two"),
-        (["check", "--case", "two", "--dtype", "bf16"], "no declared kernel"),
+        (["check", "--case", "three"], "case two"),
+        (["check", "--case", "case two", "--dtype", "bf16"], "no declared kernel"),
         (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--tile", "BLOK=3"], "BLOCK, num_warps"),
         (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--tile", "BLOCK"], "NAME=VALUE"),
     ],
@@ -161,12 +161,12 @@ def test_compile_writes_the_artefacts(tmp_path, capsys):
         "--dtype",
         "fp32",
         "--case",
-        "two",
+        "case two",
     ]
     assert command.main([*arguments, "--tile", "BLOCK=64", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "BLOCK=64" in printed and "ok" in printed and "registers" in printed
-    assert (tmp_path / "check_for_test_kernel.fp32.two.sm_80.sass").read_text().count("EXIT")
+    assert (tmp_path / "check_for_test_kernel.fp32.case_two.sm_80.sass").read_text().count("EXIT")
 
 
 def test_a_missing_toolchain_is_an_error(monkeypatch, capsys):

@@ -1,0 +1,62 @@
+"""The public names and signatures, as a snapshot: a change here is a change for users."""
+
+import inspect
+import re
+
+import torch
+
+import mla_kernels
+
+SIGNATURES = {
+    "combine": "(rows, weights, dispatched)",
+    "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+    "dispatch": "(ids, num_experts)",
+    "expert_ffn": "(hidden, gate_up, down, dispatched)",
+    "fused_moe": "(hidden, gate_up, down, weights, ids)",
+    "merge_states": "(outs, lses)",
+    "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True)",
+    "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, renormalize=True, "
+    "routed_scale=1.0)",
+    "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+}
+
+
+def _plain(function) -> str:
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))
+
+
+def test_functions():
+    functions = {name for name in mla_kernels.__all__ if inspect.isfunction(getattr(mla_kernels, name))}
+    assert {name: _plain(getattr(mla_kernels, name)) for name in functions} == SIGNATURES
+
+
+def test_other_names():
+    assert set(mla_kernels.__all__) - set(SIGNATURES) == {"CacheLayout", "Dispatch", "LatentCache"}
+    assert mla_kernels.Dispatch._fields == ("order", "tokens", "inverse", "offsets")
+
+
+def test_every_public_function_says_shapes_errors_and_source():
+    for name in SIGNATURES:
+        text = inspect.getdoc(getattr(mla_kernels, name))
+        assert "Args:" in text and "Raises:" in text, name
+        assert re.search(r"\[\w+[,\]]", text), name  # a shape
+
+
+def test_every_function_is_a_torch_op_for_every_device():
+    for name in SIGNATURES:
+        assert hasattr(torch.ops.mla_kernels, name)
+        for key in ("CPU", "CUDA", "PrivateUse1"):
+            registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"mla_kernels::{name}", key)
+            assert registered, f"{name} on {key}"
+
+
+def test_references_take_the_same_arguments():
+    from mla_kernels.reference import attention, latent, moe
+
+    for name, signature in SIGNATURES.items():
+        twin = next(getattr(module, name) for module in (attention, latent, moe) if hasattr(module, name))
+        own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
+        theirs = [p for p in inspect.signature(twin).parameters if p != "latent_dim"]
+        assert own == theirs, f"{name}: {signature}"
