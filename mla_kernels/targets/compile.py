@@ -151,7 +151,7 @@ def _kept(key: str) -> dict | None:
 
 def _keep(key: str, answer: dict) -> None:
     """Keep an answer; that of a process which died is not kept, for it may have died of a full memory."""
-    if "compiler process died" in answer["reason"]:
+    if answer.get("crashed"):
         return
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
+TIME_LIMIT = 240.0
+"""Seconds that one compilation may take; a compiler that takes longer is stopped and the job fails."""
 
 
 class ToolchainMissing(RuntimeError):
@@ -63,18 +65,24 @@ class Worker:
         )
 
     def ask(self, job: dict) -> dict:
-        """Run one job. A compiler that crashes gives ``{"ok": False, "reason": ...}`` and is started anew."""
+        """Run one job. A compiler that crashes or takes too long gives ``crashed`` and is started anew."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self._start()
+            alarm = threading.Timer(TIME_LIMIT, self.process.kill)
+            alarm.start()
             try:
                 self.process.stdin.write(json.dumps(job) + "\n")
                 self.process.stdin.flush()
                 answer = self.process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            finally:
+                alarm.cancel()
             if not answer:
-                return {"ok": False, "reason": f"the {self.kind} compiler process died (exit {self.process.wait()})"}
+                status = self.process.wait()
+                reason = f"the {self.kind} compiler died (exit {status}) or took over {TIME_LIMIT:.0f} s"
+                return {"ok": False, "crashed": True, "reason": reason}
             return json.loads(answer)
 
 

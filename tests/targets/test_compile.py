@@ -179,7 +179,7 @@ def test_a_truncated_cache_entry_is_compiled_anew(cache):
 
 
 def test_a_compiler_that_died_is_reported_and_not_cached(monkeypatch):
-    died = {"ok": False, "reason": "the gpu compiler process died (exit -9)"}
+    died = {"ok": False, "crashed": True, "reason": "the gpu compiler died (exit -9)"}
     request = default(SCALE, "sm_90")
     with monkeypatch.context() as patch:
         patch.setattr(service.Worker, "ask", lambda self, job: died)
