@@ -101,7 +101,9 @@ def _show(arguments) -> int:
                 tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in entry["tile"].items())
                 rank = f"{entry['rank']} of {entry['considered']}"
                 ratio = f"{entry['seconds'] / entry['rule_seconds']:.2f}"
-                table.add_row(chip, entry["kernel"], entry["case"], entry["dtype"], tile, entry["provenance"], rank, ratio)
+                table.add_row(
+                    chip, entry["kernel"], entry["case"], entry["dtype"], tile, entry["provenance"], rank, ratio
+                )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 

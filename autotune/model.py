@@ -9,8 +9,8 @@ A launch of P programs, each asking for F operations (padding included) and B by
 
     seconds = max(arithmetic, cache, memory) + start
 
-``peak`` is the dense rate of the element type. :class:`mla_kernels.launch.Work` counts padded rows, so a tile that is half
-empty costs double. Rates are data-sheet values (:mod:`mla_kernels.targets.chips`).
+``peak`` is the dense rate of the element type. :class:`mla_kernels.launch.Work` counts padded rows, so a tile
+that is half empty costs double. Rates are data-sheet values (:mod:`mla_kernels.targets.chips`).
 """
 
 from collections.abc import Mapping

@@ -11,9 +11,9 @@ from mla_kernels.targets.compile import compile_kernel
 from mla_kernels.targets.report import Report
 
 MARGIN = 0.10
-"""A tile replaces the closed-form rule's only where the model says at least this much faster: it is no finer than that."""
+"""A tile replaces the closed-form rule's only where the model calls it faster by this share; it is no finer."""
 
-COMPILED = 4
+COMPILED = 2
 """How many of the best-ranked tiles are compiled, at most, before the rule's tile is kept."""
 
 

@@ -16,7 +16,7 @@ def check_tensor(
     device: torch.device | None = None,
     like: torch.Tensor | None = None,
 ) -> None:
-    """Refuse ``value`` unless it is a tensor of this rank, shape (None = any), dtype and device, dense in its last axis.
+    """Refuse ``value`` unless it is a tensor of this rank, shape (None = any), dtype and device, its last axis dense.
 
     ``like`` stands for "same dtype and device as that tensor".
     """

@@ -29,7 +29,7 @@ Tile = dict[str, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """Compulsory cost of a problem, whatever the tile: ``bytes`` counts each input read and each output written once."""
+    """Compulsory cost of a problem, whatever the tile: ``bytes`` counts each input and each output once."""
 
     flops: float
     bytes: float

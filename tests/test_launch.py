@@ -25,7 +25,9 @@ def declare(fn=scale_kernel, **changes):
         rule=lambda chip, dtype, statics, sizes: {"BLOCK": 256, "num_warps": 4},
         memory=lambda chip, dtype, statics, tile: {},
         cost=lambda dtype, statics, sizes: Cost(sizes["size"], 8 * sizes["size"]),
-        work=lambda dtype, statics, sizes, tile: Work(-(-sizes["size"] // tile["BLOCK"]), tile["BLOCK"], 8 * tile["BLOCK"]),
+        work=lambda dtype, statics, sizes, tile: Work(
+            -(-sizes["size"] // tile["BLOCK"]), tile["BLOCK"], 8 * tile["BLOCK"]
+        ),
         cases=(Case("small", {}, {"size": 1000}),),
         uses_dot=False,
     )
@@ -81,7 +83,10 @@ def test_the_table_gives_the_nearest_entry_on_a_log_scale(monkeypatch):
         {"statics": {"E": 8}, "sizes": {"tokens": 20}, "tile": {"BLOCK": 64}},
     ]
     monkeypatch.setattr(launch, "_table", lambda chip: {("k", "bf16"): entries})
-    nearest = lambda tokens, experts=64: launch._nearest("k", "sm_90", "bf16", {"E": experts}, {"tokens": tokens})
+
+    def nearest(tokens, experts=64):
+        return launch._nearest("k", "sm_90", "bf16", {"E": experts}, {"tokens": tokens})
+
     assert nearest(12) == {"BLOCK": 16}
     assert nearest(20) == {"BLOCK": 128}
     assert nearest(20, experts=8) == {"BLOCK": 64}
@@ -98,11 +103,9 @@ def test_the_launch_key_tells_apart_what_triton_specialises():
 
 def test_on_cpu_refuses_unknown_modes_and_targets():
     with pytest.raises(ValueError, match="mode 'gpu': accepted are torch, interpret, npu-emulated, cuda"):
-        with launch.on_cpu("gpu"):
-            pass
+        launch.on_cpu("gpu").__enter__()
     with pytest.raises(ValueError, match="target 'sm_42' is unknown; known targets: sm_80"):
-        with launch.on_cpu("interpret", "sm_42"):
-            pass
+        launch.on_cpu("interpret", "sm_42").__enter__()
 
 
 def test_nvidia_devices_between_the_listed_ones_take_limits_that_hold():

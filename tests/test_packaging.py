@@ -1,6 +1,7 @@
 """A wheel built from the tree, installed elsewhere, imports and runs its CPU ops; so it does without Triton."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,8 @@ weights, ids = mla_kernels.route(torch.randn(5, 8), 2)
 hidden, gate_up, down = torch.randn(5, 16), torch.randn(8, 24, 16), torch.randn(8, 16, 12)
 print(mla_kernels.fused_moe(hidden, gate_up, down, weights, ids).shape)
 cache = mla_kernels.LatentCache.allocate(4, 16, dtype=torch.float32, device="cpu")
-q, table, lengths = torch.randn(1, 1, 3, 576), torch.arange(4, dtype=torch.int32)[None], torch.tensor([50], dtype=torch.int32)
+q, table = torch.randn(1, 1, 3, 576), torch.arange(4, dtype=torch.int32)[None]
+lengths = torch.tensor([50], dtype=torch.int32)
 out, lse = mla_kernels.mla_decode(q, cache, table, lengths, softmax_scale=0.1)
 assert out.shape == (1, 1, 3, 512) and lse.shape == (1, 1, 3)
 """
@@ -28,11 +30,20 @@ assert out.shape == (1, 1, 3, 512) and lse.shape == (1, 1, 3)
 def site(tmp_path_factory):
     """Folder into which the wheel was unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
     source = folder / "source"  # setuptools leaves a build folder beside the tree
     ignored = {".git", ".venv", ".venv-ascend", "build", "dist"}
-    import shutil
-
     shutil.copytree(ROOT, source, ignore=lambda _, names: ignored & set(names))
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (wheel,) = folder.glob("mla_kernels-*.whl")
@@ -42,7 +53,9 @@ def site(tmp_path_factory):
 
 def run(site: Path, program: str, tmp_path: Path) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(site)}
-    return subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
 
 
 def test_the_wheel_runs_elsewhere(site, tmp_path):
@@ -57,6 +70,9 @@ def test_without_triton_the_package_imports_and_its_cpu_ops_run(site, tmp_path):
 
 
 def test_the_wheel_holds_tables_and_no_tests(site):
-    assert {path.stem for path in (site / "mla_kernels" / "autotune" / "tables").glob("*.json")} >= {"sm_90", "ascend910b"}
+    assert {path.stem for path in (site / "mla_kernels" / "autotune" / "tables").glob("*.json")} >= {
+        "sm_90",
+        "ascend910b",
+    }
     assert (site / "mla_kernels" / "reference" / "moe.py").exists()
     assert {path.name for path in site.iterdir() if path.is_dir() and "dist-info" not in path.name} == {"mla_kernels"}

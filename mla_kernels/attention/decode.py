@@ -173,10 +173,10 @@ def _memory(chip, dtype, statics, tile):
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
         l0c = block_h * (value + block_n) * 4
-        gathered = 2 * k if statics["PAGE_SIZE"] % block_n else 0
+        gathered = k if statics["PAGE_SIZE"] % block_n else 0
         return {
-            "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + gathered + misfit,
-            "L1": 2 * (q + k + split_value + p),
+            "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + misfit,
+            "L1": 2 * (q + k + split_value + p + gathered),
             "L0C": l0c * (2 if chip.memory["L0C"] > 128 << 10 else 1),
         }
     stages = tile["num_stages"]
@@ -382,7 +382,6 @@ def mla_decode(
     if not isinstance(cache, LatentCache):
         raise TypeError(f"cache: got {type(cache).__name__}, a LatentCache is accepted")
     data = cache.data
-    check_tensor("q", q, rank=4)
     check_tensor("q", q, shape=(None, None, None, data.shape[2]), like=data)
     sequences, queries, heads, _ = q.shape
     if queries == 0 or heads == 0:

@@ -191,8 +191,7 @@ def enable(model):
     for module in attentions:
         if not hasattr(type(module), "expand_kv"):
             raise NotImplementedError(
-                f"enable: transformers {_TRANSFORMERS_VERSION} has no {type(module).__name__}.expand_kv; versions "
-                "from 5.15 to 5.23 have it"
+                f"enable: transformers {_TRANSFORMERS_VERSION} has no {type(module).__name__}.expand_kv, which 5.23 has"
             )
         _kv_b_weight(module)
     LatentCache.allocate(0, 64, latent_dim=base.config.kv_lora_rank, rope_dim=base.config.qk_rope_head_dim)

@@ -91,13 +91,13 @@ def _tokens(cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int) -> 
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """outs [parts, ..., d], lses [parts, ...]: one pass over the parts, weighted by exp(lse - largest lse)."""
-    largest = lses.amax(0).clamp_min_(_LOWEST)
-    weights = (lses - largest).exp_().unsqueeze(-1)  # [parts, ..., 1]
-    total = weights.sum(0)
-    if torch.isneginf(lses).any():  # an empty part may hold anything
-        outs = outs.masked_fill(torch.isneginf(lses).unsqueeze(-1), 0.0)
-    acc = outs[0].float() * weights[0]
+    """outs [parts, ..., d], lses [parts, ...]: one pass over the parts, weighted by exp(lse - merged lse)."""
+    lse = torch.logsumexp(lses, 0)
+    weights = (lses - lse.clamp_min(_LOWEST)).exp_().unsqueeze(-1)  # [parts, ..., 1]; 0 where all parts are empty
+    empty = torch.isneginf(lses)
+    if empty.any():  # an empty part may hold anything
+        outs = outs.masked_fill(empty.unsqueeze(-1), 0.0)
+    acc = outs[0] * weights[0]  # fp32
     for part in range(1, outs.shape[0]):
         acc.addcmul_(outs[part].float(), weights[part])
-    return acc.div_(total.clamp_min(1.0)).to(outs.dtype), total.squeeze(-1).log_().add_(largest)
+    return acc.to(outs.dtype), lse

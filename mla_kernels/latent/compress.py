@@ -10,7 +10,9 @@ from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import (
+    WRITE_LATENT,
     check_cache,
+    check_fits,
     check_latent_arguments,
     check_slots,
     model_statics,
@@ -82,25 +84,27 @@ def compress_latent_kernel(
 def _rule(chip, dtype, statics, sizes):
     """16 tokens: their 576 sums stay in registers on GPUs (8 warps) and in L0C and UB on Ascend.
 
-    BLOCK_K is 64; 32 where that would not fit the shared memory (gfx942), 16 for fp32 on GPUs, whose products without
-    matrix units hold the operands in registers.
+    BLOCK_K is 64, or 16 for fp32 on GPUs, whose products without matrix units hold the operands in registers; it is
+    halved until the operands fit (32 on gfx942).
     """
-    depth = 64
-    if chip.is_gpu and dtype == "fp32":
-        depth = 16
-    elif chip.is_gpu and chip.memory["shared"] < 96 * 1024:
-        depth = 32
-    return {"BLOCK_T": 16, "BLOCK_K": depth, "num_warps": 8, "num_stages": 2}
+    tile = {"BLOCK_T": 16, "BLOCK_K": 16 if chip.is_gpu and dtype == "fp32" else 64, "num_warps": 8, "num_stages": 2}
+    operands = "shared" if chip.is_gpu else "L1"
+    while tile["BLOCK_K"] > 16 and _memory(chip, dtype, statics, tile)[operands] > chip.memory[operands]:
+        tile["BLOCK_K"] //= 2
+    check_fits("compress_latent", chip, statics, _memory(chip, dtype, statics, tile))
+    return tile
 
 
 def _memory(chip, dtype, statics, tile):
-    """Operand tiles in shared memory or L1 (twice there, for double buffering), sums in L0C, three copies in UB."""
+    """Operand tiles in shared memory or L1 (twice there, for double buffering), sums in L0C, two copies of them in UB
+    beside what :func:`store_token` takes."""
     width = statics["LATENT"] + statics["ROPE"]
     sums = 4 * tile["BLOCK_T"] * width
     operands = (tile["BLOCK_T"] + width) * tile["BLOCK_K"] * DTYPE_BYTES[dtype]
     if chip.is_gpu:
         return {"shared": operands * max(1, tile["num_stages"] - 1)}
-    return {"L1": 2 * operands, "L0C": sums, "UB": 3 * sums + 48 * statics["LATENT"]}
+    tokens = WRITE_LATENT.memory(chip, dtype, statics, {})["UB"]
+    return {"L1": 2 * operands, "L0C": sums, "UB": max(2 * sums + 52 * 1024, tokens)}
 
 
 def _cost(dtype, statics, sizes):
@@ -228,7 +232,7 @@ def compress_latent(
         TypeError: a dtype that is not accepted, or ``cache`` is no LatentCache.
         ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a slot below -1 or past
             the cache, or a position outside the tables. Nothing was written then.
-        NotImplementedError: an input requires grad; there is no backward.
+        NotImplementedError: an input requires grad (there is no backward), or the widths do not fit the chip.
 
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """

@@ -96,15 +96,28 @@ def write_latent_kernel(
             )  # fmt: skip
 
 
+def check_fits(op, chip, statics, needed) -> None:
+    """Refuse widths whose tiles no choice makes fit the chip. ``needed``: the kernel's estimate, memory -> bytes."""
+    for name, size in needed.items():
+        if size > chip.memory[name]:
+            raise NotImplementedError(
+                f"{op} on {chip.name}: latent_dim {statics['LATENT']} with rope_dim {statics['ROPE']} needs about "
+                f"{size:,} bytes of {name}, a program has {chip.memory[name]:,}"
+            )
+
+
 def _rule(chip, dtype, statics, sizes):
-    return {"num_warps": 2}
+    tile = {"num_warps": 2}
+    check_fits("write_latent", chip, statics, _memory(chip, dtype, statics, tile))
+    return tile
 
 
 def _memory(chip, dtype, statics, tile):
-    """Ascend: about six buffers of a row in fp32 and ten of ROPE / 2 x ROPE for the one-hot sums."""
+    """Ascend: as the 910's compiler plans it, six buffers of a row in fp32 and ten or 18 of ROPE / 2 x ROPE."""
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"]}
-    return {"UB": 24 * statics["LATENT"] + 20 * statics["ROPE"] ** 2}
+    one_hot = 36 if statics["MODE"] == "interleaved" else 20
+    return {"UB": 24 * statics["LATENT"] + one_hot * statics["ROPE"] ** 2}
 
 
 def token_bytes(dtype, statics) -> int:
@@ -263,7 +276,7 @@ def write_latent(
         TypeError: a dtype that is not accepted, or ``cache`` is no LatentCache.
         ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a slot below -1 or past
             the cache, or a position outside the tables. Nothing was written then.
-        NotImplementedError: an input requires grad; there is no backward.
+        NotImplementedError: an input requires grad (there is no backward), or the widths do not fit the chip.
 
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """

@@ -48,12 +48,13 @@ def moe_combine_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    widest = 1024 if chip.is_gpu else 4096
+    """On Ascend every unrolled slot holds 8 bytes a column in vector memory (as compiled)."""
+    widest = 1024 if chip.is_gpu else max(128, 1 << min(11, (16384 // statics["TOP_K"]).bit_length() - 1))
     return {"BLOCK_H": min(widest, max(16, 1 << (sizes["hidden"] - 1).bit_length())), "num_warps": 4}
 
 
 def _memory(chip, dtype, statics, tile):
-    return {"shared": 0} if chip.is_gpu else {"UB": tile["BLOCK_H"] * (2 * 4 + 4 * DTYPE_BYTES[dtype])}
+    return {"shared": 0} if chip.is_gpu else {"UB": tile["BLOCK_H"] * 8 * (statics["TOP_K"] + 1)}
 
 
 def _cost(dtype, statics, sizes):

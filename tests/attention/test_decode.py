@@ -45,11 +45,18 @@ def test_parity_of_every_shape(backend, device, page_size, queries, dtype):
         problem.check(problem.run())
 
 
-@pytest.mark.parametrize("heads, dtype", [(128, torch.bfloat16), (16, torch.float32), (20, torch.float16)])
-def test_real_sizes(heads, dtype, backend, device):
+@pytest.mark.parametrize(
+    "heads, dtype, lengths",
+    [
+        (128, torch.bfloat16, [1581, 777]),  # DeepSeek-V3
+        (16, torch.float32, [1581, 777]),  # DeepSeek-V2-Lite, or V3 on 8 devices
+        (16, torch.bfloat16, [8191]),
+        (20, torch.float16, [1581, 777]),
+    ],
+)
+def test_real_sizes(heads, dtype, lengths, backend, device):
     if backend == "interpret":
         pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
-    lengths = [1581, 777]
     problem = make(lengths, heads=heads, dtype=dtype, latent_dim=512, rope_dim=64, device=device)
     problem.check(problem.run())
 

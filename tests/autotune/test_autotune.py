@@ -26,7 +26,9 @@ def declare(**changes):
         rule=lambda chip, dtype, statics, sizes: {"BLOCK": 64, "num_warps": 4},
         memory=lambda chip, dtype, statics, tile: {"shared" if chip.is_gpu else "UB": 4 * tile["BLOCK"]},
         cost=lambda dtype, statics, sizes: Cost(sizes["size"], 8 * sizes["size"]),
-        work=lambda dtype, statics, sizes, tile: Work(-(-sizes["size"] // tile["BLOCK"]), tile["BLOCK"], 8 * tile["BLOCK"]),
+        work=lambda dtype, statics, sizes, tile: Work(
+            -(-sizes["size"] // tile["BLOCK"]), tile["BLOCK"], 8 * tile["BLOCK"]
+        ),
         cases=(CASE,),
         uses_dot=False,
     )
@@ -54,8 +56,7 @@ def compiled(monkeypatch):
 
     compile_kernel.fails = lambda tile: False
     monkeypatch.setattr(search, "compile_kernel", compile_kernel)
-    tiles_and_rule = tiles, compile_kernel
-    return tiles_and_rule
+    return tiles, compile_kernel
 
 
 def test_candidates_fit_by_closed_form():
@@ -66,7 +67,7 @@ def test_candidates_fit_by_closed_form():
 
 
 def test_choose_takes_the_best_ranked_tile_that_compiles(compiled):
-    tiles, compiler = compiled
+    _, compiler = compiled
     choice = autotune.choose(declare(), CHIP, "fp32", CASE)
     assert choice.tile["BLOCK"] == 1024 and choice.rank == 0 and choice.seconds < choice.rule_seconds
     compiler.fails = lambda tile: tile["BLOCK"] == 1024
@@ -85,7 +86,9 @@ def test_the_rule_stays_where_the_model_sees_no_clear_gain(compiled):
 
 
 def test_store_round_trip_and_refusals(tmp_path):
-    entry = dict.fromkeys(("kernel", "dtype", "case", "provenance", "source"), "x") | dict(statics={}, sizes={}, tile={})
+    entry = dict.fromkeys(("kernel", "dtype", "case", "provenance", "source"), "x") | dict(
+        statics={}, sizes={}, tile={}
+    )
     path = tmp_path / "sm_90.json"
     autotune.write_table(path, "sm_90", [entry | {"versions": {}}])
     assert autotune.load_table(path, "sm_90") == [entry | {"versions": {}}]
@@ -113,8 +116,10 @@ def test_cli_tunes_and_shows(compiled, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "KERNELS", {"scale_kernel": declare()})
     arguments = ["--target", "sm_90", "--tables", str(tmp_path)]
     assert cli.main(["tune", *arguments]) == 0
-    (bf16, fp16, fp32) = autotune.load_table(tmp_path / "sm_90.json", "sm_90")
-    assert fp32["provenance"] == "modelled" and fp32["source"] == declare().source_hash and fp32["tile"]["BLOCK"] == 1024
+    *_, fp32 = autotune.load_table(tmp_path / "sm_90.json", "sm_90")
+    assert (
+        fp32["provenance"] == "modelled" and fp32["source"] == declare().source_hash and fp32["tile"]["BLOCK"] == 1024
+    )
     assert cli.main(["show", *arguments]) == 0
     assert "scale_kernel" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """enable(model): the same text as transformers' own code, through this library's ops."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(variant, calls):
     assert isinstance(layer, LatentLayer)
     assert layer.get_seq_length() == PROMPT + NEW - 1
     assert layer.seq_lens.tolist() == [PROMPT + NEW - 1, PROMPT + NEW - 1 - 9], "padding takes no slot"
+
+
+def test_same_greedy_tokens_on_every_backend(backend, device, calls):
+    model = tiny("DeepseekV2", num_hidden_layers=2).to(device)
+    ids = torch.randint(2, VOCABULARY, (1, 20), device=device)
+    expected = _generate(model, ids, torch.ones_like(ids), max_new_tokens=3)
+    assert torch.equal(_generate(enable(model), ids, torch.ones_like(ids), max_new_tokens=3), expected)
+    assert calls == {"mla_decode": 2 * 2, "fused_moe": 3}
 
 
 def test_cache_holds_what_transformers_caches():
@@ -186,6 +195,32 @@ def test_enable_twice_and_disable_restores(calls):
     assert not isinstance(out.past_key_values.layers[0], LatentLayer)
 
 
+def test_copies_and_checkpoints_of_an_enabled_model(tmp_path, calls):
+    model = enable(tiny("DeepseekV2"))
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask)
+    twin = disable(copy.deepcopy(model))
+    assert not twin.model._forward_pre_hooks
+    model.save_pretrained(tmp_path)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = dict(calls)
+    assert torch.equal(_generate(twin, ids, mask), expected)
+    assert torch.equal(_generate(saved, ids, mask), expected)
+    assert calls == before, "neither the disabled copy nor the loaded checkpoint is enabled"
+    _generate(model, ids, mask)
+    assert calls["mla_decode"] > before["mla_decode"]
+
+
+def test_signatures_are_those_of_transformers_own_functions():
+    own = inspect.signature(compat.ALL_EXPERTS_FUNCTIONS["grouped_mm"]).parameters
+    assert list(inspect.signature(compat._experts).parameters) == list(own)
+    own = inspect.signature(compat.ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
+    ours = [name for name in inspect.signature(compat._attention).parameters if name not in ("dropout", "scaling")]
+    assert ours[:5] == list(own)[:5]
+    for cls in compat._BASE_MODELS:
+        assert list(inspect.signature(cls.forward).parameters)[1:7] == list(compat._FORWARD_ARGUMENTS)
+
+
 def test_expert_parallel_sentinels_are_skipped():
     experts = enable(tiny("DeepseekV3")).model.layers[1].mlp.experts
     hidden, ids = torch.randn(5, 64), torch.randint(0, 8, (5, 2))
@@ -261,6 +296,13 @@ def test_unsupported_models_are_refused():
     with pytest.raises(TypeError, match="kv_b_proj of layer 1: got Sequential"):
         enable(adapted)
     assert adapted.config._attn_implementation != "mla_kernels", "a refusal leaves the model as it was"
+
+
+def test_a_transformers_without_expand_kv_is_refused(monkeypatch):
+    model = tiny("DeepseekV3")
+    monkeypatch.delattr(type(model.model.layers[0].self_attn), "expand_kv")
+    with pytest.raises(NotImplementedError, match=r"has no DeepseekV3Attention.expand_kv"):
+        enable(model)
 
 
 def test_unsupported_caches_and_masks_are_refused():

@@ -71,6 +71,15 @@ def test_refused_and_nothing_written(op, name, change, error, words):
     assert torch.equal(bits(problem.cache.data), bits(before))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_widths_that_a_chip_cannot_hold(op):
+    problem = make(op, latent_dim=512, rope_dim=256)
+    before = problem.cache.data.clone()
+    with launch.on_cpu("npu-emulated"), pytest.raises(NotImplementedError, match=r"rope_dim 256 needs about .* of UB"):
+        problem.run()
+    assert torch.equal(bits(problem.cache.data), bits(before))
+
+
 def test_gradients_are_lost_only_where_asked():
     problem = make("write_latent")
     with torch.no_grad():

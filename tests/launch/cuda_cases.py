@@ -7,10 +7,9 @@ argument reach the driver as passed; here the arguments are held against the op'
 import pytest
 import torch
 
-from tests.launch.cuda_recorder import record
-
 import mla_kernels
 from mla_kernels.launch import KERNELS
+from tests.launch.cuda_recorder import record
 
 BF16, I32 = torch.bfloat16, torch.int32
 
@@ -56,7 +55,9 @@ def test_compress_latent_is_one_launch():
     with record() as launches:
         mla_kernels.compress_latent(*args, rope="interleaved_to_half")
     (launch,) = launches
-    assert {hidden.data_ptr(), weight.data_ptr(), cache.data.data_ptr(), slots.data_ptr()} <= set(pointers(launch).values())
+    assert {hidden.data_ptr(), weight.data_ptr(), cache.data.data_ptr(), slots.data_ptr()} <= set(
+        pointers(launch).values()
+    )
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -66,7 +67,7 @@ def test_mla_decode(heads, pages):
     block_table = torch.zeros(3, pages, dtype=I32)
     seq_lens = torch.full((3,), 64 * pages, dtype=I32)
     with record() as launches:
-        out, lse = mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1)
+        out, _ = mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1)
     decode, *merge = launches
     assert {t.data_ptr() for t in (q, cache.data, block_table, seq_lens)} <= set(pointers(decode).values())
     assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1

@@ -1,7 +1,7 @@
 """Triton's real JIT and C launcher over the stub driver, in a process of its own: CPU tensors pose as device memory.
 
-Import this first in a child process with TRITON_LIBCUDA_PATH at the folder of the stub. ``record()`` collects, for every
-launch, what reached the driver, checked against what the launcher half of the op passed.
+Import this first in a child process with TRITON_LIBCUDA_PATH at the folder of the stub. ``record()`` collects, for
+every launch, what reached the driver, checked against what the launcher half of the op passed.
 """
 
 import contextlib

@@ -11,7 +11,18 @@ HERE = Path(__file__).parent
 def run_cases(file: Path, backend: str, **environment: str) -> subprocess.CompletedProcess:
     """Run the pytest cases of ``file`` in a process of their own, on ``backend``."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET", "COV_"))}
-    command = [sys.executable, "-m", "pytest", str(file), "--backend", backend, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(file),
+        "--backend",
+        backend,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, cwd=HERE.parents[1])
 
 

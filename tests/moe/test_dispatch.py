@@ -26,7 +26,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize(
     "tokens, experts, top_k",
-    [(0, 8, 2), (1, 1, 1), (2, 64, 6), (17, 8, 1), (61, 64, 6), (300, 8, 6), (9, 256, 8), (5, 160, 6)],
+    [(0, 8, 2), (1, 1, 1), (2, 64, 6), (17, 8, 1), (61, 64, 6), (300, 8, 6), (3, 256, 8), (2, 160, 6)],
 )
 def test_parity(backend, tokens, experts, top_k):
     ids = random_ids(tokens, experts, top_k)

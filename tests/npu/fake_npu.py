@@ -1,7 +1,7 @@
 """An ``npu`` device in pure Python: PrivateUse1 tensors whose data lies in a CPU tensor.
 
-Import it in a process of its own: PrivateUse1 can be renamed once. Torch's own operators run on the CPU copy through one
-boxed fallback; kernel launches run in the NPU emulator. Views are copies here, so a launcher must pass whole tensors.
+Import it in a process of its own: PrivateUse1 can be renamed once. Torch's own operators run on the CPU copy through
+one boxed fallback; kernel launches run in the NPU emulator. Views are copies, so a launcher must pass whole tensors.
 """
 
 import torch
@@ -68,7 +68,9 @@ def _launch(kernel, chip, work, args, statics, tile):
 
     launches.append(kernel.name)
     if work:
-        emulator.launch(kernel, chip, kernel.programs(chip, work), tuple(map(unwrap, args)), kernel.constexprs(statics, tile))
+        emulator.launch(
+            kernel, chip, kernel.programs(chip, work), tuple(map(unwrap, args)), kernel.constexprs(statics, tile)
+        )
 
 
 launch.Kernel.launch = _launch

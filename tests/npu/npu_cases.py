@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from tests.npu import fake_npu
-
 import mla_kernels
 from mla_kernels.reference import attention, latent, moe
+from tests.npu import fake_npu
 from tests.support import assert_close
 
 
@@ -47,7 +46,10 @@ def test_write_latent():
     kv_a, norm = torch.randn(5, 576), torch.rand(512) + 0.5
     angles = torch.rand(9, 32)
     cos, sin, positions, slots = angles.cos(), angles.sin(), torch.arange(5), torch.tensor([3, 0, -1, 17, 9])
-    cache, exact = mla_kernels.LatentCache(npu(torch.zeros(2, 16, 576)), 512), torch.zeros(2, 16, 576, dtype=torch.float64)
+    cache, exact = (
+        mla_kernels.LatentCache(npu(torch.zeros(2, 16, 576)), 512),
+        torch.zeros(2, 16, 576, dtype=torch.float64),
+    )
     mla_kernels.write_latent(*npu(kv_a, norm, cos, sin, positions, slots), cache, rope="interleaved_to_half")
     double = [tensor.double() for tensor in (kv_a, norm, cos, sin)]
     latent.write_latent(*double, positions, slots, exact, latent_dim=512, rope="interleaved_to_half")

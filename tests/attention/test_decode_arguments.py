@@ -1,0 +1,94 @@
+"""What mla_decode refuses, in which words, and that it refuses before it allocates or writes."""
+
+import pytest
+import torch
+
+from mla_kernels.attention import decode
+from mla_kernels.attention.decode import mla_decode
+from mla_kernels.latent.cache import LatentCache
+from tests.attention.problems import make
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    problem = make([70, 3], queries=2)
+    problem.run()
+
+    def reached(*arguments):
+        raise AssertionError("the op was reached")
+
+    monkeypatch.setattr(decode, "_mla_decode", reached)
+    return problem
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+REFUSED = {
+    "q no tensor": (dict(q=[1.0]), TypeError, "q: got list"),
+    "q rank": (lambda p: dict(q=p.q[0]), ValueError, r"q: got shape \(2, 3, 80\), \(any, any, any, 80\)"),
+    "q width": (lambda p: dict(q=p.q[..., :64].contiguous()), ValueError, r"q: got shape .*any, any, any, 80"),
+    "q dtype": (lambda p: dict(q=p.q.half()), TypeError, "q: got dtype float16, accepted: float32"),
+    "q float64": (lambda p: dict(q=p.q.double()), TypeError, "q: got dtype float64"),
+    "q device": (lambda p: dict(q=p.q.to("meta")), ValueError, "q: got a tensor on meta"),
+    "q strided": (lambda p: dict(q=strided(p.q)), ValueError, "q: got stride 2 in the last dimension"),
+    "no queries": (lambda p: dict(q=p.q[:, :0]), ValueError, "q: got shape .* at least one query token"),
+    "no heads": (lambda p: dict(q=p.q[:, :, :0]), ValueError, "q: got shape .* one head"),
+    "cache a tensor": (lambda p: dict(cache=p.cache.data), TypeError, "cache: got Tensor, a LatentCache"),
+    "cache empty": (lambda p: dict(cache=LatentCache(p.cache.data[:0], 64)), ValueError, "cache: got 0 pages"),
+    "cache width": (lambda p: dict(cache=LatentCache(p.cache.data[..., :48], 32)), ValueError, "q: got shape"),
+    "table rank": (lambda p: dict(block_table=p.block_table[0]), ValueError, "block_table: got shape"),
+    "table batch": (lambda p: dict(block_table=p.block_table[:1]), ValueError, r"block_table: got shape \(1, 2\)"),
+    "table dtype": (lambda p: dict(block_table=p.block_table.long()), TypeError, "block_table: got dtype int64"),
+    "table device": (lambda p: dict(block_table=p.block_table.to("meta")), ValueError, "block_table: got a tensor on"),
+    "table strided": (lambda p: dict(block_table=strided(p.block_table)), ValueError, "block_table: got stride 2"),
+    "table too wide": (
+        lambda p: dict(cache=LatentCache(torch.empty(1, 1, 80).expand(1, 1 << 29, 80), 64)),  # never read
+        ValueError,
+        "block_table: got 2 pages of 536870912 tokens a sequence, less than",
+    ),
+    "lengths shape": (lambda p: dict(seq_lens=p.seq_lens[:1]), ValueError, r"seq_lens: got shape \(1,\), \(2\)"),
+    "lengths dtype": (lambda p: dict(seq_lens=p.seq_lens.long()), TypeError, "seq_lens: got dtype int64"),
+    "lengths device": (lambda p: dict(seq_lens=p.seq_lens.to("meta")), ValueError, "seq_lens: got a tensor on meta"),
+    "scale tensor": (dict(softmax_scale=torch.tensor(0.1)), TypeError, "softmax_scale: got Tensor"),
+    "causal int": (dict(causal=1), TypeError, "causal: got int, a bool"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(problem, name):
+    changes, error, words = REFUSED[name]
+    changes = changes(problem) if callable(changes) else changes
+    with pytest.raises(error, match=words):
+        problem.run(**changes)
+
+
+def test_a_gradient_is_not_lost(problem):
+    with pytest.raises(NotImplementedError, match="mla_decode has no backward and q requires grad"):
+        problem.run(q=problem.q.requires_grad_())
+
+
+VALUES = {
+    "length negative": ("seq_lens", 1, -1, "seq_lens: got values from -1 to 70, accepted: 0 to 128"),
+    "length beyond the table": ("seq_lens", 0, 129, "seq_lens: got values from 3 to 129, .*2 pages of 64"),
+    "page negative": ("block_table", (0, 1), -1, "block_table: got values from -1"),
+    "page too large": ("block_table", (1, 0), 5, "block_table: got values from .* to 5, accepted: 0 to 4"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_refused(backend, name):
+    if backend in ("cuda", "npu"):
+        pytest.skip("values of device tensors are not read")
+    argument, where, value, words = VALUES[name]
+    problem = make([70, 3])
+    getattr(problem, argument)[where] = value
+    with pytest.raises(ValueError, match=words):
+        problem.run()
+
+
+def test_keywords():
+    problem = make([3])
+    with pytest.raises(TypeError):
+        mla_decode(problem.q, problem.cache, problem.block_table, problem.seq_lens, 0.1)

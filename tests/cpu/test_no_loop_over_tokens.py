@@ -1,0 +1,48 @@
+"""No CPU op runs torch operators token by token: their number stays the same from a few tokens to many."""
+
+import pytest
+import torch
+
+from mla_kernels.cpu import attention, latent, moe
+from tests.cpu.recorder import record
+
+
+def write_args(tokens, dtype=torch.bfloat16):
+    tables = (torch.rand(32).to(dtype), torch.rand(tokens, 8), torch.rand(tokens, 8))
+    cache = torch.zeros(tokens // 4 + 1, 4, 48, dtype=dtype)
+    return (*tables, torch.arange(tokens), torch.randperm(tokens), cache, 32, "interleaved", 1e-6)
+
+
+def experts(tokens):
+    ids = (torch.arange(tokens * 2, dtype=torch.int32) % 4).view(tokens, 2)
+    return torch.randn(tokens, 32), torch.randn(4, 48, 32), torch.randn(4, 32, 24), torch.rand(tokens, 2), ids
+
+
+def decode_args(tokens):
+    pages = torch.randperm(-(-tokens // 4)).int()[None]
+    q, cache = torch.randn(1, 3, 2, 48), torch.randn(pages.numel(), 4, 48)
+    return q, cache, pages, torch.tensor([tokens], dtype=torch.int32), 0.1, True, 32
+
+
+CASES = {
+    "compress_latent": (
+        latent.compress_latent,
+        lambda tokens: (torch.randn(tokens, 40).bfloat16(), torch.randn(48, 40).bfloat16(), *write_args(tokens)),
+    ),
+    "write_latent": (latent.write_latent, lambda tokens: (torch.randn(tokens, 48).bfloat16(), *write_args(tokens))),
+    "mla_decode": (attention.mla_decode, decode_args),
+    "merge_states": (attention.merge_states, lambda tokens: (torch.randn(3, tokens, 8), torch.randn(3, tokens))),
+    "route": (
+        moe.route,
+        lambda tokens: (torch.randn(tokens, 16), torch.randn(16), 4, "sigmoid", 4, 2, True, 1.0),
+    ),
+    "dispatch": (moe.dispatch, lambda tokens: (experts(tokens)[4], 4)),
+    "fused_moe": (moe.fused_moe, experts),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_do_not_grow_with_tokens(name):
+    function, arguments = CASES[name]
+    few, many = (record(function, *arguments(tokens)).operators for tokens in (40, 400))
+    assert few == many
