@@ -1,6 +1,7 @@
 """From a declaration to a tile: enumerate, drop what cannot fit, rank by the model, keep the first that compiles."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -42,6 +43,9 @@ def candidates(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping) -> Iter
 def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case) -> Choice:
     """The best tile by the model that compiles without in-loop spills, traps or overflow, else the rule's.
 
+    Among tiles that the model cannot tell apart, the one nearest to the rule's stands first: launch options and depths
+    that the model knows nothing of stay as the kernel's author set them.
+
     Raises RuntimeError where not even the rule's tile compiles: the declaration is wrong then.
     """
     statics, sizes = case.statics, case.sizes
@@ -50,7 +54,13 @@ def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case) -> Choice:
         return model.seconds(kernel, chip, dtype, statics, sizes, tile)
 
     rule = kernel.rule(chip, dtype, statics, sizes)
-    ranked = sorted(candidates(kernel, chip, dtype, statics), key=cost)
+
+    def distance(tile):
+        return sum(abs(math.log2(max(value, 1) / max(rule.get(name, value), 1))) for name, value in tile.items())
+
+    ranked = sorted(
+        candidates(kernel, chip, dtype, statics), key=lambda tile: (float(f"{cost(tile):.3g}"), distance(tile))
+    )
     rule_seconds = cost(rule)
     better = [tile for tile in ranked if cost(tile) < (1 - MARGIN) * rule_seconds]
     for tile in [*better[:COMPILED], rule]:

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.attention.merge import merge_states
-from mla_kernels.latent.cache import LatentCache
+from mla_kernels import LatentCache, merge_states, mla_decode
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
 from mla_kernels.reference import attention as reference
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.compress import compress_latent
-from mla_kernels.latent.write import write_latent
+from mla_kernels import LatentCache, compress_latent, write_latent
 from mla_kernels.reference import latent as reference
 
 LATENT, ROPE, HIDDEN, PAGE_SIZE = 512, 64, 2048, 64

@@ -6,11 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mla_kernels.moe.combine import combine
-from mla_kernels.moe.dispatch import dispatch
-from mla_kernels.moe.experts import expert_ffn
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.route import route
+from mla_kernels import combine, dispatch, expert_ffn, fused_moe, route
 from mla_kernels.reference import moe as reference
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408

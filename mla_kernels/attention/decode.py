@@ -149,7 +149,8 @@ def _rule(chip, dtype, statics, sizes):
         if page % tile["BLOCK_N"]:  # rows are gathered through UB
             tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
     elif chip.vendor == "amd":
-        wide = rows > 32 and chip.memory["shared"] > 65536 and page % 32 == 0 and not statics["CAUSAL"]
+        wide = dtype == "bf16" and chip.memory["shared"] > 65536 and page % 32 == 0 and not statics["CAUSAL"]
+        wide = wide and rows > 32
         tile |= {"BLOCK_H": 16 if small else 64 if wide else 32, "BLOCK_N": 16 if dtype == "fp32" else 32}
         tile["num_stages"] = 1
     elif small:

@@ -99,5 +99,5 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
         outs = outs.masked_fill(empty.unsqueeze(-1), 0.0)
     acc = outs[0] * weights[0]  # fp32
     for part in range(1, outs.shape[0]):
-        acc.addcmul_(outs[part].float(), weights[part])
+        acc.addcmul_(outs[part], weights[part])
     return acc.to(outs.dtype), lse

@@ -118,18 +118,18 @@ def _can_group(sorted_hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.T
 
 def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Sum over slots in fp32, slot 0 first."""
-    tokens, top_k = weights.shape
-    place = inverse.view(tokens, top_k)
-    skipped = place >= offsets[-1]
+    place = inverse.view(weights.shape)
+    skipped = (place >= offsets[-1]).unsqueeze(2)  # [T, K, 1]
+    weights = weights.unsqueeze(2)
     holes = bool(skipped.any())
     if holes:
         weights = weights.masked_fill(skipped, 0.0)
-    total = torch.zeros(tokens, rows.shape[1])
-    for slot in range(top_k):
-        values = rows.index_select(0, place[:, slot]).float()
+    total = torch.zeros(weights.shape[0], rows.shape[1])
+    for slot, (places, weight) in enumerate(zip(place.unbind(1), weights.unbind(1))):
+        values = rows.index_select(0, places)
         if holes:  # rows of skipped pairs may hold anything
-            values.masked_fill_(skipped[:, slot : slot + 1], 0.0)
-        total.addcmul_(values, weights[:, slot : slot + 1])
+            values.masked_fill_(skipped[:, slot], 0.0)
+        total.addcmul_(values, weight)
     return total.to(rows.dtype)
 
 

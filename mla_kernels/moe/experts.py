@@ -29,17 +29,20 @@ def _item(item, slots, columns, GROUP_M: tl.constexpr):
 def _expert_rows(offsets, slot, experts, pairs, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Expert, first row and end of the rows of a slot; first >= end for a slot without rows.
 
-    Expert e owns the slots from offsets[e] // BLOCK_M + e on. These ranges never overlap and hold at least
-    ceil(rows / BLOCK_M) slots each, so no schedule has to be computed. offsets[e] // BLOCK_M + e <= slot is compared as
-    offsets[e] < (slot - e + 1) * BLOCK_M, in fp32 where it is exact.
+    No schedule is computed: with many rows, expert e owns the slots from offsets[e] // BLOCK_M + e on, which never
+    overlap and hold at least ceil(rows / BLOCK_M) slots each; offsets[e] // BLOCK_M + e <= slot is compared as
+    offsets[e] < (slot - e + 1) * BLOCK_M. With few rows a slot is a row, and every BLOCK_M-th row of an expert starts a
+    tile. Comparisons are in fp32, where they are exact and vectorised everywhere.
     """
+    by_row = pairs < pairs // BLOCK_M + experts
     expert = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + expert, mask=expert < experts, other=2147483647).to(tl.float32)  # [BLOCK_E]
-    bound = (slot + 1 - expert).to(tl.float32) * BLOCK_M
+    bound = tl.where(by_row, slot + 1, (slot + 1 - expert) * BLOCK_M).to(tl.float32)
     own = tl.maximum(tl.sum(tl.where(start < bound, 1.0, 0.0), 0).to(tl.int32) - 1, 0)
     begin = tl.load(offsets + own)
     end = tl.minimum(tl.load(offsets + own + 1), pairs)
-    return own, begin + (slot - begin // BLOCK_M - own) * BLOCK_M, end
+    first = begin + (slot - begin // BLOCK_M - own) * BLOCK_M
+    return own, tl.where(by_row, tl.where((slot - begin) % BLOCK_M == 0, slot, end), first), end
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def moe_gate_up_kernel(
     row on Ascend; the end of a row that BLOCK_K does not divide is the last BLOCK_K columns, with the weights of those
     already counted masked."""
     columns = tl.cdiv(intermediate, BLOCK_N)
-    slots = pairs // BLOCK_M + experts
+    slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = _item(item, slots, columns, GROUP_M)
@@ -136,7 +139,7 @@ def moe_down_kernel(
 ):
     """rows[row] = activation[row] @ down.T: one item is a tile [BLOCK_M, BLOCK_N] of contiguous rows."""
     columns = tl.cdiv(hidden_size, BLOCK_N)
-    slots = pairs // BLOCK_M + experts
+    slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = _item(item, slots, columns, GROUP_M)
@@ -338,13 +341,13 @@ def launch_expert_ffn(hidden, gate_up, down, row_tokens, offsets):
         hidden, gate_up, activation, row_tokens, offsets, tokens, pairs, experts, width, inner,
         hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
     )  # fmt: skip
-    work = (pairs // tile["BLOCK_M"] + experts) * -(-inner // tile["BLOCK_N"])
+    work = min(pairs, pairs // tile["BLOCK_M"] + experts) * -(-inner // tile["BLOCK_N"])
     GATE_UP.launch(chip, work, args, statics, tile)
 
     statics = _statics(experts, inner)
     tile = _fit(DOWN.tile_for(chip, dtype, statics, sizes), inner)
     args = (activation, down, rows, offsets, pairs, experts, width, inner, down.stride(0), down.stride(1))
-    work = (pairs // tile["BLOCK_M"] + experts) * -(-width // tile["BLOCK_N"])
+    work = min(pairs, pairs // tile["BLOCK_M"] + experts) * -(-width // tile["BLOCK_N"])
     DOWN.launch(chip, work, args, statics, tile)
     return rows
 

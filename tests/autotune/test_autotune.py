@@ -74,6 +74,11 @@ def test_choose_takes_the_best_ranked_tile_that_compiles(compiled):
     assert autotune.choose(declare(), CHIP, "fp32", CASE).tile == {"BLOCK": 64, "num_warps": 4}
 
 
+def test_what_the_model_cannot_tell_apart_stays_as_the_rule_has_it(compiled):
+    rule = lambda chip, dtype, statics, sizes: {"BLOCK": 64, "num_warps": 8}  # noqa: E731
+    assert autotune.choose(declare(rule=rule), CHIP, "fp32", CASE).tile == {"BLOCK": 1024, "num_warps": 8}
+
+
 def test_a_rule_that_does_not_compile_is_an_error(compiled):
     compiled[1].fails = lambda tile: True
     with pytest.raises(RuntimeError, match=r"scale_kernel on sm_90, fp32, small: the rule's tile .* it overflows"):

@@ -79,11 +79,11 @@ def test_no_pair_with_an_expert(backend, poisoned_workspace):
     assert (fused_moe(*problem.inputs()) == 0).all()
 
 
-@pytest.mark.parametrize("expert", [0, 3, 7])
-def test_all_tokens_to_one_expert_and_the_others_are_not_read(backend, poisoned_workspace, expert):
-    problem = layer(17, 8, 3, 80, 72, ids=torch.full((17, 3), expert, dtype=torch.int32))
+@pytest.mark.parametrize("expert, experts", [(0, 8), (3, 8), (7, 8), (5, 160), (159, 160)])
+def test_all_tokens_to_one_expert_and_the_others_are_not_read(backend, poisoned_workspace, expert, experts):
+    problem = layer(17, experts, 3, 80, 72, ids=torch.full((17, 3), expert, dtype=torch.int32))
     kept = problem.gate_up[expert].clone(), problem.down[expert].clone()
-    problem.gate_up, problem.down = poisoned(8, 144, 80), poisoned(8, 80, 72)
+    problem.gate_up, problem.down = poisoned(experts, 144, 80), poisoned(experts, 80, 72)
     problem.gate_up[expert], problem.down[expert] = kept
     actual = fused_moe(*problem.inputs())
     alone = Layer(problem.hidden, kept[0][None], kept[1][None], problem.weights, torch.zeros_like(problem.ids))
