@@ -1,4 +1,4 @@
-"""``race``: time an op against its competitors, round by round, after checking that all of them are right.
+"""``race``: time an op against its competitors, round by round, in turning order, after checking that all are right.
 
 ``pytest bench --benchmark-enable`` times; without the option each case is only checked. Nothing is asserted about time.
 OMP_NUM_THREADS sets the threads (2 by default). On a machine that others use at the same time ``--cpu-time`` counts the
@@ -77,8 +77,11 @@ def race(benchmark, request):
             contestants[name]()
             times[name].append((clock() - start) / calls)
 
+        order = list(others)
+
         def others_first() -> None:
-            for name in others:
+            order.append(order.pop(0))  # each in turn is the one whose data the next finds in the caches
+            for name in order:
                 timed(name)
 
         rounds = max(5, min(300, int(request.config.getoption("--case-seconds") / sum(spent.values()))))

@@ -150,6 +150,31 @@ class AttentionConfig:
         )
 
 
+def absorb_query(q_nope: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
+    """q_nope [batch, tokens, heads, nope] times W_UK, the first rows of kv_b [heads, nope + v, latent], head by head.
+
+    Returns [batch, tokens, heads, latent].
+    """
+    batch, tokens, heads, nope_dim = q_nope.shape
+    by_head = q_nope.flatten(0, 1).transpose(0, 1)  # [heads, batch * tokens, nope]
+    return torch.bmm(by_head, kv_b[:, :nope_dim]).transpose(0, 1).view(batch, tokens, heads, -1)
+
+
+def expand_output(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch.Tensor:
+    """out [batch, tokens, heads, latent] times W_UV, the rows of kv_b [heads, nope + v, latent] from nope_dim on.
+
+    Returns [batch, tokens, heads, v]. For a few tokens in bfloat16 on a CPU all of kv_b is multiplied: torch would copy
+    the strided rows first, which takes longer.
+    """
+    batch, tokens = out.shape[:2]
+    by_head = out.flatten(0, 1).transpose(0, 1)  # [heads, batch * tokens, latent]
+    if out.device.type == "cpu" and out.dtype == torch.bfloat16 and batch * tokens <= 16:
+        expanded = torch.bmm(by_head, kv_b.transpose(1, 2))[..., nope_dim:]
+    else:
+        expanded = torch.bmm(by_head, kv_b[:, nope_dim:].transpose(1, 2))
+    return expanded.transpose(0, 1).unflatten(0, (batch, tokens))
+
+
 class RMSNorm(nn.Module):
     """``weight * x / sqrt(mean(x^2) + eps)``, the mean in fp32."""
 
@@ -253,10 +278,9 @@ class LatentAttention(nn.Module):
         self._check(hidden, positions, slot_mapping)
         q_nope, q_rope = self._query(hidden, cos, sin, positions)
         self._write(hidden, cos, sin, positions, slot_mapping, cache)
-        q_latent = torch.einsum("bshd,hdr->bshr", q_nope, self.w_uk)
-        q = torch.cat((q_latent, q_rope), -1)  # [batch, tokens, heads, latent + rope]
+        q = torch.cat((absorb_query(q_nope, self._kv_b()), q_rope), -1)  # [batch, tokens, heads, latent + rope]
         out, _ = mla_decode(q, cache, block_table, seq_lens, softmax_scale=self.config.softmax_scale)
-        return self.o_proj(torch.einsum("bshr,hdr->bshd", out, self.w_uv).flatten(2))
+        return self.o_proj(expand_output(out, self._kv_b(), self.config.nope_dim).flatten(2))
 
     def prefill(
         self,

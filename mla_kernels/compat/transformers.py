@@ -22,6 +22,7 @@ from mla_kernels.attention.decode import mla_decode
 from mla_kernels.checks import FLOATS
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.moe.fused import fused_moe
+from mla_kernels.nn import absorb_query, expand_output
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
@@ -81,10 +82,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     nope = module.qk_nope_head_dim
     kv_b = _kv_b_weight(module).view(query.shape[1], -1, module.kv_lora_rank)  # [heads, nope + v, latent]
     q_nope, q_rope = query.split((nope, query.shape[-1] - nope), -1)
-    q_latent = torch.einsum("bhsd,hdr->bhsr", q_nope, kv_b[:, :nope])
-    q = torch.cat((q_latent, q_rope), -1).transpose(1, 2)  # [batch, tokens, heads, latent + rope]
+    q = torch.cat((absorb_query(q_nope.transpose(1, 2), kv_b), q_rope.transpose(1, 2)), -1)
     out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=float(scaling), causal=True)
-    return torch.einsum("bshr,hdr->bshd", out, kv_b[:, nope:]), None
+    return expand_output(out, kv_b, nope), None
 
 
 def _keep_latents(latents, rotated):

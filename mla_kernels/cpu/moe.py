@@ -136,6 +136,17 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, of
 def fused_moe(
     hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """`dispatch`, `expert_ffn` and `combine`."""
+    """`dispatch`, `expert_ffn` and `combine`; a single token needs no sorting."""
+    if hidden.shape[0] == 1:
+        return _one_token(hidden, gate_up, down, weights, ids)
     _, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
     return combine(expert_ffn(hidden, gate_up, down, tokens, offsets), weights, inverse, offsets)
+
+
+def _one_token(hidden, gate_up, down, weights, ids):
+    """`fused_moe` of hidden [1, H]: the same sum over slots, in fp32, slot 0 first."""
+    total = torch.zeros(1, hidden.shape[1])
+    for expert, weight in zip(ids[0].tolist(), weights[0].tolist()):
+        if 0 <= expert < gate_up.shape[0]:
+            total.add_(linear(_swiglu(linear(hidden, gate_up[expert])), down[expert]), alpha=weight)
+    return total.to(hidden.dtype)
