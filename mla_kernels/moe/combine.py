@@ -92,8 +92,8 @@ COMBINE = Kernel(
     cost=_cost,
     work=_work,
     cases=tuple(
-        Case(f"{model}, {tokens} tokens", {"TOP_K": top_k}, {"tokens": tokens, "hidden": hidden})
-        for model, top_k, hidden in (("V2-Lite", 6, 2048), ("V3", 8, 7168))
+        Case(f"{model}_{tokens}", {"TOP_K": top_k}, {"tokens": tokens, "hidden": hidden})
+        for model, top_k, hidden in (("v2_lite", 6, 2048), ("v3", 8, 7168))
         for tokens in (1, 256, 4096)
     ),
     uses_dot=False,

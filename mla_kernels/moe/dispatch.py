@@ -91,10 +91,10 @@ def _memory(chip, dtype, statics, tile):
 
 
 def _cases(**more):
-    models = {"V2-Lite": (6, 64), "V3": (8, 256)}
+    models = {"v2_lite": (6, 64), "v3": (8, 256)}
     return tuple(
         Case(
-            f"{model}, {tokens} tokens",
+            f"{model}_{tokens}",
             {},
             {"pairs": tokens * top_k} | {name: experts for name in more},
             dtypes=("bf16",),  # no element type enters

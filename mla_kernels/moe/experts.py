@@ -261,16 +261,16 @@ def _statics(experts, inner, wide=None):
 
 
 _MODELS = {  # experts, top_k, hidden, intermediate
-    "V2-Lite": (64, 6, 2048, 1408),
-    "V3": (256, 8, 7168, 2048),
-    "V3, an eighth of each expert": (256, 8, 7168, 256),
+    "v2_lite": (64, 6, 2048, 1408),
+    "v3": (256, 8, 7168, 2048),
+    "v3_tp8": (256, 8, 7168, 256),
 }
 
 
 def _cases(gate_up):
     return tuple(
         Case(
-            f"{model}, {tokens} tokens",
+            f"{model}_{tokens}",
             _statics(experts, hidden, False) if gate_up else _statics(experts, inner),
             {"tokens": tokens, "pairs": tokens * top_k, "experts": experts, "hidden": hidden, "intermediate": inner},
         )

@@ -168,11 +168,11 @@ ROUTE = Kernel(
     cost=_cost,
     work=_work,
     cases=tuple(
-        Case(f"{model}, {tokens} tokens", _statics(*constants), {"tokens": tokens})
+        Case(f"{model}_{tokens}", _statics(*constants), {"tokens": tokens})
         for model, constants in {
-            "V2-Lite": (64, 6, 1, 1, True, False, False),
-            "V2": (160, 6, 8, 3, True, False, False),
-            "V3": (256, 8, 8, 4, False, True, True),
+            "v2_lite": (64, 6, 1, 1, True, False, False),
+            "v2": (160, 6, 8, 3, True, False, False),
+            "v3": (256, 8, 8, 4, False, True, True),
         }.items()
         for tokens in (1, 256, 4096)
     ),
