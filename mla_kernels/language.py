@@ -4,6 +4,8 @@ Kernel files write ``from mla_kernels.language import tl, triton``. Without Trit
 nothing, the package imports, and its CPU ops work; launching a kernel there raises.
 """
 
+import os
+
 try:
     import triton
     import triton.language as tl
@@ -23,4 +25,7 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton made interpreted kernels: its own switch, read when it was imported."""
+
+__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mla_kernels.language import HAS_TRITON
+from mla_kernels.language import HAS_TRITON, INTERPRET, triton
 from mla_kernels.targets.chips import CHIPS, Chip, nvidia_chip
 from mla_kernels.targets.source import python_function, standalone
 
@@ -175,12 +175,17 @@ class Kernel:
             raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
 
     def _launch_gpu(self, device, grid, args, constants, options):
-        """Launch through a compiled kernel kept under everything that Triton specialises on."""
-        from triton import knobs
+        """Launch through a compiled kernel kept under everything that Triton specialises on.
+
+        Triton before 3.4 launches in another way; there every launch goes through its own JIT.
+        """
         from triton.runtime import driver
 
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
+            if not hasattr(triton, "knobs"):
+                self.fn[(grid,)](*args, **constants, **options)
+                return
             index = driver.active.get_current_device()
             key = (index, *constants.values(), *options.values(), *map(_specialisation, args))
             compiled = self._compiled.get(key)
@@ -188,10 +193,11 @@ class Kernel:
                 self._compiled[key] = self.fn[(grid,)](*args, **constants, **options)
                 return
             stream = driver.active.get_current_stream(index)
-            hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            runtime = triton.knobs.runtime
             metadata = compiled.launch_metadata((grid,), stream, *args, *constants.values())
             compiled.run(
-                grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *args,
+                grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata,
+                runtime.launch_enter_hook, runtime.launch_exit_hook, *args,
                 *constants.values(),
             )  # fmt: skip
 
@@ -200,10 +206,15 @@ KERNELS: dict[str, Kernel] = {}
 """Every declared kernel by name."""
 
 
+_ON_AMD = torch.version.hip is not None
+
+
 def _specialisation(value):
-    """What Triton compiles differently for: type, alignment, the value 1, and integers wider than 32 bits."""
+    """What Triton compiles differently for: type, alignment, the value 1, integers wider than 32 bits, and on AMD
+    storages of 2 GiB and more, which its buffer instructions cannot address."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        wide = _ON_AMD and value.untyped_storage().nbytes() >= 1 << 31
+        return value.dtype, value.data_ptr() % 16 == 0, wide
     if isinstance(value, int):
         return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
     return type(value)
@@ -237,15 +248,11 @@ def _nearest(kernel: str, chip: str, dtype: str, statics: Mapping, sizes: Mappin
 class _Cpu:
     """How kernels of CPU tensors run: "torch" (the fast torch code), "interpret", "npu-emulated" or "cuda"."""
 
-    mode: str = "torch"
+    mode: str = "interpret" if INTERPRET else "torch"
     chip: Chip = CHIPS["sm_90"]
 
 
 _cpu = _Cpu()
-if HAS_TRITON:
-    from triton import knobs as _knobs
-
-    _cpu.mode = "interpret" if _knobs.runtime.interpret else "torch"
 
 
 def cpu_mode() -> str:

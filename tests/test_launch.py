@@ -93,11 +93,15 @@ def test_the_table_gives_the_nearest_entry_on_a_log_scale(monkeypatch):
     assert nearest(20, experts=7) is None
 
 
-def test_the_launch_key_tells_apart_what_triton_specialises():
+def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
     key = launch._specialisation
     aligned = torch.empty(64, dtype=torch.bfloat16)
     assert key(aligned) != key(aligned[1:])
     assert key(aligned) != key(aligned.view(torch.float16))
+    huge = torch.empty((1 << 30) + 64, dtype=torch.bfloat16)[:64]
+    assert key(huge) == key(aligned)
+    monkeypatch.setattr(launch, "_ON_AMD", True)
+    assert key(huge) != key(aligned)
     assert len({key(v) for v in (1, 2, 16, 1 << 32, (1 << 32) + 1)}) == 5
 
 

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from mla_kernels.language import tl
+from mla_kernels.language import INTERPRET, tl
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -26,10 +26,9 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 @functools.cache
 def prepare() -> None:
     """Install the corrections. Raises RuntimeError where the interpreter was not switched on before Triton's import."""
-    from triton import knobs
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    if not knobs.runtime.interpret:
+    if not INTERPRET:
         raise RuntimeError(
             "interpreting a kernel needs TRITON_INTERPRET=1 in the environment before Triton is imported"
         )
