@@ -4,15 +4,11 @@ import pytest
 import torch
 
 from mla_kernels import demo
+from mla_kernels.compat import transformers as compat
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.report import Report
-
-pytest.importorskip("rich")
-pytest.importorskip("transformers")
-
-from mla_kernels.compat import transformers as compat
 from tests.compat.models import fast_cpu
 
 SMOKE = ["--smoke", "--rounds", "1", "--tokens", "5"]

@@ -5,9 +5,6 @@ import torch
 
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.nn import AttentionConfig, LatentAttention, MoE, MoEConfig, apply_rope, rope_tables, softmax_scale
-
-pytest.importorskip("transformers")
-
 from tests.compat.models import VARIANTS, YARN, fast_cpu, tiny
 
 PAGE_SIZE = 16

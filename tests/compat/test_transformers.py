@@ -6,9 +6,6 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("transformers")
-
 import transformers
 
 from mla_kernels.compat import transformers as compat

@@ -1,12 +1,9 @@
 """Small DeepSeek modules of Hugging Face transformers with random weights: the outside judge of the references."""
 
-import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2  # noqa: E402, F401
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3  # noqa: E402, F401
+import transformers
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2  # noqa: F401
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3  # noqa: F401
 
 HIDDEN, HEADS, LATENT, ROPE, NOPE, VALUE = 96, 6, 32, 16, 24, 20
 YARN = {
