@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -155,7 +156,7 @@ def _keep(key: str, answer: dict) -> None:
         return
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     fresh.write_text(json.dumps(answer))
     fresh.replace(path)
 
