@@ -135,10 +135,23 @@ def hf_experts(gate_up, down, hidden, weights, ids):
     return {f"HF {name}": run(name) for name in names}
 
 
+@pytest.fixture(params=["plain", "prepacked"])
+def weights_as(request):
+    """Prepares expert weights; "prepacked" with a second copy in oneDNN's layout."""
+
+    def prepare(gate_up, down):
+        if request.param == "prepacked":
+            prepack_experts(gate_up, down)
+
+    yield prepare
+    packed._copies.clear()
+
+
 @DTYPES
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_fused_moe(race, dtype, tokens):
+def test_fused_moe(race, weights_as, dtype, tokens):
     gate_up, down = expert_weights(dtype)
+    weights_as(gate_up, down)
     hidden = torch.randn(tokens, HIDDEN).to(dtype)
     weights, ids = route(torch.randn(tokens, EXPERTS), TOP_K)
     args = (hidden, gate_up, down, weights, ids)

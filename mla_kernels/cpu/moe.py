@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.packed import multiply, packed
 
 _NEVER = float("-inf")
 
@@ -81,19 +82,32 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.T
 def expert_ffn(
     hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """Both products grouped by torch where that is fast, else two for each expert that has tokens."""
+    """By packed weights where there are some, grouped by torch where that is fast, else two products for each expert."""
     bounds = offsets.tolist()
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
     sorted_hidden = hidden.index_select(0, tokens[: bounds[-1]])
-    if _can_group(sorted_hidden, gate_up, down):
+    copies = _packed_pair(gate_up, down)
+    if copies is None and _can_group(sorted_hidden, gate_up, down):
         activation = _swiglu(F.grouped_mm(sorted_hidden, gate_up.transpose(1, 2), offs=offsets[1:]))
         rows[: bounds[-1]] = F.grouped_mm(activation, down.transpose(1, 2), offs=offsets[1:])
         return rows
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
-            activation = _swiglu(linear(sorted_hidden[first:last], gate_up[expert]))
-            rows[first:last] = linear(activation, down[expert])
+            rows[first:last] = _expert(sorted_hidden[first:last], gate_up, down, expert, copies)
     return rows
+
+
+def _packed_pair(gate_up, down):
+    """Copies of both that `prepack_experts` made, or None."""
+    copies = packed(gate_up), packed(down)
+    return None if None in copies else copies
+
+
+def _expert(x, gate_up, down, expert, copies):
+    """One expert on its rows."""
+    if copies is not None:
+        return multiply(_swiglu(multiply(x, copies[0][expert])), copies[1][expert])
+    return linear(_swiglu(linear(x, gate_up[expert])), down[expert])
 
 
 def _swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
@@ -145,8 +159,8 @@ def fused_moe(
 
 def _one_token(hidden, gate_up, down, weights, ids):
     """`fused_moe` of hidden [1, H]: the same sum over slots, in fp32, slot 0 first."""
-    total = torch.zeros(1, hidden.shape[1])
+    total, copies = torch.zeros(1, hidden.shape[1]), _packed_pair(gate_up, down)
     for expert, weight in zip(ids[0].tolist(), weights[0].tolist()):
         if 0 <= expert < gate_up.shape[0]:
-            total.add_(linear(_swiglu(linear(hidden, gate_up[expert])), down[expert]), alpha=weight)
+            total.add_(_expert(hidden, gate_up, down, expert, copies), alpha=weight)
     return total.to(hidden.dtype)
