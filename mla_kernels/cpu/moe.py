@@ -82,7 +82,7 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.T
 def expert_ffn(
     hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """By packed weights where there are some, grouped by torch where that is fast, else two products for each expert."""
+    """By packed weights if there are some, grouped by torch where that is fast, else two products an expert."""
     bounds = offsets.tolist()
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
     sorted_hidden = hidden.index_select(0, tokens[: bounds[-1]])
