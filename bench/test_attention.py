@@ -83,7 +83,7 @@ def test_merge_states(race, tokens):
     )
 
 
-def v2_lite_layer(length, dtype):
+def v2_lite_layer(length, dtype, prepacked):
     """transformers' attention layer over its own cache, ours with the same weights over a paged one."""
     import transformers
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as hf
@@ -100,6 +100,8 @@ def v2_lite_layer(length, dtype):
     theirs = theirs.to(dtype)
     ours.load_state_dict(theirs.state_dict())
     ours = ours.to(dtype)
+    if prepacked:
+        ours.prepack()
 
     cache, block_table, seq_lens = paged([length + 1], dtype, shuffled=False)
     hidden, position = torch.randn(1, 1, 2048).to(dtype), torch.tensor([[length]])
@@ -130,8 +132,9 @@ def v2_lite_layer(length, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("length", [1024, 4096], ids=["1k", "4k"])
-def test_decode_layer(race, length, dtype):
-    ours, others, exact, weights = v2_lite_layer(length, dtype)
+@pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
+def test_decode_layer(race, length, dtype, prepacked):
+    ours, others, exact, weights = v2_lite_layer(length, dtype, prepacked)
     absorbed = 2 * 16 * (length + 1) * (2 * LATENT + ROPE)
     race(
         ours,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mla_kernels import combine, dispatch, expert_ffn, fused_moe, route
-from mla_kernels.cpu import packed, prepack_experts
+from mla_kernels.cpu import packed, prepack
 from mla_kernels.reference import moe as reference
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
@@ -142,7 +142,7 @@ def weights_as(request):
 
     def prepare(gate_up, down):
         if request.param == "prepacked":
-            prepack_experts(gate_up, down)
+            prepack(gate_up=gate_up, down=down)
 
     yield prepare
     packed._copies.clear()

@@ -15,6 +15,7 @@ from torch import nn
 
 from mla_kernels.attention.decode import mla_decode
 from mla_kernels.checks import INDICES, check_choice, check_int, check_tensor
+from mla_kernels.cpu.packed import multiply, packed, prepack
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.compress import compress_latent
 from mla_kernels.latent.write import ROPE_MODES, write_latent
@@ -175,6 +176,15 @@ def expand_output(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch
     return expanded.transpose(0, 1).unflatten(0, (batch, tokens))
 
 
+def _project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """``linear(x)``, by the packed copy of its weight where there is one and no gradient is wanted."""
+    copies = None if torch.is_grad_enabled() else packed(linear.weight)
+    if copies is None:
+        return linear(x)
+    y = multiply(x, copies[0])
+    return y if linear.bias is None else y + linear.bias
+
+
 class RMSNorm(nn.Module):
     """``weight * x / sqrt(mean(x^2) + eps)``, the mean in fp32."""
 
@@ -222,15 +232,23 @@ class LatentAttention(nn.Module):
         """[heads, v, latent]: takes an attended latent to a head's value."""
         return self._kv_b()[:, self.config.nope_dim :]
 
+    def prepack(self) -> int:
+        """Copy the projections into oneDNN's layout, for CPU modules that have stopped changing; returns the bytes.
+
+        :meth:`decode` and :meth:`prefill` then multiply by the copies: see :func:`mla_kernels.cpu.prepack`.
+        """
+        linears = {name: module for name, module in self.named_children() if isinstance(module, nn.Linear)}
+        return prepack(**{name: module.weight for name, module in linears.items() if name != "kv_b_proj"})
+
     def _kv_b(self) -> torch.Tensor:
         return self.kv_b_proj.weight.view(self.config.num_heads, -1, self.config.kv_lora_rank)
 
     def _query(self, hidden, cos, sin, positions) -> tuple[torch.Tensor, torch.Tensor]:
         """Its nope part [batch, tokens, heads, nope] and its rotated part [batch, tokens, heads, rope]."""
         if self.config.q_lora_rank is None:
-            q = self.q_proj(hidden)
+            q = _project(self.q_proj, hidden)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+            q = _project(self.q_b_proj, self.q_a_layernorm(_project(self.q_a_proj, hidden)))
         q = q.view(*hidden.shape[:2], self.config.num_heads, -1)
         q_nope, q_rope = q.split((self.config.nope_dim, self.config.rope_dim), -1)
         cos, sin = (table[positions.long()][:, :, None] for table in (cos, sin))  # [batch, tokens, 1, rope / 2]
@@ -243,7 +261,7 @@ class LatentAttention(nn.Module):
         if down.bias is None:
             compress_latent(tokens, down.weight, *tail, rope=self.config.rope, eps=INNER_EPS)
         else:
-            write_latent(down(tokens), *tail, rope=self.config.rope, eps=INNER_EPS)
+            write_latent(_project(down, tokens), *tail, rope=self.config.rope, eps=INNER_EPS)
 
     def _check(self, hidden, positions, slot_mapping) -> None:
         check_tensor("hidden", hidden, shape=(None, None, self.config.hidden_size))
@@ -280,7 +298,7 @@ class LatentAttention(nn.Module):
         self._write(hidden, cos, sin, positions, slot_mapping, cache)
         q = torch.cat((absorb_query(q_nope, self._kv_b()), q_rope), -1)  # [batch, tokens, heads, latent + rope]
         out, _ = mla_decode(q, cache, block_table, seq_lens, softmax_scale=self.config.softmax_scale)
-        return self.o_proj(expand_output(out, self._kv_b(), self.config.nope_dim).flatten(2))
+        return _project(self.o_proj, expand_output(out, self._kv_b(), self.config.nope_dim).flatten(2))
 
     def prefill(
         self,
@@ -315,7 +333,7 @@ class LatentAttention(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None],
             scale=self.config.softmax_scale,
         )  # fmt: skip
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return _project(self.o_proj, out.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,14 +28,21 @@ def _hf_attention(layer, model, hidden, padding, positions):
     return out
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_latent_attention_matches_transformers(variant):
+@pytest.mark.parametrize(
+    "variant, prepacked", [*((variant, False) for variant in VARIANTS), (next(iter(VARIANTS)), True)]
+)
+def test_latent_attention_matches_transformers(variant, prepacked):
     family, changes = VARIANTS[variant]
     model = tiny(family, **changes)
     layer = model.model.layers[1].self_attn
     ours = LatentAttention(AttentionConfig.from_hf(model.config))
     ours.load_state_dict(layer.state_dict())
     assert ours.config.softmax_scale == pytest.approx(layer.scaling, rel=1e-12)
+    if prepacked:
+        assert ours.prepack() == sum(m.weight.nbytes for m in ours.children() if isinstance(m, torch.nn.Linear)) - (
+            ours.kv_b_proj.weight.nbytes
+        )
+        ours.requires_grad_(False)
 
     tokens, prompt, padding = 23, 17, torch.tensor([5, 0])
     hidden = torch.randn(2, tokens, model.config.hidden_size)

@@ -1,5 +1,5 @@
-"""The fast torch code behind CPU tensors; :func:`prepack_experts` trades memory for speed there."""
+"""The fast torch code behind CPU tensors; :func:`prepack` trades memory for speed there."""
 
-from mla_kernels.cpu.packed import prepack_experts
+from mla_kernels.cpu.packed import prepack
 
-__all__ = ["prepack_experts"]
+__all__ = ["prepack"]

@@ -98,7 +98,7 @@ def expert_ffn(
 
 
 def _packed_pair(gate_up, down):
-    """Copies of both that `prepack_experts` made, or None."""
+    """Copies of both that `prepack` made, or None."""
     copies = packed(gate_up), packed(down)
     return None if None in copies else copies
 

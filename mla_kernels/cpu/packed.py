@@ -1,4 +1,4 @@
-"""prepack_experts: a second copy of expert weights, in the layout that oneDNN multiplies fastest, for CPU tensors."""
+"""prepack: a second copy of weights, in the layout that oneDNN multiplies fastest, for CPU tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ class _Copy:
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def prepack_experts(gate_up: torch.Tensor, down: torch.Tensor) -> int:
-    """Copy expert weights into oneDNN's layout; `fused_moe` and `expert_ffn` use the copies from then on.
+def prepack(**weights: torch.Tensor) -> int:
+    """Copy weights into oneDNN's layout; CPU ops and :mod:`mla_kernels.nn` use the copies from then on.
 
-    The copies belong to the tensors passed: they are found by those very tensors, freed with them, and no longer used
-    once a tensor is changed in place (pack again then). They take as much memory as the weights, which are kept.
+    ``prepack(gate_up=gate_up, down=down)`` serves `fused_moe` and `expert_ffn`, which need both;
+    :meth:`mla_kernels.nn.LatentAttention.prepack` its projections. The copies belong to the tensors passed: they are
+    found by those very tensors, freed with them, and no longer used once a tensor is changed in place (pack again
+    then). They take as much memory as the weights, which are kept.
 
     Args:
-        gate_up: [E, 2I, H] bfloat16 or float32 on the CPU.
-        down: [E, H, I] likewise.
+        weights: [out, in] or [E, out, in], bfloat16 or float32 on the CPU; the names stand in error messages only.
 
     Returns:
         Bytes that the copies take.
@@ -35,25 +36,28 @@ def prepack_experts(gate_up: torch.Tensor, down: torch.Tensor) -> int:
         TypeError: another dtype or no tensor. ValueError: another rank or device, or tensors made under
         torch.inference_mode, in which torch does not count changes. NotImplementedError: torch without oneDNN's linear.
     """
-    for name, weight in (("gate_up", gate_up), ("down", down)):
+    for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor) or weight.dtype not in _DTYPES:
             got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise TypeError(f"{name}: got {got}, a tensor of bfloat16 or float32 is accepted")
-        if weight.dim() != 3 or weight.device.type != "cpu":
-            raise ValueError(f"{name}: got {tuple(weight.shape)} on {weight.device}, [E, out, in] on cpu is accepted")
+        if weight.dim() not in (2, 3) or weight.device.type != "cpu":
+            raise ValueError(
+                f"{name}: got {tuple(weight.shape)} on {weight.device}, [out, in] or [E, out, in] on cpu is accepted"
+            )
         if weight.is_inference():
             raise ValueError(f"{name}: got an inference tensor, accepted are those made outside torch.inference_mode")
     total = 0
     with torch.no_grad():
-        for weight in (gate_up, down):
-            experts = [_reorder()(expert, None) for expert in weight.detach().contiguous()]
+        for weight in weights.values():
+            plain = weight.detach().contiguous()
+            experts = [_reorder()(matrix, None) for matrix in plain.view(-1, *plain.shape[-2:])]
             _copies[weight] = _Copy(_state(weight), experts)
             total += weight.nbytes
     return total
 
 
 def packed(weight: torch.Tensor) -> list[torch.Tensor] | None:
-    """One oneDNN weight an expert, if `prepack_experts` made them and ``weight`` has not changed since."""
+    """One oneDNN weight an expert (one for [out, in]), if `prepack` made them and ``weight`` has not changed since."""
     copy = _copies.get(weight)
     if copy is None:
         return None
@@ -64,7 +68,7 @@ def packed(weight: torch.Tensor) -> list[torch.Tensor] | None:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [rows, in] times a packed weight [out, in] transposed."""
+    """x [..., in] times a packed weight [out, in] transposed."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
@@ -76,4 +80,4 @@ def _reorder() -> Callable:
     try:
         return torch.ops.mkldnn._reorder_linear_weight.default
     except AttributeError as error:
-        raise NotImplementedError("prepack_experts: this build of torch has no oneDNN linear") from error
+        raise NotImplementedError("prepack: this build of torch has no oneDNN linear") from error
