@@ -14,6 +14,7 @@ from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many
 from mla_kernels.targets.report import Report
+from mla_kernels.targets.source import python_function
 
 MATRIX_START = "<!-- support matrix: start (python -m mla_kernels check writes it) -->"
 MATRIX_END = "<!-- support matrix: end -->"
@@ -127,7 +128,7 @@ def support_markdown(reports: Sequence[Report]) -> str:
     ]
     notes: dict[str, None] = {}
     for kernel, row in by_kernel.items():
-        op = KERNELS[kernel].fn.__module__.removeprefix("mla_kernels.") if kernel in KERNELS else ""
+        op = python_function(KERNELS[kernel].fn).__module__.removeprefix("mla_kernels.") if kernel in KERNELS else ""
         typed = kernel not in KERNELS or any("T" in kind for kind in KERNELS[kernel].arguments.values())
         made = " | ".join(_supported(row.get(target, []), typed) for target in targets)
         lines.append(f"| {op} | `{kernel}` | {made} |")
