@@ -5,6 +5,7 @@ import torch
 _MAX_SCORES = 1 << 22  # scores held at once, 16 MiB of fp32
 _MAX_ROWS = 4096  # query rows (queries x heads) handled at once
 _MAX_KEYS, _MIN_KEYS = 8192, 512  # cached tokens handled at once; gathered, 8192 of V3 take 9 MiB in bfloat16
+_FEW_ROWS = 16  # fewer query rows than this are multiplied in fp32, whose conversion of the keys is then affordable
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -46,8 +47,9 @@ def _attend(q, cache, pages, length, limits, scale, latent_dim):
     seen = length if limits is None else max(limits[-1], 0)
     if seen == 0 or rows == 0:
         return q.new_zeros(queries, heads, latent_dim), torch.full((queries, heads), float("-inf"))
-    # bfloat16 products are fast on CPUs that have it, float16 ones are not
-    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    # bfloat16 products are fast on CPUs that have it, but round their scores, which a few rows do not average out;
+    # float16 ones are slow
+    dtype = torch.float32 if q.dtype == torch.float16 or rows < _FEW_ROWS else q.dtype
     q_rows = q.reshape(rows, width).to(dtype)
     most = min(_MAX_KEYS, max(_MIN_KEYS, _MAX_SCORES // rows))
     block = -(-seen // -(-seen // most))  # equal blocks, not a full one and a tail
