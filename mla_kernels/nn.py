@@ -177,8 +177,8 @@ def expand_output(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch
 
 
 def _project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """``linear(x)``, by the packed copy of its weight where there is one and no gradient is wanted."""
-    copies = None if torch.is_grad_enabled() else packed(linear.weight)
+    """``linear(x)``; by the packed copy of its weight where there is one, outside autograd and torch.compile."""
+    copies = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else packed(linear.weight)
     if copies is None:
         return linear(x)
     y = multiply(x, copies[0])
