@@ -7,39 +7,73 @@ import torch
 
 from mla_kernels.checks import check_int
 
+SCALE_BLOCK = 128  # latent values that share a scale in FP8_V32
+_ALIGNMENT = 16  # bytes; scales are followed by zeros up to it
+
 
 class CacheLayout(enum.Enum):
-    """How the bytes of one token lie in a page: ``latent_dim`` values, then ``rope_dim`` values, of one element type.
+    """How the bytes of one token lie in a page; R is ``latent_dim``, D is ``rope_dim``.
 
-    ``LATENT_16BIT`` holds bfloat16 or float16, ``LATENT_32BIT`` float32. DeepSeek-V3 (512 + 64) in bfloat16 takes
-    (512 + 64) x 2 = 1,152 bytes a token and layer; multi-head K and V would take 128 x (192 + 128) x 2 = 81,920.
+    ======================  ==========  ===============================================================  ================
+    layout                  data dtype  bytes of a token, in order                                       512 + 64 takes
+    ======================  ==========  ===============================================================  ================
+    ``LATENT_16BIT``        bf16, fp16  R values, D rotated values                                       1,152 bytes
+    ``LATENT_32BIT``        fp32        R values, D rotated values                                       2,304 bytes
+    ``FP8_V32``             uint8       R e4m3 codes, R / 128 fp32 scales, D rotated bf16                656 bytes
+    ``INT8``                uint8       R int8 codes, 1 fp32 scale, 12 zero bytes, D rotated bf16        656 bytes
+    ======================  ==========  ===============================================================  ================
+
+    ``FP8_V32`` is FlashMLA's and DeepSeek-V3.2's: latent value i is ``e4m3(code_i) * scale[i // 128]``, where the writer
+    picks ``scale = 2 ** ceil(log2(max(amax / 448, 1e-4)))``. e4m3 is the OCP "fn" kind on every chip, MI300 included.
+    ``INT8`` is for chips without fp8: latent value i is ``code_i * scale`` with ``scale = amax / 127`` (1 where the
+    latent is all zero). Zero bytes keep every part on 16 bytes (``FP8_V32`` needs them
+    where R is 128 or 256). Multi-head K and V of DeepSeek-V3 would take
+    128 x (192 + 128) x 2 = 81,920 bytes.
     """
 
     LATENT_16BIT = "latent_16bit"
     LATENT_32BIT = "latent_32bit"
+    FP8_V32 = "fp8_v32"
+    INT8 = "int8"
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "CacheLayout":
-        """The layout of a cache with this element type; TypeError names the accepted ones."""
-        for layout in cls:
+        """The unquantised layout with this element type; TypeError names the accepted ones."""
+        for layout in (cls.LATENT_16BIT, cls.LATENT_32BIT):
             if dtype in layout.dtypes:
                 return layout
         raise TypeError(
-            f"dtype: got {str(dtype).removeprefix('torch.')} for a latent cache, accepted: bfloat16, float16, float32"
+            f"dtype: got {str(dtype).removeprefix('torch.')} for a latent cache, accepted: bfloat16, float16, float32 "
+            "(and uint8 with layout fp8_v32 or int8)"
         )
 
     @property
+    def quantised(self) -> bool:
+        return self in (CacheLayout.FP8_V32, CacheLayout.INT8)
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Element types that this layout stores."""
+        """Element types of ``LatentCache.data`` in this layout."""
+        if self.quantised:
+            return (torch.uint8,)
         return (torch.bfloat16, torch.float16) if self is CacheLayout.LATENT_16BIT else (torch.float32,)
 
     @property
     def element_bytes(self) -> int:
-        return 2 if self is CacheLayout.LATENT_16BIT else 4
+        """Bytes of one element of ``LatentCache.data``."""
+        return self.dtypes[0].itemsize
+
+    def rope_start(self, latent_dim: int) -> int:
+        """Where a token's rotated key begins, in elements of ``LatentCache.data``."""
+        if not self.quantised:
+            return latent_dim
+        scales = 4 * (latent_dim // SCALE_BLOCK if self is CacheLayout.FP8_V32 else 1)
+        return latent_dim + -(-scales // _ALIGNMENT) * _ALIGNMENT
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one token in one layer."""
-        return (latent_dim + rope_dim) * self.element_bytes
+        rope = rope_dim * (2 if self.quantised else 1)
+        return (self.rope_start(latent_dim) + rope) * self.element_bytes
 
     def bytes_per_page(self, page_size: int, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one page in one layer."""
@@ -55,20 +89,27 @@ class LatentCache:
     slot 2 * 4 + 1 = 9, at ``data[2, 1]``. There ``data[2, 1, :latent_dim]`` is the latent (keys and values of every
     head before their up-projections) and ``data[2, 1, latent_dim:]`` the rotated key. At DeepSeek-V3's 512 + 64 in
     bfloat16 a token takes 1,152 bytes; in a dense cache slot 9 starts at byte 9 * 1,152 = 10,368, its rotated key
-    1,024 bytes later.
+    1,024 bytes later. In ``fp8_v32`` it takes 656 bytes: slot 9 starts at byte 5,904, its four scales at 5,904 + 512,
+    its rotated key at 5,904 + 528. ``latents``, ``scales`` and ``rope`` are typed views of these parts.
 
     Args:
-        data: ``[num_pages, page_size, latent_dim + rope_dim]``, bfloat16, float16 or float32, dense in its last
-            dimension. Pages and slots may have any strides, so that a cache may be a slice of one larger allocation.
-        latent_dim: width of the latent; a power of two of at least 16, and so is the rest, ``rope_dim``.
+        data: ``[num_pages, page_size, latent_dim + rope_dim]``, bfloat16, float16 or float32; uint8
+            ``[num_pages, page_size, bytes_per_token]`` for the quantised layouts. Dense in its last dimension; pages and
+            slots may have any strides, so that a cache may be a slice of one larger allocation (in the quantised
+            layouts strides and offset are multiples of 16 bytes).
+        latent_dim: width of the latent, a power of two of at least 16 (a multiple of 128 in ``fp8_v32``). The rest,
+            ``rope_dim``, is a power of two of at least 16, or 0: then the whole key is the value, too.
+        layout: None for the layout of ``data``'s element type. The quantised layouts must be named, since their bytes
+            do not say which one they are.
 
     Raises:
-        TypeError: ``data`` is no tensor or has another dtype, or ``latent_dim`` is no integer.
+        TypeError: ``data`` is no tensor or has a dtype that the layout does not have, or ``latent_dim`` is no integer.
         ValueError: rank, sizes or strides that do not fit.
     """
 
     data: torch.Tensor
     latent_dim: int
+    layout: CacheLayout | None = None
 
     def __post_init__(self):
         if not isinstance(self.data, torch.Tensor):
@@ -77,16 +118,32 @@ class LatentCache:
             raise ValueError(
                 f"data: got shape {tuple(self.data.shape)}, [num_pages, page_size, latent_dim + rope_dim] is accepted"
             )
-        CacheLayout.of(self.data.dtype)
+        layout = CacheLayout.of(self.data.dtype) if self.layout is None else _layout(self.layout)
+        object.__setattr__(self, "layout", layout)
+        if self.data.dtype not in layout.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.dtypes)
+            got = str(self.data.dtype).removeprefix("torch.")
+            raise TypeError(f"data: got dtype {got} for layout {layout.value}, accepted: {names}")
         check_int("latent_dim", self.latent_dim, 1)
         check_int("page_size", self.data.shape[1], 1)
         if self.data.stride(2) != 1:
             raise ValueError(f"data: got stride {self.data.stride(2)} in the last dimension, 1 is accepted")
         width = self.data.shape[2]
-        for name, size in (("latent_dim", self.latent_dim), ("rope_dim", width - self.latent_dim)):
-            if size < 16 or size & (size - 1):
+        if self.latent_dim < 16 or self.latent_dim & (self.latent_dim - 1):
+            raise ValueError(
+                f"latent_dim: got {self.latent_dim} in a cache {width} wide, powers of two of at least 16 are accepted"
+            )
+        if layout is CacheLayout.FP8_V32 and self.latent_dim % SCALE_BLOCK:
+            raise ValueError(f"latent_dim: got {self.latent_dim}, fp8_v32 accepts multiples of {SCALE_BLOCK}")
+        if self.rope_dim and (self.rope_dim < 16 or self.rope_dim & (self.rope_dim - 1)):
+            raise ValueError(
+                f"rope_dim: got {self.rope_dim} in a cache {width} wide, 0 and powers of two of at least 16 are accepted"
+            )
+        if layout.quantised:
+            strides = (self.data.stride(0), self.data.stride(1), self.data.storage_offset())
+            if any(value % _ALIGNMENT for value in strides):
                 raise ValueError(
-                    f"{name}: got {size} in a cache {width} wide, powers of two of at least 16 are accepted"
+                    f"data: got strides and offset {strides}, {layout.value} accepts multiples of 16 bytes"
                 )
 
     @classmethod
@@ -98,23 +155,63 @@ class LatentCache:
         latent_dim: int = 512,
         rope_dim: int = 64,
         dtype: torch.dtype = torch.bfloat16,
+        layout: "CacheLayout | str | None" = None,
         device: torch.device | str = "cpu",
     ) -> "LatentCache":
-        """A dense cache of zeros with ``num_pages`` pages of ``page_size`` tokens."""
+        """A dense cache of zeros with ``num_pages`` pages of ``page_size`` tokens.
+
+        ``layout`` (a :class:`CacheLayout` or its value, "fp8_v32") None means the layout of ``dtype``; the quantised
+        layouts take dtype bfloat16, which is what they hold after dequantisation.
+        """
         for name, value, low in (
             ("num_pages", num_pages, 0),
             ("page_size", page_size, 1),
             ("latent_dim", latent_dim, 1),
-            ("rope_dim", rope_dim, 1),
+            ("rope_dim", rope_dim, 0),
         ):
             check_int(name, value, low)
-        CacheLayout.of(dtype)
-        data = torch.zeros(num_pages, page_size, latent_dim + rope_dim, dtype=dtype, device=device)
-        return cls(data, latent_dim)
+        layout = CacheLayout.of(dtype) if layout is None else _layout(layout)
+        accepted = (torch.bfloat16,) if layout.quantised else layout.dtypes
+        if dtype not in accepted:
+            names = ", ".join(str(one).removeprefix("torch.") for one in accepted)
+            got = str(dtype).removeprefix("torch.")
+            raise TypeError(f"dtype: got {got} for layout {layout.value}, accepted: {names}")
+        elements = layout.bytes_per_token(latent_dim, rope_dim) // layout.element_bytes
+        stored = torch.uint8 if layout.quantised else dtype
+        return cls(torch.zeros(num_pages, page_size, elements, dtype=stored, device=device), latent_dim, layout)
 
     @property
     def rope_dim(self) -> int:
-        return self.data.shape[2] - self.latent_dim
+        return (self.data.shape[2] - self.layout.rope_start(self.latent_dim)) // (2 if self.layout.quantised else 1)
+
+    @property
+    def width(self) -> int:
+        """Values of a token: ``latent_dim + rope_dim``."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What queries and new tokens must be: the element type, bfloat16 for the quantised layouts."""
+        return torch.bfloat16 if self.layout.quantised else self.data.dtype
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """View ``[num_pages, page_size, latent_dim]``: values; e4m3 codes as uint8; int8 codes as int8."""
+        codes = self.data[..., : self.latent_dim]
+        return codes.view(torch.int8) if self.layout is CacheLayout.INT8 else codes
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """View fp32 ``[num_pages, page_size, latent_dim / 128]`` (``fp8_v32``) or ``[..., 1]`` (``int8``), else None."""
+        if not self.layout.quantised:
+            return None
+        count = self.latent_dim // SCALE_BLOCK if self.layout is CacheLayout.FP8_V32 else 1
+        return self.data[..., self.latent_dim : self.latent_dim + 4 * count].view(torch.float32)
+
+    @property
+    def rope(self) -> torch.Tensor:
+        """View ``[num_pages, page_size, rope_dim]`` of the rotated keys, in :attr:`dtype`."""
+        return self.data[..., self.layout.rope_start(self.latent_dim) :].view(self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -129,10 +226,14 @@ class LatentCache:
         return self.data.shape[0] * self.data.shape[1]
 
     @property
-    def layout(self) -> CacheLayout:
-        return CacheLayout.of(self.data.dtype)
-
-    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in this layer."""
         return self.layout.bytes_per_token(self.latent_dim, self.rope_dim)
+
+
+def _layout(value) -> CacheLayout:
+    try:
+        return CacheLayout(value)
+    except ValueError:
+        accepted = ", ".join(layout.value for layout in CacheLayout)
+        raise ValueError(f"layout: got {value!r}, accepted: {accepted}") from None
