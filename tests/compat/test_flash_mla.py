@@ -1,0 +1,209 @@
+"""compat.flash_mla: FlashMLA's signatures, conventions and formulas, written out in plain torch beside it."""
+
+import inspect
+
+import pytest
+import torch
+
+from mla_kernels.compat import flash_mla
+from mla_kernels.latent.cache import LatentCache
+from mla_kernels.reference import latent as latent_reference
+from tests.support import assert_close
+
+SIGNATURES = {
+    "get_mla_metadata": "(cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=None, num_heads_q=None, "
+    "is_fp8_kvcache=False, topk=None)",
+    "flash_mla_with_kvcache": "(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, "
+    "num_splits=None, softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, "
+    "extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, *, descale_q=None, "
+    "descale_k=None, kv_format=None, use_legacy=True)",
+    "flash_mla_sparse_fwd": "(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None)",
+    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, dropout_p=0.0, "
+    "softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
+    "flash_attn_varlen_qkvpacked_func": "(qkv, cu_seqlens, max_seqlen, head_dim_qk, dropout_p=0.0, "
+    "softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
+    "flash_attn_varlen_kvpacked_func": "(q, kv, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, "
+    "head_dim_qk, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
+}
+INF = float("inf")
+
+
+def test_signatures():
+    for name, expected in SIGNATURES.items():
+        signature = inspect.signature(getattr(flash_mla, name))
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        assert str(inspect.Signature(bare)) == expected
+    assert set(flash_mla.__all__) == {*SIGNATURES, "FlashMLASchedMeta"}
+
+
+def attend(q, keys, seen, d_v, scale, sink=None):
+    """FlashMLA's formula for one query: q [heads, d], keys [n, d], seen bool [n] -> out, max_logits, lse."""
+    scores = (q @ keys.T * scale).masked_fill(~seen, -INF)  # [heads, n]
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -INF, 0.0)[:, None]).exp()
+    out = weights @ keys[:, :d_v].masked_fill(~seen[:, None], 0.0)
+    if sink is not None:
+        out = out * torch.sigmoid(lse - sink).nan_to_num(0.0)[:, None]
+    return out, scores.amax(-1), lse.masked_fill(lse == -INF, INF)
+
+
+def paged(lengths, page_size=64, width=576, dtype=torch.float32):
+    pages = [-(-length // page_size) for length in lengths]
+    cache = torch.randn(sum(pages) + 1, page_size, 1, width).to(dtype)
+    order, table = (torch.randperm(sum(pages)) + 1).tolist(), torch.full((len(lengths), max([1, *pages])), -1)
+    for row, count in enumerate(pages):
+        for column in range(count):
+            table[row, column] = order.pop()
+    return cache, table.int(), torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_decode(backend, causal):
+    lengths, s_q, heads = [70, 0, 5], 2, 3
+    cache, table, seqlens = paged(lengths)
+    q = torch.randn(3, s_q, heads, 576)
+    metadata, splits = flash_mla.get_mla_metadata(seqlens, s_q * heads, 1)
+    out, lse = flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, 512, metadata, splits, causal=causal)
+    assert out.shape == (3, s_q, heads, 512) and lse.shape == (3, heads, s_q) and lse.dtype == torch.float32
+    exact_out, exact_lse = torch.zeros(out.shape).double(), torch.full(lse.shape, INF).double()
+    for b, length in enumerate(lengths):
+        keys = cache[table[b].clamp(min=0).long()].reshape(-1, 576)[:length].double()
+        for i in range(s_q):
+            seen = torch.arange(length) < (length - s_q + i + 1 if causal else length)
+            if length:
+                exact_out[b, i], _, exact_lse[b, :, i] = attend(q[b, i].double(), keys, seen, 512, 576**-0.5)
+    assert_close(out, exact_out)
+    assert_close(lse, exact_lse)
+
+
+def test_metadata_of_both_forms():
+    metadata, splits = flash_mla.get_mla_metadata()
+    assert isinstance(metadata, flash_mla.FlashMLASchedMeta) and splits is None
+    lengths = torch.tensor([3, 100], dtype=torch.int32)
+    metadata, splits = flash_mla.get_mla_metadata(lengths, 128, 1, 128, False, None)
+    assert metadata.shape == (1, 8) and splits.tolist() == [0, 1, 2]
+    assert {metadata.dtype, splits.dtype} == {torch.int32}
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sparse_decode_with_sink_extra_cache_and_lengths(backend, fp8):
+    batch, s_q, heads, top_k = 2, 2, 3, 40
+    q = torch.randn(batch, s_q, heads, 576).to(torch.bfloat16)
+    caches, floats = [], []
+    for pages, page_size in ((3, 32), (2, 16)):
+        if fp8:
+            data = torch.zeros(pages, page_size, 656, dtype=torch.uint8)
+            cache = LatentCache(data, 512, "fp8_v32")
+            codes, scales = latent_reference.quantise_latent(torch.randn(pages, page_size, 512), "fp8_v32")
+            cache.latents.copy_(codes.view(torch.uint8))
+            cache.scales.copy_(scales)
+            cache.rope.copy_(torch.randn(pages, page_size, 64))
+            floats.append(latent_reference.dequantise_cache(data, 512, "fp8_v32").double().reshape(-1, 576))
+            caches.append(data.view(torch.float8_e4m3fn)[:, :, None])
+        else:
+            data = torch.randn(pages, page_size, 1, 576).to(torch.bfloat16)
+            floats.append(data.double().reshape(-1, 576))
+            caches.append(data)
+    indices = torch.randint(-3, 96, (batch, s_q, top_k), dtype=torch.int32)
+    indices[0, 0, :3] = torch.tensor([2**31 - 1, -(2**31), 96])
+    extra = torch.randint(-3, 34, (batch, s_q, 20), dtype=torch.int32)
+    sink = torch.tensor([-INF, 0.3, 2.0])
+    topk_length, extra_length = torch.tensor([40, 0]).int(), torch.tensor([7, 0]).int()
+    metadata, _ = flash_mla.get_mla_metadata()
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, caches[0], None, None, 512, metadata, is_fp8_kvcache=fp8, indices=indices, attn_sink=sink,
+        extra_k_cache=caches[1], extra_indices_in_kvcache=extra, topk_length=topk_length,
+        extra_topk_length=extra_length,
+    )  # fmt: skip
+    assert bool((lse[1] == INF).all()) and not out[1].any()
+
+    def formula(dtype):
+        outs, lses = [], []
+        for i in range(s_q):
+            picked = torch.cat((indices[0, i, :40], extra[0, i, :7]))
+            limit = torch.cat((torch.full((40,), 96), torch.full((7,), 32)))
+            seen = (picked >= 0) & (picked < limit)
+            rows = torch.where(seen, picked, 0).long()
+            keys = torch.cat((floats[0][rows[:40]], floats[1][rows[40:]])).to(dtype)
+            one, _, one_lse = attend(q[0, i].to(dtype), keys, seen, 512, 576**-0.5, sink.to(dtype))
+            outs.append(one)
+            lses.append(one_lse)
+        return torch.stack(outs), torch.stack(lses, -1)
+
+    exact, exact_lse = formula(torch.float64)
+    own, own_lse = formula(torch.bfloat16)
+    assert_close(out[0], exact, own)
+    assert_close(lse[0], exact_lse, own_lse)
+
+
+def test_sparse_prefill(backend):
+    s_q, s_kv, heads, top_k = 4, 30, 3, 24
+    q, kv = torch.randn(s_q, heads, 576), torch.randn(s_kv, 1, 576)
+    indices = torch.randint(-2, s_kv + 2, (s_q, 1, top_k), dtype=torch.int32)
+    sink, lengths = torch.tensor([0.0, 1.0, INF]), torch.tensor([24, 0, 3, 11]).int()
+    results = flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.05, attn_sink=sink, topk_length=lengths)
+    for t in range(s_q):
+        picked = indices[t, 0]
+        seen = (picked >= 0) & (picked < s_kv) & (torch.arange(top_k) < lengths[t])
+        keys = kv[torch.where(seen, picked, 0).long(), 0].double()
+        for result, exact in zip(results, attend(q[t].double(), keys, seen, 512, 0.05, sink.double())):
+            assert_close(result[t], exact)
+
+
+def test_varlen_prefill_and_packed_forms():
+    lengths = [5, 0, 9]
+    cu = torch.tensor([0, 5, 5, 14], dtype=torch.int32)
+    qkv = torch.randn(14, 2, 2 * 192 + 128)
+    q, k, v = qkv.split((192, 192, 128), -1)
+    out, lse = flash_mla.flash_attn_varlen_func(q, k, v, cu, cu, 9, 9, causal=True)
+    for start, length in zip([0, 5, 5], lengths):
+        rows = slice(start, start + length)
+        for head in range(2):
+            scores = q[rows, head].double() @ k[rows, head].double().T * 192**-0.5
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -INF)
+            assert_close(out[rows, head], scores.softmax(-1) @ v[rows, head].double())
+            assert_close(lse[rows, head], scores.logsumexp(-1))
+    packed = flash_mla.flash_attn_varlen_qkvpacked_func(qkv, cu, 9, 192, causal=True)
+    half_packed = flash_mla.flash_attn_varlen_kvpacked_func(q, qkv[..., 192:], cu, cu, 9, 9, 192, causal=True)
+    for results in (packed, half_packed):
+        assert all(torch.equal(a, b) for a, b in zip(results, (out, lse)))
+
+
+def test_a_query_without_keys_has_lse_plus_infinity():
+    q, k, v = torch.randn(3, 1, 64), torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+    cu_q, cu_k = torch.tensor([0, 3]).int(), torch.tensor([0, 1]).int()
+    out, lse = flash_mla.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 3, 1, causal=True)
+    assert (lse[:, 0] == INF).tolist() == [True, True, False]
+    assert not out[:2].any() and torch.equal(out[2], v[0])
+
+
+def test_refused():
+    cache, table, seqlens = paged([5])
+    q, metadata = torch.randn(1, 1, 2, 576), flash_mla.get_mla_metadata()[0]
+    indices = torch.zeros(1, 1, 4, dtype=torch.int32)
+
+    def call(q=q, cache=cache, table=table, seqlens=seqlens, **keywords):
+        return flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, 512, metadata, **keywords)
+
+    with pytest.raises(NotImplementedError, match="k_cache: got 2 key heads, 1 is accepted"):
+        call(cache=cache.expand(-1, -1, 2, -1))
+    with pytest.raises(NotImplementedError, match="causal: got True with indices"):
+        call(indices=indices, causal=True)
+    with pytest.raises(ValueError, match="topk_length: got a Tensor without indices"):
+        call(topk_length=seqlens)
+    with pytest.raises(ValueError, match="block_table: got None without indices"):
+        call(table=None)
+    with pytest.raises(NotImplementedError, match="descale_k: got a Tensor"):
+        call(descale_k=torch.ones(1))
+    with pytest.raises(NotImplementedError, match="584 bytes a token"):
+        call(cache=torch.zeros(2, 64, 1, 584, dtype=torch.uint8), is_fp8_kvcache=True)
+    with pytest.raises(TypeError, match="k_cache: got dtype uint8"):
+        call(cache=torch.zeros(2, 64, 1, 656, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="both or neither"):
+        call(indices=indices, extra_k_cache=cache)
+    cu = torch.tensor([0, 3]).int()
+    qkv = [torch.randn(3, heads, 64) for heads in (4, 2, 2)]
+    with pytest.raises(NotImplementedError, match="got 2 and 2 heads for 4 query heads"):
+        flash_mla.flash_attn_varlen_func(*qkv, cu, cu, 3, 3)
+    with pytest.raises(NotImplementedError, match=r"dropout_p: got 0\.1"):
+        flash_mla.flash_attn_varlen_func(qkv[0], qkv[0], qkv[0], cu, cu, 3, 3, 0.1)
