@@ -5,6 +5,9 @@ Multi-head latent attention caches, per token, a normalised latent vector and on
 2.1.1). Hugging Face has the same lines in the forward pass of `DeepseekV2Attention`
 (models/deepseek_v2/modeling_deepseek_v2.py) and `DeepseekV3Attention` (models/deepseek_v3/modeling_deepseek_v3.py).
 
+The quantised caches: `fp8_v32` is the layout and the quantiser of FlashMLA (tests/quant.py) and DeepSeek-V3.2 (its
+inference code's `act_quant` with power-of-two scales); `int8` is ours, symmetric with one scale per token.
+
 Symbols: T tokens, H hidden size, R latent_dim, D rope_dim.
 """
 
@@ -12,6 +15,10 @@ import torch
 from einops import einsum, pack, rearrange, unpack
 
 ROPE_MODES = ("interleaved_to_half", "interleaved", "half")
+LAYOUTS = ("latent_16bit", "latent_32bit", "fp8_v32", "int8")
+SCALE_BLOCK = 128  # latent values that share a scale in fp8_v32
+SCALE_BYTES = 16  # scales are followed by zero bytes up to a multiple of this
+E4M3_MAX = 448.0
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
@@ -63,6 +70,7 @@ def write_latent(
     cache: torch.Tensor,
     *,
     latent_dim: int,
+    layout: str | None = None,
     rope: str,
     eps: float = 1e-6,
 ) -> None:
@@ -73,20 +81,26 @@ def write_latent(
     cos, sin      [positions, D / 2] tables, fp32 or wider
     positions     [T] integers: the row of the tables that belongs to a token
     slot_mapping  [T] integers: where a token goes, slot = page * page_size + offset
-    cache         [pages, page_size, R + D], written in its own dtype: RMSNorm(kv_a[:, :R]), then RoPE(kv_a[:, R:])
+    cache         [pages, page_size, R + D], written in its own dtype: RMSNorm(kv_a[:, :R]), then RoPE(kv_a[:, R:]);
+                  uint8 [pages, page_size, bytes] for layout "fp8_v32" or "int8", written as `pack_tokens` has it
 
     With page_size 16, slot 35 is cache[2, 3]. Slot -1 marks a padding token and writes nothing; so does any other slot
     outside the cache and any position outside the tables (the CPU op refuses these two, a device skips them). All
     other slots keep what they hold. Slots of one call must differ from each other.
+
+    A quantised cache takes the norm's result before it is rounded to kv_a's dtype: fp32, or fp64 where an argument is.
     """
     pages, page_size, _ = cache.shape
+    quantised = layout in ("fp8_v32", "int8")
     for token, (slot, position) in enumerate(zip(slot_mapping.tolist(), positions.tolist())):
         if not (0 <= slot < pages * page_size and 0 <= position < len(cos)):
             continue
-        latent, key = unpack(kv_a[token], [[latent_dim], [cache.shape[-1] - latent_dim]], "*")
+        row = kv_a[token].to(_wide(kv_a, norm_weight)) if quantised else kv_a[token]
+        latent, key = unpack(row, [[latent_dim], [len(row) - latent_dim]], "*")
         latent = rms_norm(latent, norm_weight, eps=eps)
         key = apply_rope(key, cos[position], sin[position], rope=rope)
-        cache[slot // page_size, slot % page_size], _ = pack([latent, key], "*")
+        values, _ = pack([latent, key], "*")
+        cache[slot // page_size, slot % page_size] = pack_tokens(values, latent_dim, layout) if quantised else values
 
 
 def compress_latent(
@@ -100,6 +114,7 @@ def compress_latent(
     cache: torch.Tensor,
     *,
     latent_dim: int,
+    layout: str | None = None,
     rope: str,
     eps: float = 1e-6,
 ) -> None:
@@ -108,7 +123,94 @@ def compress_latent(
     hidden [T, H], weight [R + D, H] (Hugging Face: kv_a_proj_with_mqa.weight, no bias); the rest as in `write_latent`.
     """
     kv_a = einsum(hidden, weight, "token hidden, out hidden -> token out")
-    write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim=latent_dim, rope=rope, eps=eps)
+    options = {"latent_dim": latent_dim, "layout": layout, "rope": rope, "eps": eps}
+    write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, **options)
+
+
+def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
+    """2 ^ ceil(log2(max(amax / 448, 1e-4))), exactly; NaN where amax is not finite. Same shape and dtype as amax."""
+    mantissa, exponent = torch.frexp(
+        (amax / E4M3_MAX).clamp_min(1e-4)
+    )  # x = mantissa * 2 ^ exponent, 0.5 <= mantissa < 1
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.where(amax.isfinite(), torch.ldexp(torch.ones_like(amax), exponent), float("nan"))
+
+
+def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """e4m3fn bytes (uint8, same shape) of fp32 or fp64 values: round to nearest even, at most 448, NaN is 0x7F."""
+    codes = values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.where(values.isnan(), 0x7F, codes)
+
+
+def decode_e4m3(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values of e4m3fn bytes (uint8), exactly."""
+    return codes.view(torch.float8_e4m3fn).to(dtype)
+
+
+def quantise_latent(latent: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of latents [..., R], in fp32 or, for fp64, in fp64.
+
+    - "fp8_v32": uint8 e4m3 codes [..., R] of value / scale, fp32 scales [..., R / 128]: `power_of_two_scale` of the
+      largest magnitude among each 128 values. The division is exact.
+    - "int8": int8 codes [..., R] of value / scale rounded to nearest even, one fp32 scale [..., 1], amax / 127; 1 where
+      that is no normal fp32 number (all values 0, above all).
+
+    A NaN or an infinity makes the scale of its block NaN and the block's codes 0x7F ("int8": 0).
+    """
+    values = latent.to(_wide(latent))
+    if layout == "fp8_v32":
+        blocks = rearrange(values, "... (block value) -> ... block value", value=SCALE_BLOCK)
+        scales = power_of_two_scale(blocks.abs().amax(dim=-1))
+        codes = encode_e4m3(blocks / scales[..., None])
+        return rearrange(codes, "... block value -> ... (block value)"), scales.float()
+    if layout == "int8":
+        amax = values.abs().amax(dim=-1, keepdim=True)
+        scales = (amax / 127).float()  # as stored
+        scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
+        scales = torch.where(amax.isfinite(), scales, float("nan"))
+        return torch.round(values / scales).nan_to_num(0.0).clamp(-127, 127).to(torch.int8), scales
+    raise ValueError(f"layout {layout!r}: fp8_v32 and int8 are quantised")
+
+
+def dequantise_latent(
+    codes: torch.Tensor, scales: torch.Tensor, layout: str, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Values [..., R] of what `quantise_latent` returns: code * scale, in ``dtype`` (fp32 or fp64)."""
+    if layout == "fp8_v32":
+        values = rearrange(decode_e4m3(codes, dtype), "... (block value) -> ... block value", value=SCALE_BLOCK)
+        return rearrange(values * scales.to(dtype)[..., None], "... block value -> ... (block value)")
+    if layout == "int8":
+        return codes.view(torch.int8).to(dtype) * scales.to(dtype)
+    raise ValueError(f"layout {layout!r}: fp8_v32 and int8 are quantised")
+
+
+def pack_tokens(values: torch.Tensor, latent_dim: int, layout: str) -> torch.Tensor:
+    """Bytes [..., bytes_per_token] (uint8) of tokens [..., R + D] in a quantised layout.
+
+    In order: R codes, the fp32 scales, zeros up to a multiple of 16 bytes, D bf16 rope values.
+    """
+    codes, scales = quantise_latent(values[..., :latent_dim], layout)
+    rope = values[..., latent_dim:].to(torch.bfloat16)
+    zeros = codes.new_zeros(*codes.shape[:-1], -scales.shape[-1] * 4 % SCALE_BYTES, dtype=torch.uint8)
+    parts = [codes.view(torch.uint8), scales.contiguous().view(torch.uint8), zeros, rope.contiguous().view(torch.uint8)]
+    return torch.cat(parts, dim=-1)
+
+
+def dequantise_cache(
+    data: torch.Tensor, latent_dim: int, layout: str, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Values [pages, page_size, R + D] of a cache in any layout, in ``dtype``: fp32 or fp64.
+
+    data [pages, page_size, R + D] for "latent_16bit" and "latent_32bit", else uint8 [pages, page_size, bytes].
+    """
+    if layout in ("latent_16bit", "latent_32bit"):
+        return data.to(dtype)
+    count = latent_dim // SCALE_BLOCK if layout == "fp8_v32" else 1
+    rope_start = latent_dim + -(-count * 4 // SCALE_BYTES) * SCALE_BYTES
+    codes = data[..., :latent_dim].contiguous()
+    scales = data[..., latent_dim : latent_dim + 4 * count].contiguous().view(torch.float32)
+    rope = data[..., rope_start:].contiguous().view(torch.bfloat16)
+    return torch.cat([dequantise_latent(codes, scales, layout, dtype=dtype), rope.to(dtype)], dim=-1)
 
 
 def _wide(*tensors: torch.Tensor) -> torch.dtype:

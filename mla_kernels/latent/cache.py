@@ -14,21 +14,21 @@ _ALIGNMENT = 16  # bytes; scales are followed by zeros up to it
 class CacheLayout(enum.Enum):
     """How the bytes of one token lie in a page; R is ``latent_dim``, D is ``rope_dim``.
 
-    ======================  ==========  ===============================================================  ================
-    layout                  data dtype  bytes of a token, in order                                       512 + 64 takes
-    ======================  ==========  ===============================================================  ================
-    ``LATENT_16BIT``        bf16, fp16  R values, D rotated values                                       1,152 bytes
-    ``LATENT_32BIT``        fp32        R values, D rotated values                                       2,304 bytes
-    ``FP8_V32``             uint8       R e4m3 codes, R / 128 fp32 scales, D rotated bf16                656 bytes
-    ``INT8``                uint8       R int8 codes, 1 fp32 scale, 12 zero bytes, D rotated bf16        656 bytes
-    ======================  ==========  ===============================================================  ================
+    ================  ==========  =========================================================  ===========
+    layout            data dtype  bytes of a token, in order                                 512 + 64
+    ================  ==========  =========================================================  ===========
+    ``LATENT_16BIT``  bf16, fp16  R values, D rotated values                                 1,152 bytes
+    ``LATENT_32BIT``  fp32        R values, D rotated values                                 2,304 bytes
+    ``FP8_V32``       uint8       R e4m3 codes, R / 128 fp32 scales, D rotated bf16          656 bytes
+    ``INT8``          uint8       R int8 codes, 1 fp32 scale, 12 zero bytes, D rotated bf16  656 bytes
+    ================  ==========  =========================================================  ===========
 
-    ``FP8_V32`` is FlashMLA's and DeepSeek-V3.2's: latent value i is ``e4m3(code_i) * scale[i // 128]``, where the writer
-    picks ``scale = 2 ** ceil(log2(max(amax / 448, 1e-4)))``. e4m3 is the OCP "fn" kind on every chip, MI300 included.
-    ``INT8`` is for chips without fp8: latent value i is ``code_i * scale`` with ``scale = amax / 127`` (1 where the
-    latent is all zero). Zero bytes keep every part on 16 bytes (``FP8_V32`` needs them
-    where R is 128 or 256). Multi-head K and V of DeepSeek-V3 would take
-    128 x (192 + 128) x 2 = 81,920 bytes.
+    ``FP8_V32`` is FlashMLA's and DeepSeek-V3.2's: latent value i is ``e4m3(code_i) * scale[i // 128]``, where the
+    writer picks ``scale = 2 ** ceil(log2(max(amax / 448, 1e-4)))``, amax being the largest magnitude of the 128 values.
+    e4m3 is the OCP "fn" kind on every chip, MI300 included. ``INT8`` is for chips without fp8: latent value i is
+    ``code_i * scale`` with ``scale = amax / 127`` (1 where that is no normal number: an all-zero latent, above all).
+    A block with a NaN or an infinity gets the scale NaN. Zero bytes keep every part on 16 bytes; ``FP8_V32`` needs
+    them where R is 128 or 256. Multi-head K and V of DeepSeek-V3 would take 128 x (192 + 128) x 2 = 81,920 bytes.
     """
 
     LATENT_16BIT = "latent_16bit"
@@ -94,8 +94,8 @@ class LatentCache:
 
     Args:
         data: ``[num_pages, page_size, latent_dim + rope_dim]``, bfloat16, float16 or float32; uint8
-            ``[num_pages, page_size, bytes_per_token]`` for the quantised layouts. Dense in its last dimension; pages and
-            slots may have any strides, so that a cache may be a slice of one larger allocation (in the quantised
+            ``[num_pages, page_size, bytes_per_token]`` for the quantised layouts. Dense in its last dimension; pages
+            and slots may have any strides, so that a cache may be a slice of one larger allocation (in the quantised
             layouts strides and offset are multiples of 16 bytes).
         latent_dim: width of the latent, a power of two of at least 16 (a multiple of 128 in ``fp8_v32``). The rest,
             ``rope_dim``, is a power of two of at least 16, or 0: then the whole key is the value, too.
@@ -137,7 +137,8 @@ class LatentCache:
             raise ValueError(f"latent_dim: got {self.latent_dim}, fp8_v32 accepts multiples of {SCALE_BLOCK}")
         if self.rope_dim and (self.rope_dim < 16 or self.rope_dim & (self.rope_dim - 1)):
             raise ValueError(
-                f"rope_dim: got {self.rope_dim} in a cache {width} wide, 0 and powers of two of at least 16 are accepted"
+                f"rope_dim: got {self.rope_dim} in a cache {width} wide, "
+                "0 and powers of two of at least 16 are accepted"
             )
         if layout.quantised:
             strides = (self.data.stride(0), self.data.stride(1), self.data.storage_offset())
@@ -202,7 +203,7 @@ class LatentCache:
 
     @property
     def scales(self) -> torch.Tensor | None:
-        """View fp32 ``[num_pages, page_size, latent_dim / 128]`` (``fp8_v32``) or ``[..., 1]`` (``int8``), else None."""
+        """fp32 view ``[num_pages, page_size, count]``: latent_dim / 128 (``fp8_v32``) or 1 (``int8``); else None."""
         if not self.layout.quantised:
             return None
         count = self.latent_dim // SCALE_BLOCK if self.layout is CacheLayout.FP8_V32 else 1
