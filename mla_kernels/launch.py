@@ -61,8 +61,9 @@ class Kernel:
     Args:
         fn: the ``@triton.jit`` function. Its run-time arguments come first, its ``tl.constexpr`` arguments after them.
         arguments: run-time argument -> type, in order: ``"*T"`` (pointer to the element type), ``"*fp32"``, ``"*i32"``,
-            ``"i32"``, ``"fp32"``. A type may end in ``":16"``: offline compiles assume divisibility by 16, as the
-            launch finds it on real sizes. Pointers are always assumed aligned offline.
+            ``"i32"``, ``"fp32"``; ``"*L"`` (pointer to cached latents: int8 codes where the constant LAYOUT is
+            "fp8_v32" or "int8", else the element type). A type may end in ``":16"``: offline compiles assume
+            divisibility by 16, as the launch finds it on real sizes. Pointers are always assumed aligned offline.
         statics: constexpr names that the problem fixes.
         tiles: constexpr or GPU option -> candidate values. Every other constexpr name is in ``statics``.
         rule: ``(chip, dtype, statics, sizes) -> tile``: the closed-form choice used where no table has an entry; it
@@ -119,9 +120,10 @@ class Kernel:
     def source_hash(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
-    def signature(self, dtype: str) -> dict[str, str]:
+    def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """Run-time argument -> Triton type for offline compiles, ``:16`` suffixes kept."""
-        return {name: kind.replace("T", dtype) for name, kind in self.arguments.items()}
+        latents = "i8" if statics.get("LAYOUT") in ("fp8_v32", "int8") else dtype
+        return {name: kind.replace("T", dtype).replace("L", latents) for name, kind in self.arguments.items()}
 
     def options(self, chip: Chip, tile: Mapping) -> dict[str, int]:
         """Launch options that mean something on ``chip``."""
