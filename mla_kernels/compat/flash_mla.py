@@ -1,6 +1,6 @@
 """FlashMLA's functions over this library's ops: same names, arguments, order and results, on every chip.
 
-``from mla_kernels.compat.flash_mla import flash_mla_with_kvcache`` in place of ``from flash_mla import ...``. FlashMLA's
+Import from ``mla_kernels.compat.flash_mla`` what was imported from ``flash_mla``. FlashMLA's
 conventions hold: ``causal`` is False by default, the scale is ``d ** -0.5`` by default, lse of
 :func:`flash_mla_with_kvcache` is [batch, heads, queries], and a query that sees no key has lse +inf (natively -inf).
 

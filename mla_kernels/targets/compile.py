@@ -18,7 +18,7 @@ from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.report import Report
 
 HERE = Path(__file__).parent
-_WORKER_FILES = {"gpu": ("gpu_worker.py", "amdgcn.py", "loops.py", "sass.py"), "ascend": ("ascend_worker.py",)}
+_WORKER_FILES = {"gpu": ("gpu_worker.py", "amdgcn.py", "bounds.py", "loops.py", "sass.py"), "ascend": ("ascend_worker.py",)}
 _ASCEND_PACKAGES = ("triton-ascend", "ascendnpu-ir")
 
 
@@ -126,7 +126,7 @@ def _job(request: Request) -> tuple[str, dict]:
         "action": "report",
         "source": kernel.source,
         "function": kernel.name,
-        "signature": kernel.signature(request.dtype),
+        "signature": kernel.signature(request.dtype, request.statics),
         "constexprs": kernel.constexprs(request.statics, request.tile),
         "vendor": chip.vendor,
         "architecture": chip.architecture,

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import amdgcn
+import bounds
 import loops
 import sass
 import triton
@@ -98,6 +99,9 @@ def report_nvidia(compiled) -> tuple[dict, dict[str, str]]:
     kinds = [sass.kind(instruction) for instruction in instructions]
     main = loops.main_loop(kinds, sass.loops(instructions))
     answer = describe(kinds, main, sass.tensor_shapes([instructions[i] for i in main]))
+    if compiled.metadata.target.arch == 90 and main:
+        loop = [instructions[i] for i in main]
+        answer["detail"]["loop_bounds"] = bounds.bounds(loop, compiled.metadata.num_warps)
     columns = compiled.metadata.tmem_size
     answer["traps"] = max(sass.traps(instructions), int(columns > TENSOR_MEMORY_COLUMNS))
     answer["registers"] = registers
