@@ -1,8 +1,8 @@
 """Lower bounds on the clocks of a Hopper (sm_90) loop, from its machine code: a model, not a measurement.
 
 Each unit of an SM takes so many instructions, multiply-adds or bytes a clock. What one turn of the loop asks of a unit,
-over that rate, is the unit's bound. ``core`` is the busiest unit's: all units overlap perfectly. ``serial`` is the tensor
-cores' plus that of the busiest other unit: no overlap between the two. DRAM is left out.
+over that rate, is the unit's bound. ``core`` is the busiest unit's: all units overlap perfectly. ``serial`` is the
+tensor cores' plus that of the busiest other unit: no overlap between the two. DRAM is left out.
 
 Rates: NVIDIA's H100 white paper and the CUDA C++ Programming Guide's table of arithmetic throughput, recalled; what
 mma.sync reaches of wgmma's rate is a published measurement, recalled.
