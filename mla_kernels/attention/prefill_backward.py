@@ -1,0 +1,498 @@
+"""Gradients of ``mla_prefill``: four kernels, one after another, without atomics.
+
+Source of the mathematics: FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1 and algorithm 2. With
+probabilities ``P = exp(S - lse)`` and ``delta_i = <d out_i, out_i> - d lse_i``: ``dV = P^T dO``,
+``dS = P * (dO V^T - delta)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``.
+
+1. ``mla_prefill_delta_kernel``: delta, and lse in base 2, as [2, heads, queries].
+2. ``mla_prefill_key_gradient_kernel``: dK and dV of BLOCK_N keys of one head, over the queries that see them; the part
+   that meets the shared rotated key for each head apart.
+3. ``mla_prefill_query_gradient_kernel``: dQ of BLOCK_M queries of one head, over the keys that they see.
+4. ``mla_prefill_rope_gradient_kernel``: the sum over heads of 2's parts, head after head.
+"""
+
+import math
+
+import torch
+
+from mla_kernels.attention.prefill_parts import LOG2E, hidden_as, load_rows, sequence_span, store_rows, widths
+from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
+from mla_kernels.language import tl, triton
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.shim import define_op
+
+
+@triton.jit
+def mla_prefill_delta_kernel(
+    out_ptr, out_grad_ptr, lse_ptr, lse_grad_ptr, stats_ptr, grad_stride, grad_head_stride, heads, queries, tiles, work,
+    VALUE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """stats [2, heads, queries]: lse in base 2, then delta. A query without a key gets lse +inf, so that P is 0.
+
+    Item: head * tiles + tile of BLOCK_R queries.
+    """
+    line = tl.arange(0, BLOCK_R)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        row = (item % tiles) * BLOCK_R
+        head = tl.cast(item // tiles, tl.int64)
+        rows = queries - row
+        inside = line < rows
+        first = tl.cast(row, tl.int64)
+        place = first * heads + head
+        out = load_rows(out_ptr + place * VALUE, heads * VALUE, line, rows, VALUE, True).to(tl.float32)
+        grads = out_grad_ptr + first * grad_stride + head * grad_head_stride
+        out_grad = load_rows(grads, grad_stride, line, rows, VALUE, True).to(tl.float32)  # [BLOCK_R, VALUE]
+        lse = tl.load(lse_ptr + place + line * heads, mask=inside, other=float("-inf"))
+        lse_grad = tl.load(lse_grad_ptr + place + line * heads, mask=inside, other=0.0)
+        empty = lse == float("-inf")
+        delta = tl.where(empty, 0.0, tl.sum(out * out_grad, 1) - lse_grad)
+        target = stats_ptr + (head * queries + row)
+        tl.store(target + line, tl.where(empty, float("inf"), lse * LOG2E), mask=inside)
+        tl.store(target + tl.cast(heads, tl.int64) * queries + line, delta, mask=inside)
+
+
+@triton.jit
+def mla_prefill_key_gradient_kernel(
+    q_ptr, k_ptr, rope_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_grad_ptr, stats_ptr, k_grad_ptr, rope_grad_ptr, v_grad_ptr,
+    softmax_scale, q_stride, q_head_stride, k_stride, k_head_stride, rope_stride, v_stride, v_head_stride,
+    grad_stride, grad_head_stride, heads, queries, tokens, max_queries, max_keys, tiles, work,
+    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_N keys and values of one head; those of the rotated key as [heads, tokens, ROPE] in fp32.
+
+    An item is (sequence * heads + head) * tiles + tile.
+    """
+    line = tl.arange(0, BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+    item_end = tl.program_id(0) + 1
+    item_step = 1
+    if PERSISTENT:
+        item_end = work
+        item_step = tl.num_programs(0)
+    for item in range(tl.program_id(0), item_end, item_step):
+        place = (item % tiles) * BLOCK_N
+        head = tl.cast(item // tiles % heads, tl.int64)
+        sequence = item // tiles // heads
+        k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
+        if place < keys:
+            q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+            count = keys - place
+            past = keys - q_count
+            start = 0
+            if CAUSAL:
+                start = tl.maximum(place - past, 0) // BLOCK_M * BLOCK_M
+            first_key = tl.cast(k_start + place, tl.int64)
+            k_rows = k_ptr + first_key * k_stride + head * k_head_stride
+            k_wide = load_rows(k_rows, k_stride, key, count, WIDE, True)  # [BLOCK_N, WIDE]
+            k_wide_grad = tl.zeros([BLOCK_N, WIDE], tl.float32)
+            if REST:
+                k_rest = load_rows(k_rows + WIDE, k_stride, key, count, REST, True)  # [BLOCK_N, REST]
+                k_rest_grad = tl.zeros([BLOCK_N, REST], tl.float32)
+            if ROPE:
+                k_rope = load_rows(rope_ptr + first_key * rope_stride, rope_stride, key, count, ROPE, True)
+                k_rope_grad = tl.zeros([BLOCK_N, ROPE], tl.float32)
+            values = load_rows(v_ptr + first_key * v_stride + head * v_head_stride, v_stride, key, count, VALUE, True)
+            v_grad = tl.zeros([BLOCK_N, VALUE], tl.float32)
+            q_base = q_ptr + tl.cast(q_start, tl.int64) * q_stride + head * q_head_stride
+            grad_base = out_grad_ptr + tl.cast(q_start, tl.int64) * grad_stride + head * grad_head_stride
+            stats = stats_ptr + (head * queries + q_start)
+            deltas = stats + tl.cast(heads, tl.int64) * queries
+            score_scale = softmax_scale * LOG2E
+            for first in range(start, q_count, BLOCK_M):
+                rows = q_count - first
+                step = tl.cast(first, tl.int64)
+                q_rows = q_base + step * q_stride
+                q_wide = load_rows(q_rows, q_stride, line, rows, WIDE, True)  # [BLOCK_M, WIDE]
+                scores = tl.dot(k_wide, tl.trans(q_wide), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                if REST:
+                    q_rest = load_rows(q_rows + WIDE, q_stride, line, rows, REST, True)  # [BLOCK_M, REST]
+                    scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee")
+                if ROPE:
+                    q_rope = load_rows(q_rows + (WIDE + REST), q_stride, line, rows, ROPE, True)  # [BLOCK_M, ROPE]
+                    scores = tl.dot(k_rope, tl.trans(q_rope), scores, input_precision="ieee")
+                lse = tl.load(stats + step + line, mask=line < rows, other=float("inf"))
+                delta = tl.load(deltas + step + line, mask=line < rows, other=0.0)
+                weights = tl.exp2(scores * score_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
+                if CAUSAL:
+                    last = line.to(tl.float32) + (past + first - place).to(tl.float32)
+                    weights = tl.where(key.to(tl.float32)[:, None] <= last[None, :], weights, 0.0)
+                out_grad = load_rows(grad_base + step * grad_stride, grad_stride, line, rows, VALUE, True)
+                v_grad = tl.dot(weights.to(out_grad.dtype), out_grad, v_grad, input_precision="ieee")
+                toward = tl.dot(values, tl.trans(out_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                scores_grad = (weights * (toward - delta[None, :])).to(out_grad.dtype)
+                k_wide_grad = tl.dot(scores_grad, q_wide, k_wide_grad, input_precision="ieee")  # [BLOCK_N, WIDE]
+                if REST:
+                    k_rest_grad = tl.dot(scores_grad, q_rest, k_rest_grad, input_precision="ieee")
+                if ROPE:
+                    k_rope_grad = tl.dot(scores_grad, q_rope, k_rope_grad, input_precision="ieee")
+            row = first_key * heads + head
+            store_rows(v_grad_ptr + row * VALUE, heads * VALUE, key, count, v_grad, VALUE)
+            k_target = k_grad_ptr + row * (WIDE + REST)
+            store_rows(k_target, heads * (WIDE + REST), key, count, k_wide_grad * softmax_scale, WIDE)
+            if REST:
+                store_rows(k_target + WIDE, heads * (WIDE + REST), key, count, k_rest_grad * softmax_scale, REST)
+            if ROPE:
+                target = rope_grad_ptr + (head * tokens + first_key) * ROPE
+                store_rows(target, ROPE, key, count, k_rope_grad * softmax_scale, ROPE)
+
+
+@triton.jit
+def mla_prefill_query_gradient_kernel(
+    q_ptr, k_ptr, rope_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_grad_ptr, stats_ptr, q_grad_ptr,
+    softmax_scale, q_stride, q_head_stride, k_stride, k_head_stride, rope_stride, v_stride, v_head_stride,
+    grad_stride, grad_head_stride, heads, queries, tokens, max_queries, max_keys, tiles, work,
+    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK_M queries of one head. Items as in the forward kernel, tiles of most keys first."""
+    line = tl.arange(0, BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+    item_end = tl.program_id(0) + 1
+    item_step = 1
+    if PERSISTENT:
+        item_end = work
+        item_step = tl.num_programs(0)
+    for item in range(tl.program_id(0), item_end, item_step):
+        row = (tiles - 1 - item % tiles) * BLOCK_M
+        head = tl.cast(item // tiles % heads, tl.int64)
+        sequence = item // tiles // heads
+        q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+        if row < q_count:
+            k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
+            past = keys - q_count
+            end = keys
+            if CAUSAL:
+                end = tl.minimum(keys, past + row + BLOCK_M)
+            rows = q_count - row
+            first_row = tl.cast(q_start + row, tl.int64)
+            first_key = tl.cast(k_start, tl.int64)
+            q_base = q_ptr + first_row * q_stride + head * q_head_stride
+            k_base = k_ptr + first_key * k_stride + head * k_head_stride
+            v_base = v_ptr + first_key * v_stride + head * v_head_stride
+            rope_base = rope_ptr + first_key * rope_stride
+            grads = out_grad_ptr + first_row * grad_stride + head * grad_head_stride
+            q_wide = load_rows(q_base, q_stride, line, rows, WIDE, True)  # [BLOCK_M, WIDE]
+            q_wide_grad = tl.zeros([BLOCK_M, WIDE], tl.float32)
+            if REST:
+                q_rest = load_rows(q_base + WIDE, q_stride, line, rows, REST, True)  # [BLOCK_M, REST]
+                q_rest_grad = tl.zeros([BLOCK_M, REST], tl.float32)
+            if ROPE:
+                q_rope = load_rows(q_base + (WIDE + REST), q_stride, line, rows, ROPE, True)  # [BLOCK_M, ROPE]
+                q_rope_grad = tl.zeros([BLOCK_M, ROPE], tl.float32)
+            out_grad = load_rows(grads, grad_stride, line, rows, VALUE, True)  # [BLOCK_M, VALUE]
+            stats = stats_ptr + (head * queries + first_row)
+            lse = tl.load(stats + line, mask=line < rows, other=float("inf"))
+            deltas = stats + tl.cast(heads, tl.int64) * queries
+            delta = tl.load(deltas + line, mask=line < rows, other=0.0)
+            score_scale = softmax_scale * LOG2E
+            for first in range(0, end, BLOCK_N):
+                step = tl.cast(first, tl.int64)
+                count = keys - first
+                k_rows = k_base + step * k_stride
+                k_wide = load_rows(k_rows, k_stride, key, count, WIDE, True)  # [BLOCK_N, WIDE]
+                scores = tl.dot(q_wide, tl.trans(k_wide), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                if REST:
+                    k_rest = load_rows(k_rows + WIDE, k_stride, key, count, REST, True)  # [BLOCK_N, REST]
+                    scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+                if ROPE:
+                    k_rope = load_rows(rope_base + step * rope_stride, rope_stride, key, count, ROPE, True)
+                    scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+                weights = tl.exp2(scores * score_scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
+                weights = hidden_as(weights, line, key, past + row - first, count, 0.0, CAUSAL)
+                values = load_rows(v_base + step * v_stride, v_stride, key, count, VALUE, True)  # [BLOCK_N, VALUE]
+                toward = tl.dot(out_grad, tl.trans(values), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                scores_grad = (weights * (toward - delta[:, None])).to(k_wide.dtype)
+                q_wide_grad = tl.dot(scores_grad, k_wide, q_wide_grad, input_precision="ieee")  # [BLOCK_M, WIDE]
+                if REST:
+                    q_rest_grad = tl.dot(scores_grad, k_rest, q_rest_grad, input_precision="ieee")
+                if ROPE:
+                    q_rope_grad = tl.dot(scores_grad, k_rope, q_rope_grad, input_precision="ieee")
+            stride = heads * (WIDE + REST + ROPE)
+            target = q_grad_ptr + (first_row * heads + head) * (WIDE + REST + ROPE)
+            store_rows(target, stride, line, rows, q_wide_grad * softmax_scale, WIDE)
+            if REST:
+                store_rows(target + WIDE, stride, line, rows, q_rest_grad * softmax_scale, REST)
+            if ROPE:
+                store_rows(target + (WIDE + REST), stride, line, rows, q_rope_grad * softmax_scale, ROPE)
+
+
+@triton.jit
+def mla_prefill_rope_gradient_kernel(
+    partial_ptr, rope_grad_ptr, heads, tokens, work, ROPE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """partial [heads, tokens, ROPE] -> its sum over heads, first to last. Item: BLOCK_R tokens."""
+    line = tl.arange(0, BLOCK_R)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        row = item * BLOCK_R
+        source = partial_ptr + tl.cast(row, tl.int64) * ROPE
+        acc = tl.zeros([BLOCK_R, ROPE], tl.float32)
+        for head in range(heads):
+            step = tl.cast(head, tl.int64) * tokens * ROPE
+            acc += load_rows(source + step, ROPE, line, tokens - row, ROPE, True)
+        store_rows(rope_grad_ptr + tl.cast(row, tl.int64) * ROPE, ROPE, line, tokens - row, acc, ROPE)
+
+
+def _rule(chip, dtype, statics, sizes):
+    """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
+    if chip.architecture in ("90", "100") and dtype != "fp32":
+        tile |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
+    return tile
+
+
+def _memory(chip, dtype, statics, tile):
+    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
+    size, value = DTYPE_BYTES[dtype], statics["VALUE"]
+    width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
+    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+    rows = (block_m + block_n) * (width + value) * size
+    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    if chip.vendor == "ascend":
+        return {"UB": block_m * block_n * 16 + misfit, "L1": 2 * rows, "L0C": 2 * block_m * block_n * 4}
+    return {"shared": rows + misfit}
+
+
+def _cost(dtype, statics, sizes):
+    """Of the kernel pair: five products of queries x keys, and recomputed scores."""
+    sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
+    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
+    return Cost(
+        flops=2.0 * sequences * heads * pairs * (2 * width + value),
+        bytes=sequences * heads * (queries + keys) * (2 * width + value) * size,
+    )
+
+
+def _work(dtype, statics, sizes, tile):
+    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    block, other = tile["BLOCK_M"], tile["BLOCK_N"]
+    seen = math.ceil((sizes["keys"] - (sizes["queries"] / 2 if statics["CAUSAL"] else 0)) / other) * other
+    return Work(
+        programs=sizes["batch"] * sizes["heads"] * -(-sizes["queries"] // block),
+        flops=2.0 * block * seen * (2 * width + value),
+        bytes=(block + seen) * (2 * width + value) * size,
+    )
+
+
+def _case(name, key, rope, value, heads, *, causal=True, dtypes=("bf16",)):
+    wide, rest = widths(key)
+    statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    return Case(name, statics, {"heads": heads, "batch": 1, "queries": 4096, "keys": 4096}, dtypes)
+
+
+_CASES = (
+    _case("v3", 128, 64, 128, 128, dtypes=("bf16", "fp16", "fp32")),
+    _case("bidirectional", 128, 64, 128, 128, causal=False),
+    _case("expanded_rope", 192, 0, 128, 16),
+    _case("minicpm3", 64, 32, 64, 40),
+    _case("glm4_lite", 192, 64, 256, 20),
+)
+_STRIDES = dict.fromkeys(
+    (
+        "q_stride", "q_head_stride", "k_stride", "k_head_stride", "rope_stride", "v_stride", "v_head_stride",
+        "grad_stride", "grad_head_stride",
+    ),
+    "i32:16",
+)  # fmt: skip
+_SIZES = dict.fromkeys(("heads", "queries", "tokens", "max_queries", "max_keys", "tiles", "work"), "i32")
+_INPUTS = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "rope_ptr", "v_ptr"), "*T"),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
+    "out_grad_ptr": "*T",
+    "stats_ptr": "*fp32",
+}
+_SHARED = {
+    "statics": ("WIDE", "REST", "ROPE", "VALUE", "CAUSAL"),
+    "tiles": {
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "PERSISTENT": (0, 1),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    "memory": _memory,
+    "cost": _cost,
+    "work": _work,
+    "cases": _CASES,
+    "uses_dot": True,
+}
+
+MLA_PREFILL_KEY_GRADIENT = Kernel(
+    mla_prefill_key_gradient_kernel,
+    arguments={
+        **_INPUTS,
+        "k_grad_ptr": "*T",
+        "rope_grad_ptr": "*fp32",
+        "v_grad_ptr": "*T",
+        "softmax_scale": "fp32",
+        **_STRIDES,
+        **_SIZES,
+    },
+    rule=_rule,
+    **_SHARED,
+)
+
+MLA_PREFILL_QUERY_GRADIENT = Kernel(
+    mla_prefill_query_gradient_kernel,
+    arguments={**_INPUTS, "q_grad_ptr": "*T", "softmax_scale": "fp32", **_STRIDES, **_SIZES},
+    rule=_rule,
+    **_SHARED,
+)
+
+
+def _row_rule(chip, dtype, statics, sizes):
+    width = statics.get("VALUE") or statics["ROPE"]
+    return {"BLOCK_R": max(1, (2048 if chip.is_gpu else 4096) // width), "num_warps": 4, "num_stages": 2}
+
+
+def _row_memory(chip, dtype, statics, tile):
+    """Nothing shared on GPUs but a few bytes; on Ascend about nine copies of a tile in fp32."""
+    width = statics.get("VALUE") or statics["ROPE"]
+    return {"shared": 0} if chip.is_gpu else {"UB": 9 * tile["BLOCK_R"] * width * 4}
+
+
+def _delta_cost(dtype, statics, sizes):
+    rows, value = sizes["queries"] * sizes["heads"], statics["VALUE"]
+    return Cost(flops=2.0 * rows * value, bytes=rows * (2 * value * DTYPE_BYTES[dtype] + 16))
+
+
+def _rope_cost(dtype, statics, sizes):
+    values = sizes["tokens"] * statics["ROPE"]
+    return Cost(flops=1.0 * values * sizes["heads"], bytes=values * (4 * sizes["heads"] + DTYPE_BYTES[dtype]))
+
+
+def _row_work(rows, cost, tile):
+    programs = -(-rows // tile["BLOCK_R"])
+    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
+
+
+_ROW_TILES = {"BLOCK_R": (1, 2, 4, 8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)}
+
+MLA_PREFILL_DELTA = Kernel(
+    mla_prefill_delta_kernel,
+    arguments={
+        **dict.fromkeys(("out_ptr", "out_grad_ptr"), "*T"),
+        **dict.fromkeys(("lse_ptr", "lse_grad_ptr", "stats_ptr"), "*fp32"),
+        **dict.fromkeys(("grad_stride", "grad_head_stride"), "i32:16"),
+        **dict.fromkeys(("heads", "queries", "tiles", "work"), "i32"),
+    },
+    statics=("VALUE",),
+    tiles=_ROW_TILES,
+    rule=_row_rule,
+    memory=_row_memory,
+    cost=_delta_cost,
+    work=lambda dtype, statics, sizes, tile: _row_work(
+        sizes["queries"] * sizes["heads"], _delta_cost(dtype, statics, sizes), tile
+    ),
+    cases=(
+        Case("v3", {"VALUE": 128}, {"queries": 4096, "heads": 128}),
+        Case("glm4_lite", {"VALUE": 256}, {"queries": 4096, "heads": 20}, ("bf16",)),
+    ),
+    uses_dot=False,
+)
+
+MLA_PREFILL_ROPE_GRADIENT = Kernel(
+    mla_prefill_rope_gradient_kernel,
+    arguments={
+        "partial_ptr": "*fp32",
+        "rope_grad_ptr": "*T",
+        **dict.fromkeys(("heads", "tokens", "work"), "i32"),
+    },
+    statics=("ROPE",),
+    tiles=_ROW_TILES,
+    rule=_row_rule,
+    memory=_row_memory,
+    cost=_rope_cost,
+    work=lambda dtype, statics, sizes, tile: _row_work(sizes["tokens"], _rope_cost(dtype, statics, sizes), tile),
+    cases=(Case("v3", {"ROPE": 64}, {"tokens": 4096, "heads": 128}),),
+    uses_dot=False,
+)
+
+
+def _launch(
+    out_grad, lse_grad, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k,
+    softmax_scale, causal,
+):  # fmt: skip
+    queries, heads, _ = q.shape
+    tokens, value = k.shape[0], v.shape[2]
+    sequences = cu_seqlens_q.shape[0] - 1
+    q_grad, k_grad, v_grad, rope_grad = _empty_gradients(q, k, v, k_rope)
+    out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
+    out, lse, lse_grad = out.contiguous(), lse.contiguous(), lse_grad.contiguous()
+    stats = torch.empty(2, heads, queries, dtype=torch.float32, device=q.device)
+    rope = rope_grad.shape[1]
+    partial = torch.empty(heads, tokens, rope, dtype=torch.float32, device=q.device)
+    chip, dtype = chip_of(q.device), DTYPE_NAMES[q.dtype]
+
+    tile = MLA_PREFILL_DELTA.tile_for(chip, dtype, {"VALUE": value}, {"queries": queries, "heads": heads})
+    tiles = -(-queries // tile["BLOCK_R"])
+    args = (
+        out, out_grad, lse, lse_grad, stats, out_grad.stride(0), out_grad.stride(1), heads, queries, tiles,
+        tiles * heads,
+    )  # fmt: skip
+    MLA_PREFILL_DELTA.launch(chip, tiles * heads, args, {"VALUE": value}, tile)
+
+    wide, rest = widths(k.shape[2])
+    statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    inputs = (q, k, k if k_rope is None else k_rope, v, cu_seqlens_q, cu_seqlens_k, out_grad, stats)
+    strides = (
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if k_rope is None else k_rope.stride(0),
+        v.stride(0), v.stride(1), out_grad.stride(0), out_grad.stride(1),
+    )  # fmt: skip
+    for kernel, outputs, longest, block in (
+        (MLA_PREFILL_KEY_GRADIENT, (k_grad, partial, v_grad), max_seqlen_k, "BLOCK_N"),
+        (MLA_PREFILL_QUERY_GRADIENT, (q_grad,), max_seqlen_q, "BLOCK_M"),
+    ):
+        tile = kernel.tile_for(chip, dtype, statics, {"heads": heads})  # whatever the batch, so that its bits stay
+        tiles = -(-longest // tile[block])
+        work = sequences * heads * tiles
+        sizes = (heads, queries, tokens, max_seqlen_q, max_seqlen_k, tiles, work)
+        kernel.launch(chip, work, (*inputs, *outputs, softmax_scale, *strides, *sizes), statics, tile)
+
+    if rope:
+        sizes = {"tokens": tokens, "heads": heads}
+        tile = MLA_PREFILL_ROPE_GRADIENT.tile_for(chip, dtype, {"ROPE": rope}, sizes)
+        work = -(-tokens // tile["BLOCK_R"])
+        MLA_PREFILL_ROPE_GRADIENT.launch(chip, work, (partial, rope_grad, heads, tokens, work), {"ROPE": rope}, tile)
+    return q_grad, k_grad, v_grad, rope_grad
+
+
+def _empty_gradients(q, k, v, k_rope):
+    rope_grad = k.new_empty(k.shape[0], 0) if k_rope is None else k_rope.new_empty(k_rope.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), rope_grad
+
+
+def _fake(
+    out_grad, lse_grad, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k,
+    softmax_scale, causal,
+):  # fmt: skip
+    return _empty_gradients(q, k, v, k_rope)
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError("mla_prefill has no second derivative")
+
+
+_mla_prefill_backward = define_op(
+    "mla_prefill_backward",
+    "(Tensor out_grad, Tensor lse_grad, Tensor q, Tensor k, Tensor v, Tensor? k_rope, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor out, Tensor lse, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
+    "bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=cpu_mla_prefill_backward,
+    device=_launch,
+    fake=_fake,
+    autograd=(lambda ctx, inputs, output: None, _refuse),
+)
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *output)
+
+
+def mla_prefill_gradients(ctx, out_grad, lse_grad):
+    """Gradients of the arguments of the op ``mla_prefill``, in their order."""
+    grads = _mla_prefill_backward(out_grad, lse_grad, *ctx.saved_tensors, *ctx.settings)
+    rope_grad = grads[3] if ctx.saved_tensors[3] is not None else None
+    return *grads[:3], rope_grad, None, None, None, None, None, None
