@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import demo
-from mla_kernels.compat import transformers as compat
+from mla_kernels.compat import transformers_attention as compat
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS

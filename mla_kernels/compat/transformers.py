@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 models of Hugging Face transformers over this library's ops.
+"""MLA models of Hugging Face transformers over this library's ops.
 
 ``enable(model)`` makes a loaded model keep its latents in paged :class:`LatentCache` buffers, decode in the latent
 space with ``mla_decode``, and run its experts with ``fused_moe``; ``disable(model)`` gives it transformers' own code
@@ -10,148 +10,56 @@ The attention and experts functions are registered as ``"mla_kernels"`` when thi
 ``model.set_experts_implementation("mla_kernels")`` alone works on any model whose experts use plain SwiGLU.
 """
 
-import contextlib
-import weakref
-from dataclasses import dataclass
+import types
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.checks import FLOATS
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.nn import absorb_query, expand_output
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
     from transformers import __version__ as _TRANSFORMERS_VERSION
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as _v2
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as _v3
 
+    from mla_kernels.compat.transformers_attention import attention, keep_latents, kv_b_weight
     from mla_kernels.compat.transformers_cache import LatentLayer
+    from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_plain
 except ImportError as error:
     raise ImportError(
         "mla_kernels.compat.transformers needs transformers 5.15 or newer: pip install 'mla_kernels[transformers]'"
     ) from error
 
-__all__ = ["NAME", "LatentLayer", "disable", "enable"]
+__all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
 
 NAME = "mla_kernels"
 """Name of the attention and experts implementations in transformers' registries."""
 
-DECODE_TOKENS = 16
-"""Up to so many new tokens a sequence go through ``mla_decode``; more are a prefill and go through transformers' sdpa.
 
-Absorbed attention costs about 3.4 times the multiplications of expanded K and V for each pair of query and key, and
-saves their expansion, which is shared by the queries of one call.
-"""
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers: the names of its classes, and what replaces their methods."""
 
-_BASE_MODELS = (_v2.DeepseekV2Model, _v3.DeepseekV3Model)
-_ATTENTIONS = (_v2.DeepseekV2Attention, _v3.DeepseekV3Attention)
-_EXPERTS = (_v2.DeepseekV2Experts, _v3.DeepseekV3Experts)
+    base: str
+    attention: str
+    experts: str | None = None
+    experts_forward: types.FunctionType | None = None  # where the class ignores transformers' ExpertsInterface
+
+
+FAMILIES = (
+    Family("DeepseekV2Model", "DeepseekV2Attention", "DeepseekV2Experts"),
+    Family("DeepseekV3Model", "DeepseekV3Attention", "DeepseekV3Experts"),
+    Family("DeepseekV32Model", "DeepseekV32Attention", "DeepseekV32Experts"),
+    Family("GlmMoeDsaModel", "GlmMoeDsaAttention", "GlmMoeDsaExperts"),
+    Family("Glm4MoeLiteModel", "Glm4MoeLiteAttention", "Glm4MoeLiteExperts"),
+    Family("MiniCPM3Model", "MiniCPM3Attention"),
+    Family("Mistral4Model", "Mistral4Attention", "Mistral4Experts"),
+    Family("YoutuModel", "YoutuAttention"),
+    Family("LongcatFlashModel", "LongcatFlashMLA", "LongcatFlashExperts", experts_with_identity),
+)
 _FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention function: ``mla_decode`` for a few new tokens, sdpa on expanded K and V otherwise.
-
-    query [batch, heads, tokens, nope + rope]; key and value are what ``LatentLayer.update`` returned. Returns
-    [batch, tokens, heads, v].
-    """
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if "expand_kv" not in vars(module):  # not an enabled module: K and V arrive expanded
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    layer = getattr(key, "latent_layer", None)
-    tokens = query.shape[2]
-    if layer is None or tokens > DECODE_TOKENS or layer._new_kept is not None or dropout > 0:
-        if layer is not None and layer.length > tokens:
-            if torch.is_grad_enabled() and query.requires_grad:
-                raise NotImplementedError("the latent cache keeps no gradients: pass use_cache=False to train")
-            key, value = layer.keys, layer.values
-        keys, values = type(module).expand_kv(module, key, value)
-        return sdpa(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    nope = module.qk_nope_head_dim
-    kv_b = _kv_b_weight(module).view(query.shape[1], -1, module.kv_lora_rank)  # [heads, nope + v, latent]
-    q_nope, q_rope = query.split((nope, query.shape[-1] - nope), -1)
-    q = torch.cat((absorb_query(q_nope.transpose(1, 2), kv_b), q_rope.transpose(1, 2)), -1)
-    out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=float(scaling), causal=True)
-    return expand_output(out, kv_b, nope), None
-
-
-def _keep_latents(latents, rotated):
-    """Stands in for ``expand_kv`` of an enabled module, so that the attention function receives the latents."""
-    return latents, rotated
-
-
-def _kv_b_weight(module) -> torch.Tensor:
-    if type(module.kv_b_proj) is not nn.Linear:
-        raise TypeError(
-            f"kv_b_proj of layer {module.layer_idx}: got {type(module.kv_b_proj).__name__}, torch.nn.Linear is "
-            "accepted (merge adapters and dequantise first: decoding absorbs its weight into the query)"
-        )
-    return module.kv_b_proj.weight
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts
-
-_plain_experts: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def _experts(self, hidden_states, top_k_index, top_k_weights):
-    """transformers' experts function: hidden [tokens, hidden], ids and weights [tokens, top_k].
-
-    Ids outside the module's experts (expert-parallel sentinels) are skipped.
-    """
-    if self not in _plain_experts:
-        reason = _why_not_plain(self)
-        if reason:
-            raise NotImplementedError(f"experts_implementation='{NAME}' cannot run {type(self).__name__}: {reason}")
-        _plain_experts.add(self)
-    return fused_moe(
-        hidden_states, self.gate_up_proj, self.down_proj, top_k_weights.float(), top_k_index.to(torch.int32)
-    )
-
-
-def _why_not_plain(experts: nn.Module) -> str | None:
-    """Why these experts are not ``down(silu(gate) * up)`` over [E, 2I, H] and [E, H, I] weights; None if they are."""
-    wanted = {
-        "has_gate": (True, "experts without a gate"),
-        "has_bias": (False, "expert biases"),
-        "is_transposed": (False, "weights stored as [experts, in, out]"),
-        "is_concatenated": (True, "gate and up rows interleaved"),
-        "has_post_expert_norm": (False, "a norm after each expert"),
-    }
-    for name, (value, meaning) in wanted.items():
-        if getattr(experts, name, value) != value:
-            return f"{meaning} ({name}={getattr(experts, name)})"
-    for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(experts, name, None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or weight.dtype not in FLOATS:
-            return f"{name} is not one [experts, out, in] tensor of bfloat16, float16 or float32"
-    # The gate is code, so it is probed: on values past every clamp in use, and past silu's curve.
-    gate = torch.tensor([-1e3, -60.0, -11.0, -7.5, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 11.0, 60.0, 1e3])
-    up = torch.tensor([-1e3, -11.0, -7.5, -0.7, 0.0, 0.7, 7.5, 11.0, 1e3])
-    gate, up = (grid.reshape(1, -1) for grid in torch.meshgrid(gate, up, indexing="ij"))
-    packed = torch.cat((gate, up), -1).to(experts.down_proj.device)
-    with torch.no_grad():
-        got = experts._apply_gate(packed)
-    if got.shape != gate.shape or not torch.allclose(got.cpu(), F.silu(gate) * up, rtol=1e-5, atol=1e-6):
-        return "its gate is not silu(gate) * up (a clamp, another activation, or another order)"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Switching a model
 
 
 @dataclass
@@ -161,50 +69,58 @@ class _Switch:
     attention: str
     experts: str
     hook: torch.utils.hooks.RemovableHandle
+    replaced: list[tuple[nn.Module, str]] = field(default_factory=list)  # methods that instances shadow
 
 
 def enable(model):
     """Run ``model`` over this library from now on, and return it. Enabling twice changes nothing.
 
     Greedy, sampled, beam and assisted generation, left-padded batches and manual decode loops give what they gave
-    before, up to rounding. A cache that transformers filled is taken over. For inference: the ops have no backward.
+    before, up to rounding. A cache that transformers filled is taken over. What runs where:
+
+    - The cache is paged latents (``LatentLayer``), without room for padding.
+    - Up to ``DECODE_TOKENS`` new tokens a sequence attend with ``mla_decode`` in the latent space. More are a prefill,
+      and forwards without a cache or with gradients are training: both use transformers' sdpa on expanded K and V.
+    - Experts run in ``fused_moe``; with gradients in transformers' own code, since ``fused_moe`` has no backward.
+    - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
     Args:
-        model: a DeepSeek-V2 or V3 model of transformers (``DeepseekV2ForCausalLM``, ``DeepseekV3Model``, ...) in
-            bfloat16, float16 or float32.
+        model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
+            and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
+            (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...).
 
     Raises:
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read.
-        NotImplementedError: experts that are not plain SwiGLU, or a transformers without ``expand_kv``.
+        NotImplementedError: experts that are not plain SwiGLU, sliding windows, methods that another library has
+            replaced, or a transformers without ``expand_kv``.
         ValueError: a latent or rope width that is no power of two of at least 16.
     """
     base = getattr(model, "base_model", None)
-    if not isinstance(base, _BASE_MODELS):
-        accepted = ", ".join(cls.__name__ for cls in _BASE_MODELS)
+    family = _family(base)
+    if family is None:
+        accepted = ", ".join(family.base for family in FAMILIES)
         raise TypeError(
             f"enable: got {type(model).__name__}, accepted are the models of transformers built on {accepted}, for "
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM"
         )
     if NAME in vars(model):
         return model
-    attentions = [module for module in model.modules() if isinstance(module, _ATTENTIONS)]
-    for module in attentions:
-        if not hasattr(type(module), "expand_kv"):
+    _check_config(base.config)
+    replacements = list(_replacements(model, family))
+    for module, name, _ in replacements:
+        if name in vars(module):
             raise NotImplementedError(
-                f"enable: transformers {_TRANSFORMERS_VERSION} has no {type(module).__name__}.expand_kv, which 5.23 has"
+                f"enable: {type(module).__name__}.{name} of this model was replaced by other code (device hooks of "
+                "accelerate, for example); remove it first"
             )
-        _kv_b_weight(module)
-    LatentCache.allocate(0, 64, latent_dim=base.config.kv_lora_rank, rope_dim=base.config.qk_rope_head_dim)
-    for module in model.modules():
-        if isinstance(module, _EXPERTS) and (reason := _why_not_plain(module)):
-            raise NotImplementedError(f"enable: {type(module).__name__} cannot be fused: {reason}")
     switch = _Switch(
         attention=model.config._attn_implementation,
         experts=model.config._experts_implementation,
         hook=base.register_forward_pre_hook(_prepare_cache, with_kwargs=True),
     )
-    for module in attentions:
-        module.expand_kv = _keep_latents
+    for module, name, function in replacements:
+        setattr(module, name, function)
+        switch.replaced.append((module, name))
     model.set_attn_implementation(NAME)
     model.set_experts_implementation(NAME)
     vars(model)[NAME] = switch
@@ -220,13 +136,49 @@ def disable(model):
     if switch is None:
         return model
     switch.hook.remove()
-    for module in model.modules():
-        if isinstance(module, _ATTENTIONS):
-            with contextlib.suppress(KeyError):
-                del vars(module)["expand_kv"]
+    for module, name in switch.replaced:
+        vars(module).pop(name, None)
     model.set_attn_implementation(switch.attention)
     model.set_experts_implementation(switch.experts)
     return model
+
+
+def _is_a(module, name: str | None) -> bool:
+    """Whether the module is of transformers' class ``name``, or of one derived from it."""
+    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def _family(base) -> Family | None:
+    return next((family for family in FAMILIES if _is_a(base, family.base)), None)
+
+
+def _check_config(config) -> None:
+    LatentCache.allocate(0, 64, latent_dim=config.kv_lora_rank, rope_dim=config.qk_rope_head_dim)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "indexed_attention"}
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if kinds or window:
+        raise NotImplementedError(
+            f"enable: got layer types {sorted(kinds)}, window {window}; attention to the whole context is accepted "
+            "(layer_types full_attention or indexed_attention, no sliding_window, no attention_chunk_size)"
+        )
+
+
+def _replacements(model, family: Family):
+    """(module, method, function) for each method that an instance is to shadow; refusals before anything changes."""
+    for module in model.modules():
+        if _is_a(module, family.attention):
+            if not hasattr(type(module), "expand_kv"):
+                raise NotImplementedError(
+                    f"enable: transformers {_TRANSFORMERS_VERSION} has no {type(module).__name__}.expand_kv, which "
+                    "5.23 has"
+                )
+            kv_b_weight(module)
+            yield module, "expand_kv", keep_latents
+        elif _is_a(module, family.experts):
+            if reason := why_not_plain(module):
+                raise NotImplementedError(f"enable: {type(module).__name__} cannot be fused: {reason}")
+            if family.experts_forward is not None:
+                yield module, "forward", types.MethodType(family.experts_forward, module)
 
 
 def _prepare_cache(base, args, kwargs):
@@ -277,8 +229,10 @@ def _adopt(cache, num_layers: int, kept: torch.Tensor | None) -> None:
         if old.get_seq_length():
             new.expect(None if kept is None or bool(kept.all()) else kept.to(old.keys.device))
             new.update(old.keys, old.values)
+            if getattr(old, "indexer_keys", None) is not None:
+                new.update_indexer(old.indexer_keys)
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts)

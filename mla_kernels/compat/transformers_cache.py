@@ -30,6 +30,7 @@ class LatentLayer(CacheLayerMixin):
         self.block_table = self.seq_lens = None  # int32 [batch, pages_per_seq], int32 [batch]
         self.length = 0  # tokens seen, padding included
         self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
+        self.indexer_keys: torch.Tensor | None = None  # [batch, length, index_head_dim], padding included
         self.is_initialized = False
         self._expected = False
 
@@ -80,6 +81,12 @@ class LatentLayer(CacheLayerMixin):
         self.length += tokens
         key_states.latent_layer = self
         return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Store the indexer's keys ``[batch, tokens, index_head_dim]`` and return those of every token so far."""
+        new = indexer_key_states.detach()
+        self.indexer_keys = new if self.indexer_keys is None else torch.cat((self.indexer_keys, new), 1)
+        return self.indexer_keys
 
     def _store_padded(self, rows: torch.Tensor, new: torch.Tensor) -> None:
         batch, tokens, _ = new.shape
@@ -162,12 +169,15 @@ class LatentLayer(CacheLayerMixin):
             self.seq_lens -= self.kept[:, -remove:].sum(-1, dtype=torch.int32)
             self.kept = self.kept[:, :-remove]
         self.length -= remove
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.length]
 
     def _rearrange(self, pick) -> None:
         if self.length:
             self._set_rows(pick(self._rows()))
             self.seq_lens = pick(self.seq_lens)
             self.kept = None if self.kept is None else pick(self.kept)
+            self.indexer_keys = None if self.indexer_keys is None else pick(self.indexer_keys)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -1,4 +1,4 @@
-"""Tiny random DeepSeek models of transformers, wide enough in their weights that greedy text varies."""
+"""Tiny random models of transformers' MLA families, wide enough in their weights that greedy text varies."""
 
 import contextlib
 
@@ -15,6 +15,42 @@ YARN = {
     "mscale_all_dim": 0.8,
     "rope_theta": 1e4,
 }
+SIZES = dict(
+    vocab_size=199, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4,
+    kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=24,
+    max_position_embeddings=512, pad_token_id=0, eos_token_id=None, bos_token_id=1,
+)  # fmt: skip
+EXPERTS = dict(
+    moe_intermediate_size=48, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, n_shared_experts=1,
+    routed_scaling_factor=1.5,
+)  # fmt: skip
+FIRST_DENSE = EXPERTS | {"first_k_dense_replace": 1}
+INDEXER = dict(index_n_heads=16, index_head_dim=32, index_topk=64)  # with few heads many scores are 0, and tie
+FAMILIES = {
+    "DeepseekV2": FIRST_DENSE,
+    "DeepseekV3": FIRST_DENSE,
+    "DeepseekV32": FIRST_DENSE | INDEXER,
+    "GlmMoeDsa": FIRST_DENSE | INDEXER | {"indexer_types": ["full", "shared", "full"]},
+    "Glm4MoeLite": EXPERTS,  # the first layer is dense
+    "MiniCPM3": dict(dim_model_base=48, scale_emb=1.5, scale_depth=2.0),
+    "Mistral4": FIRST_DENSE,
+    "Youtu": {},
+    "LongcatFlash": dict(
+        n_routed_experts=6, zero_expert_num=2, expert_ffn_hidden_size=48, ffn_hidden_size=96, moe_topk=3,
+        routed_scaling_factor=1.5, head_dim=16,
+    ),
+}  # fmt: skip
+GEOMETRY = {  # the heads of the released models, in one layer: nope, rope, value, latent
+    "DeepseekV2": (128, 64, 128, 512),
+    "DeepseekV3": (128, 64, 128, 512),
+    "DeepseekV32": (128, 64, 128, 512),
+    "GlmMoeDsa": (192, 64, 256, 512),
+    "Glm4MoeLite": (192, 64, 256, 512),
+    "MiniCPM3": (64, 32, 64, 256),
+    "Mistral4": (64, 64, 128, 256),
+    "Youtu": (128, 64, 128, 512),
+    "LongcatFlash": (128, 64, 128, 512),
+}
 VARIANTS = {
     "v3": ("DeepseekV3", {}),
     "v3 half rope": ("DeepseekV3", {"rope_interleave": False}),
@@ -22,19 +58,15 @@ VARIANTS = {
     "v2": ("DeepseekV2", {"q_lora_rank": None}),
     "v2 groups yarn": ("DeepseekV2", {"topk_method": "group_limited_greedy", "rope_parameters": YARN}),
 }
-VOCABULARY = 199
+VOCABULARY = SIZES["vocab_size"]
 
 
 def tiny(family: str, **changes):
     """A seeded ``<family>ForCausalLM`` with 3 layers, the first dense."""
-    sizes = dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=32,
-        v_head_dim=24, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, n_shared_experts=1,
-        first_k_dense_replace=1, routed_scaling_factor=1.5, max_position_embeddings=512, pad_token_id=0,
-        eos_token_id=None, bos_token_id=1,
-    )  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**(sizes | changes))
+    sizes = SIZES | {"num_hidden_layers": 3} | FAMILIES[family] | changes
+    if family == "LongcatFlash":  # two attentions in each layer
+        sizes["num_layers"] = sizes.pop("num_hidden_layers") - 1
+    config = getattr(transformers, f"{family}Config")(**sizes)
     generator = torch.Generator().manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -1,0 +1,252 @@
+"""enable(model) on every family: transformers' own eager text and logits, in inference and training."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from mla_kernels.compat import transformers_attention, transformers_experts
+from mla_kernels.compat.transformers import FAMILIES as TABLE
+from mla_kernels.compat.transformers import LatentLayer, disable, enable
+from tests.compat.models import FAMILIES, GEOMETRY, VOCABULARY, fast_cpu, tiny
+
+PROMPT, PADDING, NEW = 29, 9, 8
+INDEXED = ("DeepseekV32", "GlmMoeDsa")
+
+
+@pytest.fixture(autouse=True)
+def _fast_cpu():
+    with fast_cpu():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each op ran."""
+    counts = {"mla_decode": 0, "fused_moe": 0}
+
+    def counting(name, op):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name, module in (("mla_decode", transformers_attention), ("fused_moe", transformers_experts)):
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    return counts
+
+
+def _eager(family, **changes):
+    model = tiny(family, **changes)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def _batch():
+    """Token ids, the last row left-padded."""
+    ids = torch.randint(2, VOCABULARY, (2, PROMPT))
+    mask = torch.ones_like(ids)
+    mask[-1, :PADDING] = 0
+    return ids, mask
+
+
+def _generate(model, ids, mask, new=NEW):
+    options = dict(return_dict_in_generate=True, output_logits=True, do_sample=False, pad_token_id=0)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)
+
+
+def _assert_same(actual, expected, atol=1e-4):
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def test_every_family_is_tested():
+    assert {family.base.removesuffix("Model") for family in TABLE} == set(FAMILIES) == set(GEOMETRY)
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(family, heads, calls):
+    model = _eager(family, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=16 * heads)
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask)
+    assert expected.sequences[:, PROMPT:].unique().numel() > 5, "the greedy text must not be constant"
+    actual = _generate(enable(model), ids, mask)
+    _assert_same(actual, expected)
+    layers = model.config.num_hidden_layers
+    dense = {"MiniCPM3": layers, "Youtu": layers, "LongcatFlash": 2}.get(family, 1)  # layers without experts
+    assert calls["fused_moe"] == NEW * (layers - dense)
+    assert calls["mla_decode"] == (NEW - 1) * layers
+    cache = actual.past_key_values
+    assert len(cache.layers) == layers
+    for layer in cache.layers:
+        assert isinstance(layer, LatentLayer)
+        assert layer.get_seq_length() == PROMPT + NEW - 1
+        assert layer.seq_lens.tolist() == [PROMPT + NEW - 1, PROMPT + NEW - 1 - PADDING], "padding takes no slot"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_head_geometry(family, calls):
+    nope, rope, value, latent = GEOMETRY[family]
+    changes = dict(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value, kv_lora_rank=latent)
+    if family == "LongcatFlash":
+        changes["head_dim"] = rope
+    if family in INDEXED:
+        changes["index_head_dim"] = 128
+    model = _eager(family, num_hidden_layers=2 if family == "LongcatFlash" else 1, **changes)
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask, new=3)
+    _assert_same(_generate(enable(model), ids, mask, new=3), expected)
+    assert calls["mla_decode"] == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", INDEXED)
+def test_indexer_chooses_the_same_keys(family, padded):
+    """A context beyond top_k: prefill, chunks over it and decoding attend to the chosen keys only."""
+    model = _eager(family, index_topk=16)
+    ids, mask = _batch() if padded else (torch.randint(2, VOCABULARY, (2, PROMPT)), torch.ones(2, PROMPT).long())
+    expected = _generate(model, ids, mask, new=12)
+    _assert_same(_generate(enable(model), ids, mask, new=12), expected)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    past, start = None, 0
+    for chunk in (10, 17, 2):  # up to the limit, a prefill across it, and decoding
+        rows = slice(start, start + chunk)
+        start += chunk
+        out = model(ids[:, rows], attention_mask=mask[:, :start], position_ids=positions[:, rows], past_key_values=past)
+        past, real = out.past_key_values, mask[:, rows].bool()
+        torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disable_restores_the_model_and_its_bits(family, calls):
+    model = _eager(family)
+    state = {name: dict(vars(module)) for name, module in model.named_modules()}
+    settings = model.config._attn_implementation, model.config._experts_implementation
+    ids, mask = _batch()
+    expected = model(ids, attention_mask=mask).logits
+    assert enable(enable(model)) is model
+    assert len(model.model._forward_pre_hooks) == 1
+    model(ids, attention_mask=mask)
+    disable(model)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == state
+    assert (model.config._attn_implementation, model.config._experts_implementation) == settings
+    before = dict(calls)
+    out = model(ids, attention_mask=mask)
+    assert calls == before
+    assert torch.equal(out.logits, expected)
+    assert not isinstance(out.past_key_values.layers[0], LatentLayer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_without_a_cache(family):
+    model = _eager(family).train()
+    model.requires_grad_(True)
+    twin = enable(copy.deepcopy(model))
+    ids, mask = _batch()
+    labels = ids.clone()
+    labels[-1, : PADDING + 1] = -100  # what padding attends to is anybody's choice
+    with torch.enable_grad():
+        for each in (model, twin):
+            each(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None, name
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_do_not_reach_through_the_cache(family):
+    model = enable(tiny(family))
+    model.requires_grad_(True)
+    ids = torch.randint(2, VOCABULARY, (1, 8))
+    with torch.enable_grad():
+        first = model(ids, labels=ids, use_cache=True)
+        first.loss.backward()
+        with pytest.raises(NotImplementedError, match="keeps no gradients: pass use_cache=False"):
+            model(ids[:, :1], past_key_values=first.past_key_values)
+    assert model.model.embed_tokens.weight.grad.any()
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "LongcatFlash", *INDEXED])
+def test_takes_over_a_cache_that_transformers_filled(family):
+    model = _eager(family)
+    ids, mask = _batch()
+    step, positions = torch.tensor([[5], [6]]), torch.tensor([[PROMPT], [PROMPT - PADDING]])
+    longer = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+    cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).past_key_values
+    again = copy.deepcopy(cache)
+    expected = model(step, attention_mask=longer, position_ids=positions, past_key_values=again).logits
+    out = enable(model)(step, attention_mask=longer, position_ids=positions, past_key_values=cache)
+    torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=0)
+    assert isinstance(cache.layers[-1], LatentLayer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_are_independent(family):
+    model = enable(tiny(family))
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask, new=2)
+    twin = copy.deepcopy(model)
+    twin.model.embed_tokens.weight.add_(0.5)
+    assert not torch.equal(_generate(twin, ids, mask, new=2).logits[0], expected.logits[0])
+    disable(twin)
+    _assert_same(_generate(model, ids, mask, new=2), expected, atol=0)
+
+
+def test_longcat_experts_that_give_the_token_back():
+    model = _eager("LongcatFlash", num_hidden_layers=2)
+    experts = model.model.layers[0].mlp.experts
+    hidden, weights = torch.randn(7, 64), torch.rand(7, 3)
+    for ids in (torch.randint(0, 8, (7, 3)), torch.full((7, 3), 7), torch.zeros(7, 3, dtype=torch.long)):
+        expected = experts(hidden, ids, weights)
+        actual = enable(model).model.layers[0].mlp.experts(hidden, ids, weights)
+        disable(model)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sliding_windows_are_refused():
+    model = tiny("Youtu")
+    model.config.sliding_window = 32
+    with pytest.raises(NotImplementedError, match=r"window 32; attention to the whole context is accepted"):
+        enable(model)
+    model = tiny("DeepseekV32", layer_types=["indexed_attention"] * 3)
+    model.config.layer_types = ["indexed_attention", "sliding_attention", "indexed_attention"]
+    with pytest.raises(NotImplementedError, match=r"got layer types \['sliding_attention'\]"):
+        enable(model)
+    assert "mla_kernels" not in vars(model)
+
+
+def test_replaced_methods_are_refused():
+    model = tiny("LongcatFlash")
+    experts = model.model.layers[0].mlp.experts
+    experts.forward = experts.forward
+    with pytest.raises(NotImplementedError, match=r"LongcatFlashExperts.forward of this model was replaced"):
+        enable(model)
+
+
+def test_adapters_and_biases_on_the_absorbed_weight_are_refused():
+    model = tiny("MiniCPM3")
+    attention = model.model.layers[2].self_attn
+    attention.kv_b_proj.bias = torch.nn.Parameter(torch.zeros(attention.kv_b_proj.out_features))
+    with pytest.raises(TypeError, match="kv_b_proj of layer 2: got Linear with a bias"):
+        enable(model)
+
+
+def test_experts_that_are_not_plain_are_refused():
+    with pytest.raises(NotImplementedError, match="LongcatFlashExperts cannot be fused: its gate is not silu"):
+        enable(tiny("LongcatFlash", hidden_act="gelu"))
+
+
+def test_other_classes_of_a_family():
+    config = tiny("MiniCPM3").config
+    config.num_labels = 3
+    model = transformers.MiniCPM3ForSequenceClassification(config).eval()
+    ids, mask = _batch()
+    expected = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(enable(model)(ids, attention_mask=mask).logits, expected, atol=1e-4, rtol=0)
