@@ -1,0 +1,394 @@
+"""Sparse MLA: absorbed latent attention of each token over the rows that its indices pick, kernels of the forward.
+
+Source of the mathematics: DeepSeek-V3.2-Exp report, https://github.com/deepseek-ai/DeepSeek-V3.2-Exp, section 2.1
+(DeepSeek sparse attention under MLA); FlashAttention, https://arxiv.org/abs/2205.14135 (running softmax).
+"""
+
+import math
+
+import torch
+
+from mla_kernels.attention.merge import merge_end, merge_part
+from mla_kernels.language import tl, triton
+from mla_kernels.latent.cache import CacheLayout
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import decode_e4m3
+
+SPLIT_PICKS = 256  # picks that a program of a decode step works on
+
+LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
+LN2 = tl.constexpr(0.6931471805599453)
+GROUP = tl.constexpr(128)  # latent values that share a scale in fp8_v32
+
+
+@triton.jit
+def pick_offsets(slot, page_stride, token_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Where slots [BLOCK_N] begin. PAGE_SIZE 1: slots lie token_stride apart. WIDE: offsets may pass 2**31."""
+    if PAGE_SIZE == 1:
+        if WIDE:
+            slot = slot.to(tl.int64)
+        return slot * token_stride
+    else:
+        page = slot // PAGE_SIZE
+        within = slot - page * PAGE_SIZE
+        if WIDE:
+            page = page.to(tl.int64)
+        return page * page_stride + within * token_stride
+
+
+@triton.jit
+def sparse_mla_kernel(
+    q_ptr, latents_ptr, scales_ptr, rope_ptr, indices_ptr, lengths_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
+    max_ptr, score_scale, q_stride, head_stride, page_stride, token_stride, index_stride,
+    tokens, queries, heads, num_slots, top_k, share, splits, work,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
+    LENGTHS: tl.constexpr, SINK: tl.constexpr, MAX_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_H heads of one token over `share` of its picks.
+
+    An item is (token * splits + split) * head tiles + head tile: head tiles that read the same rows are neighbours, so
+    that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
+    query, picks and length alone.
+    """
+    line = tl.arange(0, BLOCK_H)
+    key = tl.arange(0, BLOCK_N)
+    latent_column = tl.arange(0, LATENT)
+    head_tiles = tl.cdiv(heads, BLOCK_H)
+    item_end = tl.program_id(0) + 1
+    item_step = 1
+    if PERSISTENT:
+        item_end = work
+        item_step = tl.num_programs(0)
+    for item in range(tl.program_id(0), item_end, item_step):
+        head = (item % head_tiles) * BLOCK_H
+        split = item // head_tiles % splits
+        token = item // (head_tiles * splits)
+        length = top_k
+        if LENGTHS:
+            length = tl.minimum(tl.load(lengths_ptr + token // queries), top_k)
+        start = split * share
+        end = tl.minimum(start + share, length)
+        inside = line < heads - head
+        q_rows = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(head, tl.int64) * head_stride
+        q_rows += line[:, None] * head_stride
+        q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
+        if ROPE > 0:
+            rope_column = tl.arange(0, ROPE)
+            q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
+        largest = tl.full([BLOCK_H], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+        indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
+        for first in range(start, end, BLOCK_N):
+            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
+            seen = (slot >= 0) & (slot < num_slots)
+            slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
+            rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
+            if LAYOUT == "latent":
+                latent = tl.load(latents_ptr + rows[:, None] + latent_column[None, :], mask=seen[:, None], other=0.0)
+                rope_rows = rows
+            else:
+                codes = tl.load(
+                    latents_ptr + (rows * 16)[:, None] + latent_column[None, :], mask=seen[:, None], other=0
+                )
+                if LAYOUT == "int8":
+                    scale = tl.load(scales_ptr + rows * 4, mask=seen, other=0.0)
+                    latent = (codes.to(tl.float32) * scale[:, None]).to(q_latent.dtype)
+                else:
+                    group = tl.arange(0, LATENT // GROUP)
+                    scale = tl.load(scales_ptr + (rows * 4)[:, None] + group[None, :], mask=seen[:, None], other=0.0)
+                    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [BLOCK_N, LATENT // GROUP, GROUP])
+                    values = (values * scale[:, :, None]).to(q_latent.dtype)
+                    latent = tl.reshape(values, [BLOCK_N, LATENT])
+                rope_rows = rows * 8
+            if ROPE > 0:
+                rope = tl.load(rope_ptr + rope_rows[:, None] + rope_column[None, :], mask=seen[:, None], other=0.0)
+                scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+            else:
+                scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+            scores = tl.where(seen[None, :], scores * score_scale, float("-inf"))
+            new = tl.maximum(largest, tl.max(scores, 1))
+            keep = tl.exp2(largest - new)
+            weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
+            total = total * keep + tl.sum(weights, 1)
+            acc = acc * keep[:, None]
+            acc = tl.dot(weights.to(latent.dtype), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
+            largest = new
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
+        if SINK:
+            sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
+            sink = tl.exp(sink - tl.where(empty, 0.0, lse))  # sigmoid(lse - sink) = 1 / (1 + this)
+            total = tl.where(empty, 1.0, total * (1.0 + sink))
+        acc = acc / total[:, None]
+        target = (tl.cast(split, tl.int64) * tokens + token) * heads + head
+        tile = line[:, None] * LATENT + latent_column[None, :]
+        if SPLIT:
+            tl.store(partial_ptr + target * LATENT + tile, acc, mask=inside[:, None])
+        else:
+            tl.store(out_ptr + target * LATENT + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(lse_ptr + target + line, lse, mask=inside)
+        if MAX_LOGITS:
+            tl.store(max_ptr + target + line, tl.where(empty, float("-inf"), largest * LN2), mask=inside)
+
+
+@triton.jit
+def sparse_merge_kernel(
+    partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, tokens, heads, parts, work,
+    WIDTH: tl.constexpr, SINK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """partial [parts, tokens, heads, WIDTH] -> out [tokens, heads, WIDTH], the lse alike. Item: heads of a token."""
+    line = tl.arange(0, BLOCK_R)
+    tile = line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    head_tiles = tl.cdiv(heads, BLOCK_R)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        token = item // head_tiles
+        head = (item % head_tiles) * BLOCK_R
+        inside = line < heads - head
+        acc = tl.zeros([BLOCK_R, WIDTH], tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        largest = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        for part in range(parts):
+            first = tl.cast(part * tokens + token, tl.int64) * heads + head
+            lse = tl.load(partial_lse_ptr + first + line, mask=inside, other=float("-inf"))
+            values = tl.load(partial_ptr + first * WIDTH + tile, mask=inside[:, None], other=0.0)  # [BLOCK_R, WIDTH]
+            acc, total, largest = merge_part(acc, total, largest, values, lse)
+        acc, lse = merge_end(acc, total, largest)
+        if SINK:
+            sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
+            seen = lse > float("-inf")
+            sink = tl.exp(sink - tl.where(seen, lse, 0.0))
+            acc = acc / tl.where(seen, 1.0 + sink, 1.0)[:, None]
+        first = tl.cast(token, tl.int64) * heads + head
+        tl.store(out_ptr + first * WIDTH + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(lse_ptr + first + line, lse, mask=inside)
+
+
+def _rule(chip, dtype, statics, sizes):
+    """The widest head tile whose accumulator and rows stay on chip without spills; checked by compiling for every chip.
+
+    It looks at the heads only, so that a result depends neither on the batch nor on the number of tokens.
+    """
+    heads, quantised = sizes["heads"], statics["LAYOUT"] != "latent"
+    if quantised and dtype != "bf16":
+        raise NotImplementedError(f"sparse attention: {statics['LAYOUT']} caches are read as bf16, not as {dtype}")
+    small = dtype == "fp32" or heads <= 16
+    tile = {"PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
+    if chip.vendor == "ascend":  # rows are gathered through UB
+        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
+    elif chip.vendor == "amd":
+        tile |= {"BLOCK_H": 16 if small else 32, "BLOCK_N": 16 if dtype == "fp32" else 32, "num_stages": 1}
+    elif small:
+        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
+    else:
+        wide = heads > 32 and chip.memory["shared"] >= 160 << 10
+        tile |= {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
+        if wide and chip.architecture == "90" and not quantised:
+            tile["BLOCK_N"] = 64
+    return tile
+
+
+def _memory(chip, dtype, statics, tile):
+    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
+    size, latent, width = DTYPE_BYTES[dtype], statics["LATENT"], statics["LATENT"] + statics["ROPE"]
+    block_h, block_n = tile["BLOCK_H"], tile["BLOCK_N"]
+    q, k, p = block_h * width * size, block_n * width * size, block_h * block_n * size
+    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    if chip.vendor == "ascend":
+        l0c = block_h * (latent + block_n) * 4
+        return {
+            "UB": 5 * block_h * latent * 2 + block_h * block_n * 4 + 3 * k + misfit,
+            "L1": 2 * (q + 2 * k + p),
+            "L0C": l0c * (2 if chip.memory["L0C"] > 128 << 10 else 1),
+        }
+    stages = tile["num_stages"]
+    if chip.vendor == "amd":
+        return {"shared": max(block_h, block_n) * latent * size + misfit}
+    return {"shared": q + (stages if block_h >= 64 else stages - 1) * k + p + misfit}
+
+
+def parts_of(top_k: int) -> int:
+    """Programs that share the picks of one token and head tile in a decode step."""
+    return max(1, -(-top_k // SPLIT_PICKS))
+
+
+def _row_bytes(dtype, statics) -> int:
+    """Bytes of a cached token."""
+    if statics["LAYOUT"] == "latent":
+        return (statics["LATENT"] + statics["ROPE"]) * DTYPE_BYTES[dtype]
+    return CacheLayout(statics["LAYOUT"]).bytes_per_token(statics["LATENT"], statics["ROPE"])
+
+
+def _cost(dtype, statics, sizes):
+    tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
+    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    parts = parts_of(top_k) if statics["SPLIT"] else 1
+    return Cost(
+        flops=2.0 * tokens * heads * top_k * (width + latent),
+        bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (_row_bytes(dtype, statics) + 4)),
+        workspace=parts * tokens * heads * (latent + 1) * 4 if parts > 1 else 0,
+    )
+
+
+def _work(dtype, statics, sizes, tile):
+    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    parts = parts_of(sizes["top_k"]) if statics["SPLIT"] else 1
+    picks = -(-sizes["top_k"] // parts // tile["BLOCK_N"]) * tile["BLOCK_N"]
+    return Work(
+        programs=sizes["tokens"] * parts * -(-sizes["heads"] // tile["BLOCK_H"]),
+        flops=2.0 * tile["BLOCK_H"] * picks * (width + latent),
+        bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (_row_bytes(dtype, statics) + 4),
+    )
+
+
+def _case(name, heads, *, tokens=64, split=True, layout="latent", dtypes=("bf16", "fp16", "fp32")):
+    statics = _statics(512, 64, layout) | {"MAX_LOGITS": not split, "SPLIT": split}
+    return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 2048}, dtypes)
+
+
+def _statics(latent_dim, rope_dim, layout):
+    return {
+        "LATENT": latent_dim, "ROPE": rope_dim, "LAYOUT": layout, "PAGE_SIZE": 1, "WIDE": False, "LENGTHS": False,
+        "SINK": False, "MAX_LOGITS": False, "SPLIT": False,
+    }  # fmt: skip
+
+
+SPARSE_MLA = Kernel(
+    sparse_mla_kernel,
+    arguments={
+        "q_ptr": "*T",
+        "latents_ptr": "*L",
+        "scales_ptr": "*fp32",
+        "rope_ptr": "*T",
+        "indices_ptr": "*i32",
+        "lengths_ptr": "*i32",
+        "sink_ptr": "*fp32",
+        "out_ptr": "*T",
+        "partial_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "max_ptr": "*fp32",
+        "score_scale": "fp32",
+        **dict.fromkeys(("q_stride", "head_stride", "page_stride", "token_stride"), "i32:16"),
+        "index_stride": "i32:16",
+        **dict.fromkeys(("tokens", "queries", "heads", "num_slots", "top_k", "share", "splits", "work"), "i32"),
+    },
+    statics=("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE", "WIDE", "LENGTHS", "SINK", "MAX_LOGITS", "SPLIT"),
+    tiles={
+        "BLOCK_H": (16, 32, 64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "PERSISTENT": (0, 1),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        _case("v32_prefill", 128, tokens=1024, split=False),
+        _case("v32_decode", 128, dtypes=("bf16",)),
+        _case("v32_tp8", 16, dtypes=("bf16",)),
+        _case("v32_fp8", 128, layout="fp8_v32", dtypes=("bf16",)),
+        _case("v32_int8", 128, layout="int8", dtypes=("bf16",)),
+    ),
+    uses_dot=True,
+)
+
+
+def _merge_rule(chip, dtype, statics, sizes):
+    """Rows enough to feed every core on GPUs, and to make each transfer a few tens of KB on Ascend."""
+    width = statics["WIDTH"]
+    return {"BLOCK_R": max(1, (1024 if chip.is_gpu else 4096) // width), "num_warps": 4, "num_stages": 2}
+
+
+def _merge_memory(chip, dtype, statics, tile):
+    """Nothing shared on GPUs but a few bytes; on Ascend about nine copies of a tile in fp32."""
+    return {"shared": 0} if chip.is_gpu else {"UB": 9 * tile["BLOCK_R"] * statics["WIDTH"] * 4}
+
+
+def _merge_cost(dtype, statics, sizes):
+    rows, parts, width = sizes["tokens"] * sizes["heads"], sizes["parts"], statics["WIDTH"]
+    return Cost(
+        flops=3.0 * parts * rows * width, bytes=rows * (parts * (width + 1) * 4 + width * DTYPE_BYTES[dtype] + 4)
+    )
+
+
+def _merge_work(dtype, statics, sizes, tile):
+    cost = _merge_cost(dtype, statics, sizes)
+    programs = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_R"])
+    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
+
+
+SPARSE_MERGE = Kernel(
+    sparse_merge_kernel,
+    arguments={
+        "partial_ptr": "*fp32",
+        "partial_lse_ptr": "*fp32",
+        "sink_ptr": "*fp32",
+        "out_ptr": "*T",
+        "lse_ptr": "*fp32",
+        **dict.fromkeys(("tokens", "heads", "parts", "work"), "i32"),
+    },
+    statics=("WIDTH", "SINK"),
+    tiles={"BLOCK_R": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)},
+    rule=_merge_rule,
+    memory=_merge_memory,
+    cost=_merge_cost,
+    work=_merge_work,
+    cases=(Case("v32", {"WIDTH": 512, "SINK": False}, {"tokens": 64, "heads": 128, "parts": 8}),),
+    uses_dot=False,
+)
+
+
+def attend(q, cache, indices, lengths, queries, scale, parts, results, sink=None):
+    """Launch over q [T, heads, width] and one source. ``results``: (out, partial, lse, max_logits), None if unused."""
+    tokens, heads, _ = q.shape
+    top_k = indices.shape[1]
+    out, partial, lse, max_logits = results
+    unit = 16 if cache.layout.quantised else 1
+    page_stride, token_stride = cache.data.stride(0), cache.data.stride(1)
+    page_size = cache.page_size
+    last = (cache.num_pages - 1) * page_stride + (page_size - 1) * token_stride + cache.data.shape[2]
+    if page_size == 1:
+        token_stride = page_stride
+    elif page_stride == page_size * token_stride or cache.num_pages == 1:
+        page_size = 1
+    layout = cache.layout.value if cache.layout.quantised else "latent"
+    plain = _statics(cache.latent_dim, cache.rope_dim, layout)
+    plain |= {"PAGE_SIZE": page_size, "WIDE": last >= 1 << 31, "MAX_LOGITS": max_logits is not None}
+    plain["SPLIT"] = partial is not None
+    chip = chip_of(q.device)
+    tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[q.dtype], plain, {"heads": heads})
+    statics = plain | {"LENGTHS": lengths is not None, "SINK": sink is not None}
+    work = tokens * parts * -(-heads // tile["BLOCK_H"])
+    args = (
+        q,
+        cache.latents.view(torch.int8) if cache.layout.quantised else cache.latents,
+        lse if cache.scales is None else cache.scales,
+        cache.rope if cache.rope_dim else q,
+        indices,
+        indices if lengths is None else lengths,
+        lse if sink is None else sink,
+        q if out is None else out,
+        lse if partial is None else partial,
+        lse,
+        lse if max_logits is None else max_logits,
+        scale / math.log(2.0),
+        q.stride(0), q.stride(1), page_stride // unit, token_stride // unit, indices.stride(0),
+        tokens, queries, heads, cache.num_slots, top_k, top_k if parts == 1 else SPLIT_PICKS, parts, work,
+    )  # fmt: skip
+    SPARSE_MLA.launch(chip, work, args, statics, tile)
+
+
+def merge(partial, partial_lse, sink, out, lse):
+    parts, tokens, heads, width = partial.shape
+    chip = chip_of(out.device)
+    sizes = {"tokens": tokens, "heads": heads, "parts": parts}
+    tile = SPARSE_MERGE.tile_for(chip, DTYPE_NAMES[out.dtype], {"WIDTH": width, "SINK": False}, sizes)
+    statics = {"WIDTH": width, "SINK": sink is not None}
+    work = tokens * -(-heads // tile["BLOCK_R"])
+    args = (partial, partial_lse, lse if sink is None else sink, out, lse, tokens, heads, parts, work)
+    SPARSE_MERGE.launch(chip, work, args, statics, tile)

@@ -1,0 +1,167 @@
+"""Sparse MLA for CPU tensors: picked rows are gathered, then multiplied in batches over tokens; and its gradients."""
+
+import torch
+
+from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
+
+_MAX_GATHERED = 1 << 22  # numbers of picked rows held at once, 8 MiB of bfloat16
+_MAX_SCORES = 1 << 21  # scores held at once, 8 MiB of fp32
+_MAX_PICKS = 4096  # picks of one token handled at once
+_FEW_HEADS = 16  # fewer heads than this are multiplied in fp32, whose conversion of the rows is then affordable
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
+    """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits."""
+    source = (LatentCache(kv[:, None], latent_dim), indices, topk_length)
+    return _forward(q, [source], softmax_scale, latent_dim, sink)
+
+
+def sparse_mla_decode(
+    q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
+    extra_topk_length,
+):  # fmt: skip
+    """q [B, S_q, heads, width], indices [B, S_q, top_k] of cache slots -> out, lse."""
+    sources = [(LatentCache(cache, latent_dim, layout), indices.flatten(0, 1), topk_length)]
+    if extra_cache is not None:
+        extra = LatentCache(extra_cache, latent_dim, layout)
+        sources.append((extra, extra_indices.flatten(0, 1), extra_topk_length))
+    queries = q.shape[1]
+    sources = [(c, i, None if n is None else n.repeat_interleave(queries)) for c, i, n in sources]
+    out, lse, _ = _forward(q.flatten(0, 1), sources, softmax_scale, latent_dim, sink)
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+
+
+def _forward(q, sources, scale, latent_dim, sink):
+    """Blocks of tokens against blocks of picks, whose sizes depend on heads, widths and the number of picks alone."""
+    tokens, heads, _ = q.shape
+    out = q.new_empty(tokens, heads, latent_dim)
+    lse, max_logits = (torch.full((tokens, heads), float("-inf")) for _ in range(2))
+    dtype = _product_dtype(q)
+    for token in _blocks(tokens, _tokens_at_once(q, max(indices.shape[1] for _, indices, _ in sources))):
+        q_block = q[token].to(dtype)
+        state = None
+        for cache, indices, lengths in sources:
+            ids, seen = _picks(cache.num_slots, indices[token], None if lengths is None else lengths[token])
+            for pick in _blocks(ids.shape[1], _MAX_PICKS):
+                rows = _gather(cache, ids[:, pick], seen[:, pick], dtype)  # [tokens, picks, width]
+                part = _softmax_part(q_block, rows, seen[:, pick], scale, latent_dim)
+                state = part if state is None else _join(*state, *part)
+        if state is None:
+            out[token] = 0.0
+            continue
+        acc, total, largest = state
+        lse[token] = (total.log() + largest).squeeze(-1)
+        max_logits[token] = largest.masked_fill(total == 0.0, float("-inf")).squeeze(-1)
+        acc.div_(total.clamp_min(1.0))  # total is 0, or at least exp(0)
+        if sink is not None:
+            acc.mul_(_gate(lse[token], sink).unsqueeze(-1))
+        out[token] = acc
+    return out, lse, max_logits
+
+
+def sparse_mla_prefill_backward(
+    q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_dim, topk_length, sink
+):
+    """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse_backward.py."""
+    tokens, heads, _ = q.shape
+    cache = LatentCache(kv[:, None], latent_dim)
+    dtype = _product_dtype(q)
+    q_grad = torch.empty(q.shape, dtype=q.dtype)
+    kv_grad = torch.zeros(kv.shape, dtype=torch.float32)
+    sink_grad = torch.zeros(heads, dtype=torch.float32)
+    for token in _blocks(tokens, _tokens_at_once(q, indices.shape[1])):
+        q_block, grad = q[token].to(dtype), out_grad[token].float()
+        delta = (grad * out[token].float()).sum(-1, keepdim=True)  # [tokens, heads, 1]
+        shift = delta - lse_grad[token].unsqueeze(-1)
+        if sink is not None:
+            gate = _gate(lse[token], sink).unsqueeze(-1)
+            sink_grad -= ((1.0 - gate) * delta).sum((0, 2))
+            shift = gate * delta - lse_grad[token].unsqueeze(-1)
+            grad = grad * gate
+        grad = grad.to(dtype)
+        base = lse[token].clamp_min(_LOWEST).unsqueeze(-1)
+        ids, seen = _picks(kv.shape[0], indices[token], None if topk_length is None else topk_length[token])
+        acc = torch.zeros(q_block.shape, dtype=torch.float32)
+        for pick in _blocks(ids.shape[1], _MAX_PICKS):
+            rows = _gather(cache, ids[:, pick], seen[:, pick], dtype)
+            scores = torch.bmm(q_block, rows.transpose(1, 2)).float().mul_(softmax_scale)
+            weights = scores.sub_(base).exp_().masked_fill_(~seen[:, None, pick], 0.0)  # [tokens, heads, picks]
+            toward = torch.bmm(grad, rows[..., :latent_dim].transpose(1, 2)).float()
+            scores_grad = toward.sub_(shift).mul_(weights).mul_(softmax_scale).to(dtype)
+            acc += torch.bmm(scores_grad, rows)
+            rows_grad = torch.bmm(scores_grad.transpose(1, 2), q_block).float()
+            rows_grad[..., :latent_dim] += torch.bmm(weights.to(dtype).transpose(1, 2), grad)
+            kv_grad.index_add_(0, ids[:, pick].flatten(), rows_grad.flatten(0, 1))  # an absent pick adds 0 to row 0
+        q_grad[token] = acc
+    return q_grad, kv_grad.to(kv.dtype), sink_grad
+
+
+def _product_dtype(q):
+    """bfloat16 products round their scores, which a few rows do not average out; float16 ones are slow on CPUs."""
+    return torch.float32 if q.dtype == torch.float16 or q.shape[1] < _FEW_HEADS else q.dtype
+
+
+def _tokens_at_once(q, picks):
+    picks = max(1, min(picks, _MAX_PICKS))
+    return max(1, min(_MAX_GATHERED // (picks * q.shape[2]), _MAX_SCORES // (picks * q.shape[1])))
+
+
+def _blocks(count, step):
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _picks(num_slots, indices, lengths):
+    """Slots, 0 where an index picks nothing, and which of them count: int64 and bool [tokens, picks]."""
+    seen = (indices >= 0) & (indices < num_slots)
+    if lengths is not None:
+        seen &= torch.arange(indices.shape[1]) < lengths.unsqueeze(1)
+    return indices.long().masked_fill_(~seen, 0), seen
+
+
+def _gather(cache, ids, seen, dtype):
+    """Picked rows [tokens, picks, width] in ``dtype``, zero where nothing is picked."""
+    data, flat = cache.data, ids.flatten()
+    if cache.page_size == 1 or cache.num_pages == 1 or data.stride(0) == cache.page_size * data.stride(1):
+        stride = data.stride(0) if cache.page_size == 1 else data.stride(1)
+        rows = data.as_strided((cache.num_slots, data.shape[2]), (stride, 1)).index_select(0, flat)
+    else:
+        rows = data[flat // cache.page_size, flat % cache.page_size]
+    if cache.layout.quantised:
+        rows = _dequantise(LatentCache(rows[None], cache.latent_dim, cache.layout))
+    rows = rows.to(dtype).unflatten(0, ids.shape)
+    if not bool(seen.all()):
+        rows = rows.masked_fill_(~seen.unsqueeze(-1), 0.0)  # index_select returned a copy
+    return rows
+
+
+def _dequantise(rows: LatentCache) -> torch.Tensor:
+    """A cache of one page -> its values [tokens, width] in bfloat16."""
+    codes, scales = rows.latents[0], rows.scales[0]
+    if rows.layout is CacheLayout.FP8_V32:
+        values = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, SCALE_BLOCK)) * scales.unsqueeze(-1)
+    else:
+        values = codes.float().unsqueeze(-2) * scales.unsqueeze(-1)
+    return torch.cat([values.flatten(-2).bfloat16(), rows.rope[0]], -1)
+
+
+def _softmax_part(q, rows, seen, scale, latent_dim):
+    """One block's running softmax: acc [tokens, heads, latent_dim], total and largest [tokens, heads, 1], fp32."""
+    scores = torch.bmm(q, rows.transpose(1, 2)).float().mul_(scale)
+    scores = scores.masked_fill_(~seen.unsqueeze(1), float("-inf"))
+    largest = scores.amax(-1, keepdim=True).clamp_min_(_LOWEST)  # finite: where nothing is seen, exp(-inf) = 0
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.bmm(weights.to(q.dtype), rows[..., :latent_dim]).float(), total, largest
+
+
+def _join(acc, total, largest, other_acc, other_total, other_largest):
+    """Two running softmax states as one."""
+    top = torch.maximum(largest, other_largest)
+    keep, enter = (largest - top).exp_(), (other_largest - top).exp_()
+    return acc.mul_(keep).add_(other_acc.mul_(enter)), total * keep + other_total * enter, top
+
+
+def _gate(lse, sink):
+    """sigmoid(lse - sink) [tokens, heads], 1 for a row that saw nothing."""
+    return torch.sigmoid(lse.clamp_min(_LOWEST) - sink).masked_fill_(torch.isneginf(lse), 1.0)
