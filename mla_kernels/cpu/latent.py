@@ -15,13 +15,14 @@ def compress_latent(
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     cache: torch.Tensor,
+    layout: str,
     latent_dim: int,
     rope: str,
     eps: float,
 ) -> None:
     """Project hidden [tokens, hidden_size] by weight [latent_dim + rope_dim, hidden_size], then `write_latent`."""
     kv_a = linear(hidden, weight)
-    write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps)
+    write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps)
 
 
 def write_latent(
@@ -32,6 +33,7 @@ def write_latent(
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     cache: torch.Tensor,
+    layout: str,
     latent_dim: int,
     rope: str,
     eps: float,
@@ -41,14 +43,57 @@ def write_latent(
     latent, key = kv_a.float().split((latent_dim, width - latent_dim), -1)
     latent = F.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
     key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
-    rows, slots = torch.cat((latent, key), -1).to(cache.dtype), slot_mapping.long()
+    _put(_rows(latent, key, cache.dtype, layout), slot_mapping, cache)
+
+
+def _put(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
+    """Rows [tokens, cache.shape[2]] into their slots of the cache; those of slot -1 nowhere."""
+    slots = slot_mapping.long()
     written = slots >= 0
     if not written.all():
         rows, slots = rows[written], slots[written]
     if cache.is_contiguous():
-        cache.view(-1, width).index_copy_(0, slots, rows)
+        cache.view(-1, cache.shape[2]).index_copy_(0, slots, rows)
     else:
         cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+
+
+def _rows(latent: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """What a cache of this layout holds of latent [tokens, latent_dim] (fp32) and key [tokens, rope_dim]."""
+    if layout not in QUANTISERS:
+        return torch.cat((latent, key), -1).to(dtype)
+    codes, scales = QUANTISERS[layout](latent)
+    zeros = codes.new_zeros(len(codes), -4 * scales.shape[1] % 16)
+    return torch.cat((codes, scales.view(torch.uint8), zeros, key.bfloat16().view(torch.uint8)), -1)
+
+
+def _quantise_fp8(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes (uint8, same shape) and power-of-two scales [tokens, latent_dim / 128] of latent, fp32."""
+    blocks = latent.unflatten(1, (-1, 128))
+    amax = blocks.abs().amax(-1)
+    # the carry into the exponent of whatever exceeds 1.75 x 2^n: 448 is 1.75 x 2^8
+    exponents = (amax.clamp_min(448 * 2.0**-13).view(torch.int32) + 0x1FFFFF >> 23) - 8
+    unit = torch.where(amax.isfinite(), 1.0, float("nan"))
+    codes = blocks * ((254 - exponents << 23).view(torch.float32) * unit)[..., None]
+    bits = codes.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if not amax.isfinite().all():
+        bits = torch.where(codes.isnan(), 0x7F, bits)
+    return bits.flatten(1), (exponents << 23).view(torch.float32) * unit
+
+
+def _quantise_int8(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes (as uint8, same shape) and scales [tokens, 1] of latent, fp32."""
+    amax = latent.abs().amax(-1, keepdim=True)
+    scales = amax / 127
+    scales = torch.where(scales < 2.0**-126, 1.0, scales)
+    scales = torch.where(amax.isfinite(), scales, float("nan"))
+    codes = (latent / scales).round_()
+    if not amax.isfinite().all():
+        codes.nan_to_num_(0.0)
+    return codes.to(torch.int8).view(torch.uint8), scales
+
+
+QUANTISERS = {"fp8_v32": _quantise_fp8, "int8": _quantise_int8}
 
 
 def _rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:

@@ -11,9 +11,12 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import (
     WRITE_LATENT,
+    cache_parts,
+    cache_statics,
     check_cache,
     check_fits,
     check_latent_arguments,
+    check_quantised_dtype,
     check_slots,
     model_statics,
     store_token,
@@ -38,11 +41,11 @@ def compress_latent_kernel(
     norm_weight,  # [LATENT]
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
-    cache,  # [pages, page_size, LATENT + ROPE]
+    values, codes, scales, keys,  # the cache's parts, see cache_parts
     tokens, hidden_size, table_rows, num_slots, page_size,
     hidden_stride, weight_stride, cos_stride, sin_stride, page_stride, slot_stride,
     eps,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Item: BLOCK_T tokens, with all LATENT columns in one program, since the norm runs over them.
@@ -57,7 +60,8 @@ def compress_latent_kernel(
         start = block * BLOCK_T
         x_rows = hidden + tl.cast(start, tl.int64) * hidden_stride
         latent = tl.zeros([BLOCK_T, LATENT], tl.float32)
-        rope = tl.zeros([BLOCK_T, ROPE], tl.float32)
+        if ROPE > 0:
+            rope = tl.zeros([BLOCK_T, ROPE], tl.float32)
         for offset in range(0, hidden_size, BLOCK_K):
             inside = depth < hidden_size - offset
             x = tl.load(
@@ -67,17 +71,20 @@ def compress_latent_kernel(
             )  # [BLOCK_T, BLOCK_K]
             w = weight + offset
             latent = project(x, w, latent, weight_stride, depth, inside, LATENT)
-            rope = project(x, w + LATENT * tl.cast(weight_stride, tl.int64), rope, weight_stride, depth, inside, ROPE)
+            if ROPE > 0:
+                w += LATENT * tl.cast(weight_stride, tl.int64)
+                rope = project(x, w, rope, weight_stride, depth, inside, ROPE)
         for row in range(0, tl.minimum(BLOCK_T, tokens - start)):
             slot = tl.load(slot_mapping + start + row).to(tl.int64)
             position = tl.load(positions + start + row).to(tl.int64)
             if token_is_written(slot, position, num_slots, table_rows):
                 chosen = (rows.to(tl.float32) == tl.cast(row, tl.float32))[:, None]  # [BLOCK_T, 1]
+                latent_row = tl.sum(tl.where(chosen, latent, 0.0), 0)  # [LATENT]
+                rope_row = tl.sum(tl.where(chosen, rope, 0.0), 0) if ROPE > 0 else latent_row  # [ROPE]
                 store_token(
-                    tl.sum(tl.where(chosen, latent, 0.0), 0),
-                    tl.sum(tl.where(chosen, rope, 0.0), 0),
-                    norm, cos + position * cos_stride, sin + position * sin_stride,
-                    cache, slot, page_size, page_stride, slot_stride, eps, LATENT, ROPE, MODE,
+                    latent_row, rope_row, norm, cos + position * cos_stride, sin + position * sin_stride,
+                    values, codes, scales, keys, slot, page_size, page_stride, slot_stride,
+                    eps, LATENT, ROPE, MODE, LAYOUT,
                 )  # fmt: skip
 
 
@@ -91,6 +98,7 @@ def _rule(chip, dtype, statics, sizes):
     operands = "shared" if chip.is_gpu else "L1"
     while tile["BLOCK_K"] > 16 and _memory(chip, dtype, statics, tile)[operands] > chip.memory[operands]:
         tile["BLOCK_K"] //= 2
+    check_quantised_dtype("compress_latent", dtype, statics)
     check_fits("compress_latent", chip, statics, _memory(chip, dtype, statics, tile))
     return tile
 
@@ -119,6 +127,8 @@ def _work(dtype, statics, sizes, tile):
     return Work(programs=-(-sizes["tokens"] // tile["BLOCK_T"]), flops=one.flops, bytes=one.bytes)
 
 
+_V3_SIZES = {"tokens": 1024, "hidden_size": 7168}
+
 COMPRESS_LATENT = Kernel(
     compress_latent_kernel,
     arguments={
@@ -129,7 +139,10 @@ COMPRESS_LATENT = Kernel(
         "sin": "*fp32",
         "positions": "*i64",
         "slot_mapping": "*i64",
-        "cache": "*T",
+        "values": "*T",
+        "codes": "*i8",
+        "scales": "*fp32",
+        "keys": "*T",
         "tokens": "i32",
         "hidden_size": "i32:16",
         "table_rows": "i32",
@@ -143,50 +156,51 @@ COMPRESS_LATENT = Kernel(
         "slot_stride": "i32:16",
         "eps": "fp32",
     },
-    statics=("LATENT", "ROPE", "MODE"),
+    statics=("LATENT", "ROPE", "MODE", "LAYOUT"),
     tiles={"BLOCK_T": (16, 32), "BLOCK_K": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     rule=_rule,
     memory=_memory,
     cost=_cost,
     work=_work,
     cases=(
-        Case("v3", model_statics(512, 64, "interleaved_to_half"), {"tokens": 1024, "hidden_size": 7168}),
+        Case("v3", model_statics(512, 64, "interleaved_to_half"), _V3_SIZES),
         Case("v2_lite", model_statics(512, 64, "interleaved"), {"tokens": 1024, "hidden_size": 2048}),
         Case("minicpm3", model_statics(256, 32, "half"), {"tokens": 1024, "hidden_size": 2560}),
+        Case("v32_fp8", model_statics(512, 64, "interleaved", "fp8_v32"), _V3_SIZES, ("bf16",)),
+        Case("v3_int8", model_statics(512, 64, "interleaved_to_half", "int8"), _V3_SIZES, ("bf16",)),
     ),
     uses_dot=True,
 )
 
 
-def _launch(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
-    tokens, hidden_size = hidden.shape
-    rope_dim = cache.shape[2] - latent_dim
-    statics = model_statics(latent_dim, rope_dim, rope)
-    chip = chip_of(cache.device)
+def _launch(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+    cache, (tokens, hidden_size) = LatentCache(cache, latent_dim, layout), hidden.shape
+    statics = cache_statics(cache, rope)
+    chip = chip_of(hidden.device)
     sizes = {"tokens": tokens, "hidden_size": hidden_size}
     tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
-    page_stride, slot_stride, _ = cache.stride()
+    page_stride, slot_stride, _ = cache.data.stride()
     args = (
         hidden, weight, norm_weight, cos, sin,
-        positions, slot_mapping, cache,
-        tokens, hidden_size, cos.shape[0], cache.shape[0] * cache.shape[1], cache.shape[1],
+        positions, slot_mapping, *cache_parts(cache, cos),
+        tokens, hidden_size, cos.shape[0], cache.num_slots, cache.page_size,
         hidden.stride(0), weight.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
     )  # fmt: skip
     COMPRESS_LATENT.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
 
 
-def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
     check_slots(positions, slot_mapping, cos, cache)
 
 
-def _fake(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+def _fake(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
     return None
 
 
 _compress_latent = define_op(
     "compress_latent",
     "(Tensor hidden, Tensor weight, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, int latent_dim, str rope, float eps) -> ()",
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps) -> ()",
     cpu=cpu_latent.compress_latent,
     device=_launch,
     fake=_fake,
@@ -209,14 +223,14 @@ def compress_latent(
 ) -> None:
     """Down-project hidden states, normalise and rotate them, and write them to their cache slots, in place.
 
-    The same as :func:`mla_kernels.latent.write.write_latent` of ``hidden @ weight.T``, in one launch and without
-    rounding the projection. A program holds whole rows, 16 or 32 tokens of them, so few tokens keep few cores busy:
-    in decode a separate projection followed by ``write_latent`` spreads over more of them.
+    The same as :func:`mla_kernels.latent.write.write_latent` of ``hidden @ weight.T``, quantised caches included, in
+    one launch and without rounding the projection. A program holds whole rows, 16 or 32 tokens of them, so few tokens
+    keep few cores busy: in decode a separate projection followed by ``write_latent`` spreads over more of them.
 
     Args:
-        hidden: ``[tokens, hidden_size]``, in the cache's dtype. Rows may have any stride.
-        weight: ``[latent_dim + rope_dim, hidden_size]``, ``kv_a_proj_with_mqa.weight``, in the cache's dtype.
-        norm_weight: ``[latent_dim]``, in the cache's dtype.
+        hidden: ``[tokens, hidden_size]``, in ``cache.dtype``. Rows may have any stride.
+        weight: ``[latent_dim + rope_dim, hidden_size]``, ``kv_a_proj_with_mqa.weight``, in ``cache.dtype``.
+        norm_weight: ``[latent_dim]``, in ``cache.dtype``.
         cos, sin: ``[positions, rope_dim / 2]`` float32 tables, YaRN's factor already in them.
         positions: ``[tokens]`` int32 or int64, each token's row of the tables.
         slot_mapping: ``[tokens]`` int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call
@@ -237,12 +251,14 @@ def compress_latent(
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
     check_cache(cache)
-    check_tensor("hidden", hidden, rank=2, like=cache.data)
-    check_tensor("weight", weight, shape=(cache.data.shape[2], hidden.shape[1]), like=cache.data)
+    taken = {"dtypes": (cache.dtype,), "device": cache.data.device}
+    check_tensor("hidden", hidden, rank=2, **taken)
+    check_tensor("weight", weight, shape=(cache.width, hidden.shape[1]), **taken)
     check_latent_arguments(hidden.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
     check_no_grad(
         "compress_latent", hidden=hidden, weight=weight, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data
     )
     _compress_latent(
-        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.latent_dim, rope, float(eps)
-    )
+        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
+        cache.latent_dim, rope, float(eps),
+    )  # fmt: skip

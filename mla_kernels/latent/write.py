@@ -8,11 +8,14 @@ import torch
 from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import quantise_e4m3
+from mla_kernels.quant.int8 import quantise_int8
 from mla_kernels.shim import define_op
 
 ROPE_MODES = ("interleaved_to_half", "interleaved", "half")
+SCALED_TOGETHER = tl.constexpr(SCALE_BLOCK)
 
 
 @triton.jit
@@ -22,14 +25,38 @@ def token_is_written(slot, position, num_slots, table_rows):
 
 
 @triton.jit
+def store_latent(latent, values, codes, scales, offset, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Write one normalised latent, [LATENT] fp32, in its layout. ``offset`` (int64) is where the token begins, in
+    elements of the cache; the zeros behind one or two scales are written with them."""
+    columns = tl.arange(0, LATENT)
+    if LAYOUT == "unquantised":
+        tl.store(values + offset + columns, latent.to(values.dtype.element_ty))
+    elif LAYOUT == "int8":
+        code, scale = quantise_int8(latent)
+        tl.store(codes + offset + columns, code)
+        tl.store(scales + offset // 4 + tl.arange(0, 4), tl.where(tl.arange(0, 4).to(tl.float32) == 0.0, scale, 0.0))
+    else:
+        BLOCKS: tl.constexpr = LATENT // SCALED_TOGETHER
+        code, scale = quantise_e4m3(tl.reshape(latent, [BLOCKS, SCALED_TOGETHER]))
+        tl.store(codes + offset + columns, tl.reshape(code, [LATENT]))
+        out = scales + offset // 4
+        tl.store(out + tl.arange(0, BLOCKS), scale)
+        if BLOCKS == 1:
+            tl.store(out + 1, 0.0)
+        if BLOCKS < 4:
+            tl.store(out + 2 + tl.arange(0, 2), tl.zeros([2], tl.float32))
+
+
+@triton.jit
 def store_token(
     latent,  # [LATENT] fp32, before the norm
     rope,  # [ROPE] fp32, before the rotation
     norm,  # [LATENT] fp32
     cos_row, sin_row,  # pointers to this token's rows of the tables
-    cache, slot, page_size, page_stride, slot_stride,
+    values, codes, scales, keys,  # the cache's parts, see cache_parts
+    slot, page_size, page_stride, slot_stride,
     eps,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Normalise and rotate one token and write it to its slot (int64).
 
@@ -37,35 +64,46 @@ def store_token(
     Ascend: such a load reads past the end of its tensor, such a store overflows the compiler's buffers, and split and
     join crash the 950's compiler. The comparisons are of floats, because the 910 compares integers one by one.
     """
-    HALF: tl.constexpr = ROPE // 2
-    columns = tl.arange(0, LATENT)
-    pairs = tl.arange(0, HALF)
     page = slot // page_size
-    out = cache + (page * page_stride + (slot - page * page_size) * slot_stride)
+    offset = page * page_stride + (slot - page * page_size) * slot_stride
     scale = 1.0 / tl.sqrt(tl.sum(latent * latent, 0) / LATENT + eps)
-    tl.store(out + columns, (latent * scale * norm).to(cache.dtype.element_ty))
+    store_latent(latent * scale * norm, values, codes, scales, offset, LATENT, LAYOUT)
+    if ROPE > 0:
+        out = key_row(values, keys, offset, LATENT, LAYOUT)
+        HALF: tl.constexpr = ROPE // 2
+        pairs = tl.arange(0, HALF)
+        lane = tl.arange(0, ROPE).to(tl.float32)
+        pair = pairs.to(tl.float32)
+        if MODE == "half":
+            first_lane = pair
+            second_lane = pair + HALF
+        else:
+            first_lane = 2.0 * pair
+            second_lane = 2.0 * pair + 1.0
+        first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], rope[:, None], 0.0), 0)  # [ROPE, HALF] -> [HALF]
+        second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], rope[:, None], 0.0), 0)
+        cos = tl.load(cos_row + pairs)  # [HALF]
+        sin = tl.load(sin_row + pairs)
+        rotated_first = first * cos - second * sin
+        rotated_second = second * cos + first * sin
+        if MODE == "interleaved":
+            rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, ROPE]
+            rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
+            tl.store(out + tl.arange(0, ROPE), tl.sum(rotated, 0).to(out.dtype.element_ty))
+        else:
+            tl.store(out + pairs, rotated_first.to(out.dtype.element_ty))
+            tl.store(out + HALF + pairs, rotated_second.to(out.dtype.element_ty))
 
-    lane = tl.arange(0, ROPE).to(tl.float32)
-    pair = pairs.to(tl.float32)
-    if MODE == "half":
-        first_lane = pair
-        second_lane = pair + HALF
-    else:
-        first_lane = 2.0 * pair
-        second_lane = 2.0 * pair + 1.0
-    first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], rope[:, None], 0.0), 0)  # [ROPE, HALF] -> [HALF]
-    second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], rope[:, None], 0.0), 0)
-    cos = tl.load(cos_row + pairs)  # [HALF]
-    sin = tl.load(sin_row + pairs)
-    rotated_first = first * cos - second * sin
-    rotated_second = second * cos + first * sin
-    if MODE == "interleaved":
-        rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, ROPE]
-        rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
-        tl.store(out + LATENT + tl.arange(0, ROPE), tl.sum(rotated, 0).to(cache.dtype.element_ty))
-    else:
-        tl.store(out + LATENT + pairs, rotated_first.to(cache.dtype.element_ty))
-        tl.store(out + (LATENT + HALF) + pairs, rotated_second.to(cache.dtype.element_ty))
+
+@triton.jit
+def key_row(values, keys, offset, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Pointer to the rotated key of the token that begins at ``offset``."""
+    return values + offset + LATENT if LAYOUT == "unquantised" else keys + offset // 2
+
+
+@triton.jit
+def load_row(row, WIDTH: tl.constexpr):
+    return tl.load(row + tl.arange(0, WIDTH)).to(tl.float32)
 
 
 @triton.jit
@@ -74,25 +112,25 @@ def write_latent_kernel(
     norm_weight,  # [LATENT]
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
-    cache,  # [pages, page_size, LATENT + ROPE]
+    values, codes, scales, keys,  # the cache's parts, see cache_parts
     tokens, table_rows, num_slots, page_size,
     kv_stride, cos_stride, sin_stride, page_stride, slot_stride,
     eps,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Item: one token."""
-    columns = tl.arange(0, LATENT)
-    norm = tl.load(norm_weight + columns).to(tl.float32)  # [LATENT]
+    norm = load_row(norm_weight, LATENT)
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         slot = tl.load(slot_mapping + token).to(tl.int64)
         position = tl.load(positions + token).to(tl.int64)
         if token_is_written(slot, position, num_slots, table_rows):
             source = tl.cast(token, tl.int64) * kv_stride
-            latent = tl.load(kv_a + source + columns).to(tl.float32)  # [LATENT]
-            rope = tl.load(kv_a + source + LATENT + tl.arange(0, ROPE)).to(tl.float32)  # [ROPE]
+            latent = load_row(kv_a + source, LATENT)
+            rope = load_row(kv_a + source + LATENT, ROPE) if ROPE > 0 else latent  # [ROPE]
             store_token(
                 latent, rope, norm, cos + position * cos_stride, sin + position * sin_stride,
-                cache, slot, page_size, page_stride, slot_stride, eps, LATENT, ROPE, MODE,
+                values, codes, scales, keys, slot, page_size, page_stride, slot_stride,
+                eps, LATENT, ROPE, MODE, LAYOUT,
             )  # fmt: skip
 
 
@@ -106,8 +144,14 @@ def check_fits(op, chip, statics, needed) -> None:
             )
 
 
+def check_quantised_dtype(op, dtype, statics) -> None:
+    if statics["LAYOUT"] != "unquantised" and dtype != "bf16":
+        raise NotImplementedError(f"{op}: layout {statics['LAYOUT']} holds bf16 keys, got {dtype}")
+
+
 def _rule(chip, dtype, statics, sizes):
     tile = {"num_warps": 2}
+    check_quantised_dtype("write_latent", dtype, statics)
     check_fits("write_latent", chip, statics, _memory(chip, dtype, statics, tile))
     return tile
 
@@ -120,10 +164,17 @@ def _memory(chip, dtype, statics, tile):
     return {"UB": 24 * statics["LATENT"] + one_hot * statics["ROPE"] ** 2}
 
 
+def row_bytes(dtype, statics) -> int:
+    """Bytes of a token in the cache."""
+    latent, rope, layout = statics["LATENT"], statics["ROPE"], statics["LAYOUT"]
+    if layout == "unquantised":
+        return (latent + rope) * DTYPE_BYTES[dtype]
+    return CacheLayout(layout).bytes_per_token(latent, rope)
+
+
 def token_bytes(dtype, statics) -> int:
     """Bytes that a token costs whatever comes in: its cache row, its rows of cos and sin, its position and slot."""
-    width = statics["LATENT"] + statics["ROPE"]
-    return width * DTYPE_BYTES[dtype] + 4 * statics["ROPE"] + 16
+    return row_bytes(dtype, statics) + 4 * statics["ROPE"] + 16
 
 
 def _cost(dtype, statics, sizes):
@@ -140,9 +191,26 @@ def _work(dtype, statics, sizes, tile):
     return Work(programs=sizes["tokens"], flops=one.flops, bytes=one.bytes)
 
 
-def model_statics(latent_dim: int, rope_dim: int, rope: str) -> dict[str, int | str]:
+def model_statics(latent_dim: int, rope_dim: int, rope: str, layout: str = "unquantised") -> dict[str, int | str]:
     """Constants of the latent kernels."""
-    return {"LATENT": latent_dim, "ROPE": rope_dim, "MODE": rope}
+    return {"LATENT": latent_dim, "ROPE": rope_dim, "MODE": rope, "LAYOUT": layout}
+
+
+def cache_statics(cache: LatentCache, rope: str) -> dict[str, int | str]:
+    layout = cache.layout.value if cache.layout.quantised else "unquantised"
+    return model_statics(cache.latent_dim, cache.rope_dim, rope, layout)
+
+
+def cache_parts(cache: LatentCache, fp32: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What kernels write a cache through: (values, codes as int8, scales, keys), views of its one storage.
+
+    An unquantised cache is ``values`` alone, a quantised one the other three; what is not used has the right type
+    (``fp32`` lends it to the scales).
+    """
+    if cache.layout.quantised:
+        keys = cache.rope
+        return keys, cache.latents.view(torch.int8), cache.scales, keys
+    return cache.data, cache.data.view(torch.int8), fp32, cache.data
 
 
 WRITE_LATENT = Kernel(
@@ -154,7 +222,10 @@ WRITE_LATENT = Kernel(
         "sin": "*fp32",
         "positions": "*i64",
         "slot_mapping": "*i64",
-        "cache": "*T",
+        "values": "*T",
+        "codes": "*i8",
+        "scales": "*fp32",
+        "keys": "*T",
         "tokens": "i32",
         "table_rows": "i32",
         "num_slots": "i32",
@@ -166,7 +237,7 @@ WRITE_LATENT = Kernel(
         "slot_stride": "i32:16",
         "eps": "fp32",
     },
-    statics=("LATENT", "ROPE", "MODE"),
+    statics=("LATENT", "ROPE", "MODE", "LAYOUT"),
     tiles={"num_warps": (1, 2, 4)},
     rule=_rule,
     memory=_memory,
@@ -176,20 +247,22 @@ WRITE_LATENT = Kernel(
         Case("v3", model_statics(512, 64, "interleaved_to_half"), {"tokens": 4096}),
         Case("v2", model_statics(512, 64, "interleaved"), {"tokens": 4096}),
         Case("minicpm3", model_statics(256, 32, "half"), {"tokens": 4096}),
+        Case("v32_fp8", model_statics(512, 64, "interleaved", "fp8_v32"), {"tokens": 4096}, ("bf16",)),
+        Case("v3_int8", model_statics(512, 64, "interleaved_to_half", "int8"), {"tokens": 4096}, ("bf16",)),
     ),
     uses_dot=False,
 )
 
 
-def _launch(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
-    tokens, rope_dim = kv_a.shape[0], cache.shape[2] - latent_dim
-    statics = model_statics(latent_dim, rope_dim, rope)
-    chip = chip_of(cache.device)
+def launch_write(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+    cache, tokens = LatentCache(cache, latent_dim, layout), kv_a.shape[0]
+    statics = cache_statics(cache, rope)
+    chip = chip_of(kv_a.device)
     tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
-    page_stride, slot_stride, _ = cache.stride()
+    page_stride, slot_stride, _ = cache.data.stride()
     args = (
-        kv_a, norm_weight, cos, sin, positions, slot_mapping, cache,
-        tokens, cos.shape[0], cache.shape[0] * cache.shape[1], cache.shape[1],
+        kv_a, norm_weight, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
+        tokens, cos.shape[0], cache.num_slots, cache.page_size,
         kv_a.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
     )  # fmt: skip
     WRITE_LATENT.launch(chip, tokens, args, statics, tile)
@@ -202,20 +275,20 @@ def check_slots(positions: torch.Tensor, slot_mapping: torch.Tensor, cos: torch.
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
 
-def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
     check_slots(positions, slot_mapping, cos, cache)
 
 
-def _fake(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, latent_dim, rope, eps):
+def _fake(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
     return None
 
 
 _write_latent = define_op(
     "write_latent",
     "(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, int latent_dim, str rope, float eps) -> ()",
+    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps) -> ()",
     cpu=cpu_latent.write_latent,
-    device=_launch,
+    device=launch_write,
     fake=_fake,
     check_values=_check_values,
 )
@@ -226,12 +299,12 @@ def check_latent_arguments(tokens, norm_weight, cos, sin, positions, slot_mappin
     check_choice("rope", rope, ROPE_MODES)
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
-    data = cache.data
-    check_tensor("norm_weight", norm_weight, shape=(cache.latent_dim,), like=data)
-    check_tensor("cos", cos, shape=(None, cache.rope_dim // 2), dtypes=(torch.float32,), device=data.device)
-    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=data.device)
-    check_tensor("positions", positions, shape=(tokens,), dtypes=INDICES, device=data.device)
-    check_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=INDICES, device=data.device)
+    device = cache.data.device
+    check_tensor("norm_weight", norm_weight, shape=(cache.latent_dim,), dtypes=(cache.dtype,), device=device)
+    check_tensor("cos", cos, shape=(None, cache.rope_dim // 2), dtypes=(torch.float32,), device=device)
+    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
+    check_tensor("positions", positions, shape=(tokens,), dtypes=INDICES, device=device)
+    check_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=INDICES, device=device)
 
 
 def check_cache(cache) -> None:
@@ -255,12 +328,15 @@ def write_latent(
 
     Token t goes to slot ``slot_mapping[t]``: ``RMSNorm(kv_a[t, :latent_dim]) * norm_weight``, then RoPE of
     ``kv_a[t, latent_dim:]`` by row ``positions[t]`` of the tables. Pair i of the rope part, (x, y), becomes
-    (x cos_i - y sin_i, y cos_i + x sin_i). The arithmetic is float32 and is rounded once, to the cache's dtype.
+    (x cos_i - y sin_i, y cos_i + x sin_i). The arithmetic is float32 and is rounded once, to what the cache holds: its
+    dtype, or in a quantised layout e4m3 or int8 codes (:class:`CacheLayout` has the quantisers and bytes) and bfloat16
+    keys. Its error is then that of the codes: half a step, up to 2^-4 of a value in ``fp8_v32`` (2^-10 of a scale near
+    zero) and 1/254 of the token's largest value in ``int8``.
 
     Args:
-        kv_a: ``[tokens, latent_dim + rope_dim]``, the output of ``kv_a_proj_with_mqa``, in the cache's dtype. Rows may
-            have any stride.
-        norm_weight: ``[latent_dim]``, in the cache's dtype.
+        kv_a: ``[tokens, latent_dim + rope_dim]``, the output of ``kv_a_proj_with_mqa``, in ``cache.dtype`` (bfloat16
+            for a quantised cache). Rows may have any stride.
+        norm_weight: ``[latent_dim]``, in ``cache.dtype``.
         cos, sin: ``[positions, rope_dim / 2]`` float32 tables, YaRN's factor already in them.
         positions: ``[tokens]`` int32 or int64, each token's row of the tables.
         slot_mapping: ``[tokens]`` int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call
@@ -281,7 +357,10 @@ def write_latent(
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
     check_cache(cache)
-    check_tensor("kv_a", kv_a, shape=(None, cache.data.shape[2]), like=cache.data)
+    check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=cache.data.device)
     check_latent_arguments(kv_a.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
     check_no_grad("write_latent", kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data)
-    _write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.latent_dim, rope, float(eps))
+    _write_latent(
+        kv_a, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope,
+        float(eps),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from tests.cpu.recorder import record
 def write_args(tokens, dtype=torch.bfloat16):
     tables = (torch.rand(32).to(dtype), torch.rand(tokens, 8), torch.rand(tokens, 8))
     cache = torch.zeros(tokens // 4 + 1, 4, 48, dtype=dtype)
-    return (*tables, torch.arange(tokens), torch.randperm(tokens), cache, 32, "interleaved", 1e-6)
+    return (*tables, torch.arange(tokens), torch.randperm(tokens), cache, "latent_16bit", 32, "interleaved", 1e-6)
 
 
 def experts(tokens):

@@ -88,8 +88,9 @@ def test_gradients_are_lost_only_where_asked():
 
 def op_arguments(problem):
     names = [a.name for a in getattr(torch.ops.mla_kernels, problem.op).default._schema.arguments]
-    own = {"cache": problem.cache.data, "latent_dim": problem.cache.latent_dim, "rope": problem.rope, "eps": 1e-6}
-    return tuple({**problem.arguments, **own}[name] for name in names)
+    cache = problem.cache
+    own = {"cache": cache.data, "layout": cache.layout.value, "latent_dim": cache.latent_dim}
+    return tuple({**problem.arguments, **own, "rope": problem.rope, "eps": 1e-6}[name] for name in names)
 
 
 @pytest.mark.parametrize("op", OPS)
