@@ -2,6 +2,7 @@
 
 from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.merge import merge_states
+from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
 from mla_kernels.latent.write import write_latent
@@ -24,6 +25,7 @@ __all__ = [
     "fused_moe",
     "merge_states",
     "mla_decode",
+    "mla_prefill",
     "route",
     "write_latent",
 ]

@@ -15,6 +15,8 @@ SIGNATURES = {
     "fused_moe": "(hidden, gate_up, down, weights, ids)",
     "merge_states": "(outs, lses)",
     "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True)",
+    "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal=True, "
+    "k_rope=None)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, renormalize=True, "
     "routed_scale=1.0)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
