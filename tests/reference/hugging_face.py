@@ -1,9 +1,16 @@
-"""Small DeepSeek modules of Hugging Face transformers with random weights: the outside judge of the references."""
+"""Small MLA modules of Hugging Face transformers with random weights: the outside judge of the references."""
 
 import torch
 import transformers
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2  # noqa: F401
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3  # noqa: F401
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32  # noqa: F401
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm4_lite  # noqa: F401
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_dsa  # noqa: F401
+from transformers.models.longcat_flash import modeling_longcat_flash as longcat  # noqa: F401
+from transformers.models.minicpm3 import modeling_minicpm3 as minicpm3  # noqa: F401
+from transformers.models.mistral4 import modeling_mistral4 as mistral4  # noqa: F401
+from transformers.models.youtu import modeling_youtu as youtu  # noqa: F401
 
 HIDDEN, HEADS, LATENT, ROPE, NOPE, VALUE = 96, 6, 32, 16, 24, 20
 YARN = {
@@ -29,6 +36,25 @@ COMMON = {
     "max_position_embeddings": 2560,
     "attn_implementation": "sdpa",  # unlike eager, keeps a float64 softmax
 }
+
+
+INDEXER = {"index_n_heads": 7, "index_head_dim": 24, "index_topk": 6, "first_k_dense_replace": 0}
+LLAMA_4 = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+
+
+def config(family: str, **options):
+    """A `<family>Config` of the sizes above, with a query latent."""
+    of_family = {
+        "DeepseekV32": INDEXER,
+        "GlmMoeDsa": INDEXER,
+        "LongcatFlash": {"num_layers": 1, "head_dim": ROPE},
+    }
+    sizes = {**COMMON, "num_key_value_heads": HEADS, "q_lora_rank": 48, **of_family.get(family, {}), **options}
+    if family == "LongcatFlash":
+        del sizes["num_hidden_layers"]
+    if family in ("MiniCPM3", "Youtu", "LongcatFlash"):
+        del sizes["moe_intermediate_size"]
+    return getattr(transformers, f"{family}Config")(**sizes)
 
 
 def config_v2(**options):

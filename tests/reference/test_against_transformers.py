@@ -1,8 +1,9 @@
-"""The references against Hugging Face transformers, which nobody here wrote.
+"""The references against Hugging Face transformers, which nobody here wrote. Sparse attention: test_sparse_models.py.
 
 Hugging Face fixes some steps to fp32 (norms, V2's rotation, routers), so float64 runs agree to fp32 rounding of those.
 """
 
+import functools
 import math
 
 import pytest
@@ -39,6 +40,41 @@ MODELS = {
         hf.config_v3,
         {"rope_interleave": False},
     ),
+    "minicpm3": (
+        "half",
+        hf.minicpm3.MiniCPM3Attention,
+        hf.minicpm3.MiniCPM3RotaryEmbedding,
+        functools.partial(hf.config, "MiniCPM3"),
+        {},
+    ),
+    "glm4-lite": (
+        "interleaved_to_half",
+        hf.glm4_lite.Glm4MoeLiteAttention,
+        hf.glm4_lite.Glm4MoeLiteRotaryEmbedding,
+        functools.partial(hf.config, "Glm4MoeLite"),
+        {},
+    ),
+    "youtu": (
+        "interleaved_to_half",
+        hf.youtu.YoutuAttention,
+        hf.youtu.YoutuRotaryEmbedding,
+        functools.partial(hf.config, "Youtu"),
+        {},
+    ),
+    "mistral4": (
+        "interleaved_to_half",
+        hf.mistral4.Mistral4Attention,
+        hf.mistral4.Mistral4RotaryEmbedding,
+        functools.partial(hf.config, "Mistral4"),
+        {"rope_parameters": hf.LLAMA_4},
+    ),
+    "longcat": (
+        "interleaved_to_half",
+        hf.longcat.LongcatFlashMLA,
+        hf.longcat.LongcatFlashRotaryEmbedding,
+        functools.partial(hf.config, "LongcatFlash"),
+        {},
+    ),
 }
 LENGTHS = (23, 5, 40)
 PAGE_SIZE = 8
@@ -53,6 +89,20 @@ def softmax_scale(config) -> float:
     return scale * (0.1 * parameters["mscale_all_dim"] * math.log(parameters["factor"]) + 1) ** 2
 
 
+def latent_scales(config) -> tuple[float, float]:
+    """LongCat-Flash multiplies both latents by sqrt(hidden / rank) after their norms: (queries, keys and values)."""
+    if config.model_type != "longcat_flash":
+        return 1.0, 1.0
+    return tuple((config.hidden_size / rank) ** 0.5 for rank in (config.q_lora_rank, config.kv_lora_rank))
+
+
+def query_growth(config, positions) -> torch.Tensor:
+    """Mistral 4 lets queries grow with their position: 1 + beta ln(1 + floor(position / original length))."""
+    beta = config.rope_parameters.get("llama_4_scaling_beta", 0.0)
+    length = config.rope_parameters.get("original_max_position_embeddings", 1)
+    return 1 + beta * torch.log1p(torch.floor(positions / length))
+
+
 def decode_with_references(attention, hidden, cos, sin, rope, query_tokens):
     """Cache every token of every sequence, then decode the last `query_tokens` of each: (outputs, cached rows)."""
     lengths = torch.tensor([len(sequence) for sequence in hidden], dtype=torch.int32)
@@ -61,13 +111,14 @@ def decode_with_references(attention, hidden, cos, sin, rope, query_tokens):
     width = hf.LATENT + hf.ROPE
     cache = poisoned(len(hidden) * pages + 2, PAGE_SIZE, width, dtype=hidden[0].dtype)
     cached = []
+    q_scale, kv_scale = latent_scales(attention.config)
     for b, sequence in enumerate(hidden):
         positions = torch.arange(len(sequence))
         slots = table[b, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
         compress_latent(
             sequence,
             attention.kv_a_proj_with_mqa.weight,
-            attention.kv_a_layernorm.weight,
+            attention.kv_a_layernorm.weight * kv_scale,
             cos,
             sin,
             positions,
@@ -80,12 +131,13 @@ def decode_with_references(attention, hidden, cos, sin, rope, query_tokens):
 
     positions = (lengths[:, None] - query_tokens + torch.arange(query_tokens)).long()  # [B, S_q]
     tail = torch.stack([sequence[-query_tokens:] for sequence in hidden])
-    if attention.q_proj is not None:
+    if attention.config.q_lora_rank is None:
         q = F.linear(tail, attention.q_proj.weight)
     else:
         q = rms_norm(F.linear(tail, attention.q_a_proj.weight), attention.q_a_layernorm.weight)
         q = F.linear(q, attention.q_b_proj.weight)
-    q_nope, q_rope = q.unflatten(-1, (hf.HEADS, -1)).split([hf.NOPE, hf.ROPE], dim=-1)
+    q = q.unflatten(-1, (hf.HEADS, -1)) * q_scale * query_growth(attention.config, positions)[..., None, None]
+    q_nope, q_rope = q.to(tail.dtype).split([hf.NOPE, hf.ROPE], dim=-1)
     q_rope = apply_rope(q_rope, cos[positions][:, :, None], sin[positions][:, :, None], rope=rope)
     w_uk, w_uv = split_kv_b(attention.kv_b_proj.weight, heads=hf.HEADS, nope_dim=hf.NOPE)
     q = torch.cat([absorb_query(q_nope, w_uk), q_rope], dim=-1)
@@ -113,7 +165,11 @@ def test_attention(model, dtype, query_tokens):
         angles = rotary(sequence[None], torch.arange(len(sequence))[None])
         with torch.no_grad():
             expected = attention(
-                hidden_states=sequence[None], position_embeddings=angles, attention_mask=mask, past_key_values=past
+                hidden_states=sequence[None],
+                position_embeddings=angles,
+                attention_mask=mask,
+                position_ids=torch.arange(len(sequence))[None],
+                past_key_values=past,
             )[0]
         latents, keys = past.layers[0].keys, past.layers[0].values
         assert latents.shape == (1, 1, len(sequence), hf.LATENT) and keys.shape == (1, 1, len(sequence), hf.ROPE)
