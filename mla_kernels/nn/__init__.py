@@ -1,0 +1,27 @@
+"""LatentAttention and MoE: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
+
+``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
+V2, V3.2 and GLM-5; ``MoE(MoEConfig.from_hf(config))`` takes ``DeepseekV3MoE.state_dict()``, and V2's. Attention trains;
+the experts have no backward.
+"""
+
+from mla_kernels.nn.attention import LatentAttention
+from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, absorb_query, expand_output
+from mla_kernels.nn.moe import MoE, MoEConfig, SwiGLU
+from mla_kernels.nn.rope import apply_rope, rope_tables, softmax_scale, yarn_mscale
+
+__all__ = [
+    "INNER_EPS",
+    "AttentionConfig",
+    "LatentAttention",
+    "MoE",
+    "MoEConfig",
+    "RMSNorm",
+    "SwiGLU",
+    "absorb_query",
+    "apply_rope",
+    "expand_output",
+    "rope_tables",
+    "softmax_scale",
+    "yarn_mscale",
+]
