@@ -5,6 +5,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
+from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
@@ -20,12 +21,16 @@ __all__ = [
     "LatentCache",
     "combine",
     "compress_latent",
+    "convert_cache",
+    "copy_pages",
     "dispatch",
     "expert_ffn",
     "fused_moe",
+    "gather_tokens",
     "merge_states",
     "mla_decode",
     "mla_prefill",
     "route",
+    "scatter_tokens",
     "write_latent",
 ]

@@ -213,6 +213,53 @@ def dequantise_cache(
     return torch.cat([dequantise_latent(codes, scales, layout, dtype=dtype), rope.to(dtype)], dim=-1)
 
 
+def gather_tokens(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    latent_dim: int,
+    layout: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Values [n, R + D] of the tokens in ``slots`` [n], in any layout; zeros where the cache has no such slot."""
+    tokens = rearrange(dequantise_cache(cache, latent_dim, layout, dtype=dtype), "page slot width -> (page slot) width")
+    return torch.stack([tokens[s] if 0 <= s < len(tokens) else torch.zeros_like(tokens[0]) for s in slots.tolist()])
+
+
+def scatter_tokens(
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: torch.Tensor,
+    *,
+    latent_dim: int,
+    layout: str,
+) -> None:
+    """Write latents [T, R] and keys [T, D] to their slots, in place; a slot that the cache does not have is skipped."""
+    pages, page_size, _ = cache.shape
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if 0 <= slot < pages * page_size:
+            values, _ = pack([latent[token], rope[token]], "*")
+            quantised = layout in ("fp8_v32", "int8")
+            row = pack_tokens(values, latent_dim, layout) if quantised else values
+            cache[slot // page_size, slot % page_size] = row
+
+
+def copy_pages(cache: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor) -> None:
+    """Copy page source_pages[i] of the cache to page target_pages[i], in place; a pair with a -1 copies nothing."""
+    for source, target in zip(source_pages.tolist(), target_pages.tolist()):
+        if source >= 0 and target >= 0:
+            cache[target] = cache[source]
+
+
+def convert_cache(
+    cache: torch.Tensor, layout: str, *, latent_dim: int, cache_layout: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The data of a cache in ``cache_layout``, in another layout. ``dtype`` is of the unquantised result."""
+    values = dequantise_cache(cache, latent_dim, cache_layout)
+    return pack_tokens(values, latent_dim, layout) if layout in ("fp8_v32", "int8") else values.to(dtype)
+
+
 def _wide(*tensors: torch.Tensor) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -46,6 +46,54 @@ def write_latent(
     _put(_rows(latent, key, cache.dtype, layout), slot_mapping, cache)
 
 
+def scatter_tokens(
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: torch.Tensor,
+    layout: str,
+    latent_dim: int,
+) -> None:
+    """Latents [tokens, latent_dim] and keys [tokens, rope_dim], as they are, into their slots."""
+    if layout in QUANTISERS:
+        latent = latent.float()
+    _put(_rows(latent, rope, cache.dtype, layout), slot_mapping, cache)
+
+
+def gather_tokens(
+    cache: torch.Tensor, layout: str, latent_dim: int, slots: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Values [n, width] of the tokens in slots [n], zeros where a slot is negative."""
+    if cache.shape[0] == 0:
+        cache = cache.new_zeros(1, *cache.shape[1:])  # every slot is negative then
+    places = slots.long().clamp_min(0)
+    if cache.is_contiguous():
+        rows = cache.view(-1, cache.shape[2]).index_select(0, places)
+    else:
+        rows = cache[places // cache.shape[1], places % cache.shape[1]]
+    if layout in QUANTISERS:
+        rows = _values(rows, layout, latent_dim, dtype)
+    missing, rows = slots < 0, rows.to(dtype)
+    return rows.masked_fill_(missing[:, None], 0.0) if missing.any() else rows
+
+
+def _values(rows: torch.Tensor, layout: str, latent_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values [n, width] in ``dtype`` of rows [n, bytes_per_token] of a quantised cache."""
+    count = latent_dim // 128 if layout == "fp8_v32" else 1
+    rope_start = latent_dim + -(-4 * count // 16) * 16
+    kind = torch.float8_e4m3fn if layout == "fp8_v32" else torch.int8
+    codes = rows[:, :latent_dim].view(kind).to(torch.float32).unflatten(1, (count, -1))
+    scales = rows[:, latent_dim : latent_dim + 4 * count].view(torch.float32)
+    rope = rows[:, rope_start:].view(torch.bfloat16)
+    return torch.cat((codes.mul_(scales[..., None]).flatten(1).to(dtype), rope.to(dtype)), -1)
+
+
+def copy_pages(cache: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor) -> None:
+    """Pages [num_pages, page_size, width] of the cache onto others; pairs with a negative page are left out."""
+    copied = (source_pages >= 0) & (target_pages >= 0)
+    cache.index_copy_(0, target_pages[copied].long(), cache.index_select(0, source_pages[copied].long()))
+
+
 def _put(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
     """Rows [tokens, cache.shape[2]] into their slots of the cache; those of slot -1 nowhere."""
     slots = slot_mapping.long()

@@ -47,6 +47,15 @@ class CacheLayout(enum.Enum):
             "(and uint8 with layout fp8_v32 or int8)"
         )
 
+    @classmethod
+    def named(cls, value: "CacheLayout | str") -> "CacheLayout":
+        """The layout with this value; ValueError names the accepted ones."""
+        try:
+            return cls(value)
+        except ValueError:
+            accepted = ", ".join(layout.value for layout in cls)
+            raise ValueError(f"layout: got {value!r}, accepted: {accepted}") from None
+
     @property
     def quantised(self) -> bool:
         return self in (CacheLayout.FP8_V32, CacheLayout.INT8)
@@ -69,6 +78,10 @@ class CacheLayout(enum.Enum):
             return latent_dim
         scales = 4 * (latent_dim // SCALE_BLOCK if self is CacheLayout.FP8_V32 else 1)
         return latent_dim + -(-scales // _ALIGNMENT) * _ALIGNMENT
+
+    def rope_dim(self, elements: int, latent_dim: int) -> int:
+        """Width of the rotated key of tokens that take so many elements of ``LatentCache.data``."""
+        return (elements - self.rope_start(latent_dim)) // (2 if self.quantised else 1)
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one token in one layer."""
@@ -118,14 +131,15 @@ class LatentCache:
             raise ValueError(
                 f"data: got shape {tuple(self.data.shape)}, [num_pages, page_size, latent_dim + rope_dim] is accepted"
             )
-        layout = CacheLayout.of(self.data.dtype) if self.layout is None else _layout(self.layout)
+        layout = CacheLayout.of(self.data.dtype) if self.layout is None else CacheLayout.named(self.layout)
         object.__setattr__(self, "layout", layout)
         if self.data.dtype not in layout.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.dtypes)
             got = str(self.data.dtype).removeprefix("torch.")
             raise TypeError(f"data: got dtype {got} for layout {layout.value}, accepted: {names}")
         check_int("latent_dim", self.latent_dim, 1)
-        check_int("page_size", self.data.shape[1], 1)
+        if self.data.shape[1] < 1:
+            raise ValueError(f"page_size: got {self.data.shape[1]}, an integer of at least 1 is accepted")
         if self.data.stride(2) != 1:
             raise ValueError(f"data: got stride {self.data.stride(2)} in the last dimension, 1 is accepted")
         width = self.data.shape[2]
@@ -141,7 +155,9 @@ class LatentCache:
                 "0 and powers of two of at least 16 are accepted"
             )
         if layout.quantised:
-            strides = (self.data.stride(0), self.data.stride(1), self.data.storage_offset())
+            # torch.compile cannot trace the offset; the launch makes this check again
+            offset = 0 if torch.compiler.is_compiling() else self.data.storage_offset()
+            strides = (self.data.stride(0), self.data.stride(1), offset)
             if any(value % _ALIGNMENT for value in strides):
                 raise ValueError(
                     f"data: got strides and offset {strides}, {layout.value} accepts multiples of 16 bytes"
@@ -171,7 +187,7 @@ class LatentCache:
             ("rope_dim", rope_dim, 0),
         ):
             check_int(name, value, low)
-        layout = CacheLayout.of(dtype) if layout is None else _layout(layout)
+        layout = CacheLayout.of(dtype) if layout is None else CacheLayout.named(layout)
         accepted = (torch.bfloat16,) if layout.quantised else layout.dtypes
         if dtype not in accepted:
             names = ", ".join(str(one).removeprefix("torch.") for one in accepted)
@@ -183,7 +199,7 @@ class LatentCache:
 
     @property
     def rope_dim(self) -> int:
-        return (self.data.shape[2] - self.layout.rope_start(self.latent_dim)) // (2 if self.layout.quantised else 1)
+        return self.layout.rope_dim(self.data.shape[2], self.latent_dim)
 
     @property
     def width(self) -> int:
@@ -230,11 +246,3 @@ class LatentCache:
     def bytes_per_token(self) -> int:
         """Bytes of one token in this layer."""
         return self.layout.bytes_per_token(self.latent_dim, self.rope_dim)
-
-
-def _layout(value) -> CacheLayout:
-    try:
-        return CacheLayout(value)
-    except ValueError:
-        accepted = ", ".join(layout.value for layout in CacheLayout)
-        raise ValueError(f"layout: got {value!r}, accepted: {accepted}") from None

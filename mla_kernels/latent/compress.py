@@ -111,8 +111,9 @@ def _memory(chip, dtype, statics, tile):
     operands = (tile["BLOCK_T"] + width) * tile["BLOCK_K"] * DTYPE_BYTES[dtype]
     if chip.is_gpu:
         return {"shared": operands * max(1, tile["num_stages"] - 1)}
+    beside = 104 if statics["LAYOUT"] == "fp8_v32" else 52
     tokens = WRITE_LATENT.memory(chip, dtype, statics, {})["UB"]
-    return {"L1": 2 * operands, "L0C": sums, "UB": max(2 * sums + 52 * 1024, tokens)}
+    return {"L1": 2 * operands, "L0C": sums, "UB": max(2 * sums + beside * 1024, tokens)}
 
 
 def _cost(dtype, statics, sizes):

@@ -161,7 +161,8 @@ def _memory(chip, dtype, statics, tile):
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"]}
     one_hot = 36 if statics["MODE"] == "interleaved" else 20
-    return {"UB": 24 * statics["LATENT"] + one_hot * statics["ROPE"] ** 2}
+    blocks = 192 * statics["LATENT"] if statics["LAYOUT"] == "fp8_v32" else 0  # its 2-D steps, at another time
+    return {"UB": max(24 * statics["LATENT"] + one_hot * statics["ROPE"] ** 2, blocks)}
 
 
 def row_bytes(dtype, statics) -> int:

@@ -1,7 +1,24 @@
 import pytest
 import torch
 
-from mla_kernels.reference.latent import ROPE_MODES, apply_rope, compress_latent, rms_norm, write_latent
+from mla_kernels.reference.latent import (
+    ROPE_MODES,
+    apply_rope,
+    compress_latent,
+    convert_cache,
+    copy_pages,
+    decode_e4m3,
+    dequantise_cache,
+    dequantise_latent,
+    encode_e4m3,
+    gather_tokens,
+    pack_tokens,
+    power_of_two_scale,
+    quantise_latent,
+    rms_norm,
+    scatter_tokens,
+    write_latent,
+)
 from tests.support import poisoned
 
 TOKENS, HIDDEN, LATENT, ROPE = 11, 24, 16, 8
@@ -117,3 +134,95 @@ def test_no_tokens():
     weight = torch.zeros(LATENT + ROPE, HIDDEN)
     compress_latent(hidden, weight, torch.ones(LATENT), tables, tables, empty, empty, cache, **options)
     assert not cache.any()
+
+
+def test_e4m3_by_the_formula():
+    """(-1)^s 2^(e - 7) (1 + m / 8), and 2^-6 m / 8 where e is 0; 0x7F and 0xFF are NaN."""
+    values = decode_e4m3(torch.arange(256, dtype=torch.uint8), torch.float64).tolist()
+    for code, value in enumerate(values):
+        sign, exponent, mantissa = -1 if code & 0x80 else 1, code >> 3 & 15, code & 7
+        if code & 0x7F == 0x7F:
+            assert value != value
+        else:
+            assert value == sign * (2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-9 * mantissa)
+
+
+def test_e4m3_takes_the_nearest_code():
+    """Of every value and every middle between two; the middle goes to the even code; beyond 448 it saturates."""
+    codes = torch.arange(127, dtype=torch.uint8)  # up to 448
+    values = decode_e4m3(codes, torch.float64)
+    assert torch.equal(encode_e4m3(values), codes)
+    middles = (values[1:] + values[:-1]) / 2
+    even = torch.where(codes[:-1] % 2 == 0, codes[:-1], codes[1:])
+    assert torch.equal(encode_e4m3(middles), even)
+    assert torch.equal(encode_e4m3(middles * (1 + 1e-6)), codes[1:])
+    assert torch.equal(encode_e4m3(middles * (1 - 1e-6)), codes[:-1])
+    assert torch.equal(encode_e4m3(-values[1:]), codes[1:] | 0x80)
+    beyond = torch.tensor([449.0, 1e30, float("inf"), float("-inf"), float("nan")], dtype=torch.float64)
+    assert encode_e4m3(beyond).tolist() == [0x7E, 0x7E, 0x7E, 0xFE, 0x7F]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_power_of_two_scales(dtype):
+    """Exact at 448 x 2^k, where log2 is a whole number, and one double above it; never below 2^-13."""
+    powers = torch.arange(-13, 90, dtype=dtype)
+    amax = 448 * 2.0**powers
+    assert torch.equal(power_of_two_scale(amax), 2.0**powers)
+    above = torch.nextafter(amax, torch.full_like(amax, float("inf")))
+    assert torch.equal(power_of_two_scale(above), 2.0 ** (powers + 1))
+    assert power_of_two_scale(torch.tensor([0.0, 0.01, 0.0448], dtype=dtype)).tolist() == [2.0**-13] * 3
+    assert power_of_two_scale(torch.tensor([float("inf"), float("nan")], dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantisers_are_within_half_a_step(layout, dtype):
+    latent = torch.randn(50, 256, dtype=dtype) * torch.logspace(-8, 8, 50)[:, None]
+    codes, scales = quantise_latent(latent, layout)
+    assert scales.shape == ((50, 2) if layout == "fp8_v32" else (50, 1)) and scales.dtype == torch.float32
+    values = dequantise_latent(codes, scales, layout, dtype=torch.float64)
+    step = scales.double().repeat_interleave(256 // scales.shape[1], 1)
+    if layout == "fp8_v32":
+        step = torch.maximum(latent.abs() / 8, step * 2.0**-9)
+    assert ((values - latent).abs() <= step / 2 * (1 + 1e-6)).all()
+    assert codes.view(torch.int8).abs().amax() == 127 if layout == "int8" else codes.max() <= 0xFE
+
+
+def test_int8_scales():
+    latent = torch.tensor([[0.0, 0.0], [127.0, -0.5], [0.0, -254.0], [1e-45, 0.0]]).repeat(1, 8)
+    codes, scales = quantise_latent(latent, "int8")
+    assert scales.flatten().tolist() == [1.0, 1.0, 2.0, 1.0]
+    assert codes[:, :2].tolist() == [[0, 0], [127, 0], [0, -127], [0, 0]]  # -0.5 goes to the even 0
+    spoiled, scales = quantise_latent(torch.tensor([[1.0, float("nan")]]), "int8")
+    assert spoiled.tolist() == [[0, 0]] and scales.isnan().all()
+
+
+@pytest.mark.parametrize(("layout", "width"), [("fp8_v32", 128 + 16 + 2 * ROPE), ("int8", 128 + 16 + 2 * ROPE)])
+def test_tools_of_quantised_caches(layout, width):
+    values = torch.randn(2, 3, 128 + ROPE)
+    cache = pack_tokens(values, 128, layout)
+    assert cache.shape == (2, 3, width)
+    options = {"latent_dim": 128, "layout": layout}
+    exact = dequantise_cache(cache, 128, layout).flatten(0, 1)
+    gathered = gather_tokens(cache, torch.tensor([4, -1, 6, 0]), **options)
+    assert torch.equal(gathered, torch.stack([exact[4], exact[4] * 0, exact[4] * 0, exact[0]]))
+    latent, rope = values[1].split((128, ROPE), -1)
+    scatter_tokens(latent, rope, torch.tensor([0, -1, 2]), cache, **options)
+    assert torch.equal(dequantise_cache(cache, 128, layout).flatten(0, 1)[[0, 2]], exact[[3, 5]])
+    copy_pages(cache, torch.tensor([0, -1]), torch.tensor([1, 0]))
+    assert torch.equal(cache[0], cache[1])
+    back = convert_cache(cache, "latent_32bit", latent_dim=128, cache_layout=layout, dtype=torch.float32)
+    assert torch.equal(back, dequantise_cache(cache, 128, layout))
+    assert torch.equal(convert_cache(back, layout, latent_dim=128, cache_layout="latent_32bit"), cache)
+
+
+def test_write_to_a_quantised_cache_is_the_norm_quantised():
+    _, _, cos, sin, positions = inputs()
+    kv_a, norm_weight = torch.randn(TOKENS, 128 + ROPE), torch.rand(128)
+    slots = torch.randperm(24)[:TOKENS]
+    plain, cache = torch.zeros(3, 8, 128 + ROPE), torch.zeros(3, 8, 128 + 16 + 2 * ROPE, dtype=torch.uint8)
+    arguments = (kv_a, norm_weight, cos, sin, positions, slots)
+    write_latent(*arguments, plain, latent_dim=128, rope="half")
+    write_latent(*arguments, cache, latent_dim=128, layout="fp8_v32", rope="half")
+    written = plain.flatten(0, 1)[slots]
+    assert torch.equal(cache.flatten(0, 1)[slots], pack_tokens(written, 128, "fp8_v32"))

@@ -1,0 +1,191 @@
+"""gather_tokens: rows of a paged latent cache in any layout, dequantised, as one dense matrix."""
+
+import torch
+
+from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_range, check_tensor
+from mla_kernels.cpu import latent as cpu_latent
+from mla_kernels.language import tl, triton
+from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.latent.write import SCALED_TOGETHER, check_cache, check_fits, row_bytes
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.shim import define_op
+
+
+@triton.jit
+def gather_tokens_kernel(
+    values, codes, scales, keys,  # the cache's parts
+    slots,  # [tokens]
+    out,  # [tokens, LATENT + ROPE]
+    tokens, num_slots, page_size, page_stride, slot_stride,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Item: one token."""
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        slot = tl.load(slots + token).to(tl.int64)
+        row = out + tl.cast(token, tl.int64) * (LATENT + ROPE)
+        if (slot >= 0) & (slot < num_slots):
+            page = slot // page_size
+            offset = page * page_stride + (slot - page * page_size) * slot_stride
+            if LAYOUT == "unquantised":
+                columns = tl.arange(0, LATENT)
+                tl.store(row + columns, tl.load(values + offset + columns))
+                if ROPE > 0:
+                    columns = LATENT + tl.arange(0, ROPE)
+                    tl.store(row + columns, tl.load(values + offset + columns))
+            else:
+                if LAYOUT == "int8":
+                    columns = tl.arange(0, LATENT)
+                    latent = tl.load(codes + offset + columns).to(tl.float32) * tl.load(scales + offset // 4)
+                else:
+                    BLOCKS: tl.constexpr = LATENT // SCALED_TOGETHER
+                    columns = tl.arange(0, BLOCKS)[:, None] * SCALED_TOGETHER + tl.arange(0, SCALED_TOGETHER)[None, :]
+                    scale = tl.load(scales + offset // 4 + tl.arange(0, BLOCKS))  # [BLOCKS]
+                    latent = decode_e4m3(tl.load(codes + offset + columns)).to(tl.float32) * scale[:, None]
+                tl.store(row + columns, latent.to(out.dtype.element_ty))
+                if ROPE > 0:
+                    key = tl.load(keys + offset // 2 + tl.arange(0, ROPE)).to(tl.float32)
+                    tl.store(row + LATENT + tl.arange(0, ROPE), key.to(out.dtype.element_ty))
+        else:
+            tl.store(row + tl.arange(0, LATENT), tl.zeros([LATENT], out.dtype.element_ty))
+            if ROPE > 0:
+                tl.store(row + LATENT + tl.arange(0, ROPE), tl.zeros([ROPE], out.dtype.element_ty))
+
+
+def _rule(chip, dtype, statics, sizes):
+    tile = {"num_warps": 2}
+    check_fits("gather_tokens", chip, statics, _memory(chip, dtype, statics, tile))
+    return tile
+
+
+def _memory(chip, dtype, statics, tile):
+    return {"shared": 0} if chip.is_gpu else {"UB": 24 * (statics["LATENT"] + statics["ROPE"])}
+
+
+def _cost(dtype, statics, sizes):
+    width = statics["LATENT"] + statics["ROPE"]
+    a_token = row_bytes(dtype, statics) + width * DTYPE_BYTES[dtype] + 8
+    flops = 0 if statics["LAYOUT"] == "unquantised" else statics["LATENT"]
+    return Cost(flops=sizes["tokens"] * flops, bytes=sizes["tokens"] * a_token)
+
+
+def _work(dtype, statics, sizes, tile):
+    one = _cost(dtype, statics, {"tokens": 1})
+    return Work(programs=sizes["tokens"], flops=one.flops, bytes=one.bytes)
+
+
+def tool_statics(latent_dim: int, rope_dim: int, layout: str = "unquantised") -> dict[str, int | str]:
+    """Constants of the kernels that gather and scatter tokens."""
+    return {"LATENT": latent_dim, "ROPE": rope_dim, "LAYOUT": layout}
+
+
+GATHER_TOKENS = Kernel(
+    gather_tokens_kernel,
+    arguments={
+        "values": "*T",
+        "codes": "*i8",
+        "scales": "*fp32",
+        "keys": "*bf16",
+        "slots": "*i64",
+        "out": "*T",
+        "tokens": "i32",
+        "num_slots": "i32",
+        "page_size": "i32",
+        "page_stride": "i32:16",
+        "slot_stride": "i32:16",
+    },
+    statics=("LATENT", "ROPE", "LAYOUT"),
+    tiles={"num_warps": (1, 2, 4)},
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        Case("fp8", tool_statics(512, 64, "fp8_v32"), {"tokens": 4096}),
+        Case("int8", tool_statics(512, 64, "int8"), {"tokens": 4096}, ("bf16",)),
+        Case("bf16", tool_statics(512, 64), {"tokens": 4096}, ("bf16",)),
+    ),
+    uses_dot=False,
+)
+
+
+def tool_parts(cache: LatentCache, values: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What kernels find a cache through: (values, codes as int8, scales, keys), views of its one storage.
+
+    An unquantised cache is the first of them, a quantised one the others. What is not used has the right type:
+    ``values`` of a quantised cache, and ``indices`` read as fp32.
+    """
+    if cache.layout.quantised:
+        return values, cache.latents.view(torch.int8), cache.scales, cache.rope
+    return cache.data, cache.data.view(torch.int8), indices.view(torch.float32), cache.data.view(torch.bfloat16)
+
+
+def _launch(cache, layout, latent_dim, slots, dtype):
+    cache = LatentCache(cache, latent_dim, layout)
+    held = dtype if cache.layout.quantised else cache.dtype
+    out = torch.empty(slots.shape[0], cache.width, dtype=held, device=slots.device)
+    statics = tool_statics(latent_dim, cache.rope_dim, layout if cache.layout.quantised else "unquantised")
+    chip = chip_of(slots.device)
+    tile = GATHER_TOKENS.tile_for(chip, DTYPE_NAMES[held], statics, {"tokens": slots.shape[0]})
+    page_stride, slot_stride, _ = cache.data.stride()
+    args = (
+        *tool_parts(cache, out, slots), slots, out,
+        slots.shape[0], cache.num_slots, cache.page_size, page_stride, slot_stride,
+    )  # fmt: skip
+    GATHER_TOKENS.launch(chip, slots.shape[0], args, statics, tile)
+    return out.to(dtype)
+
+
+def _check_values(cache, layout, latent_dim, slots, dtype):
+    count = cache.shape[0] * cache.shape[1]
+    check_range(
+        "slots", slots, torch.iinfo(slots.dtype).min, count, f"the cache has {count} slots, below 0 is no token"
+    )
+
+
+def _fake(cache, layout, latent_dim, slots, dtype):
+    width = latent_dim + CacheLayout(layout).rope_dim(cache.shape[2], latent_dim)
+    return torch.empty(slots.shape[0], width, dtype=dtype, device=cache.device)
+
+
+_gather_tokens = define_op(
+    "gather_tokens",
+    "(Tensor cache, str layout, int latent_dim, Tensor slots, ScalarType dtype) -> Tensor",
+    cpu=cpu_latent.gather_tokens,
+    device=_launch,
+    fake=_fake,
+    check_values=_check_values,
+)
+
+
+def gather_tokens(cache: LatentCache, slots: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The named tokens of a cache in any layout, dequantised, one row each.
+
+    For what attends to cached tokens outside the paged kernels: chunked prefill expands these rows to keys and values
+    of every head. Row i is ``[latent, rotated key]`` of slot ``slots[i]``. With ``page_size`` 4, ``slots = [9, -1, 2]``
+    gives the tokens ``data[2, 1]``, zeros, and ``data[0, 2]``. One launch; e4m3 codes are decoded in float32 and
+    rounded once, which bfloat16 holds exactly.
+
+    Args:
+        cache: the :class:`LatentCache` read.
+        slots: ``[n]`` int32 or int64, ``page * page_size + offset``, in any order, repeated or not. Below 0: zeros.
+        dtype: bfloat16, float16 or float32; None is ``cache.dtype``.
+
+    Returns:
+        ``[n, latent_dim + rope_dim]`` in ``dtype``, dense.
+
+    Raises:
+        TypeError: ``cache`` is no LatentCache, ``slots`` or ``dtype`` has a type that is not accepted.
+        ValueError: a shape or device that is not accepted; on CPU tensors also a slot past the cache, which gives
+            zeros on ``cuda`` and ``npu``, where values are not read back.
+        NotImplementedError: the cache requires grad (there is no backward).
+
+    Source: the layouts of :class:`CacheLayout`; FlashMLA's and vLLM's gather before prefill over an MLA cache.
+    """
+    check_cache(cache)
+    check_tensor("slots", slots, rank=1, dtypes=INDICES, device=cache.data.device)
+    dtype = cache.dtype if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: got {dtype}, accepted: bfloat16, float16, float32")
+    check_no_grad("gather_tokens", cache=cache.data)
+    return _gather_tokens(cache.data, cache.layout.value, cache.latent_dim, slots, dtype)
