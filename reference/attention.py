@@ -13,6 +13,8 @@ Dots are computed in the input dtype; softmax and log-sum-exp in fp32, or fp64 f
 import torch
 from einops import einsum, rearrange, repeat
 
+from mla_kernels.reference.latent import dequantise_cache
+
 
 def mla_decode(
     q: torch.Tensor,
@@ -22,12 +24,16 @@ def mla_decode(
     *,
     softmax_scale: float,
     causal: bool = True,
+    window: int | None = None,
+    sink: torch.Tensor | None = None,
     latent_dim: int,
+    layout: str = "latent_16bit",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of absorbed queries over a paged cache: all heads share one key row, whose latent part is the value.
 
     q            [B, S_q, heads, R + D]: q_nope W_UK (see `absorb_query`), then the rotated q_rope
-    cache        [pages, page_size, R + D]: latent, then rotated key (see `write_latent`)
+    cache        [pages, page_size, R + D]: latent, then rotated key (see `write_latent`); in the layouts "fp8_v32" and
+                 "int8" bytes, read through `dequantise_cache` in q's dtype or, for bfloat16, in fp32 rounded to it
     block_table  [B, pages_per_seq] integers: key j of sequence b stands in page block_table[b, j // page_size], row
                  j % page_size
     seq_lens     [B] integers: keys of each sequence, its S_q newest included
@@ -35,23 +41,34 @@ def mla_decode(
     Returns out [B, S_q, heads, R] in q's dtype and lse [B, S_q, heads], natural log, fp32 (fp64 for fp64 input):
     score_j = softmax_scale q . key_j, lse = log sum_j exp(score_j), out = sum_j exp(score_j - lse) latent_j.
 
-    causal: query i sees keys 0 .. seq_len - S_q + i; otherwise each query sees all seq_len keys. A query with nothing
-    to see (seq_len 0, or S_q > seq_len) has out 0 and lse -inf. Only seen cache rows are read, whatever the rest holds.
+    causal: query i stands at position p = seq_len - S_q + i and sees keys j <= p; otherwise each query sees all seq_len
+    keys. window: of these, keys j > p - window alone. A query with nothing to see (seq_len 0, or S_q > seq_len) has
+    out 0 and lse -inf. Only seen cache rows are read, whatever the rest holds.
+    sink         [heads] fp32: one more key of that score (softmax_scale applied) and value 0 in the denominator, which
+                 makes out sigmoid(lse - sink) times as large; lse stays that of the keys. -inf is no sink, +inf zeros
+                 the output.
     Invalid entries (a device skips them, the CPU op refuses them): a page outside the cache holds no keys, nor do
     positions past the end of the block table; a negative length is 0.
     """
     sequences, query_tokens, _, _ = q.shape
+    if layout in ("fp8_v32", "int8"):
+        cache = dequantise_cache(cache, latent_dim, layout, dtype=_wide(q)).to(q.dtype)
     out = torch.zeros_like(q[..., :latent_dim])
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=_wide(q, cache), device=q.device)
     for b in range(sequences):
         length = int(seq_lens[b])
         positions, keys = _keys_of_sequence(cache, block_table[b], length)  # [T], [T, R + D]
         for i in range(query_tokens):
-            limit = length - query_tokens + i if causal else length - 1
-            seen = keys[positions <= limit]
+            position = length - query_tokens + i
+            visible = positions <= (position if causal else length - 1)
+            if window is not None:
+                visible &= positions > position - window
+            seen = keys[visible]
             if len(seen) > 0:
                 scores = softmax_scale * einsum(q[b, i], seen, "head dim, key dim -> head key")
                 out[b, i], lse[b, i] = _attend(scores, seen[:, :latent_dim], "head key, key dim -> head dim")
+    if sink is not None:
+        out = (out * torch.sigmoid(lse - sink).nan_to_num(0.0)[..., None]).to(out.dtype)  # NaN where nothing is seen
     return out, lse
 
 

@@ -8,40 +8,90 @@ import math
 
 import torch
 
-from mla_kernels.attention.merge import merge_splits, split_length
-from mla_kernels.checks import check_no_grad, check_range, check_tensor
+from mla_kernels.attention import decode_tiles
+from mla_kernels.attention.merge import first_key, merge_splits, sink_factor, split_length
+from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
 
-MIN_SPLIT = 512  # fewest keys in a split
+MIN_SPLIT = 512  # fewest keys in a split of up to 63 query rows; see _min_split
 MAX_SPLITS = 32  # most splits of a sequence
+NO_WINDOW = 1 << 30  # window that holds every sequence: the largest, and what None means to the op
 
+SCALE_BLOCK = tl.constexpr(128)  # latent values that share a scale in fp8_v32
 LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl.constexpr):
+    """Pointers [BLOCK_N, 1] to tokens: of one page from ``offset`` on, or each of its own page and offset."""
+    at = page.to(tl.int64) * page_stride + offset.to(tl.int64) * token_stride
+    if PAGED:
+        rows = base_ptr + at + key[:, None] * token_stride
+    else:
+        rows = base_ptr + at[:, None]
+    return rows
+
+
+@triton.jit
+def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr):
+    """Latent values first .. first + WIDTH - 1 of each token, [BLOCK_N, WIDTH]; unseen tokens are 0.
+
+    int8 codes come without their token's scale, which the caller puts on scores and weights.
+    """
+    values = tl.load(rows + first + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)
+    if LAYOUT == "int8":
+        values = values.to(tl.float32).to(DTYPE)
+    if LAYOUT == "fp8_v32":
+        BLOCKS: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
+        block = first // SCALE_BLOCK + tl.arange(0, BLOCKS)
+        scales = tl.load(scale_rows + block[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, BLOCKS]
+        values = tl.reshape(decode_e4m3(values), (seen.shape[0], BLOCKS, WIDTH // BLOCKS)).to(tl.float32)
+        values = tl.reshape((values * scales[:, :, None]).to(DTYPE), (seen.shape[0], WIDTH))
+    return values
+
+
+@triton.jit
+def add_latent_scores(scores, q_latent, latent, scales, LAYOUT: tl.constexpr):
+    """scores [BLOCK_H, BLOCK_N] plus q_latent . latent, times each token's scale where latents are int8 codes."""
+    if LAYOUT == "int8":
+        scores += tl.dot(q_latent, tl.trans(latent), input_precision="ieee") * scales
+    else:
+        scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
 def mla_decode_kernel(
-    q_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, latent_ptr, scale_ptr, rope_ptr, block_table_ptr, seq_lens_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
     score_scale, q_stride, q_row_stride, page_stride, token_stride, table_stride,
-    sequences, heads, rows, num_pages, capacity, min_split, max_splits, splits, work,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr,
+    sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, work,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_H query rows over one split of a sequence's keys, for BLOCK_V columns of the value.
 
     Rows of a sequence are numbered query * heads + head. An item is ((sequence * splits + split) * VALUE_TILES + value
     tile) * row tiles + row tile: row tiles that read the same keys are neighbours, so that L2 serves the second.
     A row's bits depend on its query and its sequence's keys, length and page size alone.
+
+    BRANCH: NVIDIA's compiler gives a product the layout of the next one that its result enters, unless a branch ends
+    between them; with 64 rows and 8 warps that layout computes every score twice. So scores are computed in branches
+    that are always taken. The product in the one never taken keeps the softmax from being computed in both layouts.
     """
     BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
+    PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    CODES: tl.constexpr = 1 if LAYOUT == "plain" else 2  # elements of the latents in one of the rotated key
     line = tl.arange(0, BLOCK_H)
     key = tl.arange(0, BLOCK_N)
     latent_column = tl.arange(0, LATENT)
-    rope_column = LATENT + tl.arange(0, ROPE)
     value_column = tl.arange(0, BLOCK_V)
     row_tiles = tl.cdiv(rows, BLOCK_H)
     item_end = tl.program_id(0) + 1
@@ -56,34 +106,40 @@ def mla_decode_kernel(
         sequence = item // (row_tiles * VALUE_TILES * splits)
         length = tl.maximum(tl.load(seq_lens_ptr + sequence), 0)
         stored = tl.minimum(length, capacity)
-        share = split_length(stored, min_split, max_splits)
-        start = split * share
+        unseen = rows // heads - 1  # keys hidden from the first query
+        base = 0
+        if WINDOW:
+            base = first_key(length, window + unseen)
+        share = split_length(tl.maximum(stored - base, 0), min_split, max_splits)
+        start = base + split * share
         if (split == 0) | (start < stored):
             end = tl.minimum(start + share, stored)
             if CAUSAL:
-                unseen = rows // heads - 1  # keys hidden from the first query
                 query = ((row + line).to(tl.float32) + 0.5) * (1.0 / heads)
                 query = query.to(tl.int32).to(tl.float32)  # [BLOCK_H]
                 end = tl.minimum(end, length - unseen + tl.minimum((row + BLOCK_H - 1) // heads, unseen))
+            if WINDOW:
+                lowest = length - unseen - window + row // heads  # what the tile's first query sees begins here
+                start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
             inside = line < rows - row
             q_base = q_ptr + tl.cast(sequence, tl.int64) * q_stride + tl.cast(row, tl.int64) * q_row_stride
             q_rows = q_base + line[:, None] * q_row_stride
             q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-            q_rope = tl.load(q_rows + rope_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, ROPE]
+            if ROPE > 0:
+                rope_column = tl.arange(0, ROPE)
+                q_rope = tl.load(q_rows + (LATENT + rope_column)[None, :], mask=inside[:, None], other=0.0)
             largest = tl.full([BLOCK_H], LOWEST, tl.float32)
             total = tl.zeros([BLOCK_H], tl.float32)
             acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
             pages = block_table_ptr + tl.cast(sequence, tl.int64) * table_stride
             for first in range(start, end, BLOCK_N):
                 count = end - first
-                if PAGE_SIZE % BLOCK_N == 0:
+                if PAGED:
                     page = tl.load(pages + first // PAGE_SIZE)
                     valid = (page >= 0) & (page < num_pages)
                     count = tl.where(valid, count, 0)
                     page = tl.where(valid, page, 0)
-                    k_base = cache_ptr + tl.cast(page, tl.int64) * page_stride
-                    k_base += tl.cast(first % PAGE_SIZE, tl.int64) * token_stride
-                    keys = k_base + key[:, None] * token_stride
+                    offset = first % PAGE_SIZE
                     seen = key < count
                 else:
                     offset = first % PAGE_SIZE + key
@@ -93,15 +149,42 @@ def mla_decode_kernel(
                     page = tl.load(pages + first // PAGE_SIZE + index)
                     seen = (key < count) & (page >= 0) & (page < num_pages)
                     page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
-                    keys = cache_ptr + (page.to(tl.int64) * page_stride + offset.to(tl.int64) * token_stride)[:, None]
-                latent = tl.load(keys + latent_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, LATENT]
-                rope = tl.load(keys + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
-                scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-                scores = tl.where(seen[None, :], scores * score_scale, float("-inf"))
+                if WINDOW:
+                    seen = seen & (key >= lowest - first)
+                keys = token_rows(latent_ptr, page, offset, key, page_stride, token_stride, PAGED)
+                scale_rows = keys
+                if LAYOUT != "plain":
+                    scale_rows = token_rows(scale_ptr, page, offset, key, page_stride // 4, token_stride // 4, PAGED)
+                latent = load_latents(keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)  # [BLOCK_N, LATENT]
+                if ROPE > 0:
+                    rope_rows = token_rows(
+                        rope_ptr, page, offset, key, page_stride // CODES, token_stride // CODES, PAGED
+                    )
+                    rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
+                if LAYOUT == "int8":
+                    scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
+                    scales = tl.reshape(scales, (1, BLOCK_N))
+                else:
+                    scales = 1.0
+                scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+                if BRANCH:
+                    if count > 0:
+                        if first < length:  # always
+                            scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                        scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                    else:
+                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                else:
+                    if ROPE > 0:
+                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                    scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
                 if CAUSAL:
                     limit = query + (length - unseen - first).to(tl.float32)
                     scores = tl.where(key.to(tl.float32)[None, :] < limit[:, None], scores, float("-inf"))
+                    if WINDOW:
+                        limit = query + (length - unseen - window - first).to(tl.float32)
+                        scores = tl.where(key.to(tl.float32)[None, :] >= limit[:, None], scores, float("-inf"))
                 new = tl.maximum(largest, tl.max(scores, 1))
                 keep = tl.exp2(largest - new)
                 weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
@@ -110,13 +193,18 @@ def mla_decode_kernel(
                 if BLOCK_V == LATENT:
                     values = latent
                 else:
-                    values = tl.load(keys + value + value_column[None, :], mask=seen[:, None], other=0.0)
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")  # [BLOCK_H, BLOCK_V]
+                    values = load_latents(keys, scale_rows, value, seen, DTYPE, BLOCK_V, LAYOUT)
+                if LAYOUT == "int8":
+                    weights *= scales
+                acc = tl.dot(weights.to(DTYPE), values, acc, input_precision="ieee")  # [BLOCK_H, BLOCK_V]
                 largest = new
             empty = total == 0.0
             total = tl.where(empty, 1.0, total)
             acc = acc / total[:, None]
             lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
+            if SINK:
+                sink = tl.load(sink_ptr + row + line, mask=inside, other=0.0)
+                acc *= sink_factor(lse, sink)[:, None]
             target = tl.cast(split * sequences + sequence, tl.int64) * rows + row
             tile = line[:, None] * LATENT + value_column[None, :]
             if SPLIT:
@@ -128,78 +216,29 @@ def mla_decode_kernel(
                 tl.store(lse_ptr + target + line, lse, mask=inside)
 
 
-def _splits(capacity: int) -> int:
-    """Most splits that a sequence of at most ``capacity`` keys has."""
-    return min(MAX_SPLITS, max(1, -(-capacity // MIN_SPLIT)))
+def _min_split(rows: int) -> int:
+    """Fewest keys in a split: more where there are more query rows, whose partial results must stay a small share of
+    the keys' bytes."""
+    return MIN_SPLIT * min(4, max(1, rows // 32))
 
 
-def _rule(chip, dtype, statics, sizes):
-    """The widest row tile whose accumulator and keys stay on chip without spills; checked by compiling for every chip.
-
-    It looks at the rows of one sequence only, never at the batch, so that a result does not depend on the batch.
-    """
-    rows = sizes["queries"] * sizes["heads"]
-    page = statics["PAGE_SIZE"]
-    small = dtype == "fp32" or rows <= 16
-    tile = {"VALUE_TILES": 1, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
-    if chip.vendor == "ascend":
-        tile |= {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 32 if dtype == "fp32" else 64}
-        while page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
-            tile["BLOCK_N"] //= 2
-        if page % tile["BLOCK_N"]:  # rows are gathered through UB
-            tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
-    elif chip.vendor == "amd":
-        wide = dtype == "bf16" and chip.memory["shared"] > 65536 and page % 32 == 0 and not statics["CAUSAL"]
-        wide = wide and rows > 32
-        tile |= {"BLOCK_H": 16 if small else 64 if wide else 32, "BLOCK_N": 16 if dtype == "fp32" else 32}
-        tile["num_stages"] = 1
-    elif small:
-        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
-    else:
-        hopper, newer = chip.architecture == "90", int(chip.architecture) >= 90
-        wide = rows > 32 and chip.memory["shared"] >= 160 << 10 and (newer or not statics["CAUSAL"])
-        tile |= {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
-        if wide and hopper and not statics["CAUSAL"]:
-            tile["BLOCK_N"] = 64
-    return tile
+def _splits(keys: int, rows: int) -> int:
+    """Most splits that a sequence of at most ``keys`` seen keys has."""
+    return min(MAX_SPLITS, max(1, -(-keys // _min_split(rows))))
 
 
-def _memory(chip, dtype, statics, tile):
-    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, latent, rope = DTYPE_BYTES[dtype], statics["LATENT"], statics["ROPE"]
-    block_h, block_n, value = tile["BLOCK_H"], tile["BLOCK_N"], latent // tile["VALUE_TILES"]
-    q, k = block_h * (latent + rope) * size, block_n * (latent + rope) * size
-    split_value = block_n * value * size if value < latent else 0
-    p = block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        l0c = block_h * (value + block_n) * 4
-        gathered = k if statics["PAGE_SIZE"] % block_n else 0
-        return {
-            "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + misfit,
-            "L1": 2 * (q + k + split_value + p + gathered),
-            "L0C": l0c * (2 if chip.memory["L0C"] > 128 << 10 else 1),
-        }
-    stages = tile["num_stages"]
-    if chip.vendor == "amd":
-        keys = max(block_h, block_n) * latent * size + (stages - 1) * block_n * rope * size
-        return {"shared": keys + split_value + misfit}
-    architecture = int(chip.architecture)
-    warp_groups = block_h >= 64 and tile["num_warps"] >= 4 and 90 <= architecture < 120 and dtype != "fp32"
-    if stages == 1 or not warp_groups:
-        keys = k + block_n * latent * size if stages == 1 else (stages - 1) * k
-        return {"shared": q + keys + p + split_value + misfit}
-    copy = block_n * latent * size + 2048 if architecture >= 100 else 0  # out of tensor memory and back
-    return {"shared": q + stages * k + copy + split_value + misfit}
+def _keys(sizes) -> int:
+    """Keys that a sequence's queries see: all, or those of the window."""
+    return min(sizes["tokens"], sizes.get("window", sizes["tokens"]) + sizes["queries"] - 1)
 
 
 def _cost(dtype, statics, sizes):
-    sequences, tokens, rows = sizes["batch"], sizes["tokens"], sizes["queries"] * sizes["heads"]
+    sequences, keys, rows = sizes["batch"], _keys(sizes), sizes["queries"] * sizes["heads"]
     latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    splits = _splits(tokens)
+    splits = _splits(keys, rows)
     return Cost(
-        flops=2.0 * sequences * rows * tokens * (width + latent),
-        bytes=sequences * ((rows + tokens) * width * size + rows * (latent * size + 4)),
+        flops=2.0 * sequences * rows * keys * (width + latent),
+        bytes=sequences * (rows * (width + latent) * size + keys * decode_tiles.token_bytes(dtype, statics) + rows * 4),
         workspace=splits * sequences * rows * (latent + 1) * 4 if splits > 1 else 0,
     )
 
@@ -207,29 +246,42 @@ def _cost(dtype, statics, sizes):
 def _work(dtype, statics, sizes, tile):
     rows, latent, size = sizes["queries"] * sizes["heads"], statics["LATENT"], DTYPE_BYTES[dtype]
     width, value = latent + statics["ROPE"], latent // tile["VALUE_TILES"]
-    splits = _splits(sizes["tokens"])
-    keys = -(-sizes["tokens"] // splits)
+    splits = _splits(_keys(sizes), rows)
+    keys = -(-_keys(sizes) // splits)
     keys = -(-keys // tile["BLOCK_N"]) * tile["BLOCK_N"]
-    read_twice = value if value < latent else 0
+    read = decode_tiles.token_bytes(dtype, statics) + (value * size if value < latent else 0)
     return Work(
         programs=sizes["batch"] * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]),
         flops=2.0 * tile["BLOCK_H"] * keys * (width + value),
-        bytes=(tile["BLOCK_H"] * width + keys * (width + read_twice)) * size + tile["BLOCK_H"] * value * 4,
+        bytes=tile["BLOCK_H"] * (width * size + value * 4) + keys * read,
     )
 
 
-def _case(name, heads, *, batch=8, tokens=4096, queries=1, page=64, dtypes=("bf16", "fp16", "fp32")):
-    statics = {"LATENT": 512, "ROPE": 64, "PAGE_SIZE": page, "CAUSAL": queries > 1, "SPLIT": _splits(tokens) > 1}
-    return Case(name, statics, {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens}, dtypes)
+def _case(
+    name, heads, *, batch=8, tokens=4096, queries=1, page=64, window=None, sink=False, layout="plain",
+    latent=512, rope=64, dtypes=("bf16",),
+):  # fmt: skip
+    sizes = {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens}
+    if window is not None:
+        sizes["window"] = window
+    split = _splits(_keys(sizes), queries * heads) > 1
+    statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "LAYOUT": layout, "CAUSAL": queries > 1}
+    statics |= {"WINDOW": window is not None, "SINK": sink and not split, "SPLIT": split}
+    return Case(name, statics, sizes, dtypes)
 
+
+_ALL = ("bf16", "fp16", "fp32")
 
 MLA_DECODE = Kernel(
     mla_decode_kernel,
     arguments={
         "q_ptr": "*T",
-        "cache_ptr": "*T",
+        "latent_ptr": "*L",
+        "scale_ptr": "*fp32",
+        "rope_ptr": "*T",
         "block_table_ptr": "*i32",
         "seq_lens_ptr": "*i32",
+        "sink_ptr": "*fp32",
         "out_ptr": "*T",
         "partial_ptr": "*fp32",
         "lse_ptr": "*fp32",
@@ -240,91 +292,115 @@ MLA_DECODE = Kernel(
         "token_stride": "i32:16",
         **dict.fromkeys(
             (
-                "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "min_split", "max_splits",
-                "splits", "work",
+                "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split",
+                "max_splits", "splits", "work",
             ),
             "i32",
         ),
     },
-    statics=("LATENT", "ROPE", "PAGE_SIZE", "CAUSAL", "SPLIT"),
+    statics=("LATENT", "ROPE", "PAGE_SIZE", "LAYOUT", "CAUSAL", "WINDOW", "SINK", "SPLIT"),
     tiles={
         "BLOCK_H": (16, 32, 64, 128),
         "BLOCK_N": (16, 32, 64, 128),
         "VALUE_TILES": (1, 2, 4),
         "PERSISTENT": (0, 1),
+        "BRANCH": (0, 1),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
-    rule=_rule,
-    memory=_memory,
+    rule=decode_tiles.rule,
+    memory=decode_tiles.memory,
     cost=_cost,
     work=_work,
     cases=(
-        _case("v2_lite", 16),
-        _case("v3", 128),
-        _case("v3_tp8", 16, batch=64),
-        _case("v3_one_split", 128, tokens=512, dtypes=("bf16",)),
-        _case("v3_two_tokens", 128, queries=2),
-        _case("odd_heads", 20, dtypes=("bf16",)),
-        _case("small_pages", 128, page=16),
+        _case("v2_lite", 16, dtypes=_ALL),
+        _case("v3", 128, dtypes=_ALL),
+        _case("v3_tp8", 16, batch=64, dtypes=_ALL),
+        _case("v3_one_split", 128, tokens=2048),
+        _case("v3_two_tokens", 128, queries=2, dtypes=_ALL),
+        _case("odd_heads", 20),
+        _case("small_pages", 128, page=16, dtypes=_ALL),
+        _case("v3_fp8", 128, layout="fp8_v32"),
+        _case("v3_fp8_tp8", 16, layout="fp8_v32"),
+        _case("v3_int8", 128, layout="int8"),
+        _case("v3_int8_tp8", 16, layout="int8"),
+        _case("window_and_sink", 128, queries=2, window=512, sink=True),
+        _case("minicpm3", 40, latent=256, rope=32),
+        _case("no_rope", 128, rope=0),
     ),
     uses_dot=True,
 )  # fmt: skip
 
 
-def _launch(q, cache, block_table, seq_lens, softmax_scale, causal, latent_dim):
-    sequences, queries, heads, width = q.shape
-    num_pages, page_size, _ = cache.shape
+def _launch(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+    cache = LatentCache(cache, latent_dim, layout)
+    sequences, queries, heads, _ = q.shape
     rows = queries * heads
-    out, lse = _fake(q, cache, block_table, seq_lens, softmax_scale, causal, latent_dim)
+    out, lse = _fake(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim)
     if queries > 1 and heads > 1 and q.stride(1) != heads * q.stride(2):
         q = q.contiguous()
     row_stride = q.stride(2) if heads > 1 else q.stride(1)
-    capacity = block_table.shape[1] * page_size
-    splits = _splits(capacity)
+    capacity = block_table.shape[1] * cache.page_size
+    windowed = window < NO_WINDOW
+    # a window's first key lies anywhere in its first SPLIT_ALIGN keys
+    reach = min(capacity, window + queries - 1 + 127) if windowed else capacity
+    min_split, splits = _min_split(rows), _splits(reach, rows)
     statics = {
         "LATENT": latent_dim,
-        "ROPE": width - latent_dim,
-        "PAGE_SIZE": page_size,
+        "ROPE": cache.rope_dim,
+        "PAGE_SIZE": cache.page_size,
+        "LAYOUT": layout if cache.layout.quantised else "plain",
         "CAUSAL": causal and queries > 1,
+        "WINDOW": windowed,
+        "SINK": False,
         "SPLIT": True,
     }
     chip = chip_of(q.device)
     # the same tile whatever the batch and the table's width, so that the same bits come out
     tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": heads, "queries": queries})
-    statics["SPLIT"] = splits > 1
+    statics |= {"SPLIT": splits > 1, "SINK": sink is not None and splits == 1}
     work = sequences * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"])
     partial, partial_lse = lse, lse  # without splits the results go straight to out and lse
     if splits > 1:
         partial = torch.empty(splits, sequences, rows, latent_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(splits, sequences, rows, dtype=torch.float32, device=q.device)
+    if sink is not None:
+        sink = sink.repeat(queries) if queries > 1 else sink  # one a row
+    latents, data = cache.latents, cache.data
     args = (
-        q, cache, block_table, seq_lens, out, partial, partial_lse, softmax_scale / math.log(2.0),
-        q.stride(0), row_stride, cache.stride(0), cache.stride(1), block_table.stride(0),
-        sequences, heads, rows, num_pages, capacity, MIN_SPLIT, MAX_SPLITS, splits, work,
+        q, latents.view(torch.int8) if cache.layout.quantised else latents,
+        cache.scales if cache.layout.quantised else lse, cache.rope, block_table, seq_lens,
+        lse if sink is None else sink, out, partial, partial_lse,
+        softmax_scale / math.log(2.0), q.stride(0), row_stride, data.stride(0), data.stride(1), block_table.stride(0),
+        sequences, heads, rows, cache.num_pages, capacity, window, min_split, MAX_SPLITS, splits, work,
     )  # fmt: skip
     MLA_DECODE.launch(chip, work, args, statics, tile)
     if splits > 1:
-        merge_splits(partial, partial_lse, seq_lens, capacity, MIN_SPLIT, MAX_SPLITS, out, lse)
+        limits = capacity, window + queries - 1, min_split, MAX_SPLITS
+        merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse)
     return out, lse
 
 
-def _fake(q, cache, block_table, seq_lens, softmax_scale, causal, latent_dim):
+def _fake(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
     return q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _check_values(q, cache, block_table, seq_lens, softmax_scale, causal, latent_dim):
+def _check_values(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
     num_pages, page_size, _ = cache.shape
     pages = block_table.shape[1]
     check_range("seq_lens", seq_lens, 0, pages * page_size + 1, f"block_table holds {pages} pages of {page_size} a row")
-    used = torch.arange(pages, device=seq_lens.device) * page_size < seq_lens[:, None]
+    first = torch.arange(pages, device=seq_lens.device) * page_size  # of each page, its first token
+    oldest = seq_lens[:, None] - q.shape[1] - window + 1  # that the first query sees
+    used = (first < seq_lens[:, None]) & (first + page_size > oldest)
     check_range("block_table", block_table[used], 0, num_pages, "pages of the cache")
+    if sink is not None and sink.isnan().any():
+        raise ValueError(f"sink: got NaN for {int(sink.isnan().sum())} heads, any other number is accepted")
 
 
 _mla_decode = define_op(
     "mla_decode",
-    "(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float softmax_scale, bool causal, int latent_dim)"
-    " -> (Tensor, Tensor)",
+    "(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sink, float softmax_scale, bool causal,"
+    " int window, str layout, int latent_dim) -> (Tensor, Tensor)",
     cpu=cpu_mla_decode,
     device=_launch,
     fake=_fake,
@@ -340,6 +416,8 @@ def mla_decode(
     *,
     softmax_scale: float,
     causal: bool = True,
+    window: int | None = None,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Absorbed multi-head latent attention over a paged latent cache, for decoding.
 
@@ -351,39 +429,54 @@ def mla_decode(
     page_size 4, ``block_table = [[7, 2, 99]]`` and ``seq_lens = [6]``, tokens 0 to 3 are rows 0 to 3 of page 7, tokens
     4 and 5 rows 0 and 1 of page 2; the entry 99 and rows 2 and 3 of page 2 are never used and may hold anything.
 
-    With ``causal``, query i of S_q sees tokens up to ``seq_lens[b] - S_q + i``: the S_q newest tokens are the queries
-    themselves. A query that sees no token (``seq_lens[b]`` 0, or below S_q - i) has out 0 and lse -inf.
+    With ``causal``, query i of S_q stands at position ``p = seq_lens[b] - S_q + i`` and sees tokens up to p: the S_q
+    newest tokens are the queries themselves. With ``window`` it sees of these the ``window`` newest, tokens j with
+    ``p - window < j <= p``; older tokens are not read, and neither are table entries of pages that hold no others. A
+    query that sees no token (``seq_lens[b]`` 0, or below S_q - i) has out 0 and lse -inf.
 
-    Keys are worked on in splits whose length depends on that sequence's length alone, and merged in a fixed order: the
-    result has the same bits on every call and whatever else is in the batch. Device workspace: 4 (latent_dim + 1)
-    bytes a query row and split, where room for n tokens in a row of the table makes ceil(n / 512) splits, at most 32;
-    none with one split. Nothing waits for the device.
+    With ``sink``, each head has one more score in the denominator of its softmax: ``out`` is multiplied by
+    ``sigmoid(lse - sink)``. ``lse`` stays that of the tokens. A sink of -inf changes nothing, +inf gives zeros.
+
+    A cache in layout ``fp8_v32`` is read as bfloat16 values ``e4m3(code) * scale``, exactly where scales are powers of
+    two; of ``int8`` the codes are multiplied, and each token's scale put on its scores and on its weights. So the error
+    to what the cache holds is that of a bfloat16 cache; to the latents before quantisation, that of the quantiser.
+
+    Keys are worked on in splits whose length depends on that sequence's length, the heads and the queries alone, and
+    merged in a fixed order: the result has the same bits on every call and whatever else is in the batch. Device
+    workspace: 4 (latent_dim + 1) bytes a query row and split, where room for n tokens in a row of the table (or a
+    window of n - S_q tokens) makes ceil(n / s) splits, at most 32, with s = 512 below 64 query rows (S_q x heads),
+    1,024 below 96, 1,536 below 128 and then 2,048; none with one split. Nothing waits for the device.
 
     Args:
-        q: [B, S_q, heads, latent_dim + rope_dim], the cache's dtype: the absorbed query, then the rotated one.
-        cache: the paged latents, bfloat16, float16 or float32.
+        q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one. With
+            rope_dim 0 the whole key is the value.
+        cache: the paged latents, in any layout.
         block_table: [B, pages_per_seq] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached tokens of each sequence, its S_q newest included.
         softmax_scale: factor of the scores, before the softmax.
-        causal: whether a query sees the tokens after its own.
+        causal: whether a query sees only the tokens up to its own.
+        window: how many tokens a query sees at most, its own included; None: all. Needs ``causal``.
+        sink: [heads] float32, a score as it enters the softmax (``softmax_scale`` is not applied to it); None: none.
 
     Returns:
         (out [B, S_q, heads, latent_dim] in q's dtype, lse [B, S_q, heads] float32, natural logarithm).
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes, devices or strides that do not fit; on CPU tensors (and on every device under
-            MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or beyond the table, or a page outside the cache among
-            those that a length reaches. A device takes a length below 0 as 0, and tokens beyond the table or in such a
-            page as absent.
-        NotImplementedError: q or the cache requires grad while gradients are recorded.
+        ValueError: shapes, devices or strides that do not fit, a window below 1 or with ``causal=False``; on CPU
+            tensors (and on every device under MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or beyond the table, a
+            page outside the cache among those that are read, or a sink of NaN. A device takes a length below 0 as 0,
+            and tokens beyond the table or in such a page as absent.
+        NotImplementedError: q, the cache or sink requires grad while gradients are recorded; a width or a layout that
+            no tile of this chip holds.
 
-    Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2.
+    Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2; sinks: StreamingLLM,
+    https://arxiv.org/abs/2309.17453, in the form of gpt-oss and FlashMLA (a learned score per head).
     """
     if not isinstance(cache, LatentCache):
         raise TypeError(f"cache: got {type(cache).__name__}, a LatentCache is accepted")
     data = cache.data
-    check_tensor("q", q, shape=(None, None, None, data.shape[2]), like=data)
+    check_tensor("q", q, shape=(None, None, None, cache.width), dtypes=(cache.dtype,), device=data.device)
     sequences, queries, heads, _ = q.shape
     if queries == 0 or heads == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token and one head are accepted")
@@ -400,5 +493,13 @@ def mla_decode(
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, a float is accepted")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {type(causal).__name__}, a bool is accepted")
-    check_no_grad("mla_decode", q=q, cache=data)
-    return _mla_decode(q, data, block_table, seq_lens, float(softmax_scale), causal, cache.latent_dim)
+    if window is not None:
+        check_int("window", window, 1)
+        if not causal:
+            raise ValueError(f"window: got {window} with causal=False, a window is accepted with causal=True")
+    if sink is not None:
+        check_tensor("sink", sink, shape=(heads,), dtypes=(torch.float32,), device=q.device)
+    check_no_grad("mla_decode", q=q, cache=data, sink=sink)
+    window = NO_WINDOW if window is None else min(window, NO_WINDOW)
+    scale, layout = float(softmax_scale), cache.layout.value
+    return _mla_decode(q, data, block_table, seq_lens, sink, scale, causal, window, layout, cache.latent_dim)

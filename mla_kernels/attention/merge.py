@@ -23,6 +23,19 @@ def split_length(length, min_split, max_splits):
 
 
 @triton.jit
+def first_key(length, reach):
+    """Where the splits of a sequence begin of which the ``reach`` newest keys are seen."""
+    return tl.maximum(length - reach, 0) // SPLIT_ALIGN * SPLIT_ALIGN
+
+
+@triton.jit
+def sink_factor(lse, sink):
+    """What a sink of this score leaves of an output: sigmoid(lse - sink); 0 where nothing is seen."""
+    empty = lse == float("-inf")
+    return tl.where(empty, 0.0, 1.0 / (1.0 + tl.exp(sink - tl.where(empty, 0.0, lse))))
+
+
+@triton.jit
 def merge_part(acc, total, largest, values, lse):
     """Take one more part into the running sums of exp(lse) * values and exp(lse). An empty part changes nothing.
 
@@ -71,9 +84,9 @@ def merge_states_kernel(
 
 @triton.jit
 def merge_splits_kernel(
-    partial_ptr, partial_lse_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-    sequences, rows, capacity, min_split, max_splits, work,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+    partial_ptr, partial_lse_ptr, seq_lens_ptr, sink_ptr, out_ptr, lse_ptr,
+    sequences, rows, capacity, reach, min_split, max_splits, work,
+    WIDTH: tl.constexpr, SINK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, sequences, rows, WIDTH] -> out [sequences, rows, WIDTH], and the lse alike.
 
@@ -86,7 +99,8 @@ def merge_splits_kernel(
         sequence = item // row_tiles
         row = (item % row_tiles) * BLOCK_R
         inside = line < rows - row
-        length = tl.minimum(tl.load(seq_lens_ptr + sequence), capacity)
+        length = tl.maximum(tl.load(seq_lens_ptr + sequence), 0)
+        length = tl.maximum(tl.minimum(length, capacity) - first_key(length, reach), 0)
         parts = tl.maximum(tl.cdiv(length, split_length(length, min_split, max_splits)), 1)
         acc = tl.zeros([BLOCK_R, WIDTH], tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
@@ -97,6 +111,8 @@ def merge_splits_kernel(
             values = tl.load(partial_ptr + first * WIDTH + tile, mask=inside[:, None], other=0.0)  # [BLOCK_R, WIDTH]
             acc, total, largest = merge_part(acc, total, largest, values, lse)
         acc, lse = merge_end(acc, total, largest)
+        if SINK:
+            acc *= sink_factor(lse, tl.load(sink_ptr + row + line, mask=inside, other=0.0))[:, None]
         first = tl.cast(sequence, tl.int64) * rows + row
         tl.store(out_ptr + first * WIDTH + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(lse_ptr + first + line, lse, mask=inside)
@@ -159,38 +175,46 @@ MERGE_SPLITS = Kernel(
         "partial_ptr": "*fp32",
         "partial_lse_ptr": "*fp32",
         "seq_lens_ptr": "*i32",
+        "sink_ptr": "*fp32",
         "out_ptr": "*T",
         "lse_ptr": "*fp32",
         "sequences": "i32",
         "rows": "i32",
         "capacity": "i32",
+        "reach": "i32",
         "min_split": "i32",
         "max_splits": "i32",
         "work": "i32",
     },
-    statics=("WIDTH",),
+    statics=("WIDTH", "SINK"),
     tiles=_TILES,
     rule=_merge_rule,
     memory=_merge_memory,
     cost=lambda dtype, statics, sizes: _merge_cost("fp32", statics, sizes),
     work=lambda dtype, statics, sizes, tile: _merge_work("fp32", statics, sizes, tile),
     cases=(
-        Case("v3", {"WIDTH": 512}, {"rows": 128 * 8, "parts": 8}),
-        Case("v2_lite", {"WIDTH": 512}, {"rows": 16 * 8, "parts": 8}),
+        Case("v3", {"WIDTH": 512, "SINK": False}, {"rows": 128 * 8, "parts": 2}),
+        Case("v2_lite", {"WIDTH": 512, "SINK": False}, {"rows": 16 * 8, "parts": 8}),
+        Case("sink", {"WIDTH": 512, "SINK": True}, {"rows": 64 * 8, "parts": 4}, ("bf16",)),
     ),
     uses_dot=False,
 )
 
 
-def merge_splits(partial, partial_lse, seq_lens, capacity, min_split, max_splits, out, lse) -> None:
-    """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits."""
+def merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse) -> None:
+    """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits.
+
+    ``sink`` [rows] or None. ``limits``: how many keys a row of the table has room for, how many of the newest keys are
+    seen, fewest keys in a split, most splits; with the length they say how many splits a sequence has.
+    """
     _, sequences, rows, width = partial.shape
-    statics = {"WIDTH": width}
+    statics = {"WIDTH": width, "SINK": sink is not None}
     chip = chip_of(out.device)
     # a tile changes the order of nothing, so it may depend on the number of rows
     tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], statics, {"rows": sequences * rows})
     work = sequences * -(-rows // tile["BLOCK_R"])
-    args = (partial, partial_lse, seq_lens, out, lse, sequences, rows, capacity, min_split, max_splits, work)
+    sink = lse if sink is None else sink
+    args = (partial, partial_lse, seq_lens, sink, out, lse, sequences, rows, *limits, work)
     MERGE_SPLITS.launch(chip, work, args, statics, tile)
 
 

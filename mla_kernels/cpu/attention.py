@@ -2,10 +2,13 @@
 
 import torch
 
+from mla_kernels.latent.cache import CacheLayout, LatentCache
+
 _MAX_SCORES = 1 << 22  # scores held at once, 16 MiB of fp32
 _MAX_ROWS = 4096  # query rows (queries x heads) handled at once
 _MAX_KEYS, _MIN_KEYS = 8192, 512  # cached tokens handled at once; gathered, 8192 of V3 take 9 MiB in bfloat16
 _FEW_ROWS = 16  # fewer query rows than this are multiplied in fp32, whose conversion of the keys is then affordable
+_DECODED = 1024  # quantised tokens decoded at once: what that takes stays in the processor's cache
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -14,8 +17,11 @@ def mla_decode(
     cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    sink: torch.Tensor | None,
     softmax_scale: float,
     causal: bool,
+    window: int,
+    layout: str,
     latent_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence, so that no result depends on the rest of the batch; heads are the rows of each product.
@@ -23,6 +29,7 @@ def mla_decode(
     The work is cut into blocks whose sizes depend on the sequence's own length, the heads and the queries.
     """
     batch, queries, heads, _ = q.shape
+    cache = LatentCache(cache, latent_dim, layout)
     out = q.new_empty(batch, queries, heads, latent_dim)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32)
     step = max(1, _MAX_ROWS // max(heads, 1))
@@ -31,51 +38,77 @@ def mla_decode(
         for first in range(0, queries, step):
             last = min(first + step, queries)
             limits = range(length - queries + first + 1, length - queries + last + 1) if causal else None
-            out[sequence, first:last], lse[sequence, first:last] = _attend(
-                q[sequence, first:last], cache, pages, length, limits, softmax_scale, latent_dim
+            attended, lse[sequence, first:last] = _attend(
+                q[sequence, first:last], cache, pages, length, limits, window, softmax_scale
             )
+            if sink is not None:
+                attended *= torch.sigmoid(lse[sequence, first:last] - sink).nan_to_num_(0.0).unsqueeze(-1)
+            out[sequence, first:last] = attended
     return out, lse
 
 
-def _attend(q, cache, pages, length, limits, scale, latent_dim):
-    """q [queries, heads, width] against one sequence -> out [queries, heads, latent_dim], lse [queries, heads].
+def _attend(q, cache, pages, length, limits, window, scale):
+    """q [queries, heads, width] against one sequence -> out [queries, heads, latent_dim] fp32, lse [queries, heads].
 
-    ``limits`` says how many tokens each query sees (None: all of ``length``).
+    ``limits`` says how many tokens each query sees (None: all of ``length``), of which ``window`` are not too old.
     """
     queries, heads, width = q.shape
     rows = queries * heads
     seen = length if limits is None else max(limits[-1], 0)
+    oldest = 0 if limits is None else max(limits[0] - window, 0)
     if seen == 0 or rows == 0:
-        return q.new_zeros(queries, heads, latent_dim), torch.full((queries, heads), float("-inf"))
+        return torch.zeros(queries, heads, cache.latent_dim), torch.full((queries, heads), float("-inf"))
     # bfloat16 products are fast on CPUs that have it, but round their scores, which a few rows do not average out;
     # float16 ones are slow
     dtype = torch.float32 if q.dtype == torch.float16 or rows < _FEW_ROWS else q.dtype
     q_rows = q.reshape(rows, width).to(dtype)
     most = min(_MAX_KEYS, max(_MIN_KEYS, _MAX_SCORES // rows))
-    block = -(-seen // -(-seen // most))  # equal blocks, not a full one and a tail
+    keys_seen = seen - oldest
+    block = -(-keys_seen // -(-keys_seen // most))  # equal blocks, not a full one and a tail
     state = None
-    for start in range(0, seen, block):
+    for start in range(oldest, seen, block):
         stop = min(start + block, seen)
-        keys = _tokens(cache, pages, start, stop).to(dtype)  # [block, width]
+        keys = _values(_tokens(cache.data, pages, start, stop), cache, dtype)  # [block, width]
         scores = torch.mm(q_rows, keys.t()).float().mul_(scale)  # [rows, block]
-        if limits is not None and stop > limits[0]:
-            hidden = torch.arange(start, stop) >= torch.tensor(limits).unsqueeze(1)  # [queries, block]
+        if limits is not None and (stop > limits[0] or start < limits[-1] - window):
+            at, limit = torch.arange(start, stop), torch.tensor(limits).unsqueeze(1)
+            hidden = (at >= limit) | (at < limit - window)  # [queries, block]
             scores.view(queries, heads, -1).masked_fill_(hidden.unsqueeze(1), float("-inf"))
         largest = scores.amax(-1, keepdim=True).clamp_min_(_LOWEST)  # finite: where nothing is seen, exp(-inf) = 0
         weights = scores.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True)
-        acc = torch.mm(weights.to(dtype), keys[:, :latent_dim]).float()  # [rows, latent_dim]
+        acc = torch.mm(weights.to(dtype), keys[:, : cache.latent_dim]).float()  # [rows, latent_dim]
         state = (acc, total, largest) if state is None else _join(*state, acc, total, largest)
     acc, total, largest = state
     lse = (total.log() + largest).view(queries, heads)
-    return acc.div_(total.clamp_min(1.0)).view(queries, heads, latent_dim), lse  # total is 0, or at least exp(0)
+    # total is 0, or at least exp(0)
+    return acc.div_(total.clamp_min(1.0)).view(queries, heads, cache.latent_dim), lse
 
 
-def _join(acc, total, largest, other_acc, other_total, other_largest):
-    """Two running softmax states as one."""
-    top = torch.maximum(largest, other_largest)
-    keep, enter = (largest - top).exp_(), (other_largest - top).exp_()
-    return acc.mul_(keep).add_(other_acc.mul_(enter)), total * keep + other_total * enter, top
+def _values(tokens: torch.Tensor, cache: LatentCache, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens as they lie in ``cache`` -> their values [tokens, width] in ``dtype``."""
+    if not cache.layout.quantised:
+        return tokens.to(dtype)
+    values = torch.empty(tokens.shape[0], cache.width, dtype=dtype)
+    for first in range(0, tokens.shape[0], _DECODED):
+        part = LatentCache(tokens[None, first : first + _DECODED], cache.latent_dim, cache.layout)
+        latents = values[first : first + _DECODED, : cache.latent_dim]
+        if cache.layout is CacheLayout.FP8_V32:
+            latents = latents.unflatten(1, (part.scales.shape[-1], -1))
+            latents.copy_(_e4m3_as_fp16(part.latents[0]).view(latents.shape) * (part.scales[0, :, :, None] * 256))
+        else:
+            latents.copy_(part.latents[0] * part.scales[0])
+        values[first : first + _DECODED, cache.latent_dim :] = part.rope[0]
+    return values
+
+
+def _e4m3_as_fp16(codes: torch.Tensor) -> torch.Tensor:
+    """e4m3 bytes -> 2^-8 of their values, exactly; torch's own conversion is not vectorised.
+
+    The bits but the sign move under fp16's exponent, whose bias is 15, not 7.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)
+    return bits.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16)
 
 
 def _tokens(cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -31,7 +31,8 @@ def problem(lengths, *, queries=1, heads=4, latent=512, rope=64, page_size=16, d
 
 
 def decode(q, cache, block_table, seq_lens, causal=True, latent=512):
-    return attention.mla_decode(q, cache, block_table, seq_lens, SCALE, causal, latent)
+    none = 1 << 30
+    return attention.mla_decode(q, cache, block_table, seq_lens, None, SCALE, causal, none, layout_of(cache), latent)
 
 
 def exact(q, cache, block_table, seq_lens, causal=True, latent=512):
