@@ -143,13 +143,11 @@ def _rule(chip, dtype, statics, sizes):
         if dtype == "fp32":
             tile |= {"BLOCK_M": 32, "BLOCK_N": 16}
     elif dtype == "fp32":
-        tile |= {"BLOCK_M": 32, "BLOCK_N": 32 if not large else 16}
-    elif chip.architecture in ("90", "100"):
-        tile |= {"BLOCK_M": 128, "num_warps": 8}
-        if large:
-            tile |= {"BLOCK_N": 32}
+        tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
+    elif chip.dot_from_shared:
+        tile |= {"BLOCK_M": 128, "BLOCK_N": 32 if large else 64, "num_warps": 8}
     else:
-        tile |= {"BLOCK_N": 32}
+        tile |= {"BLOCK_N": 32, "num_warps": 8 if large else 4}
     return tile
 
 
@@ -176,7 +174,8 @@ def _cost(dtype, statics, sizes):
     own = statics["WIDE"] + statics["REST"] + value
     return Cost(
         flops=2.0 * sequences * heads * pairs * (width + value),
-        bytes=sequences * (queries * heads * ((width + value) * size + 4) + keys * (heads * own + statics["ROPE"]) * size),
+        bytes=sequences
+        * (queries * heads * ((width + value) * size + 4) + keys * (heads * own + statics["ROPE"]) * size),
     )
 
 

@@ -233,12 +233,28 @@ def mla_prefill_rope_gradient_kernel(
         store_rows(rope_grad_ptr + tl.cast(row, tl.int64) * ROPE, ROPE, line, tokens - row, acc, ROPE)
 
 
-def _rule(chip, dtype, statics, sizes):
+def _key_rule(chip, dtype, statics, sizes):
     """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
+    large = _is_large(statics)
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
-    if chip.architecture in ("90", "100") and dtype != "fp32":
-        tile |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
+    if chip.vendor == "nvidia":
+        if dtype == "fp32":
+            tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
+        elif large:
+            tile |= {"num_warps": 8}
+        elif chip.dot_from_shared:
+            tile |= {"BLOCK_N": 64}
     return tile
+
+
+def _query_rule(chip, dtype, statics, sizes):
+    """As :func:`_key_rule`, with the roles of queries and keys exchanged."""
+    tile = _key_rule(chip, dtype, statics, sizes)
+    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
+
+
+def _is_large(statics):
+    return max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
 
 
 def _memory(chip, dtype, statics, tile):
@@ -329,14 +345,14 @@ MLA_PREFILL_KEY_GRADIENT = Kernel(
         **_STRIDES,
         **_SIZES,
     },
-    rule=_rule,
+    rule=_key_rule,
     **_SHARED,
 )
 
 MLA_PREFILL_QUERY_GRADIENT = Kernel(
     mla_prefill_query_gradient_kernel,
     arguments={**_INPUTS, "q_grad_ptr": "*T", "softmax_scale": "fp32", **_STRIDES, **_SIZES},
-    rule=_rule,
+    rule=_query_rule,
     **_SHARED,
 )
 
