@@ -3,8 +3,10 @@
 from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
+from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.combine import combine
@@ -19,17 +21,22 @@ __all__ = [
     "CacheLayout",
     "Dispatch",
     "LatentCache",
+    "PrologWeights",
+    "absorb_query",
     "combine",
     "compress_latent",
     "convert_cache",
     "copy_pages",
     "dispatch",
+    "expand_output",
     "expert_ffn",
     "fused_moe",
     "gather_tokens",
     "merge_states",
     "mla_decode",
     "mla_prefill",
+    "mla_prolog",
+    "norm_and_write",
     "route",
     "scatter_tokens",
     "write_latent",

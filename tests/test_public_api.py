@@ -8,11 +8,13 @@ import torch
 import mla_kernels
 
 SIGNATURES = {
+    "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",
     "combine": "(rows, weights, dispatched)",
     "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "convert_cache": "(cache, layout, *, dtype=None)",
     "copy_pages": "(cache, source_pages, target_pages)",
     "dispatch": "(ids, num_experts)",
+    "expand_output": "(out, w_uv)",
     "expert_ffn": "(hidden, gate_up, down, dispatched)",
     "fused_moe": "(hidden, gate_up, down, weights, ids)",
     "gather_tokens": "(cache, slots, *, dtype=None)",
@@ -20,6 +22,8 @@ SIGNATURES = {
     "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True)",
     "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal=True, "
     "k_rope=None)",
+    "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+    "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, renormalize=True, "
     "routed_scale=1.0)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
@@ -42,7 +46,7 @@ def test_functions():
 
 
 def test_other_names():
-    assert set(mla_kernels.__all__) - set(SIGNATURES) == {"CacheLayout", "Dispatch", "LatentCache"}
+    assert set(mla_kernels.__all__) - set(SIGNATURES) == {"CacheLayout", "Dispatch", "LatentCache", "PrologWeights"}
     assert mla_kernels.Dispatch._fields == ("order", "tokens", "inverse", "offsets")
 
 
@@ -62,10 +66,10 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, latent, moe
+    from mla_kernels.reference import attention, latent, moe, prolog
 
     for name, signature in SIGNATURES.items():
-        twin = next(getattr(module, name) for module in (attention, latent, moe) if hasattr(module, name))
+        twin = next(getattr(module, name) for module in (prolog, attention, latent, moe) if hasattr(module, name))
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
         of_caches = {"latent_dim", "layout", "cache_layout"} - set(own)
         theirs = [p for p in inspect.signature(twin).parameters if p not in of_caches]

@@ -186,7 +186,8 @@ def _launch_prolog(
     else:
         q_a, kv_a = parts if len(parts) == 2 else parts[0].tensor_split((q_norm.shape[0],), 1)
         q_latent = source = _launch_norm_and_write(q_a, q_norm, kv_a, kv_norm, *places)
-    q = torch.mm(source, q_up.t()).view(hidden.shape[0], w_uk.shape[0], -1)
+    heads = w_uk.shape[0]
+    q = torch.mm(source, q_up.t()).view(hidden.shape[0], heads, q_up.shape[0] // heads)
     return launch_absorb(q, w_uk, cos, sin, positions, rope), q_latent
 
 

@@ -28,8 +28,8 @@ WRITTEN = [
     ("eps", lambda p: -1.0, ValueError, "eps: got -1.0"),
 ]
 CASES = {
-    "absorb_query": PLACES
-    + [
+    "absorb_query": [
+        *PLACES,
         ("q", lambda p: p["q"][0], ValueError, "q: got 2 dimensions"),
         ("q", lambda p: p["q"].double(), TypeError, "q: got dtype float64"),
         ("q", lambda p: p["q"].transpose(1, 2).contiguous().transpose(1, 2), ValueError, "q: got stride 3 in the last"),
@@ -49,9 +49,9 @@ CASES = {
         ("w_uv", lambda p: p["w_uv"].to("meta"), ValueError, "w_uv: got a tensor on meta"),
         ("w_uv", lambda p: None, TypeError, "w_uv: got NoneType"),
     ],
-    "norm_and_write": PLACES
-    + WRITTEN
-    + [
+    "norm_and_write": [
+        *PLACES,
+        *WRITTEN,
         ("q_a", lambda p: p["q_a"][:-1], ValueError, r"q_a: got shape \(4, 24\), \(5, any\) is accepted"),
         ("q_a", lambda p: p["q_a"].half(), TypeError, "q_a: got dtype float16"),
         ("q_a", lambda p: p["q_a"].clone().requires_grad_(), NotImplementedError, "q_a requires grad"),
@@ -59,9 +59,9 @@ CASES = {
         ("kv_a", lambda p: p["kv_a"][:, :-1], ValueError, r"kv_a: got shape \(5, 47\), \(any, 48\)"),
         ("kv_norm", lambda p: p["kv_norm"][:-1], ValueError, r"norm_weight: got shape \(31,\)"),
     ],
-    "mla_prolog": PLACES
-    + WRITTEN
-    + [
+    "mla_prolog": [
+        *PLACES,
+        *WRITTEN,
         ("hidden", lambda p: p["hidden"][:, :-1], ValueError, r"hidden: got shape \(5, 39\), \(any, 40\) is accepted"),
         ("hidden", lambda p: p["hidden"].bfloat16(), TypeError, "hidden: got dtype bfloat16, accepted: float32"),
         ("hidden", lambda p: p["hidden"].clone().requires_grad_(), NotImplementedError, "hidden requires grad"),
@@ -129,11 +129,11 @@ def test_a_key_without_rope_part_is_refused():
 
 def test_widths_that_a_chip_cannot_hold():
     arguments = make("absorb_query", Sizes(rope=512))
-    with launch.on_cpu("npu-emulated"), pytest.raises(NotImplementedError, match="rope_dim 512 needs about .* of UB"):
+    with launch.on_cpu("npu-emulated"), pytest.raises(NotImplementedError, match=r"rope_dim 512 needs about .* of UB"):
         run("absorb_query", arguments)
     arguments = make("norm_and_write", Sizes(rope=256, latent=512))
     before = arguments["cache"].data.clone()
-    with launch.on_cpu("npu-emulated"), pytest.raises(NotImplementedError, match="rope_dim 256 needs about .* of UB"):
+    with launch.on_cpu("npu-emulated"), pytest.raises(NotImplementedError, match=r"rope_dim 256 needs about .* of UB"):
         run("norm_and_write", arguments)
     assert torch.equal(bits(arguments["cache"].data), bits(before))
 

@@ -60,6 +60,39 @@ def test_compress_latent_is_one_launch():
     )
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("q_lora", [1536, 0])
+def test_mla_prolog_is_two_launches_beside_torchs_products(stacked, q_lora):
+    tokens, heads, cache = 3, 16, make_cache()
+    hidden, kv_b = torch.randn(tokens, 256).to(BF16), torch.randn(heads, 256, 512).to(BF16)
+    down = torch.randn(q_lora + 576, 256).to(BF16)
+    weights = mla_kernels.PrologWeights(
+        down if stacked or not q_lora else down.tensor_split((q_lora,)), torch.ones(512, dtype=BF16),
+        torch.randn(heads * 192, q_lora or 256).to(BF16), kv_b[:, :128],
+        torch.ones(q_lora, dtype=BF16) if q_lora else None,
+    )  # fmt: skip
+    cos, sin = table(64)
+    positions, slots = torch.arange(tokens), torch.arange(tokens) + 7
+    with record() as launches:
+        q, q_latent = mla_kernels.mla_prolog(hidden, weights, cos, sin, positions, slots, cache, rope="interleaved")
+    write, absorb = launches
+    assert write.kernel == ("norm_and_write_kernel" if q_lora else "write_latent_kernel")
+    assert {t.data_ptr() for t in (cache.data, slots, cos, sin, weights.kv_norm)} <= set(pointers(write).values())
+    assert not q_lora or q_latent.data_ptr() in pointers(write).values()
+    assert absorb.kernel == "absorb_query_kernel"
+    assert {t.data_ptr() for t in (kv_b, positions, q)} <= set(pointers(absorb).values())
+    assert absorb.arguments["w_head"] == kv_b.stride(0) and absorb.arguments["heads"] == heads
+
+
+def test_expand_output_is_one_launch_over_the_weight_as_it_lies():
+    out, kv_b = torch.randn(5, 16, 512).to(BF16), torch.randn(16, 256, 512).to(BF16)
+    with record() as launches:
+        values = mla_kernels.expand_output(out, kv_b[:, 128:])
+    (launch,) = launches
+    assert {t.data_ptr() for t in (out, kv_b[:, 128:], values)} <= set(pointers(launch).values())
+    assert launch.arguments["w_head"] == kv_b.stride(0)
+
+
 @pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("pages", [2, 40])
 def test_mla_decode(heads, pages):

@@ -1,10 +1,12 @@
 """Cases that tests/npu/test_npu_dispatch.py runs in a child process on the fake ``npu`` device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import mla_kernels
-from mla_kernels.reference import attention, latent, moe
+from mla_kernels.reference import attention, latent, moe, prolog
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -55,6 +57,27 @@ def test_write_latent():
     latent.write_latent(*double, positions, slots, exact, latent_dim=512, rope="interleaved_to_half")
     assert fake_npu.launches
     assert_close(cache.data.cpu(), exact)
+
+
+def test_mla_prolog_and_expand_output():
+    hidden, kv_b = torch.randn(5, 64), torch.randn(4, 56, 128) / 11
+    weights = {
+        "down": torch.randn(48 + 160, 64) / 8, "kv_norm": torch.rand(128) + 0.5, "q_up": torch.randn(4 * 64, 48) / 7,
+        "w_uk": kv_b[:, :32], "q_norm": torch.rand(48) + 0.5,
+    }  # fmt: skip
+    angles = torch.rand(9, 16)
+    cos, sin, positions, slots = angles.cos(), angles.sin(), torch.arange(5), torch.tensor([3, 0, -1, 17, 9])
+    cache = mla_kernels.LatentCache(npu(torch.zeros(2, 16, 160)), 128)
+    moved = mla_kernels.PrologWeights(**{name: npu(value) for name, value in weights.items()})
+    q, _ = mla_kernels.mla_prolog(npu(hidden), moved, *npu(cos, sin, positions, slots), cache, rope="half")
+    values = mla_kernels.expand_output(q[..., :128], npu(kv_b)[:, 32:])
+    assert fake_npu.launches == ["norm_and_write_kernel", "absorb_query_kernel", "expand_output_kernel"]
+    double = SimpleNamespace(down_bias=None, **{name: value.double() for name, value in weights.items()})
+    places, exact = (cos.double(), sin.double(), positions, slots), torch.zeros(2, 16, 160, dtype=torch.float64)
+    exact_q, _ = prolog.mla_prolog(hidden.double(), double, *places, exact, latent_dim=128, rope="half")
+    assert_close(q.cpu(), exact_q)
+    assert_close(cache.data.cpu(), exact)
+    assert_close(values.cpu(), prolog.expand_output(q.cpu()[..., :128].double(), kv_b[:, 32:].double()))
 
 
 def test_route_and_fused_moe():
