@@ -1,7 +1,7 @@
 """MLA prefill: multi-head attention of many query tokens over expanded keys, for sequences of different lengths.
 
 Source of the mathematics: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2 (each head has a key part and a
-value of its own, all heads share one rotated key); FlashAttention-2, https://arxiv.org/abs/2307.08691 (running softmax).
+value of its own, all heads share one rotated key); FlashAttention-2, https://arxiv.org/abs/2307.08691.
 
 Tiles: BLOCK_M queries of one head by BLOCK_N keys. A key is cut into the parts WIDE, REST and ROPE, see prefill_parts.
 """
@@ -131,7 +131,7 @@ def mla_prefill_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """The tile by what the key and the value take on chip; it looks at no size, so that nothing depends on the batch."""
+    """The tile by what key and value take on chip; it looks at no size, so that nothing depends on the batch."""
     width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
     large = max(width, statics["VALUE"]) > 192 or statics["VALUE"] > 128
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
@@ -139,7 +139,7 @@ def _rule(chip, dtype, statics, sizes):
         if dtype == "fp32" or large:
             tile |= {"BLOCK_M": 32 if dtype == "fp32" and large else 64, "BLOCK_N": 32}
     elif chip.vendor == "amd":
-        tile |= {"BLOCK_N": 32, "num_stages": 1}
+        tile |= {"BLOCK_M": 64 if large else 128, "BLOCK_N": 32, "num_stages": 1}
         if dtype == "fp32":
             tile |= {"BLOCK_M": 32, "BLOCK_N": 16}
     elif dtype == "fp32":
@@ -274,7 +274,8 @@ def _check_values(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max
         lengths = bounds.diff()
         if int(bounds[0]) != 0 or int(bounds[-1]) != rows or (lengths < 0).any():
             raise ValueError(
-                f"cu_seqlens_{name}: got {_some(bounds)}, values that rise from 0 to {rows}, the rows of {name}, are accepted"
+                f"cu_seqlens_{name}: got {_some(bounds)}, values that rise from 0 to {rows}, the rows of {name}, "
+                "are accepted"
             )
         if (lengths > longest).any():
             raise ValueError(
@@ -359,7 +360,7 @@ def mla_prefill(
     https://arxiv.org/abs/2307.08691.
     """
     check_tensor("q", q, rank=3)
-    queries, heads, width = q.shape
+    _, heads, width = q.shape
     if heads == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one head is accepted")
     check_tensor("k", k, shape=(None, heads, None), like=q)
@@ -370,9 +371,9 @@ def mla_prefill(
         rope = k_rope.shape[1]
     if width != k.shape[2] + rope:
         raise ValueError(f"q: got width {width}, {k.shape[2] + rope} is accepted, the width of k and k_rope together")
-    _check_widths(k.shape[2], rope, v.shape[2])
+    check_widths(k.shape[2], rope, v.shape[2])
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if max(tensor.stride(0), 1) > MAX_STRIDE:
+        if tensor.shape[0] > 1 and tensor.stride(0) > MAX_STRIDE:
             raise ValueError(f"{name}: got stride {tensor.stride(0)} between tokens, at most {MAX_STRIDE} is accepted")
     check_tensor("cu_seqlens_q", cu_seqlens_q, rank=1, dtypes=(torch.int32,), device=q.device)
     if cu_seqlens_q.shape[0] == 0:
@@ -391,7 +392,8 @@ def mla_prefill(
     )
 
 
-def _check_widths(key: int, rope: int, value: int) -> None:
+def check_widths(key: int, rope: int, value: int) -> None:
+    """NotImplementedError where a head of ``key + rope`` and ``value`` columns has no tiles; rope may be 0."""
     wide, rest = widths(key)
     if not 16 <= key <= 384 or wide > 256 or (rest and (rest < 16 or rest & (rest - 1))):
         raise NotImplementedError(

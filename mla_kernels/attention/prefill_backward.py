@@ -235,26 +235,23 @@ def mla_prefill_rope_gradient_kernel(
 
 def _key_rule(chip, dtype, statics, sizes):
     """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
-    large = _is_large(statics)
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
+    large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
+    if dtype != "fp32" and not large and (chip.dot_from_shared or chip.vendor != "nvidia"):
+        tile |= {"BLOCK_N": 64}
     if chip.vendor == "nvidia":
         if dtype == "fp32":
             tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
-        elif large:
-            tile |= {"num_warps": 8}
-        elif chip.dot_from_shared:
-            tile |= {"BLOCK_N": 64}
+        else:  # on sm_90 two stages of the wide tile would spill
+            tile |= {"num_warps": 8 if large else 4, "num_stages": 1 if chip.architecture == "90" and not large else 2}
     return tile
 
 
 def _query_rule(chip, dtype, statics, sizes):
     """As :func:`_key_rule`, with the roles of queries and keys exchanged."""
     tile = _key_rule(chip, dtype, statics, sizes)
-    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
-
-
-def _is_large(statics):
-    return max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
+    stages = 2 if chip.vendor == "nvidia" else 1
+    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"], "num_stages": stages}
 
 
 def _memory(chip, dtype, statics, tile):

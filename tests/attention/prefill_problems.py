@@ -58,7 +58,7 @@ class Problem:
             assert_close(actual.detach().cpu(), exact, own)
 
     def gradients(self, run=None, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-        """Gradients of q, k, v and k_rope of a seeded weighting of out and lse; ``run`` is the function to go through."""
+        """Gradients of q, k, v and k_rope of a seeded weighting of out and lse, through ``run``."""
         leaves = self.with_inputs(
             lambda tensor: (tensor if dtype is None else tensor.cpu().to(dtype)).detach().requires_grad_()
         )
@@ -103,15 +103,16 @@ def make(
 ) -> Problem:
     """A problem of sequences with (queries, keys) of these lengths. Between them stand sequences without a query, whose
     keys are NaN: no gradient and no result may come near them."""
-    between = (0, POISON if poison else 0)
-    lengths = [between, *(pair for length in lengths for pair in (length, between))]
+    if poison:
+        lengths = [(0, POISON), *(pair for length in lengths for pair in (length, (0, POISON)))]
     queries, keys = ([pair[side] for pair in lengths] for side in (0, 1))
     bounds = [torch.tensor([0, *side], dtype=torch.int32).cumsum(0, dtype=torch.int32) for side in (queries, keys)]
-    real = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)) % 2 == 1
+    sequence = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys, dtype=torch.long))
 
     def rows(*shape):
         tensor = torch.randn(sum(keys), *shape)
-        tensor[~real] = float("nan")
+        if poison:
+            tensor[sequence % 2 == 0] = float("nan")
         return tensor.to(device, dtype)
 
     return Problem(
@@ -120,8 +121,8 @@ def make(
         v=rows(heads, value),
         cu_seqlens_q=bounds[0].to(device),
         cu_seqlens_k=bounds[1].to(device),
-        max_seqlen_q=max(queries),
-        max_seqlen_k=max(keys),
+        max_seqlen_q=max(queries, default=0),
+        max_seqlen_k=max(keys, default=0),
         softmax_scale=(key + rope) ** -0.5,
         causal=causal,
         k_rope=rows(rope) if rope else None,

@@ -95,7 +95,7 @@ def test_chunks_train_as_one_call(backend, device):
     def chunked(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal, k_rope):
         parts = []
         for rows, part_causal in ((slice(0, 28), False), (slice(28, 40), True)):
-            bounds = torch.tensor([0, 0, rows.stop - rows.start, rows.stop - rows.start], dtype=torch.int32)
+            bounds = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
             parts.append(
                 mla_prefill(
                     q, k[rows], v[rows], cu_seqlens_q, bounds.to(device), max_seqlen_q=12, max_seqlen_k=28,
@@ -120,7 +120,7 @@ def test_repeats_and_the_rest_of_the_batch_change_no_bit(backend, device):
     first = gradients(problem)
     for _ in range(19 if backend != "interpret" else 3):
         assert all(torch.equal(got, want) for got, want in zip(gradients(problem), first))
-    for index, (queries, keys) in ((1, lengths[0]), (5, lengths[2])):
+    for index, (queries, keys) in ((0, lengths[0]), (2, lengths[2])):
         alone = gradients(problem.sequence(index))
         starts = problem.cu_seqlens_q[index], problem.cu_seqlens_k[index]
         for place, (got, joint) in enumerate(zip(alone, first)):
