@@ -1,11 +1,16 @@
 """Triton kernels for multi-head latent attention and mixture of experts, from one source on NVIDIA, AMD and Ascend."""
 
 from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.indexer import indexer_logits, paged_indexer_logits
+from mla_kernels.attention.indexer_select import select_keys, select_slots
+from mla_kernels.attention.indexer_topk import indexer_topk
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
+from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
@@ -20,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheLayout",
     "Dispatch",
+    "IndexerCache",
     "LatentCache",
     "PrologWeights",
     "absorb_query",
@@ -32,12 +38,19 @@ __all__ = [
     "expert_ffn",
     "fused_moe",
     "gather_tokens",
+    "indexer_logits",
+    "indexer_topk",
     "merge_states",
     "mla_decode",
     "mla_prefill",
     "mla_prolog",
     "norm_and_write",
+    "paged_indexer_logits",
+    "rotate_indexer_query",
     "route",
     "scatter_tokens",
+    "select_keys",
+    "select_slots",
+    "write_indexer_key",
     "write_latent",
 ]

@@ -18,15 +18,23 @@ SIGNATURES = {
     "expert_ffn": "(hidden, gate_up, down, dispatched)",
     "fused_moe": "(hidden, gate_up, down, weights, ids)",
     "gather_tokens": "(cache, slots, *, dtype=None)",
+    "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
+    "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
     "merge_states": "(outs, lses)",
     "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True)",
     "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal=True, "
     "k_rope=None)",
     "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+    "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens)",
+    "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, renormalize=True, "
     "routed_scale=1.0)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
+    "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None)",
+    "select_slots": "(q, cache, weights, block_table, seq_lens, top_k)",
+    "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
+    "rope_first=True, hadamard=False, eps=1e-06)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
 }
 
@@ -46,7 +54,13 @@ def test_functions():
 
 
 def test_other_names():
-    assert set(mla_kernels.__all__) - set(SIGNATURES) == {"CacheLayout", "Dispatch", "LatentCache", "PrologWeights"}
+    assert set(mla_kernels.__all__) - set(SIGNATURES) == {
+        "CacheLayout",
+        "Dispatch",
+        "IndexerCache",
+        "LatentCache",
+        "PrologWeights",
+    }
     assert mla_kernels.Dispatch._fields == ("order", "tokens", "inverse", "offsets")
 
 
@@ -66,10 +80,12 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, latent, moe, prolog
+    from mla_kernels.reference import attention, indexer, latent, moe, prolog
 
     for name, signature in SIGNATURES.items():
-        twin = next(getattr(module, name) for module in (prolog, attention, latent, moe) if hasattr(module, name))
+        twin = next(
+            getattr(module, name) for module in (prolog, attention, indexer, latent, moe) if hasattr(module, name)
+        )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
         of_caches = {"latent_dim", "layout", "cache_layout"} - set(own)
         theirs = [p for p in inspect.signature(twin).parameters if p not in of_caches]

@@ -55,8 +55,8 @@ def topk_kernel(
     """The top_k largest of ``chunk`` columns of one row (item = row * chunks + chunk), in ascending order of column.
 
     out [rows, chunks, top_k]: indices (from ``indices`` where INDEXED) and, where VALUED, the values beside them; -1
-    and -inf where a chunk has fewer. Two bits of the image of the least chosen value are found per pass, by counting the
-    lanes that reach each of three thresholds. RESIDENT: chunk is BLOCK, and a row is read once.
+    and -inf where a chunk has fewer. Two bits of the image of the least chosen value are found per pass, by counting
+    the lanes that reach each of three thresholds. RESIDENT: chunk is BLOCK, and a row is read once.
     """
     lane = tl.arange(0, BLOCK)
     write_lane = tl.arange(0, BLOCK_W)

@@ -1,8 +1,12 @@
 """The lightning indexer for CPU tensors: keys into their cache, scores in blocks, the exact choice of the best keys."""
 
+import functools
+
 import torch
+import torch.nn.functional as F
 
 _MAX_LANES = 1 << 22  # values of a row block held at once, 16 MiB of fp32
+_MAX_KEYS = 8192  # keys made fp32 at once
 
 
 def indexer_topk(
@@ -47,3 +51,180 @@ def _best(values: torch.Tensor, wanted: int) -> torch.Tensor:
         chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
         index[tied] = chosen.nonzero()[:, 1].view(-1, wanted)
     return index.masked_fill_(index == columns, -1).to(torch.int32)
+
+
+def indexer_logits(q, k, weights, starts, ends, k_scale) -> torch.Tensor:
+    """q [T, H, d] against k [S, d]: values, or codes (uint8) with k_scale [S] -> [T, S] fp32."""
+    out = torch.full((q.shape[0], k.shape[0]), float("-inf"))
+    _score(q, lambda first, last: _values(k[first:last], k_scale, first, last), weights, starts, ends, out)
+    return out
+
+
+def paged_indexer_logits(q, cache, head_dim, weights, block_table, seq_lens) -> torch.Tensor:
+    """Sequence by sequence; its keys are gathered and made fp32 in blocks of pages."""
+    sequences, queries = q.shape[:2]
+    page_size = _page_size(cache, head_dim)
+    out = torch.full((sequences, queries, block_table.shape[1] * page_size), float("-inf"))
+    for sequence, length in enumerate(seq_lens.tolist()):
+        if length > 0:
+            starts, ends = _causal(length, queries)
+            keys = _cached(cache, head_dim, block_table[sequence])
+            _score(q[sequence], keys, weights[sequence], starts, ends, out[sequence, :, :length])
+    return out
+
+
+def select_keys(q, k, weights, starts, ends, k_scale, top_k) -> torch.Tensor:
+    """Logits of a block of tokens, then its best keys."""
+    chosen = torch.empty(q.shape[0], top_k, dtype=torch.int32)
+    step = max(1, _MAX_LANES // max(k.shape[0], 1))
+    for first in range(0, q.shape[0], step):
+        block = slice(first, first + step)
+        logits = indexer_logits(q[block], k, weights[block], starts[block], ends[block], k_scale)
+        chosen[block] = indexer_topk(logits, top_k, None, None)
+    return chosen
+
+
+def select_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k) -> torch.Tensor:
+    """Sequence by sequence: logits of a block of its queries, their best keys, and the slots of these."""
+    sequences, queries = q.shape[:2]
+    page_size = _page_size(cache, head_dim)
+    slots = torch.full((sequences, queries, top_k), -1, dtype=torch.int32)
+    for sequence, length in enumerate(seq_lens.tolist()):
+        if length <= 0:
+            continue
+        starts, ends = _causal(length, queries)
+        keys = _cached(cache, head_dim, block_table[sequence])
+        step = max(1, _MAX_LANES // length)
+        for first in range(0, queries, step):
+            block = slice(first, first + step)
+            logits = torch.full((len(starts[block]), length), float("-inf"))
+            _score(q[sequence, block], keys, weights[sequence, block], starts[block], ends[block], logits)
+            position = indexer_topk(logits, top_k, None, None)
+            page = block_table[sequence][(position // page_size).clamp_min_(0)]
+            slots[sequence, block] = torch.where(position < 0, position, page * page_size + position % page_size)
+    return slots
+
+
+def _score(q, keys, weights, starts, ends, out) -> None:
+    """Scores of q [T, H, d] against ``keys(first, last)`` [n, d] fp32, where they are seen, into out [T, S] of -inf."""
+    tokens, heads, width = q.shape
+    total = out.shape[1]
+    if tokens == 0 or total == 0:
+        return
+    low, high = max(int(starts.min()), 0), min(int(ends.max()), total)
+    block = min(_MAX_KEYS, max(high - low, 1))
+    step = max(1, _MAX_LANES // (heads * block))
+    for first in range(low, high, block):
+        last = min(first + block, high)
+        k = None
+        for token in range(0, tokens, step):
+            rows = slice(token, token + step)
+            if int(starts[rows].min()) >= last or int(ends[rows].max()) <= first:
+                continue
+            k = keys(first, last).t() if k is None else k
+            dots = torch.mm(q[rows].reshape(-1, width).float(), k).relu_().view(-1, heads, last - first)
+            logits = torch.bmm(weights[rows].unsqueeze(1), dots).squeeze(1)
+            _hide(logits, starts[rows], ends[rows], first)
+            out[rows, first:last] = logits
+
+
+def _values(k: torch.Tensor, scale: torch.Tensor | None, first: int, last: int) -> torch.Tensor:
+    """Rows of keys in fp32."""
+    return k.float() if scale is None else decode_e4m3(k) * scale[first:last].unsqueeze(1)
+
+
+def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 bytes (uint8)."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def _page_size(cache: torch.Tensor, head_dim: int) -> int:
+    return cache.shape[1] // (head_dim + 4) if cache.dtype == torch.uint8 else cache.shape[1]
+
+
+def _cached(cache: torch.Tensor, head_dim: int, pages: torch.Tensor):
+    """A function (first, last) -> fp32 keys [last - first, head_dim] of one sequence."""
+    page_size = _page_size(cache, head_dim)
+
+    def keys(first: int, last: int) -> torch.Tensor:
+        start = first // page_size
+        chosen = cache.index_select(0, pages[start : -(-last // page_size)])
+        if cache.dtype == torch.uint8:
+            codes, scale = chosen.split((page_size * head_dim, page_size * 4), 1)
+            values = decode_e4m3(codes.reshape(-1, head_dim)) * scale.contiguous().view(torch.float32).view(-1, 1)
+        else:
+            values = chosen.view(-1, head_dim).float()
+        return values[first - start * page_size : last - start * page_size]
+
+    return keys
+
+
+def _causal(length: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges of the newest tokens of a sequence: query i sees keys up to length - queries + i."""
+    ends = torch.arange(length - queries + 1, length + 1, dtype=torch.int32)
+    return torch.zeros_like(ends), ends
+
+
+def rotate_indexer_query(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard) -> torch.Tensor:
+    """q [T, H, d]: RoPE and Hadamard transform in fp32, rounded once."""
+    angles = cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
+    return _transformed(q.float(), *angles, rope_dim, rope, rope_first, hadamard).to(q.dtype)
+
+
+def write_indexer_key(
+    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps
+) -> None:
+    """k [T, d]: LayerNorm, RoPE and Hadamard transform in fp32, rounded or quantised, written to the slots."""
+    width = k.shape[1]
+    rows = F.layer_norm(k.float(), (width,), norm_weight.float(), norm_bias.float(), eps)
+    angles = cos.index_select(0, positions), sin.index_select(0, positions)
+    rows = _transformed(rows, *angles, rope_dim, rope, rope_first, hadamard)
+    slots = slot_mapping.long()
+    written = slots >= 0
+    rows, slots = rows[written], slots[written]
+    page_size = _page_size(cache, width)
+    page, offset = slots // page_size, slots % page_size
+    if cache.dtype != torch.uint8:
+        cache[page, offset] = rows.to(cache.dtype)
+        return
+    codes, scale = _quantised(rows)
+    cache[:, : page_size * width].unflatten(1, (page_size, width))[page, offset] = codes
+    cache[:, page_size * width :].view(torch.float32)[page, offset] = scale
+
+
+def _transformed(x, cos, sin, rope_dim, rope, rope_first, hadamard) -> torch.Tensor:
+    """x [..., d] fp32, its first or last values rotated, and the whole through the Hadamard matrix."""
+    passed = x.shape[-1] - rope_dim
+    sizes = (rope_dim, passed) if rope_first else (passed, rope_dim)
+    parts = list(x.split(sizes, -1))
+    turned = 0 if rope_first else 1
+    parts[turned] = _rotate(parts[turned], cos, sin, rope)
+    x = torch.cat(parts, -1)
+    return x @ _hadamard(x.shape[-1]) if hadamard else x
+
+
+@functools.cache
+def _hadamard(width: int) -> torch.Tensor:
+    """The Sylvester-Hadamard matrix times width^-0.5."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < width:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix * width**-0.5
+
+
+def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 bytes [T, d] and power-of-two scales [T]; a row with a NaN or an infinity has scale NaN and codes 0x7F."""
+    amax = rows.abs().amax(-1)
+    mantissa, exponent = torch.frexp((amax / 448).clamp_min(1e-4))
+    scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    scale = scale.masked_fill(~amax.isfinite(), float("nan"))
+    values = rows / scale.unsqueeze(1)
+    codes = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.masked_fill_(values.isnan(), 0x7F), scale
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+    """Turn the pairs of x [..., D] by the angles [..., D / 2]; ``rope`` says where a pair lies before and after."""
+    first, second = x.chunk(2, -1) if rope == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.stack(turned, -1).flatten(-2) if rope == "interleaved" else torch.cat(turned, -1)

@@ -82,7 +82,7 @@ class IndexerCache:
         layout: str = "bf16",
         device: torch.device | str = "cpu",
     ) -> "IndexerCache":
-        """A dense cache of zeros with ``num_pages`` pages of ``page_size`` tokens; ``dtype`` counts for "bf16" alone."""
+        """A dense cache of zeros with ``num_pages`` pages of ``page_size`` tokens; ``dtype`` is that of "bf16"."""
         check_int("num_pages", num_pages, 0)
         check_int("page_size", page_size, 1)
         check_choice("layout", layout, LAYOUTS)
@@ -127,9 +127,9 @@ class IndexerCache:
 
 
 def check_head_dim(head_dim) -> None:
-    check_int("head_dim", head_dim, 16, 256)
+    check_int("head_dim", head_dim, 32, 256)
     if head_dim & (head_dim - 1):
-        raise ValueError(f"head_dim: got {head_dim}, powers of two from 16 to 256 are accepted")
+        raise ValueError(f"head_dim: got {head_dim}, powers of two from 32 to 256 are accepted")
 
 
 def check_indexer_cache(cache) -> None:
