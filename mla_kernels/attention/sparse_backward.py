@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from mla_kernels.attention.sparse_gradients import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
 from mla_kernels.cpu.sparse import sparse_mla_prefill_backward as cpu_sparse_mla_prefill_backward
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -25,10 +26,10 @@ WORKSPACE = 256 << 20  # bytes of pick gradients held at once, where one token d
 
 @triton.jit
 def sparse_gate_kernel(
-    out_ptr, out_grad_ptr, lse_ptr, lse_grad_ptr, sink_ptr, gate_ptr, shift_ptr, sink_grad_ptr, heads, work,
+    out_ptr, out_grad_ptr, lse_ptr, lse_grad_ptr, sink_ptr, gate_ptr, shift_ptr, sink_grad_ptr, scale, heads, work,
     LATENT: tl.constexpr, SINK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Per query row: g, shift, and what it gives to the sink's gradient. Item: BLOCK_R heads of a token."""
+    """Per query row: g, scale * shift, and what it gives to the sink's gradient. Item: BLOCK_R heads of a token."""
     line = tl.arange(0, BLOCK_R)
     tile = line[:, None] * LATENT + tl.arange(0, LATENT)[None, :]
     head_tiles = tl.cdiv(heads, BLOCK_R)
@@ -46,153 +47,10 @@ def sparse_gate_kernel(
             seen = lse > float("-inf")
             gate = tl.where(seen, 1.0 / (1.0 + tl.exp(sink - tl.where(seen, lse, 0.0))), 1.0)
             tl.store(gate_ptr + first + line, gate, mask=inside)
-            tl.store(shift_ptr + first + line, gate * delta - lse_grad, mask=inside)
+            tl.store(shift_ptr + first + line, (gate * delta - lse_grad) * scale, mask=inside)
             tl.store(sink_grad_ptr + first + line, (gate - 1.0) * delta, mask=inside)
         else:
-            tl.store(shift_ptr + first + line, delta - lse_grad, mask=inside)
-
-
-@triton.jit
-def sparse_query_grad_kernel(
-    q_ptr, kv_ptr, indices_ptr, lengths_ptr, out_grad_ptr, lse_ptr, gate_ptr, shift_ptr, q_grad_ptr,
-    scale, score_scale, q_stride, head_stride, kv_stride, index_stride, heads, num_rows, top_k, work,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, SINK: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """d q of BLOCK_H heads of a token, over all its picks. An item is token * head tiles + head tile."""
-    line = tl.arange(0, BLOCK_H)
-    key = tl.arange(0, BLOCK_N)
-    latent_column = tl.arange(0, LATENT)
-    head_tiles = tl.cdiv(heads, BLOCK_H)
-    item_end = tl.program_id(0) + 1
-    item_step = 1
-    if PERSISTENT:
-        item_end = work
-        item_step = tl.num_programs(0)
-    for item in range(tl.program_id(0), item_end, item_step):
-        head = (item % head_tiles) * BLOCK_H
-        token = item // head_tiles
-        end = top_k
-        if LENGTHS:
-            end = tl.minimum(tl.load(lengths_ptr + token), top_k)
-        inside = line < heads - head
-        row = tl.cast(token, tl.int64) * heads + head
-        q_rows = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(head, tl.int64) * head_stride
-        q_rows += line[:, None] * head_stride
-        q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-        grads = out_grad_ptr + row * LATENT + line[:, None] * LATENT + latent_column[None, :]
-        out_grad = tl.load(grads, mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-        lse = tl.load(lse_ptr + row + line, mask=inside, other=0.0)
-        lse = tl.where(lse > float("-inf"), lse * 1.4426950408889634, 0.0)
-        shift = tl.load(shift_ptr + row + line, mask=inside, other=0.0)
-        if SINK:
-            gate = tl.load(gate_ptr + row + line, mask=inside, other=0.0)
-            out_grad = (out_grad.to(tl.float32) * gate[:, None]).to(q_latent.dtype)
-        latent_grad = tl.zeros([BLOCK_H, LATENT], tl.float32)
-        if ROPE > 0:
-            rope_column = tl.arange(0, ROPE)
-            q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
-            rope_grad = tl.zeros([BLOCK_H, ROPE], tl.float32)
-        indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
-        for first in range(0, end, BLOCK_N):
-            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
-            seen = (slot >= 0) & (slot < num_rows)
-            slot = tl.minimum(tl.maximum(slot, 0), num_rows - 1)
-            if WIDE:
-                slot = slot.to(tl.int64)
-            rows = kv_ptr + (slot * kv_stride)[:, None]
-            latent = tl.load(rows + latent_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, LATENT]
-            if ROPE > 0:
-                rope = tl.load(rows + LATENT + rope_column[None, :], mask=seen[:, None], other=0.0)
-                scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-            else:
-                scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-            weights = tl.where(seen[None, :], tl.exp2(scores * score_scale - lse[:, None]), 0.0)
-            toward = tl.dot(out_grad, tl.trans(latent), input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-            scores_grad = (weights * (toward - shift[:, None]) * scale).to(latent.dtype)
-            latent_grad = tl.dot(scores_grad, latent, latent_grad, input_precision="ieee")
-            if ROPE > 0:
-                rope_grad = tl.dot(scores_grad, rope, rope_grad, input_precision="ieee")
-        target = q_grad_ptr + row * (LATENT + ROPE) + line[:, None] * (LATENT + ROPE)
-        tl.store(target + latent_column[None, :], latent_grad.to(q_latent.dtype), mask=inside[:, None])
-        if ROPE > 0:
-            tl.store(target + LATENT + rope_column[None, :], rope_grad.to(q_latent.dtype), mask=inside[:, None])
-
-
-@triton.jit
-def sparse_pick_grad_kernel(
-    q_ptr, kv_ptr, indices_ptr, lengths_ptr, out_grad_ptr, lse_ptr, gate_ptr, shift_ptr, picks_ptr,
-    scale, score_scale, q_stride, head_stride, kv_stride, index_stride, heads, num_rows, top_k, work,
-    LATENT: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, SINK: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """What BLOCK_N picks of a token give to the gradients of their rows: picks [tokens, top_k, LATENT + ROPE].
-
-    An item is token * pick tiles + pick tile; it goes over the heads, BLOCK_H at a time.
-    """
-    line = tl.arange(0, BLOCK_H)
-    key = tl.arange(0, BLOCK_N)
-    latent_column = tl.arange(0, LATENT)
-    pick_tiles = tl.cdiv(top_k, BLOCK_N)
-    item_end = tl.program_id(0) + 1
-    item_step = 1
-    if PERSISTENT:
-        item_end = work
-        item_step = tl.num_programs(0)
-    for item in range(tl.program_id(0), item_end, item_step):
-        first = (item % pick_tiles) * BLOCK_N
-        token = item // pick_tiles
-        end = top_k
-        if LENGTHS:
-            end = tl.minimum(tl.load(lengths_ptr + token), top_k)
-        if first < end:
-            indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
-            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
-            seen = (slot >= 0) & (slot < num_rows)
-            slot = tl.minimum(tl.maximum(slot, 0), num_rows - 1)
-            if WIDE:
-                slot = slot.to(tl.int64)
-            rows = kv_ptr + (slot * kv_stride)[:, None]
-            latent = tl.load(rows + latent_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, LATENT]
-            latent_grad = tl.zeros([BLOCK_N, LATENT], tl.float32)
-            if ROPE > 0:
-                rope_column = tl.arange(0, ROPE)
-                rope = tl.load(rows + LATENT + rope_column[None, :], mask=seen[:, None], other=0.0)
-                rope_grad = tl.zeros([BLOCK_N, ROPE], tl.float32)
-            q_base = q_ptr + tl.cast(token, tl.int64) * q_stride
-            for head in range(0, heads, BLOCK_H):
-                inside = line < heads - head
-                row = tl.cast(token, tl.int64) * heads + head
-                q_rows = q_base + tl.cast(head, tl.int64) * head_stride + line[:, None] * head_stride
-                q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)
-                grads = out_grad_ptr + row * LATENT + line[:, None] * LATENT + latent_column[None, :]
-                out_grad = tl.load(grads, mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-                lse = tl.load(lse_ptr + row + line, mask=inside, other=0.0)
-                lse = tl.where(lse > float("-inf"), lse * 1.4426950408889634, 0.0)
-                shift = tl.load(shift_ptr + row + line, mask=inside, other=0.0)
-                if SINK:
-                    gate = tl.load(gate_ptr + row + line, mask=inside, other=0.0)
-                    out_grad = (out_grad.to(tl.float32) * gate[:, None]).to(q_latent.dtype)
-                if ROPE > 0:
-                    q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
-                    scores = tl.dot(rope, tl.trans(q_rope), input_precision="ieee")
-                    scores = tl.dot(latent, tl.trans(q_latent), scores, input_precision="ieee")  # [BLOCK_N, BLOCK_H]
-                else:
-                    scores = tl.dot(latent, tl.trans(q_latent), input_precision="ieee")
-                weights = tl.where(inside[None, :], tl.exp2(scores * score_scale - lse[None, :]), 0.0)
-                toward = tl.dot(latent, tl.trans(out_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_H]
-                scores_grad = (weights * (toward - shift[None, :]) * scale).to(latent.dtype)
-                latent_grad = tl.dot(scores_grad, q_latent, latent_grad, input_precision="ieee")
-                latent_grad = tl.dot(weights.to(latent.dtype), out_grad, latent_grad, input_precision="ieee")
-                if ROPE > 0:
-                    rope_grad = tl.dot(scores_grad, q_rope, rope_grad, input_precision="ieee")
-            target = picks_ptr + (tl.cast(token, tl.int64) * top_k + first) * (LATENT + ROPE)
-            target += key[:, None] * (LATENT + ROPE)
-            stored = key < end - first
-            tl.store(target + latent_column[None, :], latent_grad.to(latent.dtype), mask=stored[:, None])
-            if ROPE > 0:
-                tl.store(target + LATENT + rope_column[None, :], rope_grad.to(latent.dtype), mask=stored[:, None])
+            tl.store(shift_ptr + first + line, (delta - lse_grad) * scale, mask=inside)
 
 
 @triton.jit
@@ -231,60 +89,6 @@ def _gate_rule(chip, dtype, statics, sizes):
     return {"BLOCK_R": max(1, (2048 if chip.is_gpu else 4096) // statics["LATENT"]), "num_warps": 4, "num_stages": 2}
 
 
-def _grad_rule(chip, dtype, statics, sizes):
-    """Tiles whose two accumulators and operands stay on chip; checked by compiling for every chip."""
-    heads = sizes["heads"]
-    tile = {"BLOCK_H": 16, "BLOCK_N": 16, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
-    if chip.is_gpu and dtype != "fp32" and heads > 16:
-        tile |= {"BLOCK_H": 32, "BLOCK_N": 32, "num_warps": 8}
-    return tile
-
-
-def _grad_memory(chip, dtype, statics, tile):
-    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, latent, width = DTYPE_BYTES[dtype], statics["LATENT"], statics["LATENT"] + statics["ROPE"]
-    block_h, block_n = tile["BLOCK_H"], tile["BLOCK_N"]
-    heads, rows = block_h * (width + latent) * size, block_n * width * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        return {"UB": 5 * block_h * width * 2 + misfit, "L1": 2 * (heads + rows), "L0C": block_h * width * 4}
-    return {"shared": max(heads, rows) + misfit}
-
-
-def _grad_cost(dtype, statics, sizes):
-    """Of either kernel: scores and their gradients are computed in both, then d q in one and d k in the other."""
-    tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
-    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    return Cost(
-        flops=2.0 * tokens * heads * top_k * (2 * width + latent),
-        bytes=tokens * (heads * ((2 * width + latent) * size + 8) + top_k * (width * size + 4)),
-    )
-
-
-def _grad_work(dtype, statics, sizes, tile):
-    cost = _grad_cost(dtype, statics, sizes)
-    programs = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"])
-    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
-
-
-def _pick_cost(dtype, statics, sizes):
-    tokens, top_k = sizes["tokens"], sizes["top_k"]
-    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    cost = _grad_cost(dtype, statics, sizes)
-    written = tokens * top_k * width * size
-    return Cost(
-        flops=cost.flops + 2.0 * tokens * sizes["heads"] * top_k * latent,
-        bytes=cost.bytes - tokens * sizes["heads"] * width * size + written,
-        workspace=written,
-    )
-
-
-def _pick_work(dtype, statics, sizes, tile):
-    cost = _pick_cost(dtype, statics, sizes)
-    programs = sizes["tokens"] * -(-sizes["top_k"] // tile["BLOCK_N"])
-    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
-
-
 def _rows_work(cost):
     """Work of a kernel without a dot: its cost over the items of a tile."""
 
@@ -307,51 +111,13 @@ def _sum_cost(dtype, statics, sizes):
     return Cost(flops=1.0 * sizes["picks"] * width, bytes=read + sizes["rows"] * (2 * width * 4 + 4))
 
 
-_STRIDES = dict.fromkeys(("q_stride", "head_stride", "kv_stride", "index_stride"), "i32:16")
-_INPUTS = {
-    "q_ptr": "*T",
-    "kv_ptr": "*T",
-    "indices_ptr": "*i32",
-    "lengths_ptr": "*i32",
-    "out_grad_ptr": "*T",
-    "lse_ptr": "*fp32",
-    "gate_ptr": "*fp32",
-    "shift_ptr": "*fp32",
-}
-_SIZES = {
-    "scale": "fp32",
-    "score_scale": "fp32",
-    **_STRIDES,
-    **dict.fromkeys(("heads", "num_rows", "top_k", "work"), "i32"),
-}
-_GRAD_STATICS = ("LATENT", "ROPE", "WIDE", "LENGTHS", "SINK")
-_GRAD_TILES = {
-    "BLOCK_H": (16, 32, 64),
-    "BLOCK_N": (16, 32, 64),
-    "PERSISTENT": (0, 1),
-    "num_warps": (4, 8),
-    "num_stages": (1, 2),
-}
-_GRAD_CASES = (
-    Case(
-        "v32",
-        {"LATENT": 512, "ROPE": 64, "WIDE": False, "LENGTHS": False, "SINK": False},
-        {"tokens": 100, "heads": 128, "top_k": 2048},
-    ),
-    Case(
-        "v32_tp8",
-        {"LATENT": 512, "ROPE": 64, "WIDE": False, "LENGTHS": False, "SINK": True},
-        {"tokens": 100, "heads": 16, "top_k": 2048},
-        ("bf16",),
-    ),
-)
-
 SPARSE_GATE = Kernel(
     sparse_gate_kernel,
     arguments={
         "out_ptr": "*T",
         "out_grad_ptr": "*T",
         **dict.fromkeys(("lse_ptr", "lse_grad_ptr", "sink_ptr", "gate_ptr", "shift_ptr", "sink_grad_ptr"), "*fp32"),
+        "scale": "fp32",
         "heads": "i32",
         "work": "i32",
     },
@@ -365,32 +131,6 @@ SPARSE_GATE = Kernel(
     work=_rows_work(_gate_cost),
     cases=(Case("v32", {"LATENT": 512, "SINK": True}, {"rows": 1024 * 128}),),
     uses_dot=False,
-)
-
-SPARSE_QUERY_GRAD = Kernel(
-    sparse_query_grad_kernel,
-    arguments={**_INPUTS, "q_grad_ptr": "*T", **_SIZES},
-    statics=_GRAD_STATICS,
-    tiles=_GRAD_TILES,
-    rule=_grad_rule,
-    memory=_grad_memory,
-    cost=_grad_cost,
-    work=_grad_work,
-    cases=_GRAD_CASES,
-    uses_dot=True,
-)
-
-SPARSE_PICK_GRAD = Kernel(
-    sparse_pick_grad_kernel,
-    arguments={**_INPUTS, "picks_ptr": "*T", **_SIZES},
-    statics=_GRAD_STATICS,
-    tiles=_GRAD_TILES,
-    rule=_grad_rule,
-    memory=_grad_memory,
-    cost=_pick_cost,
-    work=_pick_work,
-    cases=_GRAD_CASES,
-    uses_dot=True,
 )
 
 SPARSE_ROW_SUM = Kernel(
@@ -436,7 +176,9 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
     statics = {"LATENT": latent_dim, "SINK": sink is not None}
     tile = SPARSE_GATE.tile_for(chip, dtype, statics, {"rows": tokens * heads})
     work = tokens * -(-heads // tile["BLOCK_R"])
-    args = out, out_grad, lse, lse_grad, lse if sink is None else sink, gate, shift, sink_grad, heads, work
+    args = (
+        out, out_grad, lse, lse_grad, lse if sink is None else sink, gate, shift, sink_grad, softmax_scale, heads, work,
+    )  # fmt: skip
     SPARSE_GATE.launch(chip, work, args, statics, tile)
 
     wide = (num_rows - 1) * kv.stride(0) + width >= 1 << 31
@@ -460,9 +202,9 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
             softmax_scale, softmax_scale / math.log(2.0), q.stride(0), q.stride(1), kv.stride(0), indices.stride(0),
             heads, num_rows, top_k,
         )  # fmt: skip
-        work = count * -(-heads // query_tile["BLOCK_H"])
+        work = count * -(-heads // query_tile["BLOCK_H"]) * query_tile["VALUE_TILES"]
         SPARSE_QUERY_GRAD.launch(chip, work, (*given, q_grad[chunk], *sizes, work), statics, query_tile)
-        work = count * -(-top_k // pick_tile["BLOCK_N"])
+        work = count * -(-top_k // pick_tile["BLOCK_N"]) * pick_tile["VALUE_TILES"]
         SPARSE_PICK_GRAD.launch(chip, work, (*given, picks, *sizes, work), statics, pick_tile)
         order, offsets = _order(indices[chunk], lengths, num_rows)
         SPARSE_ROW_SUM.launch(chip, num_rows, (picks, order, offsets, kv_grad, num_rows), sum_statics, sum_tile)

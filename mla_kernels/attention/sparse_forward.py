@@ -178,9 +178,11 @@ def _rule(chip, dtype, statics, sizes):
     small = dtype == "fp32" or heads <= 16
     tile = {"PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
     if chip.vendor == "ascend":  # rows are gathered through UB
-        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
+        tight = dtype == "fp32" or (statics["LAYOUT"] == "fp8_v32" and chip.memory["UB"] < 200 << 10)
+        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if tight else 32}
     elif chip.vendor == "amd":
-        tile |= {"BLOCK_H": 16 if small else 32, "BLOCK_N": 16 if dtype == "fp32" else 32, "num_stages": 1}
+        small, tight = small or quantised, dtype == "fp32" or quantised
+        tile |= {"BLOCK_H": 16 if small else 32, "BLOCK_N": 16 if tight else 32, "num_stages": 1}
     elif small:
         tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
     else:
