@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.indexer_cache import IndexerCache
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
@@ -24,9 +25,10 @@ try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    from mla_kernels.compat.transformers_attention import attention, keep_latents, kv_b_weight
+    from mla_kernels.compat.transformers_attention import attention, has_prefill, keep_latents, kv_b_weight
     from mla_kernels.compat.transformers_cache import LatentLayer
     from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_plain
+    from mla_kernels.compat.transformers_indexer import choose_slots, choose_slots_interleaved
 except ImportError as error:
     raise ImportError(
         "mla_kernels.compat.transformers needs transformers 5.15 or newer: pip install 'mla_kernels[transformers]'"
@@ -40,19 +42,33 @@ NAME = "mla_kernels"
 
 @dataclass(frozen=True)
 class Family:
-    """One model family of transformers: the names of its classes, and what replaces their methods."""
+    """One model family of transformers: the names of its classes, and what stands in for their methods."""
 
     base: str
-    attention: str
+    attention: str  # its expand_kv is replaced
     experts: str | None = None
     experts_forward: types.FunctionType | None = None  # where the class ignores transformers' ExpertsInterface
+    indexer: str | None = None
+    indexer_forward: types.FunctionType | None = None
 
 
 FAMILIES = (
     Family("DeepseekV2Model", "DeepseekV2Attention", "DeepseekV2Experts"),
     Family("DeepseekV3Model", "DeepseekV3Attention", "DeepseekV3Experts"),
-    Family("DeepseekV32Model", "DeepseekV32Attention", "DeepseekV32Experts"),
-    Family("GlmMoeDsaModel", "GlmMoeDsaAttention", "GlmMoeDsaExperts"),
+    Family(
+        "DeepseekV32Model",
+        "DeepseekV32Attention",
+        "DeepseekV32Experts",
+        indexer="DeepseekV32Indexer",
+        indexer_forward=choose_slots,
+    ),
+    Family(
+        "GlmMoeDsaModel",
+        "GlmMoeDsaAttention",
+        "GlmMoeDsaExperts",
+        indexer="GlmMoeDsaIndexer",
+        indexer_forward=choose_slots_interleaved,
+    ),
     Family("Glm4MoeLiteModel", "Glm4MoeLiteAttention", "Glm4MoeLiteExperts"),
     Family("MiniCPM3Model", "MiniCPM3Attention"),
     Family("Mistral4Model", "Mistral4Attention", "Mistral4Experts"),
@@ -79,8 +95,12 @@ def enable(model):
     before, up to rounding. A cache that transformers filled is taken over. What runs where:
 
     - The cache is paged latents (``LatentLayer``), without room for padding.
-    - Up to ``DECODE_TOKENS`` new tokens a sequence attend with ``mla_decode`` in the latent space. More are a prefill,
-      and forwards without a cache or with gradients are training: both use transformers' sdpa on expanded K and V.
+    - Up to ``DECODE_TOKENS`` new tokens a sequence attend with ``mla_decode`` in the latent space. More are a prefill:
+      ``mla_prefill`` over expanded K and V, or transformers' sdpa where that op has no tiles for the head's widths.
+    - An indexer's scores and choice run in ``select_slots`` over paged indexer keys. Past its top_k, tokens attend
+      with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key.
+    - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
+      else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
     - Experts run in ``fused_moe``; with gradients in transformers' own code, since ``fused_moe`` has no backward.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
@@ -93,7 +113,8 @@ def enable(model):
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read.
         NotImplementedError: experts that are not plain SwiGLU, sliding windows, methods that another library has
             replaced, or a transformers without ``expand_kv``.
-        ValueError: a latent or rope width that is no power of two of at least 16.
+        ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
+            from 16 to 256.
     """
     base = getattr(model, "base_model", None)
     family = _family(base)
@@ -154,6 +175,8 @@ def _family(base) -> Family | None:
 
 def _check_config(config) -> None:
     LatentCache.allocate(0, 64, latent_dim=config.kv_lora_rank, rope_dim=config.qk_rope_head_dim)
+    if hasattr(config, "index_head_dim"):
+        IndexerCache.allocate(0, 64, head_dim=config.index_head_dim)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "indexed_attention"}
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if kinds or window:
@@ -179,6 +202,8 @@ def _replacements(model, family: Family):
                 raise NotImplementedError(f"enable: {type(module).__name__} cannot be fused: {reason}")
             if family.experts_forward is not None:
                 yield module, "forward", types.MethodType(family.experts_forward, module)
+        elif _is_a(module, family.indexer):
+            yield module, "forward", types.MethodType(family.indexer_forward, module)
 
 
 def _prepare_cache(base, args, kwargs):
@@ -191,7 +216,7 @@ def _prepare_cache(base, args, kwargs):
     if cache is None:
         return (), kwargs
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    tokens = inputs.shape[1]
+    batch, tokens = inputs.shape[:2]
     mask, past = kwargs.get("attention_mask"), cache.get_seq_length()
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -200,6 +225,16 @@ def _prepare_cache(base, args, kwargs):
         raise ValueError(f"attention_mask: got {mask.shape[1]} tokens, {past} past and {tokens} new ones are accepted")
     mask = None if mask is None else mask.to(torch.bool)
     _adopt(cache, base.config.num_hidden_layers, None if mask is None else mask[:, :past])
+    if hasattr(base.config, "index_topk") and len({layer.page_size for layer in cache.layers}) > 1:
+        raise ValueError("past_key_values: got layers of several page sizes, one is accepted with an indexer")
+    differentiable = torch.is_grad_enabled() and (
+        inputs.requires_grad or any(parameter.requires_grad for parameter in base.parameters())
+    )
+    if past and differentiable:
+        raise NotImplementedError(
+            "past_key_values: the latent cache keeps no gradients: pass use_cache=False to train, or decode under "
+            "torch.no_grad()"
+        )
     first = cache.layers[0]
     if mask is None and first.kept is not None:
         raise ValueError("attention_mask: got None, but the cache holds padding; pass the mask of all tokens")
@@ -209,7 +244,12 @@ def _prepare_cache(base, args, kwargs):
             raise ValueError("attention_mask: it masks cached tokens in another way than when they were stored")
     new = None if mask is None or bool(mask[:, past:].all()) else mask[:, past:]
     for layer in cache.layers:
-        layer.expect(new if new is None else new.to(getattr(layer, "device", new.device)))
+        kept = None if new is None else new.to(getattr(layer, "device", new.device))
+        layer.expect(kept, differentiable=differentiable)
+    if not differentiable and has_prefill(base.config):
+        # These ops know what is causal and what is padding. In place of transformers' [batch, 1, tokens, keys], a view.
+        keys = torch.ones(1, 1, dtype=torch.bool, device=inputs.device) if mask is None else mask
+        kwargs["attention_mask"] = keys[:, None, None].expand(batch, 1, tokens, past + tokens)
     return (), kwargs
 
 

@@ -1,10 +1,15 @@
 """The attention function that :mod:`mla_kernels.compat.transformers` registers with transformers."""
 
+import functools
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.prefill import check_widths, mla_prefill
+from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.compat.transformers_cache import even_starts, starts
 from mla_kernels.nn import absorb_query, expand_output
 
 DECODE_TOKENS = 16
@@ -16,46 +21,145 @@ saves their expansion, which is shared by the queries of one call.
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, indices=None, **kwargs):
-    """transformers' attention function: ``mla_decode`` for a few new tokens, sdpa on expanded K and V otherwise.
+    """transformers' attention function.
 
     query [batch, heads, tokens, nope + rope]; key and value are what ``LatentLayer.update`` returned; ``indices`` int32
-    [batch, tokens, top_k] the keys that an indexer chose, where the model has one. Returns [batch, tokens, heads, v].
+    [batch, tokens, top_k] is the choice of an indexer, where the model has one. Returns [batch, tokens, heads, v].
     """
     options = dict(scaling=scaling, dropout=dropout, **kwargs)
     if "expand_kv" not in vars(module):  # not an enabled module: K and V arrive expanded
         return _sdpa(module, query, key, value, attention_mask, indices, options)
     layer = getattr(key, "latent_layer", None)
-    tokens = query.shape[2]
-    wants_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    sparse = indices is not None and indices.shape[-1] < (layer.length if layer else key.shape[2])
-    if layer is None or tokens > DECODE_TOKENS or layer._new_kept is not None or wants_gradient or sparse:
-        if layer is not None and layer.length > tokens:
-            if wants_gradient:
-                raise NotImplementedError("the latent cache keeps no gradients: pass use_cache=False to train")
-            key, value = layer.keys, layer.values
+    if layer is None or layer.differentiable:
+        if attention_mask is None and indices is None and dropout == 0 and has_prefill(module):
+            tokens = even_starts(query.shape[0], query.shape[2], query.device)
+            q, latents, rotated = query.transpose(1, 2).flatten(0, 1), key.flatten(0, 2), value.flatten(0, 2)
+            out = _prefill(module, q, latents, rotated, tokens, tokens, query.shape[2], query.shape[2], scaling)
+            return out.unflatten(0, (query.shape[0], query.shape[2])), None
         keys, values = type(module).expand_kv(module, key, value)
         return _sdpa(module, query, keys, values, attention_mask, indices, options)
-    return _decode(module, query, layer, float(scaling)), None
+    if dropout > 0:
+        raise NotImplementedError(
+            f"attention dropout: got {dropout} with a cache and without gradients; call model.eval(), or pass "
+            "use_cache=False"
+        )
+    few = query.shape[2] <= DECODE_TOKENS and layer.new_kept is None
+    if indices is not None and indices.shape[-1]:
+        return (_sparse_decode if few else _sparse_prefill)(module, query, layer, indices, scaling), None
+    if few:
+        return _decode(module, query, layer, scaling), None
+    if has_prefill(module):
+        return _cached_prefill(module, query, key, value, layer, scaling), None
+    if layer.length > query.shape[2]:
+        key, value = layer.keys, layer.values
+    keys, values = type(module).expand_kv(module, key, value)
+    return _sdpa(module, query, keys, values, attention_mask, None, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Expanded K and V
 
 
 def _sdpa(module, query, keys, values, attention_mask, indices, options):
     """transformers' own attention, over the keys in ``indices`` only where an indexer chose."""
     if indices is not None and indices.shape[-1] < keys.shape[2]:
-        batch, tokens = indices.shape[:2]
-        chosen = torch.zeros(batch, tokens, keys.shape[2], dtype=torch.bool, device=keys.device)
-        chosen = chosen.scatter(-1, indices.long(), True)[:, None]  # [batch, 1, tokens, keys]
-        attention_mask = chosen & attention_mask
+        shape = (*indices.shape[:2], keys.shape[2])
+        chosen = torch.zeros(shape, dtype=torch.bool, device=keys.device).scatter(-1, indices.long(), True)
+        attention_mask = chosen[:, None] & attention_mask  # [batch, 1, tokens, keys]
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, attention_mask, **options)
 
 
-def _decode(module, query, layer, softmax_scale: float) -> torch.Tensor:
-    """Attend to the whole latent cache without expanding it: [batch, tokens, heads, v]."""
+def has_prefill(module) -> bool:
+    """Whether ``mla_prefill`` has tiles for the widths of this module's heads."""
+    return _has_prefill(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
+
+
+@functools.cache
+def _has_prefill(nope: int, rope: int, value: int) -> bool:
+    try:
+        check_widths(nope, rope, value)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _prefill(module, q, latents, rotated, starts_q, starts_k, longest_q: int, longest_k: int, scaling):
+    """q [Tq, heads, nope + rope] over latents [Tk, latent] and rotated keys [Tk, rope]: [Tq, heads, v]."""
     nope = module.qk_nope_head_dim
-    kv_b = kv_b_weight(module).view(query.shape[1], -1, module.kv_lora_rank)  # [heads, nope + v, latent]
-    q_nope, q_rope = query.split((nope, query.shape[-1] - nope), -1)
-    q = torch.cat((absorb_query(q_nope.transpose(1, 2), kv_b), q_rope.transpose(1, 2)), -1)
-    out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=softmax_scale, causal=True)
-    return expand_output(out, kv_b, nope)
+    expanded = module.kv_b_proj(latents).unflatten(-1, (q.shape[1], -1))  # [Tk, heads, nope + v]
+    out, _ = mla_prefill(
+        q, expanded[..., :nope], expanded[..., nope:], starts_q, starts_k, max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k, softmax_scale=float(scaling), k_rope=rotated,
+    )  # fmt: skip
+    return out
+
+
+def _cached_prefill(module, query, key, value, layer, scaling) -> torch.Tensor:
+    """A prefill, or a chunk of one over what is cached: sequences end to end, padding left out."""
+    q, starts_q = _packed_queries(query, layer)
+    if layer.length > query.shape[2]:
+        rows, starts_k = layer.packed()
+        latents, rotated = rows.split((layer.cache.latent_dim, layer.cache.rope_dim), -1)
+    else:
+        latents, rotated = (_pack(part[:, 0], layer) for part in (key, value))
+        starts_k = starts_q
+    out = _prefill(module, q, latents, rotated, starts_q, starts_k, query.shape[2], layer.length, scaling)
+    return _unpack(out, query, layer)
+
+
+def _pack(tokens: torch.Tensor, layer) -> torch.Tensor:
+    """[batch, tokens, ...] -> the real tokens of all sequences end to end."""
+    return tokens.flatten(0, 1) if layer.new_kept is None else tokens[layer.new_kept]
+
+
+def _packed_queries(query, layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real queries [Tq, heads, nope + rope], and where each sequence's start."""
+    if layer.new_kept is not None:
+        return _pack(query.transpose(1, 2), layer), starts(layer.new_kept.sum(-1))
+    where = even_starts(query.shape[0], query.shape[2], query.device)
+    return _pack(query.transpose(1, 2), layer), where
+
+
+def _unpack(out, query, layer) -> torch.Tensor:
+    """[Tq, heads, v] -> [batch, tokens, heads, v], zeros for padding."""
+    batch, _, tokens, _ = query.shape
+    if layer.new_kept is None:
+        return out.unflatten(0, (batch, tokens))
+    padded = out.new_zeros(batch, tokens, *out.shape[1:])
+    padded[layer.new_kept] = out
+    return padded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the latent space
+
+
+def _absorb(module, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [..., heads, nope + rope] -> absorbed [..., heads, latent + rope]; and kv_b [heads, nope + v, latent]."""
+    kv_b = kv_b_weight(module).view(q.shape[-2], -1, module.kv_lora_rank)
+    q_nope, q_rope = q.split((module.qk_nope_head_dim, module.qk_rope_head_dim), -1)
+    return torch.cat((absorb_query(q_nope, kv_b), q_rope), -1), kv_b
+
+
+def _decode(module, query, layer, scaling) -> torch.Tensor:
+    q, kv_b = _absorb(module, query.transpose(1, 2))
+    out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=float(scaling), causal=True)
+    return expand_output(out, kv_b, module.qk_nope_head_dim)
+
+
+def _sparse_decode(module, query, layer, slots, scaling) -> torch.Tensor:
+    q, kv_b = _absorb(module, query.transpose(1, 2))
+    out, _ = sparse_mla_decode(q, layer.cache, slots, softmax_scale=float(scaling))
+    return expand_output(out, kv_b, module.qk_nope_head_dim)
+
+
+def _sparse_prefill(module, query, layer, slots, scaling) -> torch.Tensor:
+    q, kv_b = _absorb(module, _pack(query.transpose(1, 2), layer))
+    rows = layer.cache.data.flatten(0, 1)  # a slot is a row
+    out, _ = sparse_mla_prefill(
+        q, rows, _pack(slots, layer), softmax_scale=float(scaling), latent_dim=layer.cache.latent_dim
+    )
+    return _unpack(expand_output(out[None], kv_b, module.qk_nope_head_dim)[0], query, layer)
 
 
 def keep_latents(latents, rotated):

@@ -1,9 +1,11 @@
 """The cache layer that :mod:`mla_kernels.compat.transformers` puts into a transformers ``Cache``."""
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.indexer_cache import IndexerCache
 
 
 class LatentLayer(CacheLayerMixin):
@@ -12,8 +14,9 @@ class LatentLayer(CacheLayerMixin):
     Sequence ``b`` owns pages ``b * pages_per_seq`` to ``(b + 1) * pages_per_seq - 1``. Padding is counted in
     ``get_seq_length``, as transformers expects, but takes no slot: with the mask ``[[0, 0, 1, 1], [1, 1, 1, 1]]`` and 4
     tokens a page, tokens 2 and 3 of sequence 0 lie in slots 0 and 1, sequence 1 in slots 4 to 7, and ``seq_lens`` is
-    ``[2, 4]``. ``enable`` installs these layers by itself; ``Cache(layers=[LatentLayer(page_size=128), ...])`` chooses
-    another page size.
+    ``[2, 4]``. An indexer's keys, where the model has one, lie in the same slots of an :class:`IndexerCache`.
+    ``enable`` installs these layers by itself; ``Cache(layers=[LatentLayer(page_size=128), ...])`` chooses another
+    page size.
     """
 
     is_croppable = True
@@ -27,16 +30,18 @@ class LatentLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token and release the pages."""
         self.cache: LatentCache | None = None
+        self.index_cache: IndexerCache | None = None
         self.block_table = self.seq_lens = None  # int32 [batch, pages_per_seq], int32 [batch]
         self.length = 0  # tokens seen, padding included
         self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
-        self.indexer_keys: torch.Tensor | None = None  # [batch, length, index_head_dim], padding included
+        self.new_kept: torch.Tensor | None = None  # bool [batch, tokens], the same of the newest tokens
+        self.differentiable = False  # whether the forward that stores the newest tokens records gradients
         self.is_initialized = False
         self._expected = False
 
-    def expect(self, kept: torch.Tensor | None) -> None:
+    def expect(self, kept: torch.Tensor | None, *, differentiable: bool = False) -> None:
         """Say which of the next ``update``'s tokens are real (bool [batch, tokens]); None: all of them."""
-        self._expected, self._new_kept = True, kept
+        self._expected, self.new_kept, self.differentiable = True, kept, differentiable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, latent_dim = key_states.shape
@@ -71,48 +76,63 @@ class LatentLayer(CacheLayerMixin):
         if batch != self.seq_lens.shape[0]:
             raise ValueError(f"LatentLayer.update: got a batch of {batch}, the cache holds {self.seq_lens.shape[0]}")
         self._reserve(self.length + tokens)
-        new = torch.cat((key_states.detach()[:, 0], value_states.detach()[:, 0]), -1)  # [batch, tokens, width]
-        rows = self._rows()
-        if self.kept is None and self._new_kept is None:
-            rows[:, self.length : self.length + tokens] = new
-            self.seq_lens += tokens
-        else:
-            self._store_padded(rows, new)
-        self.length += tokens
+        self._count(batch, tokens)
+        self._store(self._rows(), torch.cat((key_states.detach()[:, 0], value_states.detach()[:, 0]), -1))
         key_states.latent_layer = self
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
-        """Store the indexer's keys ``[batch, tokens, index_head_dim]`` and return those of every token so far."""
-        new = indexer_key_states.detach()
-        self.indexer_keys = new if self.indexer_keys is None else torch.cat((self.indexer_keys, new), 1)
-        return self.indexer_keys
+        """Store the indexer's keys ``[batch, tokens, head_dim]`` of the tokens that ``update`` stored last.
 
-    def _store_padded(self, rows: torch.Tensor, new: torch.Tensor) -> None:
+        Returns the keys of every token so far, as transformers keeps them: ``[batch, length, head_dim]``.
+        """
+        new = indexer_key_states.detach()
+        if self.index_cache is None:
+            shape = (self.cache.num_pages, self.page_size, new.shape[-1])
+            self.index_cache = IndexerCache(new.new_zeros(shape), new.shape[-1])
+        self._store(self._index_rows(), new)
+        return indexer_key_states if new.shape[1] == self.length else self.indexer_keys
+
+    def _count(self, batch: int, tokens: int) -> None:
+        """Take the newest tokens into ``length``, ``kept`` and ``seq_lens``."""
+        if self.kept is not None or self.new_kept is not None:
+            old, new = self.kept, self.new_kept
+            if old is None:
+                old = torch.ones(batch, self.length, dtype=torch.bool, device=self.device)
+            if new is None:
+                new = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
+            self.kept = torch.cat((old, new), -1)
+        self.seq_lens += tokens if self.new_kept is None else self.new_kept.sum(-1, dtype=torch.int32)
+        self.length += tokens
+
+    def _store(self, rows: torch.Tensor, new: torch.Tensor) -> None:
+        """Put the newest tokens, ``[batch, tokens, width]`` and counted already, into ``[batch, slots, width]``."""
         batch, tokens, _ = new.shape
         if self.kept is None:
-            self.kept = torch.ones(batch, self.length, dtype=torch.bool, device=self.device)
+            rows[:, self.length - tokens : self.length] = new
+            return
         sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, tokens)
-        if self._new_kept is None:
-            offsets = self.seq_lens[:, None] + torch.arange(tokens, device=self.device)  # [batch, tokens]
+        kept = self.kept[:, self.length - tokens :]
+        offsets = self.seq_lens[:, None] - kept.sum(-1, keepdim=True) + kept.cumsum(-1) - 1  # [batch, tokens]
+        if self.new_kept is None:
             rows[sequence, offsets] = new
-            self.seq_lens += tokens
-            kept = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
         else:
-            kept = self._new_kept
-            offsets = self.seq_lens[:, None] + kept.cumsum(-1) - 1
             rows[sequence[kept], offsets[kept]] = new[kept]
-            self.seq_lens += kept.sum(-1, dtype=torch.int32)
-        self.kept = torch.cat((self.kept, kept), -1)
 
     def _rows(self) -> torch.Tensor:
         """The pages of each sequence end to end: [batch, slots of a sequence, width]."""
         return self.cache.data.view(self.seq_lens.shape[0], -1, self.cache.data.shape[-1])
 
-    def _set_rows(self, rows: torch.Tensor) -> None:
+    def _index_rows(self) -> torch.Tensor:
+        return self.index_cache.data.view(self.seq_lens.shape[0], -1, self.index_cache.head_dim)
+
+    def _set_rows(self, rows: torch.Tensor, index_rows: torch.Tensor | None) -> None:
         data = rows.reshape(-1, self.page_size, rows.shape[-1])
         self.cache = LatentCache(data, self.cache.latent_dim)
         self.block_table = torch.arange(data.shape[0], dtype=torch.int32, device=self.device).view(rows.shape[0], -1)
+        if index_rows is not None:
+            width = index_rows.shape[-1]
+            self.index_cache = IndexerCache(index_rows.reshape(-1, self.page_size, width), width)
 
     def _reserve(self, slots: int) -> None:
         """Room for ``slots`` tokens a sequence; grows by half, so that decoding copies each token a few times only."""
@@ -123,26 +143,43 @@ class LatentLayer(CacheLayerMixin):
         grown = self.cache.data.new_zeros(rows.shape[0], pages * self.page_size, self.cache.data.shape[-1])
         if rows.shape[1]:
             grown[:, : rows.shape[1]] = rows
-        self._set_rows(grown)
+        index_grown = None
+        if self.index_cache is not None:
+            index_rows = self._index_rows()
+            index_grown = index_rows.new_zeros(*grown.shape[:2], index_rows.shape[-1])
+            index_grown[:, : index_rows.shape[1]] = index_rows
+        self._set_rows(grown, index_grown)
 
-    def _gather(self) -> torch.Tensor:
-        """Every token where transformers keeps it, zeros for padding: [batch, 1, length, width]."""
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All sequences' tokens end to end, [tokens, width], and where each sequence starts, int32 [batch + 1]."""
         rows = self._rows()
         if self.kept is None:
-            return rows[:, None, : self.length]
+            return rows[:, : self.length].flatten(0, 1), even_starts(rows.shape[0], self.length, self.device)
+        real = torch.arange(rows.shape[1], device=self.device) < self.seq_lens[:, None]
+        return rows[real], starts(self.seq_lens)
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Every token where transformers keeps it, zeros for padding: [batch, length, width]."""
+        if self.kept is None:
+            return rows[:, : self.length]
         place = (self.kept.cumsum(-1) - 1).clamp(min=0)  # [batch, length]
         tokens = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[-1]))
-        return tokens.masked_fill(~self.kept[..., None], 0)[:, None]
+        return tokens.masked_fill(~self.kept[..., None], 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
         """The latents in transformers' layout, [batch, 1, length, latent]."""
-        return self._gather()[..., : self.cache.latent_dim] if self.length else None
+        return self._gather(self._rows())[:, None, :, : self.cache.latent_dim] if self.length else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """The rotated keys in transformers' layout, [batch, 1, length, rope]."""
-        return self._gather()[..., self.cache.latent_dim :] if self.length else None
+        return self._gather(self._rows())[:, None, :, self.cache.latent_dim :] if self.length else None
+
+    @property
+    def indexer_keys(self) -> torch.Tensor | None:
+        """The indexer's keys in transformers' layout, [batch, length, head_dim]."""
+        return None if self.index_cache is None else self._gather(self._index_rows())
 
     @property
     def bytes_per_token(self) -> int:
@@ -169,15 +206,12 @@ class LatentLayer(CacheLayerMixin):
             self.seq_lens -= self.kept[:, -remove:].sum(-1, dtype=torch.int32)
             self.kept = self.kept[:, :-remove]
         self.length -= remove
-        if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys[:, : self.length]
 
     def _rearrange(self, pick) -> None:
         if self.length:
-            self._set_rows(pick(self._rows()))
+            self._set_rows(pick(self._rows()), None if self.index_cache is None else pick(self._index_rows()))
             self.seq_lens = pick(self.seq_lens)
             self.kept = None if self.kept is None else pick(self.kept)
-            self.indexer_keys = None if self.indexer_keys is None else pick(self.indexer_keys)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -192,3 +226,13 @@ class LatentLayer(CacheLayerMixin):
         raise NotImplementedError("LatentLayer: the cache cannot be offloaded; use cache_implementation='dynamic'")
 
     prefetch = offload
+
+
+def starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where sequences of these lengths start when they lie end to end: [2, 3] gives int32 [0, 2, 5]."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def even_starts(batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """The same for ``batch`` sequences of one length."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -17,7 +17,7 @@ YARN = {
 }
 SIZES = dict(
     vocab_size=199, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4,
-    kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=24,
+    kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=48, v_head_dim=32,
     max_position_embeddings=512, pad_token_id=0, eos_token_id=None, bos_token_id=1,
 )  # fmt: skip
 EXPERTS = dict(
@@ -56,6 +56,7 @@ VARIANTS = {
     "v3 half rope": ("DeepseekV3", {"rope_interleave": False}),
     "v3 yarn": ("DeepseekV3", {"rope_parameters": YARN}),
     "v2": ("DeepseekV2", {"q_lora_rank": None}),
+    "v2 no tiles": ("DeepseekV2", {"v_head_dim": 24}),
     "v2 groups yarn": ("DeepseekV2", {"topk_method": "group_limited_greedy", "rope_parameters": YARN}),
 }
 VOCABULARY = SIZES["vocab_size"]

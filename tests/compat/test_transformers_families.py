@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-from mla_kernels.compat import transformers_attention, transformers_experts
 from mla_kernels.compat.transformers import FAMILIES as TABLE
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
 from tests.compat.models import FAMILIES, GEOMETRY, VOCABULARY, fast_cpu, tiny
@@ -19,23 +18,6 @@ INDEXED = ("DeepseekV32", "GlmMoeDsa")
 def _fast_cpu():
     with fast_cpu():
         yield
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often each op ran."""
-    counts = {"mla_decode": 0, "fused_moe": 0}
-
-    def counting(name, op):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name, module in (("mla_decode", transformers_attention), ("fused_moe", transformers_experts)):
-        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
-    return counts
 
 
 def _eager(family, **changes):
@@ -73,12 +55,13 @@ def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(family, heads, cal
     model = _eager(family, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=16 * heads)
     ids, mask = _batch()
     expected = _generate(model, ids, mask)
-    assert expected.sequences[:, PROMPT:].unique().numel() > 5, "the greedy text must not be constant"
+    assert expected.sequences[:, PROMPT:].unique().numel() > 4, "the greedy text must not be constant"
     actual = _generate(enable(model), ids, mask)
     _assert_same(actual, expected)
     layers = model.config.num_hidden_layers
     dense = {"MiniCPM3": layers, "Youtu": layers, "LongcatFlash": 2}.get(family, 1)  # layers without experts
     assert calls["fused_moe"] == NEW * (layers - dense)
+    assert calls["mla_prefill"] == layers
     assert calls["mla_decode"] == (NEW - 1) * layers
     cache = actual.past_key_values
     assert len(cache.layers) == layers
@@ -100,19 +83,24 @@ def test_real_head_geometry(family, calls):
     ids, mask = _batch()
     expected = _generate(model, ids, mask, new=3)
     _assert_same(_generate(enable(model), ids, mask, new=3), expected)
-    assert calls["mla_decode"] == 2 * model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers
+    assert (calls["mla_prefill"], calls["mla_decode"]) == (layers, 2 * layers)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", INDEXED)
-def test_indexer_chooses_the_same_keys(family, padded):
+def test_indexer_chooses_the_same_keys(family, padded, calls):
     """A context beyond top_k: prefill, chunks over it and decoding attend to the chosen keys only."""
     model = _eager(family, index_topk=16)
     ids, mask = _batch() if padded else (torch.randint(2, VOCABULARY, (2, PROMPT)), torch.ones(2, PROMPT).long())
     expected = _generate(model, ids, mask, new=12)
-    _assert_same(_generate(enable(model), ids, mask, new=12), expected)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    _assert_same(_generate(enable(model), ids, mask, new=12), expected)
+    indexers = 2 if family == "GlmMoeDsa" else 3  # one layer takes the choice of the layer before it
+    assert calls == {
+        "select_slots": 12 * indexers, "sparse_mla_prefill": 3, "sparse_mla_decode": 11 * 3, "fused_moe": 12 * 2,
+    }  # fmt: skip
     past, start = None, 0
     for chunk in (10, 17, 2):  # up to the limit, a prefill across it, and decoding
         rows = slice(start, start + chunk)
@@ -120,6 +108,82 @@ def test_indexer_chooses_the_same_keys(family, padded):
         out = model(ids[:, rows], attention_mask=mask[:, :start], position_ids=positions[:, rows], past_key_values=past)
         past, real = out.past_key_values, mask[:, rows].bool()
         torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_indexer_on_every_backend(backend, device, calls):
+    small = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, index_n_heads=8)
+    model = _eager("DeepseekV32", **small, index_topk=16).to(device)
+    ids = torch.randint(2, VOCABULARY, (1, 17), device=device)
+    expected = _generate(model, ids, torch.ones_like(ids), new=2)
+    _assert_same(_generate(enable(model), ids, torch.ones_like(ids), new=2), expected)
+    assert calls == {"select_slots": 2, "sparse_mla_prefill": 1, "sparse_mla_decode": 1}
+
+
+@pytest.mark.parametrize("top_k", [16, 64])
+@pytest.mark.parametrize("family", ["DeepseekV3", *INDEXED])
+def test_padding_anywhere(family, top_k):
+    """Padding before, within and after a prompt, and in a later chunk."""
+    model = _eager(family, **({"index_topk": top_k} if family in INDEXED else {}))
+    ids, mask = _batch()
+    mask[0, 11:14] = 0
+    mask[0, 26:] = 0
+    mask[1, 20:24] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    enable(model)
+    past = None
+    for rows in (slice(0, 4), slice(4, 22), slice(22, PROMPT)):
+        options = dict(attention_mask=mask[:, : rows.stop], position_ids=positions[:, rows], past_key_values=past)
+        out = model(ids[:, rows], **options)
+        past, real = out.past_key_values, mask[:, rows].bool()
+        torch.testing.assert_close(out.logits[real], expected[:, rows][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", INDEXED)
+def test_indexer_cache_holds_what_transformers_caches(family):
+    model = _eager(family, index_topk=16)
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask).past_key_values
+    actual = _generate(enable(model), ids, mask).past_key_values
+    real = torch.cat((mask, torch.ones(2, NEW - 1)), -1).bool()
+    for ours, theirs in zip(actual.layers, expected.layers, strict=True):
+        if theirs.indexer_keys is None:  # a layer that takes the choice of the layer before it
+            assert ours.indexer_keys is None
+            continue
+        torch.testing.assert_close(ours.indexer_keys[real], theirs.indexer_keys[real], atol=1e-4, rtol=0)
+        ours.batch_repeat_interleave(2)
+        ours.crop(-3)
+        ours.batch_select_indices(torch.tensor([3, 1]))
+        swapped = theirs.indexer_keys.flip(0)[:, :-3]
+        kept = real.flip(0)[:, :-3]
+        torch.testing.assert_close(ours.indexer_keys[kept], swapped[kept], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", INDEXED)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=["beams", "lookup"])
+def test_indexer_keys_follow_their_sequences(family, options):
+    model = _eager(family, index_topk=16)
+    ids = torch.randint(2, VOCABULARY, (1, 6)).repeat(1, 4)
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0) | options
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(enable(model).generate(ids, attention_mask=torch.ones_like(ids), **settings), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(family, dtype):
+    model = _eager(family).to(dtype)
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask, new=2)
+    actual = _generate(enable(model), ids, mask, new=2)
+    scale = expected.logits[0].float().abs().max().item()
+    torch.testing.assert_close(actual.logits[0].float(), expected.logits[0].float(), atol=0.05 * scale, rtol=0)
+    assert actual.past_key_values.layers[0].bytes_per_token == (32 + 16) * 2
+    if family in INDEXED:  # rounding may move the choice of a key, so that texts part
+        assert actual.past_key_values.layers[0].index_cache.data.dtype == dtype
+        sparse = enable(tiny(family, index_topk=16).to(dtype))
+        assert _generate(sparse, ids, mask, new=2).logits[1].isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,17 +206,23 @@ def test_disable_restores_the_model_and_its_bits(family, calls):
     assert not isinstance(out.past_key_values.layers[0], LatentLayer)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_without_a_cache(family):
+def test_gradients_without_a_cache(family, padded, calls):
     model = _eager(family).train()
     model.requires_grad_(True)
     twin = enable(copy.deepcopy(model))
     ids, mask = _batch()
     labels = ids.clone()
-    labels[-1, : PADDING + 1] = -100  # what padding attends to is anybody's choice
+    if padded:
+        labels[-1, : PADDING + 1] = -100  # what padding attends to is anybody's choice
+    else:
+        mask = None
     with torch.enable_grad():
         for each in (model, twin):
             each(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    layers = model.config.num_hidden_layers
+    assert calls == ({} if padded or family in INDEXED else {"mla_prefill": layers})
     for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
         if theirs.grad is None:
             assert ours.grad is None, name
@@ -220,6 +290,43 @@ def test_sliding_windows_are_refused():
     with pytest.raises(NotImplementedError, match=r"got layer types \['sliding_attention'\]"):
         enable(model)
     assert "mla_kernels" not in vars(model)
+
+
+def test_attention_dropout_over_a_cache_is_refused():
+    model = enable(tiny("Youtu", attention_dropout=0.1)).train()
+    ids, mask = _batch()
+    with pytest.raises(NotImplementedError, match=r"attention dropout: got 0.1 .*model.eval\(\), or pass use_cache"):
+        model(ids, attention_mask=mask)
+    model(ids, attention_mask=mask, use_cache=False)
+
+
+def test_caches_of_several_page_sizes_are_refused():
+    model = enable(tiny("DeepseekV32"))
+    cache = transformers.Cache(layers=[LatentLayer(page_size=size) for size in (64, 64, 32)])
+    ids, mask = _batch()
+    with pytest.raises(ValueError, match="got layers of several page sizes, one is accepted with an indexer"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    cache = transformers.Cache(layers=[LatentLayer(page_size=16) for _ in range(3)])
+    assert model(ids, attention_mask=mask, past_key_values=cache).past_key_values is cache
+    assert cache.layers[2].index_cache.page_size == 16
+
+
+def test_indexer_widths_are_checked():
+    with pytest.raises(ValueError, match="head_dim: got 24"):
+        enable(tiny("GlmMoeDsa", index_head_dim=24))
+
+
+def test_masks_are_not_materialised():
+    model = enable(tiny("DeepseekV32"))
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    ids, mask = _batch()
+    model(ids, attention_mask=mask)
+    model(ids)
+    assert [mask.shape for mask in seen] == [(2, 1, PROMPT, PROMPT)] * 2
+    assert [mask.untyped_storage().nbytes() for mask in seen] == [2 * PROMPT, 1]
 
 
 def test_replaced_methods_are_refused():
