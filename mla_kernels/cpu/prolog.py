@@ -9,17 +9,15 @@ from mla_kernels.cpu.latent import write_latent
 _FEW_TOKENS = 16  # up to so many, bfloat16 weights as the left factor are multiplied where they lie, else copied first
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
-    """Rotate the pairs of ``x`` in fp32.
-
-    ``x`` is ``[..., rope_dim]``; ``cos`` and ``sin`` broadcast to ``[..., rope_dim // 2]``. ``rope`` says which
-    values form a pair and where they go, as in :func:`mla_kernels.write_latent`.
-    """
-    values = x.float()
-    first, second = values.chunk(2, -1) if rope == "half" else (values[..., 0::2], values[..., 1::2])
-    rotated = first * cos - second * sin, second * cos + first * sin
-    out = torch.stack(rotated, -1).flatten(-2) if rope == "interleaved" else torch.cat(rotated, -1)
-    return out.to(x.dtype)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+    """The pairs of x [..., rope_dim] turned in fp32; cos and sin broadcast to [..., rope_dim / 2]."""
+    values = x.float().contiguous()
+    if rope == "half":
+        first, second = values.chunk(2, -1)
+        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+        return torch.cat(turned, -1)
+    turned = torch.view_as_real(torch.view_as_complex(values.unflatten(-1, (-1, 2))) * torch.complex(cos, sin))
+    return (turned if rope == "interleaved" else turned.transpose(-1, -2)).flatten(-2)
 
 
 def norm_and_write(
@@ -79,14 +77,12 @@ def absorb_query(
     q: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, rope: str
 ) -> torch.Tensor:
     """q [tokens, heads, nope + rope_dim] to [tokens, heads, latent + rope_dim]."""
-    nope, latent = w_uk.shape[1:]
-    out = q.new_empty(*q.shape[:2], latent + q.shape[2] - nope)
+    nope = w_uk.shape[1]
     wide = torch.float32 if q.dtype == torch.float16 else q.dtype  # float16 products have no fast CPU kernel
     by_head = q[..., :nope].transpose(0, 1)  # [heads, tokens, nope]
-    out[..., :latent] = torch.bmm(by_head.to(wide), w_uk.to(wide)).transpose(0, 1)
+    latent = torch.bmm(by_head.to(wide), w_uk.to(wide)).transpose(0, 1).to(q.dtype)
     cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    out[..., latent:] = apply_rope(q[..., nope:], cos, sin, rope)
-    return out
+    return torch.cat((latent, _rotate(q[..., nope:], cos, sin, rope).to(q.dtype)), -1)
 
 
 def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,11 @@ from mla_kernels.checks import INDICES, check_int, check_tensor
 from mla_kernels.cpu.packed import prepack
 from mla_kernels.latent import absorb
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.gather import gather_tokens
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.write import write_latent
+from mla_kernels.nn.indexer import Indexer
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, absorb_query, expand_output, project
 from mla_kernels.nn.rope import apply_rope
 
@@ -92,8 +94,6 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_dim, config.hidden_size, bias=config.bias)
         if config.index_top_k is not None:
-            from mla_kernels.nn.indexer import Indexer
-
             self.indexer = Indexer(config)
         self._weights: tuple = ((), None)
 
@@ -186,8 +186,6 @@ class LatentAttention(nn.Module):
 
     def _over_context(self, out, lse, q, span: _Span, tokens: int, cache, block_table, context_lens, longest: int):
         """Merge attention over cached contexts, CONTEXT_BLOCK keys of each at a time, into that over the chunks."""
-        from mla_kernels.latent.tools import gather_tokens
-
         page = cache.page_size
         bounds_q = span.bounds(span.leading, span.real, tokens)
         nothing = torch.zeros_like(span.leading)

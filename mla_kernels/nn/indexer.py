@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from mla_kernels.attention.indexer import select_keys, select_slots
-from mla_kernels.latent.indexer import rotate_indexer_query, write_indexer_key
+from mla_kernels.attention.indexer_select import select_keys, select_slots
 from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, project
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 
 from mla_kernels.checks import check_choice, check_int
-from mla_kernels.cpu.prolog import apply_rope
 
 __all__ = ["apply_rope", "rope_tables", "softmax_scale", "yarn_mscale"]
 
@@ -74,3 +73,16 @@ def _yarn_kept(rope_dim: int, theta: float, parameters: Mapping) -> torch.Tensor
     low, high = max(low, 0), min(high, rope_dim - 1)
     ramp = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     return 1 - ramp.clamp(0, 1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+    """Rotate the pairs of ``x`` in fp32; differentiable.
+
+    ``x`` is ``[..., rope_dim]``; ``cos`` and ``sin`` broadcast to ``[..., rope_dim // 2]``. ``rope`` says which
+    values form a pair and where they go, as in :func:`mla_kernels.write_latent`.
+    """
+    values = x.float()
+    first, second = values.chunk(2, -1) if rope == "half" else values.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    out = torch.stack(rotated, -1).flatten(-2) if rope == "interleaved" else torch.cat(rotated, -1)
+    return out.to(x.dtype)
