@@ -163,8 +163,8 @@ def gather_tokens(cache: LatentCache, slots: torch.Tensor, *, dtype: torch.dtype
 
     For what attends to cached tokens outside the paged kernels: chunked prefill expands these rows to keys and values
     of every head. Row i is ``[latent, rotated key]`` of slot ``slots[i]``. With ``page_size`` 4, ``slots = [9, -1, 2]``
-    gives the tokens ``data[2, 1]``, zeros, and ``data[0, 2]``. One launch; e4m3 codes are decoded in float32 and
-    rounded once, which bfloat16 holds exactly.
+    gives the tokens ``data[2, 1]``, zeros, and ``data[0, 2]``. One launch. Values are decoded in float32 and
+    rounded once, which loses nothing of ``fp8_v32`` in bfloat16: a code has 4 significant bits, a scale one.
 
     Args:
         cache: the :class:`LatentCache` read.
