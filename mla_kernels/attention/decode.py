@@ -48,11 +48,13 @@ def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.c
     if LAYOUT == "int8":
         values = values.to(tl.float32).to(DTYPE)
     if LAYOUT == "fp8_v32":
-        BLOCKS: tl.constexpr = (WIDTH + SCALE_BLOCK - 1) // SCALE_BLOCK
-        block = first // SCALE_BLOCK + tl.arange(0, BLOCKS)
-        scales = tl.load(scale_rows + block[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, BLOCKS]
-        values = tl.reshape(decode_e4m3(values), (seen.shape[0], BLOCKS, WIDTH // BLOCKS)).to(tl.float32)
-        values = tl.reshape((values * scales[:, :, None]).to(DTYPE), (seen.shape[0], WIDTH))
+        block = first // SCALE_BLOCK
+        column_block = block + tl.arange(0, WIDTH) // SCALE_BLOCK
+        scales = tl.load(scale_rows + block, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1], then [BLOCK_N, WIDTH]
+        for number in tl.static_range(1, WIDTH // SCALE_BLOCK):
+            other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
+            scales = tl.where(column_block[None, :] < block + number, scales, other)
+        values = (decode_e4m3(values).to(tl.float32) * scales).to(DTYPE)
     return values
 
 

@@ -19,45 +19,67 @@ def rule(chip, dtype, statics, sizes):
     It looks at the rows of one sequence only, never at the batch, so that a result does not depend on the batch.
     """
     rows = sizes["queries"] * sizes["heads"]
-    page = statics["PAGE_SIZE"]
-    small = dtype == "fp32" or rows <= 16
     tile = {"VALUE_TILES": 1, "PERSISTENT": int(not chip.is_gpu), "BRANCH": 0, "num_warps": 4, "num_stages": 2}
-    if chip.vendor == "ascend":
-        tile |= {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 32 if dtype == "fp32" else 64}
-        while page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
-            tile["BLOCK_N"] //= 2
-        if page % tile["BLOCK_N"]:  # rows are gathered through UB
-            tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
-    elif chip.vendor == "amd":
-        wide = dtype == "bf16" and chip.memory["shared"] > 65536 and page % 32 == 0 and not statics["CAUSAL"]
-        wide = wide and rows > 32
-        tile |= {"BLOCK_H": 16 if small else 64 if wide else 32, "BLOCK_N": 16 if dtype == "fp32" else 32}
-        tile["num_stages"] = 1
-    elif small:
+    choose = {"ascend": _ascend, "amd": _amd, "nvidia": _nvidia}[chip.vendor]
+    return tile | choose(chip, dtype, statics, rows)
+
+
+def _ascend(chip, dtype, statics, rows):
+    page, layout = statics["PAGE_SIZE"], statics["LAYOUT"]
+    tile = {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 32 if dtype == "fp32" else 64}
+    while page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
+        tile["BLOCK_N"] //= 2
+    if page % tile["BLOCK_N"]:  # rows are gathered through UB
         tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
-    else:
-        hopper, newer = chip.architecture == "90", int(chip.architecture) >= 90
-        wide = rows > 32 and chip.memory["shared"] >= 160 << 10 and (newer or not statics["CAUSAL"])
-        tile |= {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
-        if wide and hopper and not statics["CAUSAL"]:
-            tile["BLOCK_N"] = 64
+    if layout == "fp8_v32":
+        tile["BLOCK_N"] = 32
     return tile
+
+
+def _amd(chip, dtype, statics, rows):
+    wide = dtype == "bf16" and chip.memory["shared"] > 65536 and statics["PAGE_SIZE"] % 32 == 0
+    wide = wide and rows > 32 and not statics["CAUSAL"] and statics["LAYOUT"] == "plain"
+    tile = {"BLOCK_H": 16 if dtype == "fp32" or rows <= 16 else 64 if wide else 32, "BLOCK_N": 32, "num_stages": 1}
+    if dtype == "fp32" or (statics["LAYOUT"] == "int8" and rows > 16):
+        tile["BLOCK_N"] = 16
+    return tile
+
+
+def _nvidia(chip, dtype, statics, rows):
+    layout = statics["LAYOUT"]
+    hopper, newer = chip.architecture == "90", int(chip.architecture) >= 90
+    roomy = chip.memory["shared"] >= 160 << 10
+    if dtype == "fp32":
+        return {"BLOCK_H": 16, "BLOCK_N": 16}
+    if hopper and rows > 32:  # without a rope part a branch has no cheap second product
+        return {"BLOCK_H": 64, "BLOCK_N": 64, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
+    if layout == "fp8_v32" and rows > 16:
+        return {"BLOCK_H": 32, "BLOCK_N": 32 if roomy else 16, "num_warps": 8, "num_stages": 1}
+    if layout != "plain":
+        narrow = layout == "fp8_v32" and not roomy
+        return {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 16 if narrow else 32, "num_warps": 8}
+    if rows <= 16:
+        return {"BLOCK_H": 16, "BLOCK_N": 32}
+    wide = rows > 32 and roomy and (newer or not statics["CAUSAL"])
+    return {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
 
 
 def memory(chip, dtype, statics, tile):
     """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, latent, rope = DTYPE_BYTES[dtype], statics["LATENT"], statics["ROPE"]
+    size, latent, rope, layout = DTYPE_BYTES[dtype], statics["LATENT"], statics["ROPE"], statics["LAYOUT"]
     block_h, block_n, value = tile["BLOCK_H"], tile["BLOCK_N"], latent // tile["VALUE_TILES"]
     q, k = block_h * (latent + rope) * size, block_n * (latent + rope) * size
     split_value = block_n * value * size if value < latent else 0
     p = block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu or (tile["BRANCH"] and rope == 0) else 0
     if chip.vendor == "ascend":
-        l0c = block_h * (value + block_n) * 4
+        decoded = block_n * latent * size if layout != "plain" else 0
+        l0c = block_h * (value + block_n * (2 if layout == "int8" else 1)) * 4
         gathered = k if statics["PAGE_SIZE"] % block_n else 0
+        scaled = 5 * block_n * latent if layout == "fp8_v32" else 0
         return {
-            "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + misfit,
-            "L1": 2 * (q + k + split_value + p + gathered),
+            "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + scaled + misfit,
+            "L1": 2 * (q + k + split_value + p + gathered + decoded),
             "L0C": l0c * (2 if chip.memory["L0C"] > 128 << 10 else 1),
         }
     stages = tile["num_stages"]
@@ -66,6 +88,13 @@ def memory(chip, dtype, statics, tile):
         return {"shared": keys + split_value + misfit}
     architecture = int(chip.architecture)
     warp_groups = block_h >= 64 and tile["num_warps"] >= 4 and 90 <= architecture < 120 and dtype != "fp32"
+    if layout != "plain":
+        # the decoded tile (for fp8 one of each product's operands outside wgmma), what was read ahead, the rotated keys
+        scales = block_n * 4 * (latent // 128 if layout == "fp8_v32" else 1)
+        ahead = (stages - 1) * (block_n * latent + scales)
+        copies = 1 if warp_groups or layout == "int8" else 2
+        ropes = block_n * rope * size * (stages if warp_groups else 1)
+        return {"shared": q + copies * block_n * latent * size + ahead + ropes + split_value + misfit}
     if stages == 1 or not warp_groups:
         keys = k + block_n * latent * size if stages == 1 else (stages - 1) * k
         return {"shared": q + keys + p + split_value + misfit}

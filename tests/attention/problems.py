@@ -26,9 +26,11 @@ class Problem:
     causal: bool = True
     window: int | None = None
     sink: torch.Tensor | None = None
+    original: torch.Tensor | None = None  # what a quantised cache was made from, fp32
 
     def run(self, **changes) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = {**vars(self), **changes}
+        del arguments["original"]
         return mla_decode(**arguments)
 
     def arguments(self) -> tuple:
@@ -64,6 +66,10 @@ class Problem:
         for actual, exact, own in zip(result, self.expected(torch.float64), baseline):
             assert_close(actual.cpu(), exact, own)
 
+    def latents_before_quantisation(self) -> "Problem":
+        """The same call on the values that `make` quantised."""
+        return replace(self, cache=LatentCache(self.original, self.cache.latent_dim))
+
     def sequence(self, index: int) -> "Problem":
         """The same call for one sequence alone."""
         one = slice(index, index + 1)
@@ -98,6 +104,7 @@ def make(
         sum(used) + 2, page_size, latent_dim=latent_dim, rope_dim=rope_dim, dtype=dtype, layout=layout
     )
     data = cache.data.view(-1).view(torch.uint8).fill_(0xFF).view(cache.data.dtype).view(cache.data.shape)  # NaN
+    original = torch.zeros(*data.shape[:2], width) if cache.layout.quantised else None
     pages = (torch.randperm(sum(used)) + 1).tolist()
     block_table = torch.tensor(GARBAGE)[torch.randint(len(GARBAGE), (len(lengths), columns))].to(torch.int32)
     for sequence, length in enumerate(lengths):
@@ -106,10 +113,11 @@ def make(
             page = pages.pop()
             rows = slice(max(oldest - column * page_size, 0), min(page_size, length - column * page_size))
             values = torch.randn(rows.stop - rows.start, width)
-            quantised = cache.layout.quantised
-            data[page, rows] = (
-                latent_reference.pack_tokens(values, latent_dim, cache.layout.value) if quantised else values.to(dtype)
-            )
+            if original is None:
+                data[page, rows] = values.to(dtype)
+            else:
+                original[page, rows] = values
+                data[page, rows] = latent_reference.pack_tokens(values, latent_dim, cache.layout.value)
             block_table[sequence, column] = page
     sinks = torch.randn(heads)
     sinks[:2] = torch.tensor([float("-inf"), float("inf")])[:heads]
@@ -122,4 +130,5 @@ def make(
         causal=causal,
         window=window,
         sink=sinks.to(device) if sink else None,
+        original=original,
     )

@@ -1,6 +1,7 @@
 """mla_decode against the reference on every backend: shapes, splits, bad indices, bits."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ PAGE_SIZES = (1, 16, 61, 64, 128)
 QUERIES = (1, 2, 3, 5)
 LENGTHS = (0, 1, 2, 63, 64, 65, 127, 128, 130)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("latent_16bit", "latent_32bit", "fp8_v32", "int8")
+DTYPE_OF = {layout: torch.float32 if layout == "latent_32bit" else torch.bfloat16 for layout in LAYOUTS}
+WINDOWS = (None, 1, 3, 64, 100)
+WIDTHS = ((128, 16), (256, 32), (128, 0))
 
 
 def shapes(count: int) -> list[tuple]:
@@ -45,6 +50,56 @@ def test_parity_of_every_shape(backend, device, page_size, queries, dtype):
         problem.check(problem.run())
 
 
+def forms(count: int) -> list[tuple]:
+    """Random (layout, page size, queries, window, widths, sink) in which every value stands at least once."""
+    rng = random.Random(3)
+    columns = []
+    for values in (LAYOUTS, PAGE_SIZES, QUERIES, WINDOWS, WIDTHS, (False, True)):
+        column = [*values * (count // len(values)), *rng.sample(values, count % len(values))]
+        rng.shuffle(column)
+        columns.append(column)
+    return list(zip(*columns))
+
+
+@pytest.mark.parametrize("layout, page_size, queries, window, widths, sink", forms(10))
+def test_layouts_windows_and_sinks(backend, device, layout, page_size, queries, window, widths, sink):
+    problem = make(
+        (0, 1, 65, 130), heads=5, page_size=page_size, queries=queries, dtype=DTYPE_OF[layout], layout=layout,
+        latent_dim=widths[0], rope_dim=widths[1], window=window, sink=sink, device=device,
+    )  # fmt: skip
+    problem.check(problem.run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_every_layout_window_and_sink(backend, device, layout, page_size, widths):
+    for queries in QUERIES:
+        for window in WINDOWS:
+            for sink in (False, True):
+                test_layouts_windows_and_sinks(backend, device, layout, page_size, queries, window, widths, sink)
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_the_error_of_a_quantised_cache_is_the_quantisers(backend, device, layout, queries):
+    """Beside attention over the latents before quantisation: an e4m3 value is off by 2^-4 of itself at most, an int8
+    one by 1 / 254 of its token's largest (about 3 deviations of 256 values); weights average both."""
+    problem = make(
+        [130, 200], heads=16, queries=queries, latent_dim=256, dtype=torch.bfloat16, layout=layout, device=device
+    )
+    exact, lse = problem.expected(torch.float64)
+    original = problem.latents_before_quantisation()
+    unquantised, unquantised_lse = original.expected(torch.float64)
+    out, out_lse = problem.run()
+    scale = unquantised.abs().max()
+    bound = 2**-4 if layout == "fp8_v32" else 0.02
+    assert (out.double().cpu() - unquantised).abs().max() <= bound * scale
+    assert (out_lse.double().cpu() - unquantised_lse).abs().max() <= bound
+    assert (exact - unquantised).abs().max() > 0  # there was something to lose
+
+
 @pytest.mark.parametrize(
     "heads, dtype, lengths",
     [
@@ -58,6 +113,16 @@ def test_real_sizes(heads, dtype, lengths, backend, device):
     if backend == "interpret":
         pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
     problem = make(lengths, heads=heads, dtype=dtype, latent_dim=512, rope_dim=64, device=device)
+    problem.check(problem.run())
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_real_sizes_of_quantised_layouts(layout, heads, backend, device):
+    problem = make(
+        [581, 77], heads=heads, queries=2, window=300, sink=True, dtype=torch.bfloat16, layout=layout,
+        latent_dim=512, rope_dim=64, device=device,
+    )  # fmt: skip
     problem.check(problem.run())
 
 
@@ -99,6 +164,51 @@ def test_other_tiles(backend, device, value_tiles, block_n, monkeypatch):
     monkeypatch.setattr(decode.MLA_DECODE, "tile_for", narrow)
     problem = make([70, 3], heads=20, queries=2, device=device)
     problem.check(problem.run())
+
+
+def test_a_sink_of_minus_infinity_is_none_and_of_infinity_all(backend, device):
+    problem = make([700, 3, 0], heads=4, queries=2, device=device)
+    for capacity in (problem.block_table, problem.block_table[:, :8]):  # with splits, and without
+        plain = replace(problem, block_table=capacity, seq_lens=problem.seq_lens.clamp(max=512))
+        out, lse = plain.run()
+        none = plain.run(sink=torch.full((4,), float("-inf"), device=device))
+        assert torch.equal(none[0], out) and torch.equal(none[1], lse)
+        everything = plain.run(sink=torch.full((4,), float("inf"), device=device))
+        assert (everything[0] == 0).all() and torch.equal(everything[1], lse)
+
+
+def test_a_sink_is_one_more_key_of_value_zero(backend, device):
+    problem = make([70], heads=2, device=device)
+    out, lse = problem.run()
+    sink = torch.tensor([0.3, -1.0], device=device)
+    expected = out * (lse.exp() / (lse.exp() + sink.exp()))[..., None]
+    torch.testing.assert_close(problem.run(sink=sink)[0], expected)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_window_that_holds_everything_is_none(backend, device, queries):
+    problem = make([700, 64, 3, 0], heads=4, queries=queries, device=device)
+    for window in (703, 1 << 29, 1 << 31):
+        for got, want in zip(problem.run(window=window), problem.run()):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("page_size", [64, 61])
+def test_splits_of_a_window(backend, device, queries, page_size, monkeypatch):
+    problem = make([1, 129, 900, 128, 0], heads=5, queries=queries, window=300, page_size=page_size, device=device)
+    whole = problem.run()
+    problem.check(whole)
+    monkeypatch.setattr(decode, "MIN_SPLIT", 128)
+    problem.check(problem.run())
+
+
+def test_a_token_before_the_window_changes_nothing(backend, device):
+    """The bits are those of a shorter sequence whose table starts at a multiple of 128 tokens."""
+    problem = make([900], heads=4, window=200, device=device)
+    shorter = replace(problem, block_table=problem.block_table[:, 10:].contiguous(), seq_lens=problem.seq_lens - 640)
+    for got, want in zip(problem.run(), shorter.run()):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("layout", ["heads_first", "query_slice", "head_slice", "one_head"])
@@ -147,23 +257,35 @@ def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, devic
         assert torch.equal(wide, narrow)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_batch(backend, device, dtype):
-    problem = make([700, 65, 0, 129], heads=5, dtype=dtype, device=device)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(dtype=torch.bfloat16),
+        dict(dtype=torch.bfloat16, layout="fp8_v32", latent_dim=128, window=100, sink=True, queries=2),
+        dict(dtype=torch.bfloat16, layout="int8", window=600),
+    ],
+    ids=["fp32", "bf16", "fp8", "int8"],
+)
+def test_bits_do_not_depend_on_the_batch(backend, device, options):
+    problem = make([700, 65, 0, 129], heads=5, device=device, **options)
     together = problem.run()
     for index in range(4):
         for alone, joint in zip(problem.sequence(index).run(), together):
             assert torch.equal(alone[0], joint[index])
     order = torch.tensor([2, 0, 3, 1], device=device)
-    permuted = Problem(
-        problem.q[order], problem.cache, problem.block_table[order], problem.seq_lens[order], problem.softmax_scale
+    permuted = replace(
+        problem, q=problem.q[order], block_table=problem.block_table[order], seq_lens=problem.seq_lens[order]
     )
     for shuffled, joint in zip(permuted.run(), together):
         assert torch.equal(shuffled, joint[order])
 
 
-def test_repeats_give_the_same_bits(backend, device):
-    problem = make([130, 40], heads=5, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(layout="fp8_v32", latent_dim=128, window=100, sink=True)], ids=["plain", "fp8"]
+)
+def test_repeats_give_the_same_bits(backend, device, options):
+    problem = make([130, 40], heads=5, dtype=torch.bfloat16, device=device, **options)
     first = problem.run()
     for _ in range(19):
         for got, want in zip(problem.run(), first):
