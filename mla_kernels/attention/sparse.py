@@ -30,14 +30,24 @@ def _launch_decode(
     counts = [parts_of(picks.shape[2]) for _, picks, _ in sources]
     if sum(counts) == 1:
         results = (out, None, lse, None)
-        attend(q, sources[0][0], indices.reshape(tokens, -1), topk_length, queries, softmax_scale, 1, results, sink)
+        attend(
+            q,
+            sources[0][0],
+            indices.reshape(tokens, indices.shape[2]),
+            topk_length,
+            queries,
+            softmax_scale,
+            1,
+            results,
+            sink,
+        )
         return out, lse
     partial = torch.empty(sum(counts), tokens, heads, latent_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(sum(counts), tokens, heads, dtype=torch.float32, device=q.device)
     first = 0
     for (source, picks, lengths), parts in zip(sources, counts):
         results = (None, partial[first:], partial_lse[first:], None)
-        attend(q, source, picks.reshape(tokens, -1), lengths, queries, softmax_scale, parts, results)
+        attend(q, source, picks.reshape(tokens, picks.shape[2]), lengths, queries, softmax_scale, parts, results)
         first += parts
     merge(partial, partial_lse, sink, out, lse)
     return out, lse

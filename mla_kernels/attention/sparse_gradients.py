@@ -185,11 +185,11 @@ def sparse_pick_grad_kernel(
             target = picks_ptr + (tl.cast(token, tl.int64) * top_k + first) * (LATENT + ROPE)
             target += key[:, None] * (LATENT + ROPE)
             stored = key < end - first
-            latent_grad = latent_grad.to(picks_ptr.dtype.element_ty)
-            tl.store(target + value + value_column[None, :], latent_grad, mask=stored[:, None])
+            latent_store = latent_grad.to(picks_ptr.dtype.element_ty)
+            tl.store(target + value + value_column[None, :], latent_store, mask=stored[:, None])
             if ROPE > 0 and value == 0:
-                rope_grad = rope_grad.to(picks_ptr.dtype.element_ty)
-                tl.store(target + LATENT + rope_column[None, :], rope_grad, mask=stored[:, None])
+                rope_store = rope_grad.to(picks_ptr.dtype.element_ty)
+                tl.store(target + LATENT + rope_column[None, :], rope_store, mask=stored[:, None])
 
 
 def _grad_rule(chip, dtype, statics, sizes):
