@@ -153,18 +153,23 @@ def _rule(chip, dtype, statics, sizes):
 
 def _memory(chip, dtype, statics, tile):
     """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, value = DTYPE_BYTES[dtype], statics["VALUE"]
+    size, value, stages = DTYPE_BYTES[dtype], statics["VALUE"], tile["num_stages"]
     width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-    q, k, v, p = block_m * width * size, block_n * width * size, block_n * value * size, block_m * block_n * size
+    q, keys, p = block_m * width * size, block_n * (width + value) * size, block_m * block_n * size
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
         return {
-            "UB": 5 * block_m * value * 2 + block_m * block_n * 4 + misfit,
-            "L1": 2 * (q + k + v + p),
+            "UB": 5 * block_m * value * 2 + 3 * block_m * block_n * 4 + misfit,
+            "L1": 2 * q + 4 * (keys + p),  # two loops, two buffers
             "L0C": block_m * (value + block_n) * 4,
         }
-    return {"shared": q + (k + v) * tile["num_stages"] + misfit}
+    if chip.vendor == "amd":
+        part = max(block_m * statics["WIDE"], block_n * max(statics["WIDE"], value)) * size
+        return {"shared": max(part, (stages - 1) * keys + p) + misfit}
+    if not chip.dot_from_shared:
+        return {"shared": max(q, stages * keys + 2 * p) + misfit}
+    return {"shared": q + stages * keys + (1024 if chip.architecture == "100" else 0) + misfit}
 
 
 def _cost(dtype, statics, sizes):
@@ -352,8 +357,8 @@ def mla_prefill(
         TypeError: an argument has another type or dtype.
         ValueError: shapes, devices, strides or numbers that do not fit; on CPU tensors (and on every device under
             MLA_KERNELS_CHECK_VALUES=1) also cu_seqlens that do not rise from 0 to the rows there are, or a sequence
-            longer than max_seqlen. On a device rows outside every sequence, or past max_seqlen in one, are no keys, and
-            the results of such queries are undefined.
+            longer than max_seqlen. On a device rows outside every sequence, or past max_seqlen in one, are no keys;
+            what stands in the results and gradients of such rows is undefined.
         NotImplementedError: a width of keys or values that has no tiles; a second derivative.
 
     Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2; FlashAttention-2,

@@ -4,11 +4,11 @@ Source of the mathematics: FlashAttention-2, https://arxiv.org/abs/2307.08691, s
 probabilities ``P = exp(S - lse)`` and ``delta_i = <d out_i, out_i> - d lse_i``: ``dV = P^T dO``,
 ``dS = P * (dO V^T - delta)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``.
 
-1. ``mla_prefill_delta_kernel``: delta, and lse in base 2, as [2, heads, queries].
+1. ``mla_prefill_delta_kernel`` (prefill_rows): delta, and lse in base 2, as [2, heads, queries].
 2. ``mla_prefill_key_gradient_kernel``: dK and dV of BLOCK_N keys of one head, over the queries that see them; the part
    that meets the shared rotated key for each head apart.
 3. ``mla_prefill_query_gradient_kernel``: dQ of BLOCK_M queries of one head, over the keys that they see.
-4. ``mla_prefill_rope_gradient_kernel``: the sum over heads of 2's parts, head after head.
+4. ``mla_prefill_rope_gradient_kernel`` (prefill_rows): the sum over heads of 2's parts, head after head.
 """
 
 import math
@@ -16,39 +16,11 @@ import math
 import torch
 
 from mla_kernels.attention.prefill_parts import LOG2E, hidden_as, load_rows, sequence_span, store_rows, widths
+from mla_kernels.attention.prefill_rows import query_stats, sum_over_heads
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
-
-
-@triton.jit
-def mla_prefill_delta_kernel(
-    out_ptr, out_grad_ptr, lse_ptr, lse_grad_ptr, stats_ptr, grad_stride, grad_head_stride, heads, queries, tiles, work,
-    VALUE: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """stats [2, heads, queries]: lse in base 2, then delta. A query without a key gets lse +inf, so that P is 0.
-
-    Item: head * tiles + tile of BLOCK_R queries.
-    """
-    line = tl.arange(0, BLOCK_R)
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        row = (item % tiles) * BLOCK_R
-        head = tl.cast(item // tiles, tl.int64)
-        rows = queries - row
-        inside = line < rows
-        first = tl.cast(row, tl.int64)
-        place = first * heads + head
-        out = load_rows(out_ptr + place * VALUE, heads * VALUE, line, rows, VALUE, True).to(tl.float32)
-        grads = out_grad_ptr + first * grad_stride + head * grad_head_stride
-        out_grad = load_rows(grads, grad_stride, line, rows, VALUE, True).to(tl.float32)  # [BLOCK_R, VALUE]
-        lse = tl.load(lse_ptr + place + line * heads, mask=inside, other=float("-inf"))
-        lse_grad = tl.load(lse_grad_ptr + place + line * heads, mask=inside, other=0.0)
-        empty = lse == float("-inf")
-        delta = tl.where(empty, 0.0, tl.sum(out * out_grad, 1) - lse_grad)
-        target = stats_ptr + (head * queries + row)
-        tl.store(target + line, tl.where(empty, float("inf"), lse * LOG2E), mask=inside)
-        tl.store(target + tl.cast(heads, tl.int64) * queries + line, delta, mask=inside)
 
 
 @triton.jit
@@ -217,53 +189,56 @@ def mla_prefill_query_gradient_kernel(
                 store_rows(target + (WIDE + REST), stride, line, rows, q_rope_grad * softmax_scale, ROPE)
 
 
-@triton.jit
-def mla_prefill_rope_gradient_kernel(
-    partial_ptr, rope_grad_ptr, heads, tokens, work, ROPE: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """partial [heads, tokens, ROPE] -> its sum over heads, first to last. Item: BLOCK_R tokens."""
-    line = tl.arange(0, BLOCK_R)
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        row = item * BLOCK_R
-        source = partial_ptr + tl.cast(row, tl.int64) * ROPE
-        acc = tl.zeros([BLOCK_R, ROPE], tl.float32)
-        for head in range(heads):
-            step = tl.cast(head, tl.int64) * tokens * ROPE
-            acc += load_rows(source + step, ROPE, line, tokens - row, ROPE, True)
-        store_rows(rope_grad_ptr + tl.cast(row, tl.int64) * ROPE, ROPE, line, tokens - row, acc, ROPE)
-
-
 def _key_rule(chip, dtype, statics, sizes):
     """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
     large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
-    if dtype != "fp32" and not large and (chip.dot_from_shared or chip.vendor != "nvidia"):
-        tile |= {"BLOCK_N": 64}
     if chip.vendor == "nvidia":
+        tile |= {"num_stages": 2}
         if dtype == "fp32":
             tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
-        else:  # on sm_90 two stages of the wide tile would spill
-            tile |= {"num_warps": 8 if large else 4, "num_stages": 1 if chip.architecture == "90" and not large else 2}
+        elif large or chip.dot_from_shared:
+            tile |= {"BLOCK_N": 32 if large else 128, "num_warps": 8}
+    elif dtype != "fp32" and not large:
+        tile |= {"BLOCK_N": 64}
     return tile
 
 
 def _query_rule(chip, dtype, statics, sizes):
     """As :func:`_key_rule`, with the roles of queries and keys exchanged."""
     tile = _key_rule(chip, dtype, statics, sizes)
-    stages = 2 if chip.vendor == "nvidia" else 1
-    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"], "num_stages": stages}
+    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
 
 
-def _memory(chip, dtype, statics, tile):
-    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, value = DTYPE_BYTES[dtype], statics["VALUE"]
-    width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
-    block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-    rows = (block_m + block_n) * (width + value) * size
+def _key_memory(chip, dtype, statics, tile):
+    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]
+    return _memory(chip, dtype, statics, tile, tile["BLOCK_N"], tile["BLOCK_M"], gradient)
+
+
+def _query_memory(chip, dtype, statics, tile):
+    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"]
+    return _memory(chip, dtype, statics, tile, tile["BLOCK_M"], tile["BLOCK_N"], gradient)
+
+
+def _memory(chip, dtype, statics, tile, fixed, streamed, gradient):
+    """Closed forms fitted to what the compilers report, for ``fixed`` rows with ``gradient`` columns to add up, and
+    ``streamed`` rows; a tile of the other launch form counts as too large."""
+    size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["WIDE"], statics["VALUE"])
+    row = (statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
+    pairs = fixed * streamed
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
-        return {"UB": block_m * block_n * 16 + misfit, "L1": 2 * rows, "L0C": 2 * block_m * block_n * 4}
-    return {"shared": rows + misfit}
+        return {
+            "UB": 16 * pairs + misfit,
+            "L1": (2 * fixed + 8 * streamed) * row + 6 * pairs * size,
+            "L0C": (fixed * gradient + 2 * pairs) * 4,
+        }
+    if chip.vendor == "amd":
+        return {"shared": max(fixed, streamed) * widest * size + (stages - 1) * streamed * row + misfit}
+    if not chip.dot_from_shared:
+        return {"shared": (fixed + max(stages - 1, 1) * streamed) * row + pairs * size + misfit}
+    copies = stages + 1 if chip.architecture == "100" else stages
+    return {"shared": (fixed + copies * streamed) * row + pairs * size * (copies - stages) + misfit}
 
 
 def _cost(dtype, statics, sizes):
@@ -324,7 +299,6 @@ _SHARED = {
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
-    "memory": _memory,
     "cost": _cost,
     "work": _work,
     "cases": _CASES,
@@ -343,6 +317,7 @@ MLA_PREFILL_KEY_GRADIENT = Kernel(
         **_SIZES,
     },
     rule=_key_rule,
+    memory=_key_memory,
     **_SHARED,
 )
 
@@ -350,76 +325,8 @@ MLA_PREFILL_QUERY_GRADIENT = Kernel(
     mla_prefill_query_gradient_kernel,
     arguments={**_INPUTS, "q_grad_ptr": "*T", "softmax_scale": "fp32", **_STRIDES, **_SIZES},
     rule=_query_rule,
+    memory=_query_memory,
     **_SHARED,
-)
-
-
-def _row_rule(chip, dtype, statics, sizes):
-    width = statics.get("VALUE") or statics["ROPE"]
-    return {"BLOCK_R": max(1, (2048 if chip.is_gpu else 4096) // width), "num_warps": 4, "num_stages": 2}
-
-
-def _row_memory(chip, dtype, statics, tile):
-    """Nothing shared on GPUs but a few bytes; on Ascend about nine copies of a tile in fp32."""
-    width = statics.get("VALUE") or statics["ROPE"]
-    return {"shared": 0} if chip.is_gpu else {"UB": 9 * tile["BLOCK_R"] * width * 4}
-
-
-def _delta_cost(dtype, statics, sizes):
-    rows, value = sizes["queries"] * sizes["heads"], statics["VALUE"]
-    return Cost(flops=2.0 * rows * value, bytes=rows * (2 * value * DTYPE_BYTES[dtype] + 16))
-
-
-def _rope_cost(dtype, statics, sizes):
-    values = sizes["tokens"] * statics["ROPE"]
-    return Cost(flops=1.0 * values * sizes["heads"], bytes=values * (4 * sizes["heads"] + DTYPE_BYTES[dtype]))
-
-
-def _row_work(rows, cost, tile):
-    programs = -(-rows // tile["BLOCK_R"])
-    return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
-
-
-_ROW_TILES = {"BLOCK_R": (1, 2, 4, 8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)}
-
-MLA_PREFILL_DELTA = Kernel(
-    mla_prefill_delta_kernel,
-    arguments={
-        **dict.fromkeys(("out_ptr", "out_grad_ptr"), "*T"),
-        **dict.fromkeys(("lse_ptr", "lse_grad_ptr", "stats_ptr"), "*fp32"),
-        **dict.fromkeys(("grad_stride", "grad_head_stride"), "i32:16"),
-        **dict.fromkeys(("heads", "queries", "tiles", "work"), "i32"),
-    },
-    statics=("VALUE",),
-    tiles=_ROW_TILES,
-    rule=_row_rule,
-    memory=_row_memory,
-    cost=_delta_cost,
-    work=lambda dtype, statics, sizes, tile: _row_work(
-        sizes["queries"] * sizes["heads"], _delta_cost(dtype, statics, sizes), tile
-    ),
-    cases=(
-        Case("v3", {"VALUE": 128}, {"queries": 4096, "heads": 128}),
-        Case("glm4_lite", {"VALUE": 256}, {"queries": 4096, "heads": 20}, ("bf16",)),
-    ),
-    uses_dot=False,
-)
-
-MLA_PREFILL_ROPE_GRADIENT = Kernel(
-    mla_prefill_rope_gradient_kernel,
-    arguments={
-        "partial_ptr": "*fp32",
-        "rope_grad_ptr": "*T",
-        **dict.fromkeys(("heads", "tokens", "work"), "i32"),
-    },
-    statics=("ROPE",),
-    tiles=_ROW_TILES,
-    rule=_row_rule,
-    memory=_row_memory,
-    cost=_rope_cost,
-    work=lambda dtype, statics, sizes, tile: _row_work(sizes["tokens"], _rope_cost(dtype, statics, sizes), tile),
-    cases=(Case("v3", {"ROPE": 64}, {"tokens": 4096, "heads": 128}),),
-    uses_dot=False,
 )
 
 
@@ -432,20 +339,11 @@ def _launch(
     sequences = cu_seqlens_q.shape[0] - 1
     q_grad, k_grad, v_grad, rope_grad = _empty_gradients(q, k, v, k_rope)
     out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
-    out, lse, lse_grad = out.contiguous(), lse.contiguous(), lse_grad.contiguous()
-    stats = torch.empty(2, heads, queries, dtype=torch.float32, device=q.device)
     rope = rope_grad.shape[1]
     partial = torch.empty(heads, tokens, rope, dtype=torch.float32, device=q.device)
     chip, dtype = chip_of(q.device), DTYPE_NAMES[q.dtype]
 
-    tile = MLA_PREFILL_DELTA.tile_for(chip, dtype, {"VALUE": value}, {"queries": queries, "heads": heads})
-    tiles = -(-queries // tile["BLOCK_R"])
-    args = (
-        out, out_grad, lse, lse_grad, stats, out_grad.stride(0), out_grad.stride(1), heads, queries, tiles,
-        tiles * heads,
-    )  # fmt: skip
-    MLA_PREFILL_DELTA.launch(chip, tiles * heads, args, {"VALUE": value}, tile)
-
+    stats = query_stats(out, out_grad, lse, lse_grad)
     wide, rest = widths(k.shape[2])
     statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
     inputs = (q, k, k if k_rope is None else k_rope, v, cu_seqlens_q, cu_seqlens_k, out_grad, stats)
@@ -464,10 +362,7 @@ def _launch(
         kernel.launch(chip, work, (*inputs, *outputs, softmax_scale, *strides, *sizes), statics, tile)
 
     if rope:
-        sizes = {"tokens": tokens, "heads": heads}
-        tile = MLA_PREFILL_ROPE_GRADIENT.tile_for(chip, dtype, {"ROPE": rope}, sizes)
-        work = -(-tokens // tile["BLOCK_R"])
-        MLA_PREFILL_ROPE_GRADIENT.launch(chip, work, (partial, rope_grad, heads, tokens, work), {"ROPE": rope}, tile)
+        sum_over_heads(partial, rope_grad)
     return q_grad, k_grad, v_grad, rope_grad
 
 
