@@ -56,7 +56,7 @@ def indexer_logits_kernel(
         present = tl.minimum(keys - first_key, BLOCK_N)
         row = tl.cast(sequence, tl.int64) * tokens + first
         if PAGE_SIZE > 0:
-            length = tl.minimum(tl.load(ends_ptr + sequence), keys + tokens)
+            length = tl.minimum(tl.maximum(tl.load(ends_ptr + sequence), 0), keys + tokens)
             low = 0.0
             high = (length - tokens + first + count).to(tl.float32)
         else:
@@ -125,8 +125,8 @@ def indexer_logits_kernel(
                     above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
                     logits = tl.where(key_f < above, logits, float("-inf"))
                 else:
-                    below = (tl.load(starts_ptr + row + token) - first_key).to(tl.float32)
-                    above = (tl.load(ends_ptr + row + token) - first_key).to(tl.float32)
+                    below = tl.load(starts_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
+                    above = tl.load(ends_ptr + row + token).to(tl.float32) - first_key
                     logits = tl.where((key_f >= below) & (key_f < above), logits, float("-inf"))
                 tl.store(out + token * out_stride + key, logits, mask=key < keys - first_key)
         elif FILL:

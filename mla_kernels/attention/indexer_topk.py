@@ -68,7 +68,7 @@ def topk_kernel(
         if HAS_STARTS:
             start = tl.maximum(start, tl.load(starts_ptr + row))
         if HAS_ENDS:
-            end = tl.minimum(end, tl.load(ends_ptr + row))
+            end = tl.minimum(end, tl.maximum(tl.load(ends_ptr + row), 0))
         source = tl.cast(row, tl.int64) * row_stride
         values = values_ptr + source
         begin = first + tl.maximum(start - first, 0) // BLOCK_W * BLOCK_W
