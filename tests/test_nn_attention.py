@@ -227,6 +227,36 @@ def test_prepacked(variant):
     torch.testing.assert_close(layer.decode(17, 23), expected[:, 17:], **TOLERANCE)
 
 
+@pytest.mark.parametrize("variant", ["v2", "v3", "v3 half bias"])
+def test_stacked_projections(variant):
+    layer = Layer(variant)
+    state = {name: value.clone() for name, value in layer.ours.state_dict().items()}
+    layer.prefill(0, 17)
+    want = layer.decode(17, 18)
+    layer.ours.stack_projections()
+    assert all(torch.equal(value, state[name]) for name, value in layer.ours.state_dict().items())
+    torch.testing.assert_close(layer.decode(17, 18), want, atol=1e-5, rtol=0)
+    weights = layer.ours._prolog_weights()
+    assert len(weights.down_parts) == 1
+    kv_a = layer.ours.kv_a_proj_with_mqa.weight
+    assert weights.down[-1].data_ptr() == kv_a[-1].data_ptr()  # nothing was copied
+    layer.ours.load_state_dict({name: value * 0.5 for name, value in state.items()})
+    assert torch.equal(layer.ours._prolog_weights().down[-1], kv_a[-1]) and kv_a[-1].equal(
+        state["kv_a_proj_with_mqa.weight"][-1] * 0.5
+    )
+
+
+def test_an_indexer_cache_in_fp8():
+    """Its keys are rounded after a Hadamard transform: most choices stay, and attention is close to that over them."""
+    layer = Layer("v3.2", leading=(0, 0), index_topk=12)
+    keys = layer.indexer["indexer_cache"]
+    layer.indexer = {"indexer_cache": IndexerCache.allocate(keys.num_pages, PAGE_SIZE, head_dim=32, layout="fp8")}
+    expected = layer.expected()
+    layer.prefill(0, 17)
+    error = (layer.decode(17, 23) - expected[:, 17:]).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 0.15
+
+
 def test_weights_that_move_are_noticed():
     layer = Layer("v3")
     layer.prefill(0, 17)

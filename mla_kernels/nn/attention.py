@@ -11,7 +11,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.checks import INDICES, check_int, check_tensor
-from mla_kernels.cpu.packed import prepack
+from mla_kernels.cpu.packed import packed, prepack
 from mla_kernels.latent import absorb
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.gather import gather_tokens
@@ -115,6 +115,20 @@ class LatentAttention(nn.Module):
         linears = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
         return prepack(**{name: module.weight for name, module in linears.items() if name != "kv_b_proj"})
 
+    @torch.no_grad()
+    def stack_projections(self) -> None:
+        """Lay the weights of ``kv_a_proj_with_mqa`` behind those of ``q_a_proj``, once dtype and device are settled.
+
+        :meth:`decode` then multiplies by both at once: a launch less. They keep their names and take no more memory.
+        Without ``q_lora_rank`` there is nothing to stack.
+        """
+        if self.config.q_lora_rank is None:
+            return
+        first, second = self.q_a_proj, self.kv_a_proj_with_mqa
+        for name in ("weight", "bias") if self.config.bias else ("weight",):
+            one, other = getattr(first, name), getattr(second, name)
+            one.data, other.data = torch.cat((one, other)).tensor_split((one.shape[0],))
+
     # -----------------------------------------------------------------------------------------------------------------
     # Parts
 
@@ -128,7 +142,7 @@ class LatentAttention(nn.Module):
         if torch.compiler.is_compiling():
             return self._make_prolog_weights()
         weights = [linear.weight for linear in linears]
-        state = tuple((id(w), w.data_ptr(), w.dtype, w.requires_grad) for w in weights)
+        state = tuple((id(w), w.data_ptr(), w.dtype, w.requires_grad, packed(w) is None) for w in weights)
         if self._weights[0] != state:
             self._weights = state, self._make_prolog_weights()
         return self._weights[1]
@@ -140,10 +154,13 @@ class LatentAttention(nn.Module):
                 kv_a.weight, self.kv_a_layernorm.weight, self.q_proj.weight, self.w_uk, down_bias=kv_a.bias
             )
         q_a = self.q_a_proj
-        return PrologWeights(
-            (q_a.weight, kv_a.weight), self.kv_a_layernorm.weight, self.q_b_proj.weight, self.w_uk,
-            self.q_a_layernorm.weight, (q_a.bias, kv_a.bias) if self.config.bias else None,
-        )  # fmt: skip
+        down, bias = (q_a.weight, kv_a.weight), (q_a.bias, kv_a.bias) if self.config.bias else None
+        if _stacked(*down) and (bias is None or _stacked(*bias)) and packed(q_a.weight) is None:
+            rows = down[0].shape[0] + down[1].shape[0]
+            down = down[0].as_strided((rows, self.config.hidden_size), down[0].stride())
+            bias = None if bias is None else bias[0].as_strided((rows,), (1,))
+        norms = self.kv_a_layernorm.weight, self.q_a_layernorm.weight
+        return PrologWeights(down, norms[0], self.q_b_proj.weight, self.w_uk, norms[1], bias)
 
     def _tokens(self, hidden, cos, sin, positions) -> _Tokens:
         return _Tokens(hidden.flatten(0, -2), cos, sin, positions.flatten().contiguous())
@@ -433,6 +450,14 @@ class LatentAttention(nn.Module):
         else:
             out, _ = self._dense(q, latent, k_rope, cu_seqlens, cu_seqlens, (longest, longest))
         return project(self.o_proj, out.flatten(1)).view(hidden.shape)
+
+
+def _stacked(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether ``other`` lies right behind ``one`` in one storage."""
+    if torch.compiler.is_compiling() or not (one.is_contiguous() and other.is_contiguous()):
+        return False
+    same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.dtype == other.dtype
+    return same and other.storage_offset() == one.storage_offset() + one.numel()
 
 
 def _causal_rows(span: _Span, width: int) -> tuple[torch.Tensor, torch.Tensor]:

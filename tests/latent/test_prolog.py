@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from mla_kernels import launch
+from mla_kernels.cpu import prolog as cpu
 from mla_kernels.latent import absorb, prolog
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import ROPE_MODES, write_latent
 from mla_kernels.reference import prolog as reference
+from tests.cpu.recorder import record
 from tests.latent.problems import QUANTISED, bits
-from tests.latent.prolog_problems import DTYPES, GLM_HEADS, OPS, V3_HEADS, Sizes, make, run
+from tests.latent.prolog_problems import DTYPES, GLM_HEADS, OPS, V3_HEADS, Sizes, make, op_arguments, run
 from tests.support import assert_close, poisoned
 
 SMALL = Sizes()
@@ -257,11 +259,18 @@ def test_positions_outside_the_tables_on_a_device(backend, device, op):
     arguments["positions"][1], arguments["positions"][3] = -5, 1 << 20
     call = prolog._launch_prolog if op == "mla_prolog" else prolog._launch_norm_and_write
     call = absorb.launch_absorb if op == "absorb_query" else call
-    from tests.latent.prolog_problems import op_arguments
-
     with launch.on_cpu({"interpret": "interpret", "npu-emulated": "npu-emulated"}.get(backend, "torch")):
         got = call(*op_arguments(op, arguments))
     inside = arguments["positions"].clamp(0, len(arguments["cos"]) - 1)
     exact, _ = expected(op, arguments | {"positions": inside}, torch.float64)
     for one, want in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, exact))):
         assert_close(one.cpu(), want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operators_on_a_cpu_do_not_grow_with_tokens(op):
+    counts = []
+    for tokens in (40, 400):
+        arguments = op_arguments(op, make(op, dataclasses.replace(SMALL, tokens=tokens), dtype=torch.bfloat16))
+        counts.append(record(getattr(cpu, op), *arguments).operators)
+    assert counts[0] == counts[1]

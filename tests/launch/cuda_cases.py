@@ -9,6 +9,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.launch import KERNELS
+from mla_kernels.nn import AttentionConfig, LatentAttention
 from tests.launch.cuda_recorder import record
 
 BF16, I32 = torch.bfloat16, torch.int32
@@ -18,8 +19,8 @@ def pointers(launch):
     return {name: value.data_ptr() for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
 
 
-def table(starts):
-    positions = torch.arange(64)[:, None] * torch.ones(32)
+def table(rows):
+    positions = torch.arange(rows)[:, None] * torch.ones(32)
     return positions.cos(), positions.sin()
 
 
@@ -84,6 +85,20 @@ def test_mla_prolog_is_two_launches_beside_torchs_products(stacked, q_lora):
     assert absorb.arguments["w_head"] == kv_b.stride(0) and absorb.arguments["heads"] == heads
 
 
+@pytest.mark.parametrize("q_lora", [128, None])
+def test_a_decode_layer_is_five_launches_beside_torchs_products(q_lora):
+    config = AttentionConfig(256, 16, q_lora, 512, 128, 64, 128)
+    layer, cache = LatentAttention(config).to(BF16).requires_grad_(False), make_cache()
+    places = torch.tensor([[129], [129]]), torch.tensor([[64 * 2 + 1], [64 * 5 + 1]])
+    block_table, seq_lens = torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=I32), torch.full((2,), 130, dtype=I32)
+    with record() as launches:
+        out = layer.decode(torch.randn(2, 1, 256).to(BF16), *table(200), *places, cache, block_table, seq_lens)
+    names = [launch.kernel for launch in launches if launch.kernel != "merge_splits_kernel"]
+    first = "norm_and_write_kernel" if q_lora else "write_latent_kernel"
+    assert names == [first, "absorb_query_kernel", "mla_decode_kernel", "expand_output_kernel"] and len(launches) <= 5
+    assert out.shape == (2, 1, 256)
+
+
 def test_expand_output_is_one_launch_over_the_weight_as_it_lies():
     out, kv_b = torch.randn(5, 16, 512).to(BF16), torch.randn(16, 256, 512).to(BF16)
     with record() as launches:
@@ -91,6 +106,30 @@ def test_expand_output_is_one_launch_over_the_weight_as_it_lies():
     (launch,) = launches
     assert {t.data_ptr() for t in (out, kv_b[:, 128:], values)} <= set(pointers(launch).values())
     assert launch.arguments["w_head"] == kv_b.stride(0)
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+def test_quantised_caches_are_passed_as_typed_parts(layout):
+    """Codes, scales and keys of one storage, 512 and 528 bytes apart; strides in bytes."""
+    cache = mla_kernels.LatentCache.allocate(40, 64, layout=layout)
+    rows, slots = torch.randn(5, 576).to(BF16), torch.arange(5) * 30
+    cos, sin = table(64)
+    with record() as launches:
+        mla_kernels.write_latent(
+            rows, torch.ones(512, dtype=BF16), cos, sin, torch.arange(5), slots, cache, rope="interleaved"
+        )
+        mla_kernels.scatter_tokens(rows[:, :512], rows[:, 512:], slots, cache)
+        out = mla_kernels.gather_tokens(cache, slots)
+        mla_kernels.copy_pages(cache, torch.tensor([3, 4]), torch.tensor([5, -1]))
+    write, scatter, gather, copy = launches
+    at = cache.data.data_ptr()
+    for launch in (write, scatter, gather):
+        parts = pointers(launch)
+        assert (parts["codes"], parts["scales"], parts["keys"]) == (at, at + 512, at + 528)
+        strides = launch.arguments["page_stride"], launch.arguments["slot_stride"]
+        assert strides == (64 * 656, 656) and launch.constants["LAYOUT"] == layout
+    assert pointers(gather)["out"] == out.data_ptr()
+    assert pointers(copy)["cache"] == at and copy.arguments["width"] == 64 * 328  # as 16-bit elements
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -105,6 +144,30 @@ def test_mla_decode(heads, pages):
     assert {t.data_ptr() for t in (q, cache.data, block_table, seq_lens)} <= set(pointers(decode).values())
     assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
     assert decode.constants["PAGE_SIZE"] == 64 and decode.constants["LATENT"] == 512
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_mla_prefill_and_its_gradients(causal):
+    q, rope = torch.randn(70, 2, 192).to(BF16), torch.randn(90, 64).to(BF16)
+    kv = torch.randn(90, 2, 256).to(BF16)
+    bounds = torch.tensor([0, 30, 70], dtype=I32), torch.tensor([0, 40, 90], dtype=I32)
+    leaves = [tensor.requires_grad_() for tensor in (q, kv, rope)]
+    with record() as launches:
+        k, v = kv.split([128, 128], -1)
+        sizes = dict(max_seqlen_q=40, max_seqlen_k=50, softmax_scale=0.1)
+        out, lse = mla_kernels.mla_prefill(q, k, v, *bounds, **sizes, causal=causal, k_rope=rope)
+        torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert [launch.kernel for launch in launches] == [
+        "mla_prefill_kernel", "mla_prefill_delta_kernel", "mla_prefill_key_gradient_kernel",
+        "mla_prefill_query_gradient_kernel", "mla_prefill_rope_gradient_kernel",
+    ]  # fmt: skip
+    inputs = {tensor.data_ptr() for tensor in (q, k, v, rope, *bounds)}
+    forward, delta, keys, queries, heads = map(pointers, launches)
+    assert all(inputs <= set(one.values()) for one in (forward, keys, queries))
+    assert {out.data_ptr(), lse.data_ptr()} <= set(forward.values()) & set(delta.values())
+    assert delta["stats_ptr"] == keys["stats_ptr"] == queries["stats_ptr"]
+    assert keys["rope_grad_ptr"] == heads["partial_ptr"]
+    assert launches[0].arguments["k_stride"] == launches[2].arguments["v_stride"] == 2 * 256
 
 
 def test_a_second_call_launches_what_was_compiled():
