@@ -21,7 +21,7 @@ SIGNATURES = {
     "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
     "merge_states": "(outs, lses)",
-    "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True)",
+    "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True, window=None, sink=None)",
     "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal=True, "
     "k_rope=None)",
     "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
@@ -80,11 +80,13 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, prolog
+    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog
 
     for name, signature in SIGNATURES.items():
         twin = next(
-            getattr(module, name) for module in (prolog, attention, indexer, latent, moe) if hasattr(module, name)
+            getattr(module, name)
+            for module in (prolog, attention, indexer, latent, moe, prefill)
+            if hasattr(module, name)
         )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
         of_caches = {"latent_dim", "layout", "cache_layout"} - set(own)

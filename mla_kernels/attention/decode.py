@@ -31,11 +31,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl.constexpr):
     """Pointers [BLOCK_N, 1] to tokens: of one page from ``offset`` on, or each of its own page and offset."""
     at = page.to(tl.int64) * page_stride + offset.to(tl.int64) * token_stride
-    if PAGED:
-        rows = base_ptr + at + key[:, None] * token_stride
-    else:
-        rows = base_ptr + at[:, None]
-    return rows
+    return base_ptr + at + key[:, None] * token_stride if PAGED else base_ptr + at[:, None]
 
 
 @triton.jit
@@ -75,7 +71,8 @@ def mla_decode_kernel(
     sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, work,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYOUT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr, BRANCH: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_H query rows over one split of a sequence's keys, for BLOCK_V columns of the value.
 

@@ -21,7 +21,15 @@ def rule(chip, dtype, statics, sizes):
     rows = sizes["queries"] * sizes["heads"]
     tile = {"VALUE_TILES": 1, "PERSISTENT": int(not chip.is_gpu), "BRANCH": 0, "num_warps": 4, "num_stages": 2}
     choose = {"ascend": _ascend, "amd": _amd, "nvidia": _nvidia}[chip.vendor]
-    return tile | choose(chip, dtype, statics, rows)
+    tile |= choose(chip, dtype, statics, rows)
+    for name, needed in memory(chip, dtype, statics, tile).items():
+        if needed > chip.memory[name]:
+            raise NotImplementedError(
+                f"mla_decode on {chip.name}: latent_dim {statics['LATENT']}, rope_dim {statics['ROPE']} in {dtype} and "
+                f"layout {statics['LAYOUT']} with page_size {statics['PAGE_SIZE']} needs about {needed:,} bytes of "
+                f"{name}, a program has {chip.memory[name]:,}"
+            )
+    return tile
 
 
 def _ascend(chip, dtype, statics, rows):
@@ -31,8 +39,15 @@ def _ascend(chip, dtype, statics, rows):
         tile["BLOCK_N"] //= 2
     if page % tile["BLOCK_N"]:  # rows are gathered through UB
         tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
+    narrow = chip.memory["UB"] < 240 << 10
     if layout == "fp8_v32":
         tile["BLOCK_N"] = 32
+        if narrow:
+            tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if page % 32 else 32}
+            if page % 16 and statics["LATENT"] >= 512:
+                tile["VALUE_TILES"] = 4
+    if layout == "int8" and narrow and statics["CAUSAL"]:
+        tile |= {"BLOCK_H": 16, "BLOCK_N": 32}
     return tile
 
 
@@ -52,7 +67,8 @@ def _nvidia(chip, dtype, statics, rows):
     if dtype == "fp32":
         return {"BLOCK_H": 16, "BLOCK_N": 16}
     if hopper and rows > 32:  # without a rope part a branch has no cheap second product
-        return {"BLOCK_H": 64, "BLOCK_N": 64, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
+        block_n = 32 if statics["CAUSAL"] and statics["WINDOW"] else 64
+        return {"BLOCK_H": 64, "BLOCK_N": block_n, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
     if layout == "fp8_v32" and rows > 16:
         return {"BLOCK_H": 32, "BLOCK_N": 32 if roomy else 16, "num_warps": 8, "num_stages": 1}
     if layout != "plain":
@@ -60,7 +76,8 @@ def _nvidia(chip, dtype, statics, rows):
         return {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 16 if narrow else 32, "num_warps": 8}
     if rows <= 16:
         return {"BLOCK_H": 16, "BLOCK_N": 32}
-    wide = rows > 32 and roomy and (newer or not statics["CAUSAL"])
+    masked = statics["CAUSAL"] and (statics["WINDOW"] or not newer)
+    wide = rows > 32 and roomy and not masked
     return {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
 
 
@@ -75,7 +92,7 @@ def memory(chip, dtype, statics, tile):
     if chip.vendor == "ascend":
         decoded = block_n * latent * size if layout != "plain" else 0
         l0c = block_h * (value + block_n * (2 if layout == "int8" else 1)) * 4
-        gathered = k if statics["PAGE_SIZE"] % block_n else 0
+        gathered = block_n * token_bytes(dtype, statics) if statics["PAGE_SIZE"] % block_n else 0
         scaled = 5 * block_n * latent if layout == "fp8_v32" else 0
         return {
             "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + scaled + misfit,

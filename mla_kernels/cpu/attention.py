@@ -85,6 +85,13 @@ def _attend(q, cache, pages, length, limits, window, scale):
     return acc.div_(total.clamp_min(1.0)).view(queries, heads, cache.latent_dim), lse
 
 
+def _join(acc, total, largest, other_acc, other_total, other_largest):
+    """Two running softmax states as one."""
+    top = torch.maximum(largest, other_largest)
+    keep, enter = (largest - top).exp_(), (other_largest - top).exp_()
+    return acc.mul_(keep).add_(other_acc.mul_(enter)), total * keep + other_total * enter, top
+
+
 def _values(tokens: torch.Tensor, cache: LatentCache, dtype: torch.dtype) -> torch.Tensor:
     """Tokens as they lie in ``cache`` -> their values [tokens, width] in ``dtype``."""
     if not cache.layout.quantised:

@@ -89,7 +89,7 @@ def test_the_error_of_a_quantised_cache_is_the_quantisers(backend, device, layou
     problem = make(
         [130, 200], heads=16, queries=queries, latent_dim=256, dtype=torch.bfloat16, layout=layout, device=device
     )
-    exact, lse = problem.expected(torch.float64)
+    exact, _ = problem.expected(torch.float64)
     original = problem.latents_before_quantisation()
     unquantised, unquantised_lse = original.expected(torch.float64)
     out, out_lse = problem.run()

@@ -53,6 +53,24 @@ REFUSED = {
     "lengths device": (lambda p: dict(seq_lens=p.seq_lens.to("meta")), ValueError, "seq_lens: got a tensor on meta"),
     "scale tensor": (dict(softmax_scale=torch.tensor(0.1)), TypeError, "softmax_scale: got Tensor"),
     "causal int": (dict(causal=1), TypeError, "causal: got int, a bool"),
+    "window zero": (dict(window=0), ValueError, "window: got 0, an integer of at least 1"),
+    "window float": (dict(window=2.0), TypeError, "window: got float, an integer of at least 1"),
+    "window bool": (dict(window=True), TypeError, "window: got bool"),
+    "window not causal": (dict(window=9, causal=False), ValueError, "window: got 9 with causal=False, .* causal=True"),
+    "sink no tensor": (dict(sink=0.0), TypeError, "sink: got float"),
+    "sink of other heads": (lambda p: dict(sink=torch.zeros(2)), ValueError, r"sink: got shape \(2,\), \(3\)"),
+    "sink dtype": (lambda p: dict(sink=torch.zeros(3).bfloat16()), TypeError, "sink: got dtype bfloat16, .* float32"),
+    "sink device": (lambda p: dict(sink=torch.zeros(3, device="meta")), ValueError, "sink: got a tensor on meta"),
+    "another layout": (
+        lambda p: dict(cache=LatentCache.allocate(2, 64, latent_dim=128, rope_dim=16, layout="fp8_v32")),
+        ValueError,
+        r"q: got shape \(2, 2, 3, 80\), \(any, any, any, 144\)",
+    ),
+    "q for another layout": (
+        lambda p: dict(cache=LatentCache.allocate(2, 64, latent_dim=64, rope_dim=16, layout="int8")),
+        TypeError,
+        "q: got dtype float32, accepted: bfloat16",
+    ),
 }
 
 
@@ -67,6 +85,28 @@ def test_refused(problem, name):
 def test_a_gradient_is_not_lost(problem):
     with pytest.raises(NotImplementedError, match="mla_decode has no backward and q requires grad"):
         problem.run(q=problem.q.requires_grad_())
+
+
+def test_no_gradient_of_a_sink_is_lost(problem):
+    with pytest.raises(NotImplementedError, match="mla_decode has no backward and sink requires grad"):
+        problem.run(sink=torch.zeros(3, requires_grad=True))
+
+
+def test_a_sink_of_nan_is_refused(backend):
+    if backend in ("cuda", "npu"):
+        pytest.skip("values of device tensors are not read")
+    with pytest.raises(ValueError, match="sink: got NaN for 1 heads, any other number is accepted"):
+        make([3]).run(sink=torch.tensor([0.0, float("nan"), 1.0]))
+
+
+def test_table_entries_before_the_window_are_not_checked(backend, device):
+    problem = make([200, 70], window=10, queries=2, device=device)
+    assert (problem.block_table[0, :2] < 0).any() or (problem.block_table[0, :2] > problem.cache.num_pages).any()
+    problem.check(problem.run())
+    if backend not in ("cuda", "npu"):
+        problem.block_table[0, 2] = -1
+        with pytest.raises(ValueError, match="block_table: got values from -1"):
+            problem.run()
 
 
 VALUES = {

@@ -10,9 +10,18 @@ from mla_kernels.latent.cache import LatentCache
 from tests.attention.problems import make
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_mla_decode(dtype):
-    problem = make([70, 0, 3], queries=2, dtype=dtype)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(dtype=torch.bfloat16),
+        dict(dtype=torch.bfloat16, layout="fp8_v32", latent_dim=128, window=9, sink=True),
+        dict(dtype=torch.bfloat16, layout="int8", rope_dim=0),
+    ],
+    ids=["fp32", "bf16", "fp8", "int8"],
+)
+def test_opcheck_of_mla_decode(options):
+    problem = make([70, 0, 3], queries=2, **options)
     torch.library.opcheck(torch.ops.mla_kernels.mla_decode.default, problem.arguments())
 
 
@@ -34,6 +43,18 @@ def test_compile():
     plain, plain_lse = problem.run(softmax_scale=0.1)
     torch.testing.assert_close(out, plain)
     torch.testing.assert_close(lse, plain_lse + torch.tensor(2.0).log())
+
+
+def test_compile_with_every_option():
+    problem = make([70, 3], queries=2, dtype=torch.bfloat16, layout="int8", window=9, sink=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q, sink):
+        cache, table, lengths = problem.cache, problem.block_table, problem.seq_lens
+        return mla_decode(q * 1.0, cache, table, lengths, softmax_scale=0.1, window=9, sink=sink)
+
+    for got, want in zip(step(problem.q, problem.sink), problem.run(softmax_scale=0.1)):
+        torch.testing.assert_close(got, want)
 
 
 def test_compiled_gradient_of_merge_states():

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mla_kernels.cpu import attention
+from mla_kernels.latent.cache import LatentCache
 from mla_kernels.reference import attention as reference
+from mla_kernels.reference import latent as latent_reference
 from tests.cpu.recorder import record
 from tests.support import assert_close, poisoned
 
@@ -30,15 +32,16 @@ def problem(lengths, *, queries=1, heads=4, latent=512, rope=64, page_size=16, d
     return q, cache, block_table, torch.tensor(lengths, dtype=torch.int32)
 
 
-def decode(q, cache, block_table, seq_lens, causal=True, latent=512):
-    none = 1 << 30
-    return attention.mla_decode(q, cache, block_table, seq_lens, None, SCALE, causal, none, layout_of(cache), latent)
+def decode(q, cache, block_table, seq_lens, causal=True, latent=512, window=1 << 30, sink=None, layout=None):
+    layout = layout or ("latent_32bit" if cache.dtype == torch.float32 else "latent_16bit")
+    return attention.mla_decode(q, cache, block_table, seq_lens, sink, SCALE, causal, window, layout, latent)
 
 
-def exact(q, cache, block_table, seq_lens, causal=True, latent=512):
+def exact(q, cache, block_table, seq_lens, causal=True, latent=512, window=None):
     return reference.mla_decode(
-        q.double(), cache.double(), block_table, seq_lens, softmax_scale=SCALE, causal=causal, latent_dim=latent
-    )
+        q.double(), cache.double(), block_table, seq_lens,
+        softmax_scale=SCALE, causal=causal, window=window, latent_dim=latent,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 97])
@@ -53,6 +56,34 @@ def test_blocks_of_keys_and_queries(monkeypatch, length, queries, causal):
     args = problem([length, 5], queries=queries, heads=2, latent=32, rope=16)
     for actual, expected in zip(decode(*args, causal, 32), exact(*args, causal, 32)):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("window", [1, 7, 32, 40, 200])
+@pytest.mark.parametrize("queries", [1, 3, 10])
+def test_blocks_of_a_window(monkeypatch, window, queries):
+    monkeypatch.setattr(attention, "_MAX_KEYS", 32)
+    monkeypatch.setattr(attention, "_MIN_KEYS", 8)
+    monkeypatch.setattr(attention, "_MAX_ROWS", 8)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 256)
+    args = problem([97, 5, 64], queries=queries, heads=2, latent=32, rope=16)
+    for actual, expected in zip(decode(*args, True, 32, window), exact(*args, True, 32, window)):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_tokens_are_decoded_block_by_block(monkeypatch, layout, dtype):
+    """Every e4m3 code that is a number and every int8 code, exactly but for the rounding to bfloat16."""
+    monkeypatch.setattr(attention, "_DECODED", 7)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 20, 1)
+    codes[codes & 0x7F == 0x7F] = 0  # NaN in e4m3
+    cache = LatentCache.allocate(3, 20, latent_dim=256, rope_dim=16, layout=layout)
+    cache.data[..., :256] = codes
+    cache.scales.copy_(torch.rand(cache.scales.shape) + 0.5)
+    cache.rope.copy_(torch.randn(cache.rope.shape))
+    tokens = attention._tokens(cache.data, torch.tensor([0, 1, 2], dtype=torch.int32), 3, 60)
+    expected = latent_reference.dequantise_cache(cache.data, 256, layout).flatten(0, 1)[3:60]
+    assert torch.equal(attention._values(tokens, cache, dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

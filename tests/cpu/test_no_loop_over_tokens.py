@@ -21,7 +21,7 @@ def experts(tokens):
 def decode_args(tokens):
     pages = torch.randperm(-(-tokens // 4)).int()[None]
     q, cache = torch.randn(1, 3, 2, 48), torch.randn(pages.numel(), 4, 48)
-    return q, cache, pages, torch.tensor([tokens], dtype=torch.int32), 0.1, True, 32
+    return q, cache, pages, torch.tensor([tokens], dtype=torch.int32), None, 0.1, True, 1 << 30, "latent_32bit", 32
 
 
 CASES = {
