@@ -1,7 +1,7 @@
 """An ``npu`` device in pure Python: PrivateUse1 tensors whose data lies in a CPU tensor.
 
 Import it in a process of its own: PrivateUse1 can be renamed once. Torch's own operators run on the CPU copy through
-one boxed fallback; kernel launches run in the NPU emulator. Views are copies, so a launcher must pass whole tensors.
+one boxed fallback; kernel launches run in the NPU emulator. Views are views of the CPU tensor and share its bytes.
 """
 
 import torch
@@ -28,12 +28,25 @@ class NpuTensor(torch.Tensor):
     def __init__(self, data):
         self.raw = data
 
+    # torch's own metadata of the tensor is that of a dense one
     def data_ptr(self):
         return self.raw.data_ptr()
 
+    def stride(self, *dim):
+        return self.raw.stride(*dim)
+
+    def storage_offset(self):
+        return self.raw.storage_offset()
+
+    def is_contiguous(self):
+        return self.raw.is_contiguous()
+
+    def contiguous(self):
+        return self if self.raw.is_contiguous() else wrap(self.raw.contiguous())
+
 
 def wrap(tensor: torch.Tensor) -> NpuTensor:
-    return NpuTensor(tensor.contiguous())
+    return NpuTensor(tensor)
 
 
 def unwrap(value):
@@ -42,6 +55,7 @@ def unwrap(value):
 
 _library = torch.library.Library("_", "IMPL", "PrivateUse1")
 _aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
+_aten_autograd = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
 
 
 def _fallback(op, *args, **kwargs):
@@ -56,9 +70,43 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+# torch composes these from the metadata of the tensor, and would lose its strides and offset; its autograd would copy
+# the result into another object. No gradient passes them here.
+VIEWS = {
+    "view": torch.Tensor.reshape,
+    "view.dtype": torch.Tensor.view,
+    "_unsafe_view": torch.Tensor.reshape,
+    "as_strided": torch.Tensor.as_strided,
+    "slice.Tensor": torch.ops.aten.slice.Tensor,
+    "select.int": torch.ops.aten.select.int,
+    "transpose.int": torch.Tensor.transpose,
+    "t": torch.Tensor.t,
+    "permute": torch.Tensor.permute,
+    "unsqueeze": torch.Tensor.unsqueeze,
+    "squeeze.dim": torch.Tensor.squeeze,
+    "expand": torch.Tensor.expand,
+    "split.Tensor": torch.Tensor.split,
+    "split_with_sizes": torch.Tensor.split,
+    "unbind.int": torch.Tensor.unbind,
+}
+
+
+def _as_view(name, function):
+    def view(*args, **kwargs):
+        fallbacks.append(f"aten.{name}")
+        return tree_map(wrap, function(*tree_map(unwrap, args), **kwargs))
+
+    _aten.impl(name, view)
+    _aten_autograd.impl(name, view)
+
+
+for _name, _function in VIEWS.items():
+    _as_view(_name, _function)
 _library.fallback(_fallback)
 _aten.impl("_copy_from", _copy_from)
 _aten.impl("empty.memory_format", lambda size, *, dtype=None, **_: wrap(torch.empty(size, dtype=dtype)))
+_aten.impl("arange", lambda end, *, dtype=None, **_: wrap(torch.arange(end, dtype=dtype)))
+_aten.impl("arange.start", lambda start, end, *, dtype=None, **_: wrap(torch.arange(start, end, dtype=dtype)))
 _aten.impl("empty_strided", lambda size, stride, *, dtype=None, **_: wrap(torch.empty(size, dtype=dtype)))
 
 

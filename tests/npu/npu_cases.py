@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mla_kernels
-from mla_kernels.reference import attention, latent, moe, prolog
+from mla_kernels.reference import attention, latent, moe, prefill, prolog
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -31,6 +31,17 @@ def test_mla_decode():
     )
     exact = attention.mla_decode(q.double(), data.double(), block_table, seq_lens, softmax_scale=0.05, latent_dim=512)
     assert out.device.type == "npu" and "mla_decode_kernel" in fake_npu.launches
+    assert_close(out.cpu(), exact[0])
+    assert_close(lse.cpu(), exact[1])
+
+
+def test_mla_prefill():
+    q, k, v, k_rope = torch.randn(9, 2, 48), torch.randn(11, 2, 32), torch.randn(11, 2, 64), torch.randn(11, 16)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 6, 11], dtype=torch.int32)
+    sizes = dict(max_seqlen_q=5, max_seqlen_k=6, softmax_scale=0.1)
+    out, lse = mla_kernels.mla_prefill(*npu(q, k, v), *npu(*bounds), **sizes, k_rope=npu(k_rope))
+    exact = prefill.mla_prefill(q.double(), k.double(), v.double(), *bounds, **sizes, k_rope=k_rope.double())
+    assert fake_npu.launches == ["mla_prefill_kernel"]
     assert_close(out.cpu(), exact[0])
     assert_close(lse.cpu(), exact[1])
 
@@ -78,6 +89,29 @@ def test_mla_prolog_and_expand_output():
     assert_close(q.cpu(), exact_q)
     assert_close(cache.data.cpu(), exact)
     assert_close(values.cpu(), prolog.expand_output(q.cpu()[..., :128].double(), kv_b[:, 32:].double()))
+
+
+def test_quantised_cache_and_tools():
+    rows = torch.randn(5, 576).bfloat16()
+    norm, cos, sin = torch.ones(512).bfloat16(), torch.ones(9, 32), torch.zeros(9, 32)
+    positions, slots = torch.arange(5), torch.tensor([3, 0, -1, 17, 9])
+    cache = mla_kernels.LatentCache.allocate(4, 16, layout="fp8_v32", device="npu")
+    exact = torch.zeros(4, 16, 656, dtype=torch.uint8)
+    mla_kernels.write_latent(*npu(rows, norm, cos, sin, positions, slots), cache, rope="half")
+    options = {"latent_dim": 512, "layout": "fp8_v32"}
+    latent.write_latent(rows, norm, cos, sin, positions, slots, exact, **options, rope="half")
+    torch.testing.assert_close(cache.data.cpu(), exact, atol=1, rtol=0)  # a code at a tie
+    mla_kernels.scatter_tokens(*npu(rows[:, :512], rows[:, 512:], slots), cache)
+    latent.scatter_tokens(rows[:, :512], rows[:, 512:], slots, exact, **options)
+    mla_kernels.copy_pages(cache, *npu(torch.tensor([0, 1]), torch.tensor([2, -1])))
+    latent.copy_pages(exact, torch.tensor([0, 1]), torch.tensor([2, -1]))
+    assert torch.equal(cache.data.cpu(), exact)
+    gathered = mla_kernels.gather_tokens(cache, npu(slots + 32))
+    assert torch.equal(gathered.cpu().float(), latent.gather_tokens(exact, slots + 32, **options))
+    assert len(fake_npu.launches) == 4
+    converted = mla_kernels.convert_cache(cache, "latent_16bit")
+    assert converted.data.device.type == "npu"
+    assert torch.equal(converted.data.cpu().float(), latent.dequantise_cache(exact, 512, "fp8_v32"))
 
 
 def test_route_and_fused_moe():
