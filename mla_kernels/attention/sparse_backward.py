@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse_gradients import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
 from mla_kernels.cpu.sparse import sparse_mla_prefill_backward as cpu_sparse_mla_prefill_backward
 from mla_kernels.language import tl, triton
@@ -44,8 +45,7 @@ def sparse_gate_kernel(
         if SINK:
             lse = tl.load(lse_ptr + first + line, mask=inside, other=float("-inf"))
             sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
-            seen = lse > float("-inf")
-            gate = tl.where(seen, 1.0 / (1.0 + tl.exp(sink - tl.where(seen, lse, 0.0))), 1.0)
+            gate = sink_factor(lse, sink)
             tl.store(gate_ptr + first + line, gate, mask=inside)
             tl.store(shift_ptr + first + line, (gate * delta - lse_grad) * scale, mask=inside)
             tl.store(sink_grad_ptr + first + line, (gate - 1.0) * delta, mask=inside)

@@ -8,17 +8,13 @@ import math
 
 import torch
 
-from mla_kernels.attention.merge import merge_end, merge_part
+from mla_kernels.attention import decode_tiles
+from mla_kernels.attention.decode import LN2, LOWEST, add_latent_scores, load_latents
+from mla_kernels.attention.merge import merge_end, merge_part, sink_factor
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import CacheLayout
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.fp8 import decode_e4m3
 
 SPLIT_PICKS = 256  # picks that a program of a decode step works on
-
-LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
-LN2 = tl.constexpr(0.6931471805599453)
-GROUP = tl.constexpr(128)  # latent values that share a scale in fp8_v32
 
 
 @triton.jit
@@ -38,12 +34,12 @@ def pick_offsets(slot, page_stride, token_stride, PAGE_SIZE: tl.constexpr, WIDE:
 
 @triton.jit
 def sparse_mla_kernel(
-    q_ptr, latents_ptr, scales_ptr, rope_ptr, indices_ptr, lengths_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, latent_ptr, scale_ptr, rope_ptr, indices_ptr, lengths_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
     max_ptr, score_scale, q_stride, head_stride, page_stride, token_stride, index_stride,
     tokens, queries, heads, num_slots, top_k, share, splits, work,
     LATENT: tl.constexpr, ROPE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
     LENGTHS: tl.constexpr, SINK: tl.constexpr, MAX_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_H heads of one token over `share` of its picks.
 
@@ -51,6 +47,7 @@ def sparse_mla_kernel(
     that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
     query, picks and length alone.
     """
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     line = tl.arange(0, BLOCK_H)
     key = tl.arange(0, BLOCK_N)
     latent_column = tl.arange(0, LATENT)
@@ -85,45 +82,49 @@ def sparse_mla_kernel(
             seen = (slot >= 0) & (slot < num_slots)
             slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
             rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
-            if LAYOUT == "latent":
-                latent = tl.load(latents_ptr + rows[:, None] + latent_column[None, :], mask=seen[:, None], other=0.0)
-                rope_rows = rows
+            scale_rows = scale_ptr + (rows * 4)[:, None]
+            if LAYOUT == "plain":
+                rope_rows = rope_ptr + rows[:, None]
             else:
-                codes = tl.load(
-                    latents_ptr + (rows * 16)[:, None] + latent_column[None, :], mask=seen[:, None], other=0
-                )
-                if LAYOUT == "int8":
-                    scale = tl.load(scales_ptr + rows * 4, mask=seen, other=0.0)
-                    latent = (codes.to(tl.float32) * scale[:, None]).to(q_latent.dtype)
-                else:
-                    group = tl.arange(0, LATENT // GROUP)
-                    scale = tl.load(scales_ptr + (rows * 4)[:, None] + group[None, :], mask=seen[:, None], other=0.0)
-                    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [BLOCK_N, LATENT // GROUP, GROUP])
-                    values = (values * scale[:, :, None]).to(q_latent.dtype)
-                    latent = tl.reshape(values, [BLOCK_N, LATENT])
-                rope_rows = rows * 8
+                rope_rows = rope_ptr + (rows * 8)[:, None]
+                rows = rows * 16
+            latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
             if ROPE > 0:
-                rope = tl.load(rope_ptr + rope_rows[:, None] + rope_column[None, :], mask=seen[:, None], other=0.0)
-                scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+                rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
+            if LAYOUT == "int8":
+                scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
+                scales = tl.reshape(scales, (1, BLOCK_N))
             else:
-                scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * score_scale, float("-inf"))
+                scales = 1.0
+            scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+            if BRANCH:
+                if first < end:  # always, as the other; see mla_decode_kernel
+                    if first < top_k:
+                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                    scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                else:
+                    scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+            else:
+                if ROPE > 0:
+                    scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+            scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
             new = tl.maximum(largest, tl.max(scores, 1))
             keep = tl.exp2(largest - new)
             weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
             total = total * keep + tl.sum(weights, 1)
             acc = acc * keep[:, None]
-            acc = tl.dot(weights.to(latent.dtype), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
+            if LAYOUT == "int8":
+                weights *= scales
+            acc = tl.dot(weights.to(DTYPE), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
             largest = new
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
+        acc = acc / total[:, None]
         if SINK:
             sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
-            sink = tl.exp(sink - tl.where(empty, 0.0, lse))  # sigmoid(lse - sink) = 1 / (1 + this)
-            total = tl.where(empty, 1.0, total * (1.0 + sink))
-        acc = acc / total[:, None]
+            acc *= sink_factor(lse, sink)[:, None]
         target = (tl.cast(split, tl.int64) * tokens + token) * heads + head
         tile = line[:, None] * LATENT + latent_column[None, :]
         if SPLIT:
@@ -159,69 +160,33 @@ def sparse_merge_kernel(
         acc, lse = merge_end(acc, total, largest)
         if SINK:
             sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
-            seen = lse > float("-inf")
-            sink = tl.exp(sink - tl.where(seen, lse, 0.0))
-            acc = acc / tl.where(seen, 1.0 + sink, 1.0)[:, None]
+            acc *= sink_factor(lse, sink)[:, None]
         first = tl.cast(token, tl.int64) * heads + head
         tl.store(out_ptr + first * WIDTH + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(lse_ptr + first + line, lse, mask=inside)
 
 
-def _rule(chip, dtype, statics, sizes):
-    """The widest head tile whose accumulator and rows stay on chip without spills; checked by compiling for every chip.
+def _as_decode(statics):
+    """The constants of mla_decode_kernel where it gathers rows one by one, as this kernel does."""
+    return statics | {"PAGE_SIZE": 1, "CAUSAL": False, "WINDOW": False}
 
-    It looks at the heads only, so that a result depends neither on the batch nor on the number of tokens.
-    """
-    heads, quantised = sizes["heads"], statics["LAYOUT"] != "latent"
-    if quantised and dtype != "bf16":
-        raise NotImplementedError(f"sparse attention: {statics['LAYOUT']} caches are read as bf16, not as {dtype}")
-    small = dtype == "fp32" or heads <= 16
-    tile = {"PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
-    if chip.vendor == "ascend":  # rows are gathered through UB
-        tight = dtype == "fp32" or (statics["LAYOUT"] == "fp8_v32" and chip.memory["UB"] < 200 << 10)
-        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if tight else 32}
-    elif chip.vendor == "amd":
-        small, tight = small or quantised, dtype == "fp32" or quantised
-        tile |= {"BLOCK_H": 16 if small else 32, "BLOCK_N": 16 if tight else 32, "num_stages": 1}
-    elif small:
-        tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
-    else:
-        wide = heads > 32 and chip.memory["shared"] >= 160 << 10
-        tile |= {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
-        if wide and chip.architecture == "90" and not quantised:
-            tile["BLOCK_N"] = 64
-    return tile
+
+def _rule(chip, dtype, statics, sizes):
+    """mla_decode's tile for a gather. It depends on neither the batch nor the number of tokens, so no result does."""
+    heads, layout = sizes["heads"], statics["LAYOUT"]
+    if layout != "plain" and dtype != "bf16":
+        raise NotImplementedError(f"sparse attention: {layout} caches are read as bf16, not as {dtype}")
+    tile = decode_tiles.rule(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
+    return {name: size for name, size in tile.items() if name != "VALUE_TILES"}
 
 
 def _memory(chip, dtype, statics, tile):
-    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, latent, width = DTYPE_BYTES[dtype], statics["LATENT"], statics["LATENT"] + statics["ROPE"]
-    block_h, block_n = tile["BLOCK_H"], tile["BLOCK_N"]
-    q, k, p = block_h * width * size, block_n * width * size, block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        l0c = block_h * (latent + block_n) * 4
-        return {
-            "UB": 5 * block_h * latent * 2 + block_h * block_n * 4 + 3 * k + misfit,
-            "L1": 2 * (q + 2 * k + p),
-            "L0C": l0c * (2 if chip.memory["L0C"] > 128 << 10 else 1),
-        }
-    stages = tile["num_stages"]
-    if chip.vendor == "amd":
-        return {"shared": max(block_h, block_n) * latent * size + misfit}
-    return {"shared": q + (stages if block_h >= 64 else stages - 1) * k + p + misfit}
+    return decode_tiles.memory(chip, dtype, _as_decode(statics), tile | {"VALUE_TILES": 1})
 
 
 def parts_of(top_k: int) -> int:
     """Programs that share the picks of one token and head tile in a decode step."""
     return max(1, -(-top_k // SPLIT_PICKS))
-
-
-def _row_bytes(dtype, statics) -> int:
-    """Bytes of a cached token."""
-    if statics["LAYOUT"] == "latent":
-        return (statics["LATENT"] + statics["ROPE"]) * DTYPE_BYTES[dtype]
-    return CacheLayout(statics["LAYOUT"]).bytes_per_token(statics["LATENT"], statics["ROPE"])
 
 
 def _cost(dtype, statics, sizes):
@@ -230,7 +195,7 @@ def _cost(dtype, statics, sizes):
     parts = parts_of(top_k) if statics["SPLIT"] else 1
     return Cost(
         flops=2.0 * tokens * heads * top_k * (width + latent),
-        bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (_row_bytes(dtype, statics) + 4)),
+        bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (decode_tiles.token_bytes(dtype, statics) + 4)),
         workspace=parts * tokens * heads * (latent + 1) * 4 if parts > 1 else 0,
     )
 
@@ -242,11 +207,11 @@ def _work(dtype, statics, sizes, tile):
     return Work(
         programs=sizes["tokens"] * parts * -(-sizes["heads"] // tile["BLOCK_H"]),
         flops=2.0 * tile["BLOCK_H"] * picks * (width + latent),
-        bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (_row_bytes(dtype, statics) + 4),
+        bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
     )
 
 
-def _case(name, heads, *, tokens=64, split=True, layout="latent", dtypes=("bf16", "fp16", "fp32")):
+def _case(name, heads, *, tokens=64, split=True, layout="plain", dtypes=("bf16", "fp16", "fp32")):
     statics = _statics(512, 64, layout) | {"MAX_LOGITS": not split, "SPLIT": split}
     return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 2048}, dtypes)
 
@@ -262,8 +227,8 @@ SPARSE_MLA = Kernel(
     sparse_mla_kernel,
     arguments={
         "q_ptr": "*T",
-        "latents_ptr": "*L",
-        "scales_ptr": "*fp32",
+        "latent_ptr": "*L",
+        "scale_ptr": "*fp32",
         "rope_ptr": "*T",
         "indices_ptr": "*i32",
         "lengths_ptr": "*i32",
@@ -282,6 +247,7 @@ SPARSE_MLA = Kernel(
         "BLOCK_H": (16, 32, 64, 128),
         "BLOCK_N": (16, 32, 64, 128),
         "PERSISTENT": (0, 1),
+        "BRANCH": (0, 1),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
@@ -358,7 +324,7 @@ def attend(q, cache, indices, lengths, queries, scale, parts, results, sink=None
         token_stride = page_stride
     elif page_stride == page_size * token_stride or cache.num_pages == 1:
         page_size = 1
-    layout = cache.layout.value if cache.layout.quantised else "latent"
+    layout = cache.layout.value if cache.layout.quantised else "plain"
     plain = _statics(cache.latent_dim, cache.rope_dim, layout)
     plain |= {"PAGE_SIZE": page_size, "WIDE": last >= 1 << 31, "MAX_LOGITS": max_logits is not None}
     plain["SPLIT"] = partial is not None

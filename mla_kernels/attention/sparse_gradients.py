@@ -85,8 +85,9 @@ def sparse_query_grad_kernel(
                 rope_grad = tl.dot(scores_grad, rope, rope_grad, input_precision="ieee")
         target = q_grad_ptr + row * (LATENT + ROPE) + line[:, None] * (LATENT + ROPE)
         tl.store(target + value + value_column[None, :], latent_grad.to(q_latent.dtype), mask=inside[:, None])
-        if ROPE > 0 and value == 0:
-            tl.store(target + LATENT + rope_column[None, :], rope_grad.to(q_latent.dtype), mask=inside[:, None])
+        if ROPE > 0:  # noqa: SIM102 (the names below exist in this branch alone)
+            if value == 0:
+                tl.store(target + LATENT + rope_column[None, :], rope_grad.to(q_latent.dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -187,9 +188,10 @@ def sparse_pick_grad_kernel(
             stored = key < end - first
             latent_store = latent_grad.to(picks_ptr.dtype.element_ty)
             tl.store(target + value + value_column[None, :], latent_store, mask=stored[:, None])
-            if ROPE > 0 and value == 0:
-                rope_store = rope_grad.to(picks_ptr.dtype.element_ty)
-                tl.store(target + LATENT + rope_column[None, :], rope_store, mask=stored[:, None])
+            if ROPE > 0:  # noqa: SIM102
+                if value == 0:
+                    rope_store = rope_grad.to(picks_ptr.dtype.element_ty)
+                    tl.store(target + LATENT + rope_column[None, :], rope_store, mask=stored[:, None])
 
 
 def _grad_rule(chip, dtype, statics, sizes):
