@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.tools import gather_tokens
@@ -107,6 +108,32 @@ def test_prefill_a_chunk_then_decode(variant):
         torch.testing.assert_close(layer.prefill(start, stop)[real], expected[:, start:stop][real], **TOLERANCE)
     for start, stop in ((17, 18), (18, 23)):  # one token, then several at once
         torch.testing.assert_close(layer.decode(start, stop), expected[:, start:stop], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["interpret", "npu-emulated"])
+@pytest.mark.parametrize("variant", ["v3", pytest.param("v3.2", marks=pytest.mark.slow)])
+def test_kernels(variant, mode):
+    layer = Layer(variant, tokens=12, leading=(2, 0), v_head_dim=32)
+    expected = layer.expected()
+    with launch.on_cpu(mode):
+        chunks = [layer.prefill(0, 5), layer.prefill(5, 10), layer.decode(10, 12)]
+    out, real = torch.cat(chunks, 1), layer.real(0, 12)
+    torch.testing.assert_close(out[real], expected[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["v2", "v3", "v3.2"])
+def test_nothing_to_do(variant):
+    layer = Layer(variant)
+    ours, positions, hidden, lengths = layer.ours, layer.positions, layer.hidden, torch.zeros(2, dtype=torch.int32)
+    for some in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
+        tokens, places = hidden[some], (positions[some], layer.slots[some], layer.cache)
+        assert ours(tokens, *layer.tables, places[0]).shape == tokens.shape
+        assert ours.prefill(tokens, *layer.tables, *places, **layer.indexer).shape == tokens.shape
+    context = {"block_table": layer.block_table[:0], "context_lens": lengths[:0]}
+    tokens, places = hidden[:0], (positions[:0], layer.slots[:0], layer.cache)
+    assert ours.prefill(tokens, *layer.tables, *places, **context, **layer.indexer).shape == tokens.shape
+    out = ours.decode(tokens, *layer.tables, *places, layer.block_table[:0], lengths[:0], **layer.indexer)
+    assert out.shape == tokens.shape
 
 
 @pytest.mark.parametrize("variant", ["v3", "v3.2"])

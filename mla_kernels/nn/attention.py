@@ -289,7 +289,7 @@ class LatentAttention(nn.Module):
             self.indexer.write(tokens.hidden, *tokens.tables, slots, indexer_cache)
             if block_table.shape[1] * cache.page_size > self.config.index_top_k:
                 chosen = self.indexer.select_slots(
-                    tokens.hidden, q_latent, tokens.tables, indexer_cache, block_table, seq_lens
+                    tokens.hidden, q_latent, tokens.tables, shape, indexer_cache, block_table, seq_lens
                 )
         if chosen is None:
             out, _ = mla_decode(q, cache, block_table, seq_lens, softmax_scale=self.config.softmax_scale)
@@ -344,7 +344,7 @@ class LatentAttention(nn.Module):
         elif max_context is not None:
             raise ValueError("max_context: got an integer without context_lens, both or none are accepted")
         top_k = self.config.index_top_k
-        sparse = top_k is not None and width + longest > top_k
+        sparse = top_k is not None and width + longest > top_k and batch > 0
         if sparse and longest:  # tokens to the end of their rows, where the newest of a sequence are looked for
             shift = (torch.arange(width, device=hidden.device) + (span.leading + span.real)[:, None]) % width
             rows = torch.arange(batch, device=hidden.device)[:, None]
@@ -367,7 +367,7 @@ class LatentAttention(nn.Module):
         if sparse and longest:
             seq_lens = context_lens + span.real
             chosen = self.indexer.select_slots(
-                tokens.hidden, q_latent, tokens.tables, indexer_cache, block_table, seq_lens
+                tokens.hidden, q_latent, tokens.tables, (batch, width), indexer_cache, block_table, seq_lens
             )
             q = absorb.absorb_query(q, self.w_uk, *tokens.tables, rope=self.config.rope).unflatten(0, (batch, width))
             values = absorb.expand_output(self._over_slots(q, cache, chosen), self.w_uv)
@@ -438,7 +438,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self._latents(project(self.kv_a_proj_with_mqa, tokens.hidden), tokens)
         q = self._rotate_queries(self._queries(tokens, q_latent), tokens)
         top_k = self.config.index_top_k
-        if top_k is not None and longest > top_k:
+        if top_k is not None and longest > top_k and count:
             row = torch.arange(count, dtype=torch.int32, device=hidden.device)
             sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
             chosen = self.indexer.select_rows(tokens.hidden, q_latent, tokens.tables, cu_seqlens[sequence], row + 1)

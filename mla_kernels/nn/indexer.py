@@ -44,15 +44,14 @@ class Indexer(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def select_slots(self, hidden, q_latent, tables, cache: IndexerCache, block_table, seq_lens) -> torch.Tensor:
+    def select_slots(self, hidden, q_latent, tables, shape, cache: IndexerCache, block_table, seq_lens) -> torch.Tensor:
         """Slots int32 [batch, tokens, top_k] of the best cached keys; -1 fills up.
 
         hidden [batch * tokens, hidden_size] and q_latent [batch * tokens, q_lora] of the newest tokens of each
-        sequence; tables (cos, sin, positions [batch * tokens]).
+        sequence; tables (cos, sin, positions [batch * tokens]); shape (batch, tokens).
         """
-        batch = seq_lens.shape[0]
         q, weights = self._query(hidden, q_latent, tables, hadamard=cache.quantised)
-        q, weights = q.unflatten(0, (batch, -1)), weights.unflatten(0, (batch, -1))
+        q, weights = q.unflatten(0, shape), weights.unflatten(0, shape)
         return select_slots(q, cache, weights, block_table, seq_lens, self.top_k)
 
     @torch.no_grad()
