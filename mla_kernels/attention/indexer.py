@@ -150,13 +150,20 @@ def _rule(chip, dtype, statics, sizes):
 
 
 def _memory(chip, dtype, statics, tile):
-    size, width = DTYPE_BYTES[dtype], statics["HEAD_DIM"]
+    """Upper bounds fitted to what the compilers report."""
+    size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
     dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
+    if chip.vendor == "amd":
+        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
     if chip.is_gpu:
-        return {"shared": k + q * max(1, tile["num_stages"] - 1)}
-    gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
-    return {"UB": 3 * dots + (3 * k if gathered or statics["FP8"] else 0), "L1": 2 * (k + q), "L0C": dots}
+        buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
+        return {"shared": k + q * buffers + 1024}
+    if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
+        vectors = 4 * dots + 16 * tile["BLOCK_N"] * width
+    else:
+        vectors = 3 * dots + (3 * k if statics["FP8"] else 4096)
+    return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
 
 
 def _cost(dtype, statics, sizes):

@@ -154,7 +154,7 @@ def _rule(chip, dtype, statics, sizes):
 def _memory(chip, dtype, statics, tile):
     """Ascend: the one-hot tiles and the products of the Hadamard transform, a few copies of each."""
     width, half = statics["HEAD_DIM"], statics["ROPE"] // 2
-    return {"shared": 4 * width + 64 * tile["num_warps"]} if chip.is_gpu else {"UB": 36 * width * half + 64 * width}
+    return {"shared": 8 * width + 64 * tile["num_warps"]} if chip.is_gpu else {"UB": 36 * width * half + 64 * width}
 
 
 def _key_cost(dtype, statics, sizes):

@@ -1,0 +1,118 @@
+"""The lightning indexer against those of DeepSeek-V3.2 and GLM-MoE-DSA in Hugging Face transformers.
+
+Sets are compared, not orders; 16 heads and more, since with few heads many scores tie at 0 and torch.topk picks any.
+"""
+
+import pytest
+import torch
+
+from mla_kernels.attention.indexer import indexer_logits
+from mla_kernels.attention.indexer_select import select_keys, select_slots
+from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
+from mla_kernels.reference import indexer as reference
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS, HIDDEN, Q_LORA, HEADS, HEAD_DIM, ROPE, TOP_K = 90, 96, 48, 32, 64, 16, 17
+SIZES = {
+    "hidden_size": HIDDEN, "q_lora_rank": Q_LORA, "qk_rope_head_dim": ROPE, "index_n_heads": HEADS,
+    "index_head_dim": HEAD_DIM, "index_topk": TOP_K, "num_attention_heads": 4, "num_hidden_layers": 1,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
+
+
+def indexer(family):
+    """(indexer with random weights, what it calls its rotation, cos and sin [TOKENS, ROPE / 2])."""
+    if family == "deepseek_v32":
+        from transformers.models.deepseek_v32 import modeling_deepseek_v32 as hf
+
+        module, rope = hf.DeepseekV32Indexer(transformers.DeepseekV32Config(**SIZES), 0), "half"
+    else:
+        from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as hf
+
+        module, rope = hf.GlmMoeDsaIndexer(transformers.GlmMoeDsaConfig(**SIZES), 0), "interleaved_to_half"
+    for weight in module.parameters():
+        noise = torch.randn_like(weight)
+        weight.data.copy_(1 + 0.2 * noise if weight.dim() == 1 else noise * weight.shape[-1] ** -0.5)
+    angles = torch.arange(TOKENS)[:, None] * 10000.0 ** (-torch.arange(ROPE // 2) / (ROPE // 2))
+    return module.eval().requires_grad_(False), rope, angles.cos(), angles.sin()
+
+
+def theirs(module, hidden, q_resid, cos, sin):
+    """Sets of chosen keys of each token, and the scores, by the module itself."""
+    tables = tuple(torch.cat([table, table], -1)[None] for table in (cos, sin))
+    mask = torch.full((TOKENS, TOKENS), -float("inf")).triu(1)[None]
+    scores = []
+
+    def recorded(scored, *rest, topk=torch.Tensor.topk, **options):
+        scores.append(scored)
+        return topk(scored, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "topk", recorded)
+        chosen = module(hidden[None], q_resid[None], tables, mask, torch.arange(TOKENS)[None])[0]
+    return [
+        set(row[: token + 1].tolist() if token < TOP_K else row.tolist()) for token, row in enumerate(chosen)
+    ], scores[0][0]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("ours", ["reference", "ops"])
+def test_the_same_scores_and_keys(family, ours, backend, device):
+    if ours == "reference" and backend != "cpu":
+        pytest.skip("has one backend")
+    if backend == "interpret":
+        pytest.skip("takes the interpreter half a minute")
+    module, rope, cos, sin = indexer(family)
+    hidden, q_resid = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, Q_LORA)
+    sets, scores = theirs(module, hidden, q_resid, cos, sin)
+    weights = module.weights_proj(hidden) * (HEADS**-0.5 * HEAD_DIM**-0.5)
+    q, k = module.wq_b(q_resid).view(TOKENS, HEADS, HEAD_DIM), module.wk(hidden)
+    positions, ends = torch.arange(TOKENS), torch.arange(1, TOKENS + 1).int()
+    slots = torch.randperm(96)[:TOKENS]
+    options = {"rope_dim": ROPE, "rope": rope}
+    norm, tables = (module.k_norm.weight, module.k_norm.bias), (cos, sin)
+    if ours == "reference":
+        data = torch.zeros(6, 16, HEAD_DIM)
+        q = reference.rotate_indexer_query(q, *tables, positions, **options)
+        reference.write_indexer_key(k, *norm, *tables, positions, positions, data, **options)
+        k = data.flatten(0, 1)[:TOKENS]
+        logits = reference.indexer_logits(q, k, weights, 0 * ends, ends)
+        rows = reference.select_keys(q, k, weights, 0 * ends, ends, TOP_K)
+    else:
+        q, k, weights, ends, positions, slots, cos, sin = (
+            x.to(device) for x in (q, k, weights, ends, positions, slots, cos, sin)
+        )
+        norm, tables = tuple(x.to(device) for x in norm), (cos, sin)
+        cache = IndexerCache.allocate(6, 16, head_dim=HEAD_DIM, dtype=torch.float32, device=device)
+        q = rotate_indexer_query(q, *tables, positions, **options)
+        write_indexer_key(k, *norm, *tables, positions, slots, cache, **options)
+        k = cache.keys.flatten(0, 1)[slots]
+        logits = indexer_logits(q, k, weights, 0 * ends, ends)
+        rows = select_keys(q, k, weights, 0 * ends, ends, TOP_K)
+    torch.testing.assert_close(logits.cpu(), scores, rtol=1e-5, atol=1e-5)
+    assert [set(row.tolist()) - {-1} for row in rows] == sets
+
+
+def test_a_decoded_token_picks_the_same_keys(backend, device):
+    """The last token of a prompt through the paged cache."""
+    module, rope, cos, sin = indexer("deepseek_v32")
+    hidden, q_resid = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, Q_LORA)
+    sets, _ = theirs(module, hidden, q_resid, cos, sin)
+    table = torch.randperm(8)[:6].int()
+    positions = torch.arange(TOKENS)
+    slots = table[positions // 16] * 16 + positions % 16
+    cache = IndexerCache.allocate(8, 16, head_dim=HEAD_DIM, dtype=torch.float32, device=device)
+    tables = cos.to(device), sin.to(device)
+    norm = (x.to(device) for x in (module.k_norm.weight, module.k_norm.bias))
+    options = {"rope_dim": ROPE, "rope": rope}
+    write_indexer_key(
+        module.wk(hidden).to(device), *norm, *tables, positions.to(device), slots.to(device), cache, **options
+    )
+    q = module.wq_b(q_resid[-2:]).view(2, HEADS, HEAD_DIM).to(device)
+    q = rotate_indexer_query(q, *tables, positions[-2:].to(device), **options)
+    weights = (module.weights_proj(hidden[-2:]) * (HEADS**-0.5 * HEAD_DIM**-0.5)).to(device)
+    lengths = torch.tensor([TOKENS], device=device).int()
+    chosen = select_slots(q[None], cache, weights[None], table[None].to(device), lengths, TOP_K)[0].cpu()
+    assert [set(row.tolist()) for row in chosen] == [{int(slots[p]) for p in own} for own in sets[-2:]]
