@@ -9,8 +9,8 @@ from mla_kernels.cpu.latent import write_latent
 _FEW_TOKENS = 16  # up to so many, bfloat16 weights as the left factor are multiplied where they lie, else copied first
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
-    """The pairs of x [..., rope_dim] turned in fp32; cos and sin broadcast to [..., rope_dim / 2]."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+    """The pairs of x [..., rope_dim] turned, in fp32; cos and sin broadcast to [..., rope_dim / 2]. Differentiable."""
     values = x.float().contiguous()
     if rope == "half":
         first, second = values.chunk(2, -1)
@@ -82,7 +82,7 @@ def absorb_query(
     by_head = q[..., :nope].transpose(0, 1)  # [heads, tokens, nope]
     latent = torch.bmm(by_head.to(wide), w_uk.to(wide)).transpose(0, 1).to(q.dtype)
     cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    return torch.cat((latent, _rotate(q[..., nope:], cos, sin, rope).to(q.dtype)), -1)
+    return torch.cat((latent, rotate(q[..., nope:], cos, sin, rope).to(q.dtype)), -1)
 
 
 def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from mla_kernels.checks import check_choice, check_int
+from mla_kernels.cpu import prolog as cpu
 
 __all__ = ["apply_rope", "rope_tables", "softmax_scale", "yarn_mscale"]
 
@@ -81,7 +82,9 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str)
     ``x`` is ``[..., rope_dim]``; ``cos`` and ``sin`` broadcast to ``[..., rope_dim // 2]``. ``rope`` says which
     values form a pair and where they go, as in :func:`mla_kernels.write_latent`.
     """
-    values = x.float()
+    if x.device.type == "cpu":
+        return cpu.rotate(x, cos, sin, rope).to(x.dtype)
+    values = x.float()  # without complex numbers, which not every device has
     first, second = values.chunk(2, -1) if rope == "half" else values.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = first * cos - second * sin, second * cos + first * sin
     out = torch.stack(rotated, -1).flatten(-2) if rope == "interleaved" else torch.cat(rotated, -1)
