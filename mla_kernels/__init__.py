@@ -6,6 +6,7 @@ from mla_kernels.attention.indexer_select import select_keys, select_slots
 from mla_kernels.attention.indexer_topk import indexer_topk
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
@@ -51,6 +52,8 @@ __all__ = [
     "scatter_tokens",
     "select_keys",
     "select_slots",
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
     "write_indexer_key",
     "write_latent",
 ]

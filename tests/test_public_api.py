@@ -33,6 +33,10 @@ SIGNATURES = {
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
     "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None)",
     "select_slots": "(q, cache, weights, block_table, seq_lens, top_k)",
+    "sparse_mla_decode": "(q, cache, indices, *, softmax_scale, topk_length=None, sink=None, extra_cache=None, "
+    "extra_indices=None, extra_topk_length=None)",
+    "sparse_mla_prefill": "(q, kv, indices, *, softmax_scale, latent_dim=512, topk_length=None, sink=None, "
+    "return_max_logits=False)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
     "rope_first=True, hadamard=False, eps=1e-06)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
@@ -80,12 +84,12 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog
+    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, sparse
 
     for name, signature in SIGNATURES.items():
         twin = next(
             getattr(module, name)
-            for module in (prolog, attention, indexer, latent, moe, prefill)
+            for module in (prolog, attention, indexer, latent, moe, prefill, sparse)
             if hasattr(module, name)
         )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]

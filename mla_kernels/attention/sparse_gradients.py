@@ -234,9 +234,10 @@ def _grad_memory(chip, dtype, statics, tile):
     heads, rows, weights = block_h * (width + latent) * size, block_n * width * size, block_h * block_n * size
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
-        buffers = 2 if chip.memory["L0C"] > 128 << 10 else 1
+        newer = chip.memory["L0C"] > 128 << 10
+        buffers = 2 if newer else 1
         return {
-            "UB": 3 * rows + 4 * block_h * value + misfit,
+            "UB": 2 * rows + block_h * value * (12 if newer else 4) + misfit,
             "L1": 2 * heads + rows,
             "L0C": buffers * max(block_h, block_n) * (value + statics["ROPE"]) * 4,
         }

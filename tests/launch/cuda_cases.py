@@ -170,6 +170,37 @@ def test_mla_prefill_and_its_gradients(causal):
     assert launches[0].arguments["k_stride"] == launches[2].arguments["v_stride"] == 2 * 256
 
 
+@pytest.mark.parametrize("top_k, splits", [(256, False), (2048, True)])
+def test_sparse_mla_decode(top_k, splits):
+    cache, q = make_cache(), torch.randn(3, 1, 16, 576).to(BF16)
+    indices, sink = torch.zeros(3, 1, top_k, dtype=I32), torch.zeros(16)
+    with record() as launches:
+        out, _ = mla_kernels.sparse_mla_decode(q, cache, indices, softmax_scale=0.1, sink=sink)
+    first, *merge = launches
+    assert {t.data_ptr() for t in (q, cache.data, indices)} <= set(pointers(first).values())
+    last = merge[0] if merge else first
+    assert {out.data_ptr(), sink.data_ptr()} <= set(pointers(last).values()) and len(merge) == splits
+
+
+def test_sparse_mla_prefill_and_its_gradients():
+    q, kv = torch.randn(5, 16, 576).to(BF16), torch.randn(40, 576).to(BF16)
+    indices, sink = torch.randint(40, (5, 64), dtype=I32), torch.zeros(16)
+    leaves = q.requires_grad_(), kv.requires_grad_(), sink.requires_grad_()
+    with record() as launches:
+        out, _ = mla_kernels.sparse_mla_prefill(q, kv, indices, softmax_scale=0.1, sink=sink)
+        q_grad, kv_grad, sink_grad = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert [launch.kernel for launch in launches] == [
+        "sparse_mla_kernel", "sparse_gate_kernel", "sparse_query_grad_kernel", "sparse_pick_grad_kernel",
+        "sparse_row_sum_kernel",
+    ]  # fmt: skip
+    given = {t.data_ptr() for t in (q, kv, indices)}
+    forward, _, query, pick, total = map(pointers, launches)
+    assert given <= set(forward.values()) and given <= set(query.values()) and given <= set(pick.values())
+    assert out.data_ptr() in forward.values() and q_grad.data_ptr() in query.values()
+    assert pick["picks_ptr"] == total["picks_ptr"]
+    assert (q_grad.shape, kv_grad.shape, sink_grad.shape) == (q.shape, kv.shape, sink.shape)
+
+
 def test_a_second_call_launches_what_was_compiled():
     cache, q = make_cache(), torch.randn(3, 1, 16, 576).to(BF16)
     block_table, seq_lens = torch.zeros(3, 2, dtype=I32), torch.full((3,), 100, dtype=I32)

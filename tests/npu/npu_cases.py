@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mla_kernels
-from mla_kernels.reference import attention, latent, moe, prefill, prolog
+from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
+from mla_kernels.reference import attention, latent, moe, prefill, prolog, sparse
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -112,6 +113,40 @@ def test_quantised_cache_and_tools():
     converted = mla_kernels.convert_cache(cache, "latent_16bit")
     assert converted.data.device.type == "npu"
     assert torch.equal(converted.data.cpu().float(), latent.dequantise_cache(exact, 512, "fp8_v32"))
+
+
+def test_sparse_mla():
+    kv, q = torch.randn(64, 80), torch.randn(3, 4, 80)
+    indices, sink = torch.randint(-2, 66, (3, 40), dtype=torch.int32), torch.randn(4)
+    options = {"softmax_scale": 0.1}
+    exact = sparse.sparse_mla_prefill(
+        q.double(), kv.double(), indices, sink=sink.double(), latent_dim=64, return_max_logits=True, **options
+    )
+    cache = mla_kernels.LatentCache(npu(kv.view(4, 16, 80)), 64)
+    got = mla_kernels.sparse_mla_decode(npu(q[:, None]), cache, npu(indices[:, None]), sink=npu(sink), **options)
+    for actual, want in zip(got, exact):
+        assert_close(actual.cpu()[:, 0], want)
+    got = mla_kernels.sparse_mla_prefill(
+        *npu(q, kv, indices), sink=npu(sink), latent_dim=64, return_max_logits=True, **options
+    )
+    for actual, want in zip(got, exact):
+        assert_close(actual.cpu(), want)
+    assert fake_npu.launches == ["sparse_mla_kernel"] * 2
+
+
+def test_latent_attention():
+    config = AttentionConfig(64, 4, 48, 128, 32, 32, 32)
+    layer, tables = LatentAttention(config).requires_grad_(False), rope_tables(32, 9, {"rope_theta": 1e4})
+    hidden, positions = torch.randn(1, 9, 64), torch.arange(9)[None]
+    expected = layer(hidden, *tables, positions)
+    cache = mla_kernels.LatentCache(npu(torch.zeros(1, 16, 160)), 128)
+    layer._apply(npu)
+    tables, places = npu(*tables), npu(hidden, positions)
+    prompt = layer.prefill(places[0][:, :8], *tables, places[1][:, :8], places[1][:, :8], cache)
+    block_table, seq_lens = npu(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([9], dtype=torch.int32))
+    last = layer.decode(places[0][:, 8:], *tables, places[1][:, 8:], places[1][:, 8:], cache, block_table, seq_lens)
+    torch.testing.assert_close(torch.cat((prompt.cpu(), last.cpu()), 1), expected, atol=1e-5, rtol=0)
+    assert {"mla_prefill_kernel", "mla_decode_kernel"} <= set(fake_npu.launches)
 
 
 def test_route_and_fused_moe():
