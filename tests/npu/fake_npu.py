@@ -77,6 +77,8 @@ VIEWS = {
     "view.dtype": torch.Tensor.view,
     "_unsafe_view": torch.Tensor.reshape,
     "as_strided": torch.Tensor.as_strided,
+    "alias": torch.ops.aten.alias.default,
+    "detach": torch.Tensor.detach,
     "slice.Tensor": torch.ops.aten.slice.Tensor,
     "select.int": torch.ops.aten.select.int,
     "transpose.int": torch.Tensor.transpose,

@@ -140,7 +140,10 @@ def test_latent_attention():
     hidden, positions = torch.randn(1, 9, 64), torch.arange(9)[None]
     expected = layer(hidden, *tables, positions)
     cache = mla_kernels.LatentCache(npu(torch.zeros(1, 16, 160)), 128)
-    layer._apply(npu)
+    for module in layer.modules():  # plain attributes: a parameter of the fake device loses its memory
+        for name in [name for name, value in module._parameters.items() if value is not None]:
+            weight = module._parameters.pop(name)
+            setattr(module, name, npu(weight.detach()))
     tables, places = npu(*tables), npu(hidden, positions)
     prompt = layer.prefill(places[0][:, :8], *tables, places[1][:, :8], places[1][:, :8], cache)
     block_table, seq_lens = npu(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([9], dtype=torch.int32))
