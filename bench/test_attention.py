@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mla_kernels import LatentCache, merge_states, mla_decode
+from mla_kernels import LatentCache, convert_cache, merge_states, mla_decode
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
 from mla_kernels.reference import attention as reference
 
@@ -22,6 +22,12 @@ def paged(lengths, dtype, *, shuffled):
     cache.data.copy_(torch.randn(cache.data.shape))
     pages = torch.randperm(num_pages) if shuffled else torch.arange(num_pages)
     return cache, pages.view(len(lengths), -1).int(), torch.tensor(lengths, dtype=torch.int32)
+
+
+def quantised(cache, layout):
+    """The cache in another layout, and the same values in bfloat16."""
+    converted = convert_cache(cache, layout)
+    return converted, convert_cache(converted, "latent_16bit")
 
 
 def plain_mla_decode(q, cache, block_table, seq_lens, scale):
@@ -66,6 +72,30 @@ def test_mla_decode(race, heads, lengths, dtype, shuffled):
     )
 
 
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_mla_decode_of_quantised_caches(race, heads, layout):
+    """The competitors read the same values in bfloat16."""
+    cache, block_table, seq_lens = paged([4096], torch.bfloat16, shuffled=True)
+    cache, plain = quantised(cache, layout)
+    q = torch.randn(1, 1, heads, LATENT + ROPE).bfloat16()
+    exact, _ = reference.mla_decode(
+        q.double(), plain.data.double(), block_table, seq_lens, softmax_scale=SCALE, latent_dim=LATENT
+    )
+    args = (q, plain.data, block_table, seq_lens, SCALE)
+    race(
+        lambda: mla_decode(q, cache, block_table, seq_lens, softmax_scale=SCALE)[0],
+        {
+            "bf16 cache": lambda: mla_decode(q, plain, block_table, seq_lens, softmax_scale=SCALE)[0],
+            "torch": lambda: plain_mla_decode(*args),
+            "sdpa": lambda: sdpa_mla_decode(*args),
+        },
+        exact,
+        nbytes=4096 * cache.bytes_per_token + 2 * (q.numel() + exact.numel()),
+        flops=2 * heads * 4096 * (2 * LATENT + ROPE),
+    )
+
+
 def plain_merge(outs, lses):
     lse = torch.logsumexp(lses, 0)
     return ((lses - lse).exp().unsqueeze(-1) * outs).sum(0).to(outs.dtype)
@@ -83,8 +113,11 @@ def test_merge_states(race, tokens):
     )
 
 
-def v2_lite_layer(length, dtype, prepacked):
-    """transformers' attention layer over its own cache, ours with the same weights over a paged one."""
+def v2_lite_layer(length, dtype, prepacked, layout):
+    """transformers' attention layer over its own cache, ours with the same weights over a paged one.
+
+    ``layout``: of our cache; theirs holds the same values in ``dtype``. None: that of ``dtype``.
+    """
     import transformers
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as hf
 
@@ -103,11 +136,12 @@ def v2_lite_layer(length, dtype, prepacked):
     if prepacked:
         ours.prepack()
 
-    cache, block_table, seq_lens = paged([length + 1], dtype, shuffled=False)
+    plain, block_table, seq_lens = paged([length + 1], dtype, shuffled=False)
+    cache, plain = quantised(plain, layout) if layout else (plain, plain)
     hidden, position = torch.randn(1, 1, 2048).to(dtype), torch.tensor([[length]])
     cos, sin = rope_tables(ROPE, length + 1, config.rope_parameters)
     angles = hf.DeepseekV2RotaryEmbedding(config)(hidden.float(), position)
-    cached = cache.data.view(-1, LATENT + ROPE)[:length]
+    cached = plain.data.view(-1, LATENT + ROPE)[:length]
 
     def ours_step():
         return ours.decode(hidden, cos, sin, position, position, cache, block_table, seq_lens)
@@ -127,19 +161,24 @@ def v2_lite_layer(length, dtype, prepacked):
 
     exact = hf_step("eager", copy.deepcopy(theirs).double(), hidden.double())()
     weights = sum(parameter.nbytes for parameter in ours.parameters())
-    return ours_step, {"HF eager": hf_step("eager"), "HF sdpa": hf_step("sdpa")}, exact, weights
+    others = {"HF eager": hf_step("eager"), "HF sdpa": hf_step("sdpa")}
+    return ours_step, others, exact, weights + (length + 1) * cache.bytes_per_token, weights
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, "fp8_v32"), (torch.bfloat16, "int8")],
+    ids=["bf16", "fp32", "fp8_v32", "int8"],
+)
 @pytest.mark.parametrize("length", [1024, 4096], ids=["1k", "4k"])
 @pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
-def test_decode_layer(race, length, dtype, prepacked):
-    ours, others, exact, weights = v2_lite_layer(length, dtype, prepacked)
+def test_decode_layer(race, length, dtype, layout, prepacked):
+    ours, others, exact, nbytes, weights = v2_lite_layer(length, dtype, prepacked, layout)
     absorbed = 2 * 16 * (length + 1) * (2 * LATENT + ROPE)
     race(
         ours,
         others,
         exact,
-        nbytes=weights + (length + 1) * (LATENT + ROPE) * dtype.itemsize,
+        nbytes=nbytes,
         flops=2 * weights / dtype.itemsize + absorbed,
     )
