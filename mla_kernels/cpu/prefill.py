@@ -114,14 +114,14 @@ def _parts(rows: slice, keys: slice, causal: bool) -> list[tuple[slice, bool]]:
 
 def _heads(rows: torch.Tensor, width: int) -> torch.Tensor:
     """[rows, H, d] -> [1, H, rows, width], padded with zeros where d is less."""
-    if rows.shape[2] < width:
-        rows = pad(rows, (0, width - rows.shape[2]))
-    return rows.transpose(0, 1)[None]
+    heads = rows.transpose(0, 1)[None]
+    return pad(heads, (0, width - rows.shape[2])) if rows.shape[2] < width else heads
 
 
 def _keys(k: torch.Tensor, k_rope: torch.Tensor | None, rows: slice, width: int) -> torch.Tensor:
     """[1, H, rows, width]: each head's key with the shared part behind it."""
-    if k_rope is None:
-        return _heads(k[rows], width)
-    shared = k_rope[rows, None].expand(-1, k.shape[1], -1)
-    return _heads(torch.cat([k[rows], shared], -1), width)
+    key = k[rows]
+    if k_rope is not None:
+        shared = k_rope[rows].expand(k.shape[1], -1, -1)
+        key = torch.cat([key.transpose(0, 1), shared], -1).transpose(0, 1)
+    return _heads(key, width)
