@@ -105,7 +105,7 @@ def test_strided_arguments(backend, device):
 
 
 def test_repeats_give_the_same_bits(backend, device):
-    problem = make_prefill(6, 40, heads=5, rows=9, sink=True, dtype=torch.bfloat16, device=device)
+    problem = make_prefill(3, 17, heads=3, rows=5, sink=True, dtype=torch.bfloat16, device=device)
     first = problem.gradients(sparse_mla_prefill, torch.bfloat16)
     for _ in range(19):
         for got, want in zip(problem.gradients(sparse_mla_prefill, torch.bfloat16), first):
