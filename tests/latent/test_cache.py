@@ -72,3 +72,70 @@ def test_refused(data, latent_dim, error, words):
 def test_allocate_refuses(arguments, error, words):
     with pytest.raises(error, match=words):
         LatentCache.allocate(**{"num_pages": 2, "page_size": 4, "dtype": torch.float32, **arguments})
+
+
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+def test_quantised_sizes_and_parts(layout):
+    cache = LatentCache.allocate(8, 4, layout=layout)
+    assert (cache.data.shape, cache.data.dtype, cache.dtype) == ((8, 4, 656), torch.uint8, torch.bfloat16)
+    assert (cache.rope_dim, cache.width, cache.bytes_per_token) == (64, 576, 656)
+    assert cache.latents.dtype == (torch.int8 if layout == "int8" else torch.uint8)
+    count = 1 if layout == "int8" else 4
+    assert (cache.scales.shape, cache.scales.dtype) == ((8, 4, count), torch.float32)
+    assert (cache.rope.shape, cache.rope.dtype) == ((8, 4, 64), torch.bfloat16)
+    row = cache.data[2, 1].data_ptr()
+    assert row - cache.data.data_ptr() == 5904
+    assert cache.latents[2, 1].data_ptr() == row
+    assert cache.scales[2, 1].data_ptr() - row == 512
+    assert cache.rope[2, 1].data_ptr() - row == 528
+    cache.rope.fill_(1.0)
+    assert cache.data[..., 528:].any() and not cache.data[..., :528].any()
+
+
+@pytest.mark.parametrize(
+    ("layout", "latent_dim", "rope_dim", "size"),
+    [
+        ("fp8_v32", 128, 0, 128 + 16),
+        ("fp8_v32", 256, 32, 256 + 16 + 64),
+        ("fp8_v32", 1024, 64, 1024 + 32 + 128),
+        ("int8", 16, 16, 16 + 16 + 32),
+        ("int8", 512, 0, 512 + 16),
+        ("latent_16bit", 512, 0, 1024),
+    ],
+)
+def test_bytes_of_other_widths(layout, latent_dim, rope_dim, size):
+    cache = LatentCache.allocate(2, 3, latent_dim=latent_dim, rope_dim=rope_dim, layout=layout)
+    assert cache.bytes_per_token == size == cache.data.nbytes // 6
+    assert cache.layout is CacheLayout(layout) and cache.rope_dim == rope_dim
+
+
+@pytest.mark.parametrize(
+    ("data", "latent_dim", "layout", "error", "words"),
+    [
+        (torch.zeros(2, 4, 656).byte(), 512, None, TypeError, "dtype: got uint8 .* with layout fp8_v32 or int8"),
+        (torch.zeros(2, 4, 656), 512, "int8", TypeError, "data: got dtype float32 for layout int8, accepted: uint8"),
+        (torch.zeros(2, 4, 656).byte(), 512, "fp8", ValueError, "layout: got 'fp8', accepted: latent_16bit"),
+        (torch.zeros(2, 4, 176).byte(), 64, "fp8_v32", ValueError, "latent_dim: got 64, fp8_v32 accepts multiples of"),
+        (torch.zeros(2, 4, 528).byte(), 512, "latent_16bit", TypeError, "accepted: bfloat16, float16"),
+        (torch.zeros(2, 4, 648).byte(), 512, "fp8_v32", ValueError, "rope_dim: got 60"),
+        (torch.zeros(2, 4, 664).byte()[..., 8:], 512, "fp8_v32", ValueError, "data: got strides and offset"),
+        (torch.zeros(2, 4, 660).byte()[..., :656], 512, "int8", ValueError, "int8 accepts multiples of 16 bytes"),
+    ],
+)
+def test_quantised_refused(data, latent_dim, layout, error, words):
+    with pytest.raises(error, match=words):
+        LatentCache(data, latent_dim, layout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"layout": "fp8_v32", "dtype": torch.float16}, TypeError, "dtype: got float16 for layout fp8_v32"),
+        ({"layout": "latent_32bit"}, TypeError, "dtype: got bfloat16 for layout latent_32bit, accepted: float32"),
+        ({"layout": "fp8_v4"}, ValueError, "layout: got 'fp8_v4'"),
+        ({"layout": "fp8_v32", "latent_dim": 64}, ValueError, "latent_dim: got 64"),
+    ],
+)
+def test_allocate_refuses_layouts(arguments, error, words):
+    with pytest.raises(error, match=words):
+        LatentCache.allocate(2, 4, **arguments)

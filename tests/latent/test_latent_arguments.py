@@ -5,8 +5,10 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.write import ROPE_MODES
-from tests.latent.problems import OPS, bits, make
+from mla_kernels.latent.compress import COMPRESS_LATENT
+from mla_kernels.latent.write import ROPE_MODES, WRITE_LATENT, model_statics
+from mla_kernels.targets.chips import CHIPS
+from tests.latent.problems import OPS, QUANTISED, bits, make
 
 SHARED = [
     ("norm_weight", lambda p: p["norm_weight"][:-1], ValueError, r"norm_weight: got shape \(31,\)"),
@@ -80,6 +82,31 @@ def test_widths_that_a_chip_cannot_hold(op):
     assert torch.equal(bits(problem.cache.data), bits(before))
 
 
+@pytest.mark.parametrize("layout", QUANTISED)
+@pytest.mark.parametrize(
+    ("op", "name", "words"),
+    [
+        ("write_latent", "kv_a", "kv_a: got dtype float16, accepted: bfloat16"),
+        ("write_latent", "norm_weight", "norm_weight: got dtype float16, accepted: bfloat16"),
+        ("compress_latent", "hidden", "hidden: got dtype float16, accepted: bfloat16"),
+        ("compress_latent", "weight", "weight: got dtype float16, accepted: bfloat16"),
+    ],
+)
+def test_quantised_caches_take_bfloat16(layout, op, name, words):
+    problem = make(op, layout=layout)
+    before = problem.cache.data.clone()
+    with pytest.raises(TypeError, match=words):
+        problem.run(**{name: problem.arguments[name].half()})
+    assert torch.equal(problem.cache.data, before)
+
+
+@pytest.mark.parametrize("kernel", [WRITE_LATENT, COMPRESS_LATENT])
+def test_a_rule_refuses_a_quantised_cache_of_another_dtype(kernel):
+    statics = model_statics(512, 64, "half", "int8")
+    with pytest.raises(NotImplementedError, match="layout int8 holds bf16 keys, got fp32"):
+        kernel.rule(CHIPS["sm_90"], "fp32", statics, {"tokens": 4, "hidden_size": 64})
+
+
 def test_gradients_are_lost_only_where_asked():
     problem = make("write_latent")
     with torch.no_grad():
@@ -94,9 +121,9 @@ def op_arguments(problem):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("rope", ROPE_MODES)
-def test_opcheck(op, rope):
-    problem = make(op, rope=rope)
+@pytest.mark.parametrize(("rope", "layout"), [*((rope, None) for rope in ROPE_MODES), ("half", "fp8_v32")])
+def test_opcheck(op, rope, layout):
+    problem = make(op, rope=rope, layout=layout)
     problem.cache.data.zero_()
     with launch.on_cpu("torch"):
         torch.library.opcheck(getattr(torch.ops.mla_kernels, op).default, op_arguments(problem))
