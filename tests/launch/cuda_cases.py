@@ -259,3 +259,25 @@ def test_nothing_is_launched_for_nothing():
         )  # fmt: skip
     assert out.shape == (0, 64)
     assert all(launch.kernel == "moe_dispatch_kernel" for launch in launches)
+
+
+@pytest.mark.parametrize("layout", ["bf16", "fp8"])
+def test_the_indexer_is_one_launch_a_step(layout):
+    """Keys in one; slots in logits, choice and table look-up; codes and scales as typed parts of one storage."""
+    cache = mla_kernels.IndexerCache.allocate(40, 64, layout=layout)
+    k, norm, (cos, sin), slots = torch.randn(5, 128).to(BF16), torch.ones(128, dtype=BF16), table(64), torch.arange(5)
+    q, weights = torch.randn(2, 1, 64, 128).to(BF16), torch.randn(2, 1, 64)
+    block_table, seq_lens = torch.zeros(2, 4, dtype=I32), torch.full((2,), 130, dtype=I32)
+    with record() as launches:
+        mla_kernels.write_indexer_key(k, norm, norm, cos, sin, slots, slots, cache, rope_dim=64, rope="half")
+        chosen = mla_kernels.select_slots(q, cache, weights, block_table, seq_lens, 32)
+    write, logits, topk, look_up = launches
+    at = cache.data.data_ptr()
+    keys, codes = (pointers(write)[name] for name in ("values", "codes"))
+    assert (codes if layout == "fp8" else keys) == at
+    if layout == "fp8":
+        assert pointers(write)["scales"] == pointers(logits)["k_scale_ptr"] == at + 64 * 128
+        assert pointers(logits)["codes_ptr"] == at and logits.arguments["scale_stride"] == 64 * 33
+    assert {t.data_ptr() for t in (q, weights, block_table, seq_lens)} <= set(pointers(logits).values())
+    assert pointers(topk)["values_ptr"] == pointers(logits)["out_ptr"]
+    assert pointers(look_up)["slots_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)

@@ -7,7 +7,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
-from mla_kernels.reference import attention, latent, moe, prefill, prolog, sparse
+from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, sparse
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -169,3 +169,11 @@ def test_mixed_devices_are_refused():
     table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="q: got a tensor on npu:0, all arguments must be on cpu"):
         mla_kernels.mla_decode(npu(q), mla_kernels.LatentCache(data, 512), table, lengths, softmax_scale=1.0)
+
+
+def test_indexer():
+    q, k, weights = torch.randn(3, 16, 32), torch.randn(40, 32), torch.randn(3, 16)
+    starts, ends = torch.tensor([0, 3, 9], dtype=torch.int32), torch.tensor([40, 30, 12], dtype=torch.int32)
+    chosen = mla_kernels.select_keys(*npu(q, k, weights, starts, ends), 5)
+    assert fake_npu.launches == ["indexer_logits_kernel", "topk_kernel"]
+    assert torch.equal(chosen.cpu(), indexer.select_keys(*(t.double() for t in (q, k, weights)), starts, ends, 5))
