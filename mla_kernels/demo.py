@@ -210,7 +210,7 @@ def cache_table(theirs: Side, ours: Side, config):
 
 
 def compile_matrix(console, progress) -> bool:
-    """Print what every target's compiler makes of the kernels, in bf16; whether all of them may be launched."""
+    """Print what every target's compiler makes of the kernels; whether all of them may be launched."""
     targets, missing = [], []
     for kind, names in (
         ("gpu", [chip.name for chip in CHIPS.values() if chip.is_gpu]),
@@ -225,8 +225,8 @@ def compile_matrix(console, progress) -> bool:
     if targets:
         wanted = [
             request
-            for request in check.requests(targets=targets, dtypes=("bf16",))
-            if request.case == _case(request.kernel).name
+            for request in check.requests(targets=targets)
+            if (request.case, request.dtype) == _case(request.kernel)
         ]
         task = progress.add_task("compiling", total=len(wanted))
         reports = compile_many(wanted, lambda report: progress.advance(task))
@@ -239,15 +239,16 @@ def compile_matrix(console, progress) -> bool:
         console.print(f"[red]{report.target} {report.kernel}:[/] {report.problem}", markup=True)
     if reports:
         console.print(
-            f"{len(reports)} compilations in bf16, {len(wrong)} failed. Nothing ran on a device; "
+            f"{len(reports)} compilations, {len(wrong)} failed. Nothing ran on a device; "
             "[bold]python -m mla_kernels check[/] compiles every case and dtype."
         )
     return not wrong
 
 
-def _case(kernel: launch.Kernel) -> launch.Case:
-    """The kernel's V2-Lite case, or its first."""
-    return next((case for case in kernel.cases if "lite" in case.name.lower()), kernel.cases[0])
+def _case(kernel: launch.Kernel) -> tuple[str, str]:
+    """The kernel's V2-Lite case, or its first; in bf16, or the first dtype of a kernel that has no bf16."""
+    case = next((case for case in kernel.cases if "lite" in case.name.lower()), kernel.cases[0])
+    return case.name, "bf16" if "bf16" in case.dtypes else case.dtypes[0]
 
 
 def machine() -> str:
