@@ -4,8 +4,8 @@ import torch
 
 from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
 
-_MAX_GATHERED = 1 << 22  # numbers of picked rows held at once, 8 MiB of bfloat16
-_MAX_SCORES = 1 << 21  # scores held at once, 8 MiB of fp32
+_MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat16
+_MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
 _MAX_PICKS = 4096  # picks of one token handled at once
 _FEW_HEADS = 16  # fewer heads than this are multiplied in fp32, whose conversion of the rows is then affordable
 _LOWEST = torch.finfo(torch.float32).min
@@ -129,10 +129,11 @@ def _gather(cache, ids, seen, dtype):
         rows = data[flat // cache.page_size, flat % cache.page_size]
     if cache.layout.quantised:
         rows = _dequantise(LatentCache(rows[None], cache.latent_dim, cache.layout))
-    rows = rows.to(dtype).unflatten(0, ids.shape)
-    if not bool(seen.all()):
-        rows = rows.masked_fill_(~seen.unsqueeze(-1), 0.0)  # index_select returned a copy
-    return rows
+    rows = rows.to(dtype)
+    absent = (~seen).flatten().nonzero().squeeze(1)
+    if absent.numel():
+        rows.index_fill_(0, absent, 0.0)  # index_select returned a copy
+    return rows.unflatten(0, ids.shape)
 
 
 def _dequantise(rows: LatentCache) -> torch.Tensor:
