@@ -47,6 +47,9 @@ def test_hopper_keeps_64_heads_on_chip(name):
     assert report.ok, report.problem
     assert any("HGMMA" in shape for shape in report.detail["loop_tensor_shapes"])
     assert report.detail["async_copy"]
+    bounds = report.detail["loop_bounds"]
+    assert bounds["multiply_adds"] <= 1.1 * 64 * 64 * (576 + 512)
+    assert bounds["core"] <= 3600 and bounds["serial"] <= 5800
     # of a gathered tile of 64 x 576 values in bf16, each of 256 threads copies 18 pieces of 16 bytes, once
     assert report.detail["loop_mix"]["async copy"] <= 20
 
