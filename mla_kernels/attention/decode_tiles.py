@@ -55,7 +55,8 @@ def _amd(chip, dtype, statics, rows):
     wide = dtype == "bf16" and chip.memory["shared"] > 65536 and statics["PAGE_SIZE"] % 32 == 0
     wide = wide and rows > 32 and not statics["CAUSAL"] and statics["LAYOUT"] == "plain"
     tile = {"BLOCK_H": 16 if dtype == "fp32" or rows <= 16 else 64 if wide else 32, "BLOCK_N": 32, "num_stages": 1}
-    scattered = statics["CAUSAL"] and statics["WINDOW"] and statics["PAGE_SIZE"] % 32
+    page = statics["PAGE_SIZE"]
+    scattered = statics["CAUSAL"] and page % 32 and (statics["WINDOW"] or page % 16)
     if dtype == "fp32" or (statics["LAYOUT"] == "int8" and rows > 16) or scattered:
         tile["BLOCK_N"] = 16
     return tile
