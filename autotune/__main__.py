@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mla_kernels  # noqa: F401  (declares the kernels)
 from mla_kernels.autotune import TABLES, choose, load_table, write_table
+from mla_kernels.autotune.search import COMPILED
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.service import pool
@@ -21,6 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS), metavar="CHIP")
         command.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL")
         command.add_argument("--tables", type=Path, default=TABLES, help="folder of the tables")
+    tune.add_argument(
+        "--candidates", type=int, default=COMPILED, metavar="N",
+        help="compile at most N tiles that the model prefers to the rule's; 0 keeps the rule's (default: %(default)s)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
         return {"tune": _tune, "show": _show}[arguments.command](arguments)
@@ -45,8 +50,10 @@ def _tune(arguments) -> int:
     chosen: dict[str, list[dict]] = {chip: [] for chip in arguments.target}
     with Progress() as progress, ThreadPoolExecutor(pool().size) as threads:
         bar = progress.add_task("choosing tiles", total=len(problems))
-        jobs = {threads.submit(choose, kernel, CHIPS[chip], dtype, case): (chip, kernel, dtype, case)
-                for chip, kernel, dtype, case in problems}  # fmt: skip
+        jobs = {
+            threads.submit(choose, kernel, CHIPS[chip], dtype, case, arguments.candidates): (chip, kernel, dtype, case)
+            for chip, kernel, dtype, case in problems
+        }
         for job in as_completed(jobs):
             chip, kernel, dtype, case = jobs[job]
             chosen[chip].append(_entry(kernel, dtype, case, job.result()))

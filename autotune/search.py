@@ -40,11 +40,12 @@ def candidates(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping) -> Iter
             yield tile
 
 
-def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case) -> Choice:
+def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case, compiled: int = COMPILED) -> Choice:
     """The best tile by the model that compiles without in-loop spills, traps or overflow, else the rule's.
 
     Among tiles that the model cannot tell apart, the one nearest to the rule's stands first: launch options and depths
-    that the model knows nothing of stay as the kernel's author set them.
+    that the model knows nothing of stay as the kernel's author set them. At most ``compiled`` tiles are tried before
+    the rule's; 0 keeps the rule's.
 
     Raises RuntimeError where not even the rule's tile compiles: the declaration is wrong then.
     """
@@ -63,7 +64,7 @@ def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case) -> Choice:
     )
     rule_seconds = cost(rule)
     better = [tile for tile in ranked if cost(tile) < (1 - MARGIN) * rule_seconds]
-    for tile in [*better[:COMPILED], rule]:
+    for tile in [*better[:compiled], rule]:
         report = compile_kernel(kernel, chip, dtype, statics, tile)
         if report.ok:
             rank = sum(cost(other) < cost(tile) for other in ranked)
