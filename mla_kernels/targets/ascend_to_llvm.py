@@ -232,7 +232,7 @@ def limit_unrolling(dialect: str) -> str:
 
 
 def to_assembly(dialect: str, cpu: str) -> str:
-    """LLVM dialect to assembly; malloc and free become the launcher's arena."""
+    """LLVM dialect to assembly; malloc, calloc and free become the launcher's arena."""
     from triton._C.libtriton import ir, llvm
 
     def with_triple(match: re.Match) -> str:
@@ -252,4 +252,4 @@ def to_assembly(dialect: str, cpu: str) -> str:
     llvm.attach_datalayout(native, TRIPLE, cpu, "")
     llvm.optimize_module(native, llvm.OPTIMIZE_O3, cpu, "", [], False)
     assembly = llvm.translate_to_asm(str(native), TRIPLE, cpu, "", [], False, False)
-    return re.sub(r"\b(malloc|free)@PLT\b", r"emulator_\1@PLT", assembly)
+    return re.sub(r"\b(malloc|calloc|free)@PLT\b", r"emulator_\1@PLT", assembly)

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/mman.h>
 
 typedef struct { void *allocated, *aligned; int64_t offset, size, stride; } Memref;
@@ -47,6 +48,10 @@ void *emulator_malloc(size_t bytes) {
   if (mine->top > ARENA_BYTES) longjmp(mine->exhausted, 1);
   block->bytes = bytes;
   return block + 1;
+}
+
+void *emulator_calloc(size_t count, size_t bytes) { /* LLVM makes one of malloc and a fill with zeros */
+  return memset(emulator_malloc(count * bytes), 0, count * bytes);
 }
 
 void emulator_free(void *pointer) {

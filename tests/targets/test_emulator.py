@@ -1,13 +1,17 @@
 """Values that the NPU emulator computes, against torch, on kernels of its own."""
 
+import re
+import subprocess
+
 import pytest
 import torch
 
 from mla_kernels import launch
 from mla_kernels.language import tl, triton
-from mla_kernels.targets import emulator
+from mla_kernels.targets import emulator, service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.source import standalone
+from tests.attention.indexer_problems import make_paged
 from tests.targets.emulated import gather_kernel, matmul, relative_error, run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -288,3 +292,15 @@ def test_launch_of_a_declared_kernel(monkeypatch):
             kernel.launch(chip, 6, (x, 3, 50), statics, {})
         with pytest.raises(emulator.EmulationError, match="not sm_90"):
             kernel.launch(CHIPS["sm_90"], 6, (x, y, 50), statics, {})
+
+
+def test_no_allocation_leaves_the_arena(tmp_path, monkeypatch):
+    """LLVM makes one calloc of a malloc and a fill with zeros: what it returned was given back to the arena."""
+    monkeypatch.setattr(service, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(emulator, "_programs", {})
+    monkeypatch.setattr(emulator, "_own_version", lambda: str(tmp_path))  # nothing that was built before
+    with launch.on_cpu("npu-emulated"):
+        make_paged([130, 70], layout="fp8").run()
+    (library,) = (tmp_path / "emulator").glob("*.so")
+    names = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True).stdout
+    assert "memset" in names and not re.search(r"\b(malloc|calloc|realloc|free)\b", names)
