@@ -1,18 +1,31 @@
-"""Sparse MLA for CPU tensors: picked rows are gathered, then multiplied in batches over tokens; and its gradients."""
+"""Sparse MLA for CPU tensors, and its gradients.
+
+Picked rows are gathered, then multiplied in batches over tokens. Many tokens over few rows take every row instead, and
+the products of blocks of tokens are weighted by how often each token picks each row: see ``_dense_rows``.
+"""
 
 import torch
 
+from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.latent import decode_e4m3
 from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
 
 _MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat16
 _MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
 _MAX_PICKS = 4096  # picks of one token handled at once
 _FEW_HEADS = 16  # fewer heads than this are multiplied in fp32, whose conversion of the rows is then affordable
+_DENSE_TOKENS = 32  # from this many tokens on, over
+_DENSE_ROWS = 16  # at most this many rows a pick, all rows are multiplied: what that adds costs less than gathering;
+_DENSE_ROWS_BACKWARD = 4  # of gradients it costs more
+_DENSE_SCORES = 1 << 21  # scores of a block of tokens over all rows, 8 MiB of fp32
 _LOWEST = torch.finfo(torch.float32).min
 
 
 def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
     """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits."""
+    rows = _dense_rows(q, kv, indices, topk_length, _DENSE_ROWS)
+    if rows is not None:
+        return _dense_forward(q, rows, indices, softmax_scale, latent_dim, topk_length, sink)
     source = (LatentCache(kv[:, None], latent_dim), indices, topk_length)
     return _forward(q, [source], softmax_scale, latent_dim, sink)
 
@@ -65,12 +78,14 @@ def sparse_mla_prefill_backward(
 ):
     """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse_backward.py."""
     tokens, heads, _ = q.shape
+    all_rows = _dense_rows(q, kv, indices, topk_length, _DENSE_ROWS_BACKWARD)
     cache = LatentCache(kv[:, None], latent_dim)
     dtype = _product_dtype(q)
-    q_grad = torch.empty(q.shape, dtype=q.dtype)
+    q_grad = torch.zeros(q.shape, dtype=q.dtype)
     kv_grad = torch.zeros(kv.shape, dtype=torch.float32)
     sink_grad = torch.zeros(heads, dtype=torch.float32)
-    for token in _blocks(tokens, _tokens_at_once(q, indices.shape[1])):
+    step = _tokens_at_once(q, indices.shape[1]) if all_rows is None else _dense_tokens(q, all_rows)
+    for token in _blocks(tokens, step):
         q_block, grad = q[token].to(dtype), out_grad[token].float()
         delta = (grad * out[token].float()).sum(-1, keepdim=True)  # [tokens, heads, 1]
         shift = delta - lse_grad[token].unsqueeze(-1)
@@ -82,6 +97,13 @@ def sparse_mla_prefill_backward(
         grad = grad.to(dtype)
         base = lse[token].clamp_min(_LOWEST).unsqueeze(-1)
         ids, seen = _picks(kv.shape[0], indices[token], None if topk_length is None else topk_length[token])
+        if all_rows is not None:
+            part = _counted_rows(ids, seen)
+            if part is not None:
+                arguments = (q_block, grad, all_rows[part[0]], part[1], base, shift, softmax_scale)
+                q_grad[token], rows_grad = _dense_gradients(*arguments)
+                kv_grad[part[0]] += rows_grad
+            continue
         acc = torch.zeros(q_block.shape, dtype=torch.float32)
         for pick in _blocks(ids.shape[1], _MAX_PICKS):
             rows = _gather(cache, ids[:, pick], seen[:, pick], dtype)
@@ -95,6 +117,86 @@ def sparse_mla_prefill_backward(
             kv_grad.index_add_(0, ids[:, pick].flatten(), rows_grad.flatten(0, 1))  # an absent pick adds 0 to row 0
         q_grad[token] = acc
     return q_grad, kv_grad.to(kv.dtype), sink_grad
+
+
+def _dense_rows(q, kv, indices, lengths, rows_a_pick):
+    """kv as the products over all rows take it, rows that nothing picks finite; None where picks are to be gathered.
+
+    One token's result has other bits there, since its sums run over all rows; which of both it is depends on the
+    shapes, but for non-finite rows that are picked: they must reach the tokens that picked them alone.
+    """
+    tokens, heads, _ = q.shape
+    rows, top_k = kv.shape[0], indices.shape[1]
+    if tokens < _DENSE_TOKENS or rows > rows_a_pick * top_k or rows * heads > _DENSE_SCORES:
+        return None
+    broken = ~kv.isfinite().all(1)
+    if broken.any():
+        ids, seen = _picks(rows, indices, lengths)
+        if (broken[ids] & seen).any():
+            return None
+        kv = kv.masked_fill(broken.unsqueeze(1), 0.0)
+    return kv.to(_product_dtype(q))
+
+
+def _dense_tokens(q, rows):
+    return max(1, _DENSE_SCORES // (rows.shape[0] * q.shape[1]))
+
+
+def _counted_rows(ids, seen):
+    """The rows from the first to the last one picked, and how often each token picks each, fp32 [tokens, rows]."""
+    if not seen.any():
+        return None
+    first = int(torch.where(seen, ids, torch.iinfo(ids.dtype).max).amin())
+    rows = slice(first, int(ids.amax()) + 1)  # an absent pick's id is 0
+    counts = torch.zeros(ids.shape[0], rows.stop - first)
+    return rows, counts.scatter_add_(1, (ids - first).clamp_min_(0), seen.float())
+
+
+def _dense_forward(q, kv, indices, scale, latent_dim, lengths, sink):
+    """Blocks of tokens against all the rows between the first and the last one that a token of the block picks."""
+    tokens, heads, _ = q.shape
+    out = q.new_zeros(tokens, heads, latent_dim)
+    lse, max_logits = (torch.full((tokens, heads), float("-inf")) for _ in range(2))
+    for token in _blocks(tokens, _dense_tokens(q, kv)):
+        part = _counted_rows(*_picks(kv.shape[0], indices[token], None if lengths is None else lengths[token]))
+        if part is None:
+            continue
+        rows, counts = part
+        nothing = ~counts.any(1)
+        logits = _product(q[token].to(kv.dtype).flatten(0, 1), kv[rows].t()).unflatten(0, (-1, heads))
+        bias = counts.log().masked_fill_(nothing.unsqueeze(1), 0.0).unsqueeze(1)
+        scores = torch.add(bias, logits, alpha=scale)
+        top = scores.amax(-1)
+        weights = scores.softmax(-1)
+        lse[token] = (top - weights.amax(-1).log_()).masked_fill_(nothing.unsqueeze(1), float("-inf"))
+        if counts.amax() > 1.0:  # the logarithm of a count is no part of a logit
+            top = scores.sub_(bias.clamp_min(0.0)).amax(-1)
+        max_logits[token] = top.masked_fill_(nothing.unsqueeze(1), float("-inf"))
+        acc = _product(weights.to(kv.dtype).flatten(0, 1), kv[rows, :latent_dim]).unflatten(0, (-1, heads))
+        if sink is not None:
+            acc = acc * _gate(lse[token], sink).unsqueeze(-1)
+        out[token] = acc.masked_fill_(nothing[:, None, None], 0.0)
+    return out, lse, max_logits
+
+
+def _dense_gradients(q, grad, rows, counts, base, shift, scale):
+    """Gradients of q [tokens, heads, width] and of rows, whose latents are as wide as grad."""
+    shape, latent_dim = q.shape, grad.shape[2]
+    q, grad = q.flatten(0, 1), grad.flatten(0, 1)
+    logits = _product(q, rows.t()).unflatten(0, shape[:2])
+    scores = torch.add(counts.log().unsqueeze(1), logits, alpha=scale)
+    weights = scores.sub_(base).exp_()
+    toward = _product(grad, rows[:, :latent_dim].t()).unflatten(0, shape[:2])
+    scores_grad = torch.sub(toward, shift).mul_(weights).mul_(scale).to(q.dtype).flatten(0, 1)
+    weights = weights.to(q.dtype).flatten(0, 1)
+    rows_grad = _product(scores_grad.t(), q).float()
+    rows_grad[:, :latent_dim] += _product(weights.t(), grad)
+    return _product(scores_grad, rows).unflatten(0, shape[:2]), rows_grad
+
+
+def _product(x, y):
+    """x [m, k] times y [k, n], of any strides."""
+    return linear(x.contiguous(), y.t().contiguous()) if x.dtype == torch.float32 else torch.mm(x, y)
 
 
 def _product_dtype(q):
@@ -140,7 +242,7 @@ def _dequantise(rows: LatentCache) -> torch.Tensor:
     """A cache of one page -> its values [tokens, width] in bfloat16."""
     codes, scales = rows.latents[0], rows.scales[0]
     if rows.layout is CacheLayout.FP8_V32:
-        values = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, SCALE_BLOCK)) * scales.unsqueeze(-1)
+        values = decode_e4m3(codes.view(torch.int8)).unflatten(-1, (-1, SCALE_BLOCK)) * scales.unsqueeze(-1)
     else:
         values = codes.float().unsqueeze(-2) * scales.unsqueeze(-1)
     return torch.cat([values.flatten(-2).bfloat16(), rows.rope[0]], -1)

@@ -83,6 +83,34 @@ def test_blocks_of_picks_on_the_cpu(monkeypatch):
     problem.check_gradients()
 
 
+@pytest.mark.parametrize("heads, dtype", [(3, torch.float32), (17, torch.bfloat16), (5, torch.float16)])
+def test_products_over_all_rows_on_the_cpu(heads, dtype, monkeypatch):
+    monkeypatch.setattr(cpu_sparse, "_DENSE_SCORES", 75 * heads * 16)  # 16 tokens at a time
+    problem = make_prefill(40, 20, heads=heads, rows=75, dtype=dtype, sink=True, lengths=True)
+    problem.indices[5] = -1
+    problem.indices[6] = 9
+    assert problem.kv.isnan().any()
+    arguments = problem.q, problem.kv, problem.indices, problem.topk_length
+    assert cpu_sparse._dense_rows(*arguments, cpu_sparse._DENSE_ROWS_BACKWARD) is not None
+    problem.check(problem.run())
+    problem.check_gradients()
+
+
+def test_broken_rows_reach_who_picked_them_on_the_cpu():
+    problem = make_prefill(40, 20, rows=75)
+    problem.kv.nan_to_num_()
+    problem.indices.masked_fill_(problem.indices == 9, 8)
+    plain, _, _ = problem.run()
+    problem.kv[9] = float("nan")
+    for got, want in zip(problem.run(), problem.run(kv=problem.kv.nan_to_num())):
+        assert torch.equal(got, want)
+    problem.indices[4, 0] = 9
+    out, _, _ = problem.run()
+    others = torch.arange(40) != 4
+    assert out[4].isnan().all()
+    torch.testing.assert_close(out[others], plain[others])
+
+
 def test_one_row_picked_by_all(backend, device):
     problem = make_prefill(6, 40, device=device)
     problem.indices[:] = 3
