@@ -258,6 +258,8 @@ class PrologWeights:
         check_tensor("kv_norm", self.kv_norm, shape=(latent,), like=like)
         if self.q_norm is not None:
             check_tensor("q_norm", self.q_norm, shape=(None,), like=like)
+            if self.q_norm.shape[0] == 0:
+                raise ValueError("q_norm: got 0 values, at least 1 or None is accepted")
         parts = self.down_parts
         for part in parts:
             check_tensor("down", part, shape=(None, self.hidden_size), like=like)
@@ -343,6 +345,8 @@ def norm_and_write(
     check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=cache.data.device)
     check_tensor("q_a", q_a, shape=(kv_a.shape[0], None), like=kv_a)
     check_tensor("q_norm", q_norm, shape=(q_a.shape[1],), like=kv_a)
+    if q_a.shape[1] == 0:
+        raise ValueError(f"q_a: got shape {tuple(q_a.shape)}, at least one column is accepted")
     check_power_of_two("rope_dim", cache.rope_dim)
     check_latent_arguments(kv_a.shape[0], kv_norm, cos, sin, positions, slot_mapping, cache, rope, eps)
     check_no_grad(

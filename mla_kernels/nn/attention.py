@@ -10,7 +10,7 @@ from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
-from mla_kernels.checks import INDICES, check_int, check_tensor
+from mla_kernels.checks import INDICES, check_int, check_range, check_tensor
 from mla_kernels.cpu.packed import packed, prepack
 from mla_kernels.latent import absorb
 from mla_kernels.latent.cache import LatentCache
@@ -19,7 +19,17 @@ from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.write import write_latent
 from mla_kernels.nn.indexer import Indexer
-from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, absorb_query, expand_output, project
+from mla_kernels.nn.layers import (
+    INNER_EPS,
+    AttentionConfig,
+    RMSNorm,
+    absorb_query,
+    expand_output,
+    key_width,
+    project,
+    readable,
+    value_width,
+)
 from mla_kernels.nn.rope import apply_rope
 
 CONTEXT_BLOCK = 4096
@@ -40,6 +50,12 @@ class _Tokens(NamedTuple):
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         return self.cos, self.sin, self.positions
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each token, [tokens, rope / 2]; positions outside the tables take their ends, as in ops."""
+        place = self.positions.long().clamp(0, self.cos.shape[0] - 1)
+        return self.cos[place], self.sin[place]
 
 
 class _Span(NamedTuple):
@@ -137,11 +153,16 @@ class LatentAttention(nn.Module):
 
     def _prolog_weights(self) -> PrologWeights:
         """The weights as the prolog takes them, made again when one has moved."""
-        linears = [self.kv_a_proj_with_mqa, self.kv_b_proj]
-        linears += [self.q_proj] if self.config.q_lora_rank is None else [self.q_a_proj, self.q_b_proj]
         if torch.compiler.is_compiling():
             return self._make_prolog_weights()
-        weights = [linear.weight for linear in linears]
+        kv_a = self.kv_a_proj_with_mqa
+        weights = [kv_a.weight, self.kv_b_proj.weight, self.kv_a_layernorm.weight]
+        if self.config.q_lora_rank is None:
+            weights.append(self.q_proj.weight)
+        else:
+            weights += [self.q_a_proj.weight, self.q_b_proj.weight, self.q_a_layernorm.weight]
+        if self.config.bias:
+            weights += [kv_a.bias] if self.config.q_lora_rank is None else [kv_a.bias, self.q_a_proj.bias]
         state = tuple((id(w), w.data_ptr(), w.dtype, w.requires_grad, packed(w) is None) for w in weights)
         if self._weights[0] != state:
             self._weights = state, self._make_prolog_weights()
@@ -173,14 +194,13 @@ class LatentAttention(nn.Module):
     def _rotate_queries(self, q: torch.Tensor, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The nope part of q as it is, its rope part rotated."""
         q_nope, q_rope = q.split((self.config.nope_dim, self.config.rope_dim), -1)
-        cos, sin = (table[tokens.positions.long()][:, None] for table in (tokens.cos, tokens.sin))
+        cos, sin = (rows[:, None] for rows in tokens.rows)
         return q_nope, apply_rope(q_rope, cos, sin, self.config.rope)
 
     def _latents(self, kv_a: torch.Tensor, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents [tokens, latent] and rotated keys [tokens, rope] of the projected tokens."""
         latent, key = kv_a.split((self.config.kv_lora_rank, self.config.rope_dim), -1)
-        cos, sin = (table[tokens.positions.long()] for table in (tokens.cos, tokens.sin))
-        return self.kv_a_layernorm(latent), apply_rope(key, cos, sin, self.config.rope)
+        return self.kv_a_layernorm(latent), apply_rope(key, *tokens.rows, self.config.rope)
 
     def _dense(self, q, latent, k_rope, bounds_q, bounds_k, lengths, *, causal: bool = True):
         """Attention over keys and values expanded from latents: (out [tokens, heads, v], lse [tokens, heads]).
@@ -190,11 +210,11 @@ class LatentAttention(nn.Module):
         """
         expanded = project(self.kv_b_proj, latent).unflatten(-1, (self.config.num_heads, -1))
         k, v = expanded.split((self.config.nope_dim, self.config.v_dim), -1)
-        (q_nope, q_rope), fill = q, _key_width(k.shape[-1]) - k.shape[-1]
+        (q_nope, q_rope), fill = q, key_width(k.shape[-1]) - k.shape[-1]
         if fill:
             q_nope, k = F.pad(q_nope, (0, fill)), F.pad(k, (0, fill))
-        if _value_width(v.shape[-1]) != v.shape[-1]:
-            v = F.pad(v, (0, _value_width(v.shape[-1]) - v.shape[-1]))
+        if value_width(v.shape[-1]) != v.shape[-1]:
+            v = F.pad(v, (0, value_width(v.shape[-1]) - v.shape[-1]))
         out, lse = mla_prefill(
             torch.cat((q_nope, q_rope), -1), k, v, bounds_q, bounds_k, max_seqlen_q=lengths[0], max_seqlen_k=lengths[1],
             softmax_scale=self.config.softmax_scale, causal=causal, k_rope=k_rope,
@@ -322,7 +342,8 @@ class LatentAttention(nn.Module):
             block_table, context_lens: for a chunk: int32 ``[batch, pages_per_seq]``, and int32 ``[batch]``, how many
                 tokens before the chunk are in the cache. The chunk attends to them first, then to itself (expanded from
                 the cache 4096 tokens at a time), and the two results are merged.
-            max_context: no context is longer; None: it may fill its row of ``block_table``, which costs time.
+            max_context: no context is longer (checked on a CPU); None: it may fill its row of ``block_table``, which
+                costs time.
 
         New tokens attend to each other at the precision of ``hidden``, whatever the layout of ``cache``; only sparse
         attention of a chunk reads them back.
@@ -341,6 +362,8 @@ class LatentAttention(nn.Module):
             if max_context is not None:
                 check_int("max_context", max_context, 0)
                 longest = min(longest, max_context)
+            if readable(context_lens):
+                check_range("context_lens", context_lens, 0, longest + 1, "what block_table and max_context allow")
         elif max_context is not None:
             raise ValueError("max_context: got an integer without context_lens, both or none are accepted")
         top_k = self.config.index_top_k
@@ -407,7 +430,8 @@ class LatentAttention(nn.Module):
         Args:
             hidden: ``[batch, tokens, hidden_size]``, a sequence a row, or ``[tokens, hidden_size]`` and ``cu_seqlens``.
             cos, sin: tables of :func:`rope_tables`.
-            positions: int ``[batch, tokens]`` or ``[tokens]``, rows of the tables.
+            positions: int ``[batch, tokens]`` or ``[tokens]``, rows of the tables. Those outside are refused on a CPU,
+                and brought to the tables' ends elsewhere.
             cu_seqlens: int32 ``[sequences + 1]``, where each sequence starts, from 0 to tokens. [0, 3, 5]: rows 0 to 2
                 are one sequence, rows 3 and 4 another.
             max_seqlen: no sequence of ``cu_seqlens`` is longer; None: they may be as long as all tokens.
@@ -416,11 +440,16 @@ class LatentAttention(nn.Module):
             As ``hidden``. Gradients reach ``hidden`` and all weights but the indexer's.
 
         Raises:
-            TypeError, ValueError: a dtype or shape that does not fit.
+            TypeError, ValueError: a dtype, shape or position that does not fit.
         """
         dense_batch = cu_seqlens is None
         check_tensor("hidden", hidden, shape=(*(None,) * (2 if dense_batch else 1), self.config.hidden_size))
         check_tensor("positions", positions, shape=tuple(hidden.shape[:-1]), dtypes=INDICES, device=hidden.device)
+        for name, table in (("cos", cos), ("sin", sin)):
+            shape = (None if name == "cos" else cos.shape[0], self.config.rope_dim // 2)
+            check_tensor(name, table, shape=shape, dtypes=(torch.float32,), device=hidden.device)
+        if readable(positions):
+            check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
         count = hidden.shape[:-1].numel()
         if dense_batch:
             if max_seqlen is not None:
@@ -467,19 +496,3 @@ def _causal_rows(span: _Span, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     inside = (place >= span.leading[:, None]) & (place < (span.leading + span.real)[:, None])  # [batch, width]
     starts = (row + span.leading[:, None]).expand_as(inside)
     return starts.flatten(), torch.where(inside, row + place + 1, starts).flatten()
-
-
-def _power_of_two(value: int) -> int:
-    return max(16, 1 << (value - 1).bit_length())
-
-
-def _value_width(value: int) -> int:
-    """The least width of values with tiles in ``mla_prefill``."""
-    return _power_of_two(value)
-
-
-def _key_width(value: int) -> int:
-    """The least width of keys with tiles in ``mla_prefill``: a power of two or the sum of two."""
-    whole = _power_of_two(value)
-    half = whole // 2
-    return half + _power_of_two(value - half) if half < value < whole and half >= 16 else whole

@@ -132,3 +132,24 @@ def expand_output(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch
     else:
         expanded = torch.bmm(flat.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return expanded.unflatten(0, out.shape[:-2])
+
+
+def readable(values: torch.Tensor) -> bool:
+    """Whether to look at what a tensor holds: on a CPU, where nothing waits for it, and not while tracing."""
+    return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _power_of_two(value: int) -> int:
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def value_width(value: int) -> int:
+    """The least width of values with tiles in ``mla_prefill``."""
+    return _power_of_two(value)
+
+
+def key_width(value: int) -> int:
+    """The least width of keys with tiles in ``mla_prefill``: a power of two or the sum of two."""
+    whole = _power_of_two(value)
+    half = whole // 2
+    return half + _power_of_two(value - half) if half < value < whole and half >= 16 else whole

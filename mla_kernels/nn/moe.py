@@ -94,8 +94,10 @@ class MoE(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., hidden_size]`` to the same shape. The router runs in fp32, whatever the weights' dtype."""
-        config, tokens = self.config, hidden.flatten(0, -2)
-        check_tensor("hidden", hidden, shape=(*(None,) * (hidden.dim() - 1), config.hidden_size))
+        config = self.config
+        check_tensor("hidden", hidden)
+        check_tensor("hidden", hidden, shape=(*(None,) * max(1, hidden.dim() - 1), config.hidden_size))
+        tokens = hidden.flatten(0, -2)
         bias = getattr(self.gate, "e_score_correction_bias", None)
         weights, ids = route(
             F.linear(tokens.float(), self.gate.weight.float()), config.top_k,

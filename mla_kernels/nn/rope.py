@@ -38,15 +38,22 @@ def rope_tables(
             ``mscale_all_dim``, ``attention_factor``, ``truncate``: a transformers config's ``rope_parameters``.
 
     Raises:
-        ValueError: another rope_type, or an odd rope_dim.
+        ValueError: another rope_type, an odd rope_dim, or a parameter that is missing.
     """
     check_int("rope_dim", rope_dim, 2)
+    check_int("positions", positions, 0)
     if rope_dim % 2:
         raise ValueError(f"rope_dim: got {rope_dim}, an even width is accepted")
     kind = rope_parameters.get("rope_type", "default")
     check_choice("rope_type", kind, ("default", "yarn"))
+    needed = ("rope_theta",) if kind == "default" else ("rope_theta", "factor", "original_max_position_embeddings")
+    missing = [name for name in needed if rope_parameters.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_parameters: got no {', '.join(missing)}, which rope_type {kind!r} needs")
     theta, magnitude = rope_parameters["rope_theta"], 1.0
-    frequencies = theta ** -(torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim)  # [rope_dim / 2]
+    frequencies = theta ** -(
+        torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim
+    )  # [rope_dim / 2]
     if kind == "yarn":
         factor = rope_parameters["factor"]
         kept = _yarn_kept(rope_dim, theta, rope_parameters)
@@ -57,7 +64,9 @@ def rope_tables(
             magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
         elif magnitude is None:
             magnitude = yarn_mscale(factor)
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies  # [positions, rope_dim / 2]
+    angles = (
+        torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
+    )  # [positions, rope_dim / 2]
     return (angles.cos() * magnitude).to(device), (angles.sin() * magnitude).to(device)
 
 
@@ -72,7 +81,7 @@ def _yarn_kept(rope_dim: int, theta: float, parameters: Mapping) -> torch.Tensor
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope_dim - 1)
-    ramp = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
