@@ -33,9 +33,10 @@ class Choice:
 def candidates(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping) -> Iterator[Tile]:
     """Every tile of the declaration whose closed-form on-chip use fits ``chip``. GPU options are left out on Ascend."""
     names = [name for name in kernel.tiles if chip.is_gpu or name not in GPU_OPTIONS]
+    unused = {name: kernel.tiles[name][0] for name in kernel.tiles if name not in names}  # memory() may name them
     for values in itertools.product(*(kernel.tiles[name] for name in names)):
         tile = dict(zip(names, values))
-        used = kernel.memory(chip, dtype, statics, tile)
+        used = kernel.memory(chip, dtype, statics, unused | tile)
         if all(size <= chip.memory[memory] for memory, size in used.items()):
             yield tile
 

@@ -8,7 +8,7 @@ import pytest
 import mla_kernels  # noqa: F401  (declares the kernels)
 from mla_kernels import autotune, launch
 from mla_kernels.autotune import __main__ as cli
-from mla_kernels.autotune import search
+from mla_kernels.autotune import model, search
 from mla_kernels.launch import KERNELS, Case, Cost, Kernel, Work
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.report import Report
@@ -64,6 +64,14 @@ def test_candidates_fit_by_closed_form():
     assert {tile["BLOCK"] for tile in tiles} == {64, 1024}  # 65536 x 4 bytes is more than 227 KiB
     assert len(tiles) == 4
     assert list(autotune.candidates(declare(), CHIPS["ascend910b"], "fp32", {})) == [{"BLOCK": 64}, {"BLOCK": 1024}]
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942", "ascend910b"])
+def test_every_kernel_has_candidates_that_the_model_can_rank(chip):
+    for kernel in KERNELS.values():
+        case = kernel.cases[0]
+        tile = next(search.candidates(kernel, CHIPS[chip], case.dtypes[0], case.statics))
+        assert model.seconds(kernel, CHIPS[chip], case.dtypes[0], case.statics, case.sizes, tile) > 0
 
 
 def test_choose_takes_the_best_ranked_tile_that_compiles(compiled):
