@@ -11,7 +11,7 @@ import math
 import torch
 
 from mla_kernels.attention.prefill_backward import mla_prefill_gradients, save_for_backward
-from mla_kernels.attention.prefill_parts import LN2, LOWEST, hidden_as, load_rows, sequence_span, widths
+from mla_kernels.attention.prefill_parts import LN2, LOWEST, MAX_STRIDE, hidden_as, load_rows, sequence_span, widths
 from mla_kernels.checks import check_int, check_tensor
 from mla_kernels.cpu.prefill import mla_prefill as cpu_mla_prefill
 from mla_kernels.language import tl, triton
@@ -20,7 +20,6 @@ from mla_kernels.shim import define_op
 
 VALUE_WIDTHS = (16, 32, 64, 128, 256)
 ROPE_WIDTHS = (16, 32, 64, 128)
-MAX_STRIDE = 1 << 22  # so that offsets within a tile fit 32 bits
 MAX_LENGTH = 1 << 30
 
 
@@ -340,7 +339,8 @@ def mla_prefill(
     backward ``8 H Tq`` bytes, and with k_rope ``4 H Tk dr`` bytes. Nothing waits for the device.
 
     Args:
-        q: [Tq, H, dq], bfloat16, float16 or float32. Any stride between tokens and heads, here and below.
+        q: [Tq, H, dq], bfloat16, float16 or float32. Any stride between heads, and up to 2^22 elements between tokens,
+            here and below.
         k: [Tk, H, dn], dn a power of two from 16 to 256 or the sum of two.
         v: [Tk, H, dv], dv a power of two from 16 to 256. A view into one output of ``kv_b_proj`` is taken as it is.
         cu_seqlens_q, cu_seqlens_k: [B + 1] int32, where each sequence starts; from 0 to Tq, and from 0 to Tk.
@@ -377,8 +377,8 @@ def mla_prefill(
     if width != k.shape[2] + rope:
         raise ValueError(f"q: got width {width}, {k.shape[2] + rope} is accepted, the width of k and k_rope together")
     check_widths(k.shape[2], rope, v.shape[2])
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.shape[0] > 1 and tensor.stride(0) > MAX_STRIDE:
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("k_rope", k_rope)):
+        if tensor is not None and tensor.shape[0] > 1 and tensor.stride(0) > MAX_STRIDE:
             raise ValueError(f"{name}: got stride {tensor.stride(0)} between tokens, at most {MAX_STRIDE} is accepted")
     check_tensor("cu_seqlens_q", cu_seqlens_q, rank=1, dtypes=(torch.int32,), device=q.device)
     if cu_seqlens_q.shape[0] == 0:

@@ -15,7 +15,15 @@ import math
 
 import torch
 
-from mla_kernels.attention.prefill_parts import LOG2E, hidden_as, load_rows, sequence_span, store_rows, widths
+from mla_kernels.attention.prefill_parts import (
+    LOG2E,
+    MAX_STRIDE,
+    hidden_as,
+    load_rows,
+    sequence_span,
+    store_rows,
+    widths,
+)
 from mla_kernels.attention.prefill_rows import query_stats, sum_over_heads
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
 from mla_kernels.language import tl, triton
@@ -338,7 +346,8 @@ def _launch(
     tokens, value = k.shape[0], v.shape[2]
     sequences = cu_seqlens_q.shape[0] - 1
     q_grad, k_grad, v_grad, rope_grad = _empty_gradients(q, k, v, k_rope)
-    out_grad = out_grad if out_grad.stride(-1) == 1 else out_grad.contiguous()
+    if out_grad.stride(2) != 1 or out_grad.stride(0) > MAX_STRIDE:
+        out_grad = out_grad.contiguous()
     rope = rope_grad.shape[1]
     partial = torch.empty(heads, tokens, rope, dtype=torch.float32, device=q.device)
     chip, dtype = chip_of(q.device), DTYPE_NAMES[q.dtype]
