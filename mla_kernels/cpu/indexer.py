@@ -5,8 +5,12 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.latent import decode_e4m3
+
 _MAX_LANES = 1 << 22  # values of a row block held at once, 16 MiB of fp32
 _MAX_KEYS = 2048  # keys made fp32 at once
+_KEY_STEP = 256  # of these, a block of tokens takes whole steps
 
 
 def indexer_topk(
@@ -119,28 +123,26 @@ def _score(q, keys, weights, starts, ends, out) -> None:
         k = None
         for token in range(0, tokens, step):
             rows = slice(token, token + step)
-            if int(starts[rows].min()) >= last or int(ends[rows].max()) <= first:
+            # of this block what the tokens may see, in few different sizes: oneDNN prepares itself for each
+            start = max(int(starts[rows].min()) - first, 0) // _KEY_STEP * _KEY_STEP
+            stop = min(-(-(int(ends[rows].max()) - first) // _KEY_STEP) * _KEY_STEP, last - first)
+            if start >= stop:
                 continue
-            k = keys(first, last).t() if k is None else k
-            dots = torch.mm(q[rows].reshape(-1, width).float(), k).relu_().view(-1, heads, last - first)
+            k = keys(first, last).contiguous() if k is None else k
+            dots = linear(q[rows].reshape(-1, width).float(), k[start:stop]).relu_().view(-1, heads, stop - start)
             logits = torch.bmm(weights[rows].unsqueeze(1), dots).squeeze(1)
-            _hide(logits, starts[rows], ends[rows], first)
-            out[rows, first:last] = logits
+            _hide(logits, starts[rows], ends[rows], first + start)
+            out[rows, first + start : first + stop] = logits
 
 
 def _values(k: torch.Tensor, scale: torch.Tensor | None, first: int, last: int) -> torch.Tensor:
     """Rows of keys in fp32."""
-    return k.float() if scale is None else decode_e4m3(k) * scale[first:last].unsqueeze(1)
+    return k.float() if scale is None else _decoded(k) * scale[first:last].unsqueeze(1)
 
 
-def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """fp32 values of e4m3 bytes (uint8), from a table: a quarter of the time of torch's conversion."""
-    return _e4m3_values().index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-@functools.cache
-def _e4m3_values() -> torch.Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+def _decoded(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 bytes (uint8)."""
+    return decode_e4m3(codes.view(torch.int8))
 
 
 def _page_size(cache: torch.Tensor, head_dim: int) -> int:
@@ -156,7 +158,7 @@ def _cached(cache: torch.Tensor, head_dim: int, pages: torch.Tensor):
         chosen = cache.index_select(0, pages[start : -(-last // page_size)])
         if cache.dtype == torch.uint8:
             codes, scale = chosen.split((page_size * head_dim, page_size * 4), 1)
-            values = decode_e4m3(codes.reshape(-1, head_dim)) * scale.contiguous().view(torch.float32).view(-1, 1)
+            values = _decoded(codes.reshape(-1, head_dim)) * scale.contiguous().view(torch.float32).view(-1, 1)
         else:
             values = chosen.view(-1, head_dim).float()
         return values[first - start * page_size : last - start * page_size]
