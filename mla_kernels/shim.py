@@ -51,6 +51,7 @@ def define_op(
             check_values(*args)
         return device(*args)
 
+    on_cpu, on_device = _without_autocast(on_cpu), _without_autocast(on_device)
     LIBRARY.define(name + schema, tags=_TAGS)
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_device, "CUDA")
@@ -61,6 +62,19 @@ def define_op(
     if autograd is not None:
         LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, *autograd), "Autograd", with_keyset=True)
     return op
+
+
+def _without_autocast(implementation: Callable) -> Callable:
+    """The implementation with autocast off inside it: an op computes in the dtypes that it is given."""
+
+    def run(*args):
+        kind = args[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return implementation(*args)
+        with torch.autocast(kind, enabled=False):
+            return implementation(*args)
+
+    return run
 
 
 def _autograd_kernel(op, on_cpu, on_device, setup_context, backward):
