@@ -14,16 +14,16 @@ _MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat1
 _MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
 _MAX_PICKS = 4096  # picks of one token handled at once
 _FEW_HEADS = 16  # fewer heads than this are multiplied in fp32, whose conversion of the rows is then affordable
-_DENSE_TOKENS = 32  # from this many tokens on, over
-_DENSE_ROWS = 16  # at most this many rows a pick, all rows are multiplied: what that adds costs less than gathering;
-_DENSE_ROWS_BACKWARD = 4  # of gradients it costs more
+_DENSE_TOKENS = 32  # from this many tokens on, and
+_DENSE_ROWS = 4  # at most this many rows a pick, all rows are multiplied: what that adds costs less than gathering;
+_DENSE_ROWS_MANY_HEADS = 2  # more than 32 heads get more out of the rows that they gather
 _DENSE_SCORES = 1 << 21  # scores of a block of tokens over all rows, 8 MiB of fp32
 _LOWEST = torch.finfo(torch.float32).min
 
 
 def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
     """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits."""
-    rows = _dense_rows(q, kv, indices, topk_length, _DENSE_ROWS)
+    rows = _dense_rows(q, kv, indices, topk_length)
     if rows is not None:
         return _dense_forward(q, rows, indices, softmax_scale, latent_dim, topk_length, sink)
     source = (LatentCache(kv[:, None], latent_dim), indices, topk_length)
@@ -78,7 +78,7 @@ def sparse_mla_prefill_backward(
 ):
     """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse_backward.py."""
     tokens, heads, _ = q.shape
-    all_rows = _dense_rows(q, kv, indices, topk_length, _DENSE_ROWS_BACKWARD)
+    all_rows = _dense_rows(q, kv, indices, topk_length)
     cache = LatentCache(kv[:, None], latent_dim)
     dtype = _product_dtype(q)
     q_grad = torch.zeros(q.shape, dtype=q.dtype)
@@ -119,7 +119,7 @@ def sparse_mla_prefill_backward(
     return q_grad, kv_grad.to(kv.dtype), sink_grad
 
 
-def _dense_rows(q, kv, indices, lengths, rows_a_pick):
+def _dense_rows(q, kv, indices, lengths):
     """kv as the products over all rows take it, rows that nothing picks finite; None where picks are to be gathered.
 
     One token's result has other bits there, since its sums run over all rows; which of both it is depends on the
@@ -127,7 +127,8 @@ def _dense_rows(q, kv, indices, lengths, rows_a_pick):
     """
     tokens, heads, _ = q.shape
     rows, top_k = kv.shape[0], indices.shape[1]
-    if tokens < _DENSE_TOKENS or rows > rows_a_pick * top_k or rows * heads > _DENSE_SCORES:
+    limit = top_k * (_DENSE_ROWS if heads <= 32 else _DENSE_ROWS_MANY_HEADS)
+    if tokens < _DENSE_TOKENS or rows > limit or rows * heads > _DENSE_SCORES:
         return None
     broken = ~kv.isfinite().all(1)
     if broken.any():
