@@ -1,6 +1,6 @@
 """What the lightning indexer computes: keys, scores, and the exact choice of the best keys.
 
-DeepSeek-V3.2, arXiv 2512.02556, section 2.1 (DeepSeek sparse attention, equation 1), and the `Indexer` of its inference code;
+DeepSeek-V3.2, arXiv 2512.02556, section 2.1 (DeepSeek sparse attention, equation 1), and the `Indexer` of its code;
 Hugging Face: `DeepseekV32Indexer` in models/deepseek_v32/modeling_deepseek_v32.py, `GlmMoeDsaIndexer` in
 models/glm_moe_dsa/modeling_glm_moe_dsa.py.
 
