@@ -56,7 +56,8 @@ def _tune(arguments) -> int:
         }
         for job in as_completed(jobs):
             chip, kernel, dtype, case = jobs[job]
-            chosen[chip].append(_entry(kernel, dtype, case, job.result()))
+            entry = _entry(kernel, dtype, case, job.result(), "modelled" if arguments.candidates else "rule")
+            chosen[chip].append(entry)
             progress.advance(bar)
     for chip, entries in chosen.items():
         path = arguments.tables / f"{chip}.json"
@@ -66,7 +67,7 @@ def _tune(arguments) -> int:
     return 0
 
 
-def _entry(kernel, dtype, case, choice) -> dict:
+def _entry(kernel, dtype, case, choice, provenance) -> dict:
     return {
         "kernel": kernel.name,
         "dtype": dtype,
@@ -74,7 +75,7 @@ def _entry(kernel, dtype, case, choice) -> dict:
         "statics": dict(case.statics),
         "sizes": dict(case.sizes),
         "tile": choice.tile,
-        "provenance": "modelled",
+        "provenance": provenance,
         "seconds": float(f"{choice.seconds:.3g}"),
         "rule_seconds": float(f"{choice.rule_seconds:.3g}"),
         "rank": choice.rank,

@@ -332,8 +332,20 @@ EXPAND_OUTPUT = Kernel(
 )
 
 
+def within_tiles(x: torch.Tensor, tile_rows: int = 256) -> torch.Tensor:
+    """``x``, or a dense copy where 32 bits do not hold an offset between rows or columns of one tile.
+
+    A stride of 2**31 and more reaches the kernel in 64 bits; ``tile_rows`` is the longest side of a tile.
+    """
+    for size, stride in zip(x.shape[:-1], x.stride()):
+        if stride < 1 << 31 <= (min(size, tile_rows) - 1) * stride:
+            return x.contiguous()
+    return x
+
+
 def launch_absorb(q, w_uk, cos, sin, positions, rope):
     """The launcher of absorb_query; the prolog's fourth launch."""
+    q, w_uk = within_tiles(q), within_tiles(w_uk)
     tokens, heads, width = q.shape
     nope, latent = w_uk.shape[1:]
     out = q.new_empty(tokens, heads, latent + width - nope)
@@ -349,6 +361,7 @@ def launch_absorb(q, w_uk, cos, sin, positions, rope):
 
 
 def _launch_expand(x, w_uv):
+    x, w_uv = within_tiles(x), within_tiles(w_uv)
     tokens, heads, latent = x.shape
     values = w_uv.shape[1]
     out = x.new_empty(tokens, heads * values)
@@ -402,7 +415,8 @@ def absorb_query(
     are float32 and rounded once.
 
     Args:
-        q: ``[tokens, heads, nope + rope_dim]``, bfloat16, float16 or float32; tokens and heads may have any stride.
+        q: ``[tokens, heads, nope + rope_dim]``, bfloat16, float16 or float32; tokens and heads may have any stride (on
+            devices a q whose 256 tokens or heads spread over 2^31 elements or more is copied first).
         w_uk: ``[heads, nope, latent]`` in q's dtype, latent a power of two of at least 16. The first rows of each head
             in ``kv_b_proj.weight``: ``weight.view(heads, nope + v, latent)[:, :nope]``, taken as it lies.
         cos, sin: ``[positions, rope_dim / 2]`` float32 tables, YaRN's factor already in them; rope_dim is a power of
@@ -443,7 +457,7 @@ def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
 
     Args:
         out: ``[tokens, heads, latent]``, bfloat16, float16 or float32, as ``mla_decode`` returns it (its first two
-            dimensions flattened); latent is a power of two of at least 16; tokens and heads may have any stride.
+            dimensions flattened); latent is a power of two of at least 16; strides as for :func:`absorb_query`'s q.
         w_uv: ``[heads, v, latent]`` in out's dtype. The last rows of each head in ``kv_b_proj.weight``:
             ``weight.view(heads, nope + v, latent)[:, nope:]``, taken as it lies.
 

@@ -74,6 +74,16 @@ def test_hopper_keeps_64_rows_on_chip_and_multiplies_them_once(name):
     assert bounds["multiply_adds"] <= 1.06 * asked, bounds
 
 
+def test_hopper_without_a_rope_part_computes_scores_twice():
+    """A branch needs a second, cheap product, which a key without a rotated part has not; the README has the figures."""
+    case = next(case for case in MLA_DECODE.cases if case.name == "no_rope")
+    tile = MLA_DECODE.rule(CHIPS["sm_90"], "bf16", case.statics, case.sizes)
+    report = compile_kernel(MLA_DECODE, CHIPS["sm_90"], "bf16", case.statics, tile)
+    bounds = report.detail["loop_bounds"]
+    assert report.ok and bounds["core"] <= 4200 and bounds["serial"] <= 7300, bounds
+    assert bounds["multiply_adds"] <= 1.51 * 64 * 64 * (512 + 512)
+
+
 @pytest.mark.slow
 def test_every_default_tile_compiles_within_limits():
     problems = [

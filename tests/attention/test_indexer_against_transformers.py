@@ -5,14 +5,13 @@ Sets are compared, not orders; 16 heads and more, since with few heads many scor
 
 import pytest
 import torch
+import transformers
 
 from mla_kernels.attention.indexer import indexer_logits
 from mla_kernels.attention.indexer_select import select_keys, select_slots
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
 from mla_kernels.reference import indexer as reference
-
-transformers = pytest.importorskip("transformers")
 
 TOKENS, HIDDEN, Q_LORA, HEADS, HEAD_DIM, ROPE, TOP_K = 90, 96, 48, 32, 64, 16, 17
 SIZES = {

@@ -9,6 +9,7 @@ import torch
 from mla_kernels import launch
 from mla_kernels.cpu import prolog as cpu
 from mla_kernels.latent import absorb, prolog
+from mla_kernels.latent.absorb import within_tiles
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import ROPE_MODES, write_latent
 from mla_kernels.reference import prolog as reference
@@ -209,6 +210,18 @@ def test_offsets_past_two_to_the_31(backend, device, op):
     far = torch.empty((value.shape[0] - 1) * apart + value[0].numel(), dtype=value.dtype, device=device)
     arguments[name] = far.as_strided(value.shape, (apart, value.shape[2], 1)).copy_(value)
     assert torch.equal(run(op, arguments), plain)
+
+
+@pytest.mark.parametrize("shape, strides, copied", [
+    ((100, 2, 16), (1 << 25, 16, 1), True),
+    ((3, 200, 16), (16, 1 << 24, 1), True),
+    ((3, 2, 16), (1 << 31, 16, 1), False),  # a 64-bit stride
+    ((60, 2, 16), (1 << 25, 16, 1), False),
+    ((3, 2, 16), (600, 48, 1), False),
+])  # fmt: skip
+def test_strides_that_wrap_within_a_tile_are_copied(shape, strides, copied):
+    far = torch.empty(1, dtype=torch.float16, device="meta").as_strided(shape, strides)
+    assert (within_tiles(far).stride() != strides) == copied
 
 
 @pytest.mark.parametrize("op", OPS)
