@@ -2,8 +2,8 @@
 
 ``{"format": 1, "chip": "sm_90", "entries": [{"kernel", "dtype", "case", "statics", "sizes", "tile", "provenance",
 "seconds", "rule_seconds", "rank", "considered", "source", "versions", "memory"}, ...]}``. ``provenance`` is
-``"modelled"`` (ranked by :mod:`mla_kernels.autotune.model`, compiled, never timed), ``"rule"`` (the kernel's closed-form
-rule, compiled, never timed) or ``"measured"``. ``source`` is the hash of the kernel's source that was compiled.
+``"modelled"`` (ranked by :mod:`mla_kernels.autotune.model`, compiled, never timed), ``"rule"`` (the kernel's own rule,
+compiled, never timed) or ``"measured"``. ``source`` is the hash of the kernel's source that was compiled.
 """
 
 import json

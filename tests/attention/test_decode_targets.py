@@ -75,7 +75,7 @@ def test_hopper_keeps_64_rows_on_chip_and_multiplies_them_once(name):
 
 
 def test_hopper_without_a_rope_part_computes_scores_twice():
-    """A branch needs a second, cheap product, which a key without a rotated part has not; the README has the figures."""
+    """A branch needs a second, cheap product, which a key without a rotated part has not."""
     case = next(case for case in MLA_DECODE.cases if case.name == "no_rope")
     tile = MLA_DECODE.rule(CHIPS["sm_90"], "bf16", case.statics, case.sizes)
     report = compile_kernel(MLA_DECODE, CHIPS["sm_90"], "bf16", case.statics, tile)
