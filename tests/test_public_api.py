@@ -84,12 +84,12 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, sparse
+    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, route, sparse
 
     for name, signature in SIGNATURES.items():
         twin = next(
             getattr(module, name)
-            for module in (prolog, attention, indexer, latent, moe, prefill, sparse)
+            for module in (prolog, attention, indexer, latent, moe, prefill, route, sparse)
             if hasattr(module, name)
         )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]

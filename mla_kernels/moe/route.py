@@ -6,7 +6,7 @@ Symbols: T tokens, E experts, K = top_k. Experts stand in runs of E / num_groups
 import torch
 
 from mla_kernels.checks import FLOATS, check_choice, check_int, check_no_grad, check_tensor
-from mla_kernels.cpu import moe as cpu
+from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op

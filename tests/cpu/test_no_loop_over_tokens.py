@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.cpu import attention, latent, moe
+from mla_kernels.cpu import attention, latent, moe, route
 from tests.cpu.recorder import record
 
 
@@ -33,7 +33,7 @@ CASES = {
     "mla_decode": (attention.mla_decode, decode_args),
     "merge_states": (attention.merge_states, lambda tokens: (torch.randn(3, tokens, 8), torch.randn(3, tokens))),
     "route": (
-        moe.route,
+        route.route,
         lambda tokens: (torch.randn(tokens, 16), torch.randn(16), 4, "sigmoid", 4, 2, True, 1.0),
     ),
     "dispatch": (moe.dispatch, lambda tokens: (experts(tokens)[4], 4)),

@@ -7,7 +7,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
-from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, sparse
+from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, route, sparse
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -157,7 +157,7 @@ def test_route_and_fused_moe():
     gate_up, down = torch.randn(16, 96, 64) / 8, torch.randn(16, 64, 48) / 7
     weights, ids = mla_kernels.route(npu(logits), 3)
     out = mla_kernels.fused_moe(*npu(hidden, gate_up, down), weights, ids)
-    exact_weights, exact_ids = moe.route(logits.double(), 3)
+    exact_weights, exact_ids = route.route(logits.double(), 3)
     assert torch.equal(ids.cpu().sort(1).values, exact_ids.int().sort(1).values)
     exact = moe.fused_moe(hidden.double(), gate_up.double(), down.double(), exact_weights, exact_ids)
     assert {"moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from mla_kernels.reference.attention import absorb_query, expand_output, merge_states, mla_decode, split_kv_b
 from mla_kernels.reference.latent import apply_rope, compress_latent, rms_norm
-from mla_kernels.reference.moe import fused_moe, route
+from mla_kernels.reference.moe import fused_moe
+from mla_kernels.reference.route import route
 from tests.reference import hugging_face as hf
 from tests.support import poisoned
 
