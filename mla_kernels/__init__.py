@@ -15,6 +15,7 @@ from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_k
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
+from mla_kernels.moe.activation import Activation, Clamp
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
@@ -24,7 +25,9 @@ from mla_kernels.moe.route import route
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "CacheLayout",
+    "Clamp",
     "Dispatch",
     "IndexerCache",
     "LatentCache",

@@ -51,19 +51,85 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> Dispatch:
     return Dispatch(*(part.to(ids.device) for part in (order, row_tokens, inverse, offsets)))
 
 
-def expert_ffn(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
-    """Each expert's feed-forward network on its rows: down(silu(gate(x)) * up(x)).
+class Activation(NamedTuple):
+    """What stands between an expert's two products; the arguments of `apply_activation`."""
 
-    hidden [T, H], gate_up [E, 2I, H] (gate rows first), down [E, H, I], dispatched from `dispatch(ids, E)`.
-    Returns rows [T * K, H] in expert order, hidden's dtype. Rows from offsets[E] on belong to no expert: an
-    implementation may leave anything there; here they are NaN.
+    clamp: str = "none"
+    limit: float | None = None
+    alpha: float = 1.702
+    interleaved: bool = False
+
+
+SWIGLU = Activation()
+
+
+def apply_activation(
+    gate_up_result: torch.Tensor,
+    clamp: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """The gated activation: [..., 2I] -> [..., I]. With g the gate's values, u those of up and L the limit:
+
+    | clamp   | result                                                          | found in                 |
+    | ------- | --------------------------------------------------------------- | ------------------------ |
+    | none    | silu(g) u                                                       | DeepSeek-V2, DeepSeek-V3 |
+    | pre     | silu(min(g, L)) clamp(u, -L, L)                                 | DeepSeek-V4              |
+    | post    | min(silu(g), L) clamp(u, -L, L)                                 | Step-3.5                 |
+    | gpt_oss | h sigmoid(alpha h) (clamp(u, -L, L) + 1) with h = min(g, L)     | gpt-oss                  |
+
+    The gate's values are the first half, or with interleaved the even columns; up's are the others.
     """
+    layout = "... (inner two)" if interleaved else "... (two inner)"
+    gate, up = rearrange(gate_up_result, f"{layout} -> two ... inner", two=2)
+    if clamp == "none":
+        return F.silu(gate) * up
+    up = up.clamp(-limit, limit)
+    if clamp == "pre":
+        return F.silu(gate.clamp(max=limit)) * up
+    if clamp == "post":
+        return F.silu(gate).clamp(max=limit) * up
+    if clamp == "gpt_oss":
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    raise ValueError(f"clamp {clamp!r}: none, pre, post and gpt_oss are known")
+
+
+def expert_ffn(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    dispatched: Dispatch,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: Activation = SWIGLU,
+) -> torch.Tensor:
+    """Each expert's feed-forward network on its rows: down(act(gate_up(x))), act being `apply_activation`.
+
+    hidden [T, H], gate_up [E, 2I, H], down [E, H, I], dispatched from `dispatch(ids, E)`; gate_up_bias [E, 2I] and
+    down_bias [E, H] or None. Returns rows [T * K, H] in expert order, hidden's dtype. Rows from offsets[E] on belong to
+    no expert: an implementation may leave anything there; here they are NaN.
+    """
+    ones = torch.ones(len(dispatched.tokens), dtype=hidden.dtype, device=hidden.device)
+    return _experts(hidden, gate_up, down, dispatched, gate_up_bias, down_bias, activation, ones, ones)
+
+
+def _experts(hidden, gate_up, down, dispatched, gate_up_bias, down_bias, activation, input_weight, inner_weight):
+    """`expert_ffn` with a factor for every row of the input and one for every row of the activation."""
     rows = torch.full((len(dispatched.tokens), hidden.shape[1]), torch.nan, dtype=hidden.dtype, device=hidden.device)
     offsets = dispatched.offsets.tolist()
     for expert, (start, end) in enumerate(pairwise(offsets)):
         x = hidden[dispatched.tokens[start:end].long()]
-        gate, up = einsum(x, gate_up[expert], "row hidden, out hidden -> row out").chunk(2, dim=-1)
-        rows[start:end] = einsum(F.silu(gate) * up, down[expert], "row inner, hidden inner -> row hidden")
+        x = (x * input_weight[start:end, None]).to(hidden.dtype)
+        both = einsum(x, gate_up[expert], "row hidden, out hidden -> row out")
+        if gate_up_bias is not None:
+            both = both + gate_up_bias[expert]
+        inner = apply_activation(both, activation.clamp, activation.limit, activation.alpha, activation.interleaved)
+        inner = (inner * inner_weight[start:end, None]).to(hidden.dtype)
+        y = einsum(inner, down[expert], "row inner, hidden inner -> row hidden")
+        rows[start:end] = y if down_bias is None else y + down_bias[expert]
     return rows
 
 
@@ -85,15 +151,36 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
 
 
 def fused_moe(
-    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: Activation = SWIGLU,
+    weight_at: str = "output",
 ) -> torch.Tensor:
-    """The routed half of a mixture-of-experts layer: `dispatch`, `expert_ffn`, `combine`. Shared experts are not in it.
+    """The experts of a mixture-of-experts layer: `dispatch`, `expert_ffn`, `combine`.
 
     hidden [T, H], gate_up [E, 2I, H], down [E, H, I], weights [T, K] fp32, ids [T, K] int32 (any id outside 0 .. E - 1
-    is skipped). Returns [T, H] in hidden's dtype: sum over slots of weight * expert(hidden).
+    is skipped); gate_up_bias, down_bias and activation as in `expert_ffn`. Returns [T, H] in hidden's dtype: the sum
+    over slots of weight * expert(hidden). weight_at says what a slot's weight w multiplies, x being hidden:
+
+    | weight_at    | a slot adds                                                                |
+    | ------------ | -------------------------------------------------------------------------- |
+    | "output"     | w (down(act(gate_up(x) + gate_up_bias)) + down_bias)                       |
+    | "activation" | down(w act(gate_up(x) + gate_up_bias)) + down_bias                         |
+    | "input"      | down(act(gate_up(w x) + gate_up_bias)) + down_bias (Llama 4's experts)     |
     """
+    if weight_at not in ("input", "activation", "output"):
+        raise ValueError(f"weight_at {weight_at!r}: input, activation and output are known")
     dispatched = dispatch(ids, len(gate_up))
-    return combine(expert_ffn(hidden, gate_up, down, dispatched), weights, dispatched)
+    of_rows = weights.flatten()[dispatched.order.long()]
+    factors = [of_rows if weight_at == place else torch.ones_like(of_rows) for place in ("input", "activation")]
+    rows = _experts(hidden, gate_up, down, dispatched, gate_up_bias, down_bias, activation, *factors)
+    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), dispatched)
 
 
 def _wide(*tensors: torch.Tensor) -> torch.dtype:

@@ -59,7 +59,9 @@ def test_functions():
 
 def test_other_names():
     assert set(mla_kernels.__all__) - set(SIGNATURES) == {
+        "Activation",
         "CacheLayout",
+        "Clamp",
         "Dispatch",
         "IndexerCache",
         "LatentCache",

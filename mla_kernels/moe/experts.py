@@ -10,39 +10,10 @@ from mla_kernels.cpu import moe as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.dispatch import MAX_PAIRS, Dispatch
+from mla_kernels.moe.schedule import block_m, num_slots, rows_of_slot, tile_of_item
 from mla_kernels.shim import define_op
 
 LARGEST_BLOCK_K = 128  # EVEN_K says that a row is a multiple of this, hence of every BLOCK_K
-
-
-@triton.jit
-def _item(item, slots, columns, GROUP_M: tl.constexpr):
-    """Row tile slot and column tile of an item: GROUP_M slots in turn use one column tile, and so one expert's weights
-    are fetched once for the row tiles of that expert that run side by side."""
-    group = item // (GROUP_M * columns)
-    size = tl.minimum(slots - group * GROUP_M, GROUP_M)
-    inside = item - group * GROUP_M * columns
-    return group * GROUP_M + inside % size, inside // size
-
-
-@triton.jit
-def _expert_rows(offsets, slot, experts, pairs, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Expert, first row and end of the rows of a slot; first >= end for a slot without rows.
-
-    No schedule is computed: with many rows, expert e owns the slots from offsets[e] // BLOCK_M + e on, which never
-    overlap and hold at least ceil(rows / BLOCK_M) slots each; offsets[e] // BLOCK_M + e <= slot is compared as
-    offsets[e] < (slot - e + 1) * BLOCK_M. With few rows a slot is a row, and every BLOCK_M-th row of an expert starts a
-    tile. Comparisons are in fp32, where they are exact and vectorised everywhere.
-    """
-    by_row = pairs < pairs // BLOCK_M + experts
-    expert = tl.arange(0, BLOCK_E)
-    start = tl.load(offsets + expert, mask=expert < experts, other=2147483647).to(tl.float32)  # [BLOCK_E]
-    bound = tl.where(by_row, slot + 1, (slot + 1 - expert) * BLOCK_M).to(tl.float32)
-    own = tl.maximum(tl.sum(tl.where(start < bound, 1.0, 0.0), 0).to(tl.int32) - 1, 0)
-    begin = tl.load(offsets + own)
-    end = tl.minimum(tl.load(offsets + own + 1), pairs)
-    first = begin + (slot - begin // BLOCK_M - own) * BLOCK_M
-    return own, tl.where(by_row, tl.where((slot - begin) % BLOCK_M == 0, slot, end), first), end
 
 
 @triton.jit
@@ -76,8 +47,8 @@ def moe_gate_up_kernel(
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
-        slot, column = _item(item, slots, columns, GROUP_M)
-        expert, first, end = _expert_rows(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
+        slot, column = tile_of_item(item, slots, columns, GROUP_M)
+        expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
         if (first >= 0) & (first < end):
             row = first + tl.arange(0, BLOCK_M)
             token = tl.load(row_tokens + row, mask=row < end, other=0)
@@ -142,8 +113,8 @@ def moe_down_kernel(
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
-        slot, column = _item(item, slots, columns, GROUP_M)
-        expert, first, end = _expert_rows(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
+        slot, column = tile_of_item(item, slots, columns, GROUP_M)
+        expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
         if (first >= 0) & (first < end):
             m = tl.arange(0, BLOCK_M)
             m_mask = (m < end - first)[:, None]
@@ -172,18 +143,12 @@ def moe_down_kernel(
             )
 
 
-def _block_m(sizes):
-    """Next power of two of the rows an expert gets on average, from 16 to 128: known without reading the ids."""
-    rows = -(-sizes["pairs"] // sizes["experts"])
-    return min(128, max(16, 1 << (max(rows, 1) - 1).bit_length()))
-
-
 def _rule(products):
     """Tile rule of a kernel with ``products`` accumulators of [BLOCK_M, BLOCK_N], which is what limits a tile: fp32
     registers of GPU threads, the vector memory that gate_up's epilogue needs on Ascend."""
 
     def rule(chip, dtype, statics, sizes):
-        m = _block_m(sizes)
+        m = block_m(sizes["pairs"], sizes["experts"])
         stages = 2 if chip.vendor == "amd" else 3
         if dtype == "fp32":  # GPUs multiply fp32 on their FMA units, with operands in registers
             shape = {"BLOCK_M": min(m, 64), "BLOCK_N": 64 // products, "BLOCK_K": 32, "num_warps": 4}
@@ -341,13 +306,13 @@ def launch_expert_ffn(hidden, gate_up, down, row_tokens, offsets):
         hidden, gate_up, activation, row_tokens, offsets, tokens, pairs, experts, width, inner,
         hidden.stride(0), gate_up.stride(0), gate_up.stride(1),
     )  # fmt: skip
-    work = min(pairs, pairs // tile["BLOCK_M"] + experts) * -(-inner // tile["BLOCK_N"])
+    work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-inner // tile["BLOCK_N"])
     GATE_UP.launch(chip, work, args, statics, tile)
 
     statics = _statics(experts, inner)
     tile = _fit(DOWN.tile_for(chip, dtype, statics, sizes), inner)
     args = (activation, down, rows, offsets, pairs, experts, width, inner, down.stride(0), down.stride(1))
-    work = min(pairs, pairs // tile["BLOCK_M"] + experts) * -(-width // tile["BLOCK_N"])
+    work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"])
     DOWN.launch(chip, work, args, statics, tile)
     return rows
 
