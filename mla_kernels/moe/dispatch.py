@@ -136,16 +136,26 @@ def _outputs(ids, num_experts):
     return (*(ids.new_empty(pairs) for _ in range(3)), ids.new_empty(num_experts + 1))
 
 
-def launch_dispatch(ids, num_experts):
-    """Device implementation of the op: two launches."""
-    order, tokens, inverse, offsets = _outputs(ids, num_experts)
+def launch_order(ids, num_experts):
+    """Order and offsets alone, for what needs no inverse: one launch. ``ids`` may have any strides."""
     ids = ids.contiguous()
-    pairs, top_k = ids.numel(), ids.shape[1]
+    pairs = ids.numel()
+    order, offsets = ids.new_empty(pairs), ids.new_empty(num_experts + 1)
     chip = chip_of(ids.device)
     tile = DISPATCH.tile_for(chip, "bf16", {}, {"pairs": pairs, "experts": num_experts})
     DISPATCH.launch(chip, num_experts + 1, (ids, order, offsets, pairs, num_experts), {}, tile)
+    return order, offsets
+
+
+def launch_dispatch(ids, num_experts):
+    """Device implementation of the op: two launches."""
+    order, offsets = launch_order(ids, num_experts)
+    tokens, inverse = torch.empty_like(order), torch.empty_like(order)
+    pairs = order.shape[0]
+    chip = chip_of(ids.device)
     tile = INVERSE.tile_for(chip, "bf16", {}, {"pairs": pairs})
-    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), (order, tokens, inverse, pairs, top_k), {}, tile)
+    args = (order, tokens, inverse, pairs, ids.shape[1])
+    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), args, {}, tile)
     return order, tokens, inverse, offsets
 
 
