@@ -35,21 +35,31 @@ def _expert_ids(ids, start, pairs, experts, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def moe_dispatch_kernel(ids, order, offsets, pairs, experts, BLOCK_P: tl.constexpr):
+def moe_dispatch_kernel(ids, order, offsets, pairs, experts, SORT: tl.constexpr, BLOCK_P: tl.constexpr):
     """Item e counts the pairs of lower experts, which is where e's rows begin, then places its own pairs there, in
-    order. Item ``experts`` does so for the pairs without an expert."""
+    order. Item ``experts`` does so for the pairs without an expert.
+
+    The places of a block's own pairs are their running count, or with SORT the block's own lanes are sorted to the
+    front: a running sum and a store to scattered places are loops over single elements on Ascend.
+    """
+    lane = tl.arange(0, BLOCK_P)
     for expert in range(tl.program_id(0), experts + 1, tl.num_programs(0)):
-        row = 0
+        lower = tl.zeros([BLOCK_P], tl.float32)
         for start in range(0, pairs, BLOCK_P):
             x = _expert_ids(ids, start, pairs, experts, BLOCK_P)
-            row += tl.sum(tl.where(x < expert, 1.0, 0.0), 0).to(tl.int32)
+            lower += tl.where(x < expert, 1.0, 0.0)
+        row = tl.sum(lower, 0).to(tl.int32)
         tl.store(offsets + expert, row)
         for start in range(0, pairs, BLOCK_P):
             own = _expert_ids(ids, start, pairs, experts, BLOCK_P) == expert
-            count = tl.cumsum(tl.where(own, 1.0, 0.0), 0)  # [BLOCK_P]
-            found = tl.max(count, 0).to(tl.int32)
+            found = tl.sum(tl.where(own, 1.0, 0.0), 0).to(tl.int32)
             if found > 0:
-                tl.store(order + row + count.to(tl.int32) - 1, start + tl.arange(0, BLOCK_P), mask=own)
+                if SORT:
+                    place = tl.sort(tl.where(own, lane.to(tl.float32), 2.0 * BLOCK_P))
+                    tl.store(order + row + lane, start + place.to(tl.int32), mask=lane < found)
+                else:
+                    count = tl.cumsum(tl.where(own, 1.0, 0.0), 0)  # [BLOCK_P]
+                    tl.store(order + row + count.to(tl.int32) - 1, start + lane, mask=own)
             row += found
 
 
@@ -64,6 +74,15 @@ def moe_inverse_kernel(order, tokens, inverse, pairs, top_k, BLOCK_P: tl.constex
 
 
 def _dispatch_rule(chip, dtype, statics, sizes):
+    """Many pairs are taken in large blocks, which have fewer sums over all threads."""
+    largest = 4096 if sizes["pairs"] >= 1 << 16 else 1024
+    tile = {"BLOCK_P": min(largest, max(32, 1 << (sizes["pairs"] - 1).bit_length())), "num_warps": 4}
+    if not chip.is_gpu:
+        return tile | {"BLOCK_P": min(512, tile["BLOCK_P"]), "SORT": 1}
+    return tile | {"SORT": 0}
+
+
+def _inverse_rule(chip, dtype, statics, sizes):
     largest = 1024 if chip.is_gpu else 512
     return {"BLOCK_P": min(largest, max(32, 1 << (sizes["pairs"] - 1).bit_length())), "num_warps": 4}
 
@@ -87,7 +106,7 @@ def _inverse_work(dtype, statics, sizes, tile):
 
 
 def _memory(chip, dtype, statics, tile):
-    return {"shared": 4 * 32 * tile["num_warps"]} if chip.is_gpu else {"UB": 24 * 4 * tile["BLOCK_P"]}
+    return {"shared": 4 * 32 * tile["num_warps"]} if chip.is_gpu else {"UB": 28 * 4 * tile["BLOCK_P"]}
 
 
 def _cases(**more):
@@ -108,7 +127,7 @@ DISPATCH = Kernel(
     moe_dispatch_kernel,
     arguments={"ids": "*i32", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32"},
     statics=(),
-    tiles={"BLOCK_P": (128, 256, 512, 1024, 2048), "num_warps": (1, 4, 8)},
+    tiles={"SORT": (0, 1), "BLOCK_P": (32, 64, 128, 256, 512, 1024, 2048, 4096), "num_warps": (1, 4, 8)},
     rule=_dispatch_rule,
     memory=_memory,
     cost=_dispatch_cost,
@@ -122,7 +141,7 @@ INVERSE = Kernel(
     arguments={"order": "*i32", "tokens": "*i32", "inverse": "*i32", "pairs": "i32", "top_k": "i32"},
     statics=(),
     tiles={"BLOCK_P": (128, 256, 512, 1024), "num_warps": (1, 4)},
-    rule=_dispatch_rule,
+    rule=_inverse_rule,
     memory=_memory,
     cost=_inverse_cost,
     work=_inverse_work,
@@ -181,7 +200,7 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> Dispatch:
     Args:
         ids: [T, K] int32, the expert of each pair. An id below 0 or from ``num_experts`` up is legal: no expert here
             (with expert parallelism: another device's).
-        num_experts: E, 1 to 1024.
+        num_experts: E, 1 to 1024. The work grows with T * K * E; a million pairs and 1,024 experts are meant to be usable.
 
     Returns:
         Dispatch of int32 tensors:
