@@ -200,7 +200,7 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> Dispatch:
     Args:
         ids: [T, K] int32, the expert of each pair. An id below 0 or from ``num_experts`` up is legal: no expert here
             (with expert parallelism: another device's).
-        num_experts: E, 1 to 1024. The work grows with T * K * E; a million pairs and 1,024 experts are meant to be usable.
+        num_experts: E, 1 to 1024. The work grows with T * K * E.
 
     Returns:
         Dispatch of int32 tensors:
