@@ -3,12 +3,12 @@
 Kernels and launchers ask here and never test a device name. Sizes are bytes, rates are per second for the whole chip.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One compile target and the part whose figures stand for it.
+    """One compile target and the part whose figures these are: in :data:`CHIPS`, the part that stands for the target.
 
     ``memory`` holds the on-chip bytes that one program may use, by the name the compiler reports: ``shared`` on NVIDIA
     and AMD, ``UB``, ``L1``, ``L0A``, ``L0B``, ``L0C`` on Ascend. ``dot_cores`` and ``vector_cores`` are the cores that
@@ -32,6 +32,8 @@ class Chip:
     core_shared: int = 0
     core_threads: int = 0
     core_programs: int = 0
+    device: str = ""  # the part's name in :data:`mla_kernels.targets.devices.DEVICES`
+    capacity: int = 0  # GiB of device memory that the part is sold with
 
     @property
     def is_gpu(self) -> bool:
@@ -124,8 +126,14 @@ _CUDA_GUIDE = "CUDA C++ Programming Guide, compute capabilities (shared memory);
 _AMD_GUIDE = "CDNA white paper and data sheet; the last-level cache is the Infinity Cache"
 _ASCEND_TOOL = "sizes, cores: bishengir-opt --hacc-append-device-spec for this target; rates: public figures, recalled"
 
+_PARTS = {  # target -> name and GiB of the part that stands for it
+    "sm_80": ("a100", 80), "sm_89": ("l40s", 48), "sm_90": ("h100", 80), "sm_100": ("b200", 180),
+    "sm_120": ("rtx-5090", 32), "gfx942": ("mi300x", 192), "gfx950": ("mi355x", 288),
+    "ascend910b": ("910b", 64), "ascend910c": ("910c", 64), "ascend950": ("950pr", 128),
+}  # fmt: skip
+
 CHIPS: dict[str, Chip] = {
-    chip.name: chip
+    chip.name: replace(chip, device=_PARTS[chip.name][0], capacity=_PARTS[chip.name][1])
     for chip in (
         _nvidia("sm_80", "A100-SXM4-80GB", 163, 2048, 108, 2.039e12, 40, 312e12, 19.5e12, _CUDA_GUIDE),
         _nvidia("sm_89", "L40S", 99, 1536, 142, 0.864e12, 96, 362e12, 91.6e12, _CUDA_GUIDE),
