@@ -1,43 +1,114 @@
-"""The tables: one JSON file a chip, read by :mod:`mla_kernels.launch`.
+"""Writing tables and stores; :mod:`mla_kernels.tile_files` has the formats and reads them."""
 
-``{"format": 1, "chip": "sm_90", "entries": [{"kernel", "dtype", "case", "statics", "sizes", "tile", "provenance",
-"seconds", "rule_seconds", "rank", "considered", "source", "versions", "memory"}, ...]}``. ``provenance`` is
-``"modelled"`` (ranked by :mod:`mla_kernels.autotune.model`, compiled, never timed), ``"rule"`` (the kernel's own rule,
-compiled, never timed) or ``"measured"``. ``source`` is the hash of the kernel's source that was compiled.
-"""
-
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FORMAT = 1
-TABLES = Path(__file__).parent / "tables"
-FIELDS = {"kernel", "dtype", "case", "statics", "sizes", "tile", "provenance", "source", "versions"}
+from mla_kernels.tile_files import TABLE_FORMAT, Entry, line_of, read_store, store_header
 
 
-def load_table(path: Path, chip: str) -> list[dict]:
-    """Entries of the table at ``path``. ValueError names the path and what is wrong with it."""
-    try:
-        table = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a JSON table ({error})") from error
-    if not isinstance(table, dict) or table.get("format") != FORMAT:
-        raise ValueError(f"{path}: got a table of another format, accepted: format {FORMAT}")
-    if table.get("chip") != chip:
-        raise ValueError(f"{path}: a table for {table.get('chip')!r}, expected {chip!r}")
-    for index, entry in enumerate(table["entries"]):
-        if missing := FIELDS - set(entry):
-            raise ValueError(f"{path}: entry {index} lacks {', '.join(sorted(missing))}")
-    return table["entries"]
-
-
-def write_table(path: Path, chip: str, entries: list[dict]) -> None:
+def write_table(path: Path, device: str, entries: Iterable[Entry], versions: dict[str, str]) -> None:
     """Replace the table at ``path`` in one step, entries in a fixed order."""
-    entries = sorted(entries, key=lambda e: (e["kernel"], e["case"], e["dtype"]))
-    lines = ",\n".join(json.dumps(entry, sort_keys=True) for entry in entries)
-    text = f'{{"format": {FORMAT}, "chip": {json.dumps(chip)}, "entries": [\n{lines}\n]}}\n'
+    groups: dict[tuple, dict] = {}
+    ordered = sorted(entries, key=lambda e: (e.kernel, e.dtype, json.dumps(dict(e.statics)), *e.sizes.values()))
+    for entry in ordered:
+        key = (entry.kernel, entry.dtype, entry.source, json.dumps(dict(entry.statics)), tuple(entry.sizes))
+        group = groups.setdefault(key, {"tiles": [], "problems": []})
+        chosen = []
+        for tile in entry.shortlist:
+            if dict(tile) not in group["tiles"]:
+                group["tiles"].append(dict(tile))
+            chosen.append(group["tiles"].index(dict(tile)))
+        group["problems"].append([list(entry.sizes.values()), chosen, entry.provenance])
+    lines = [
+        json.dumps(
+            {"kernel": kernel, "dtype": dtype, "source": source, "statics": json.loads(statics), "sizes": list(sizes)}
+            | group,
+            separators=(",", ":"),
+        )
+        for (kernel, dtype, source, statics, sizes), group in groups.items()
+    ]
+    head = json.dumps({"format": TABLE_FORMAT, "device": device, "versions": versions})[:-1]
+    replace_text(path, f'{head}, "groups": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: readers see the old text or the new, and an error leaves the old."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def append(path: Path, device: str, entries: Iterable[Entry]) -> None:
+    """Add entries to the store at ``path``, made if there is none. Several processes may do so at once.
+
+    The file is locked, read whole, and only then written at its end. A write that fails, of a full disk for one, leaves
+    the file as it was. A last line that an interrupted process left without its end is cut off.
+
+    Raises:
+        mla_kernels.tile_files.BadFile: the file is no store for this device, or is damaged; nothing is written.
+        OSError: it cannot be written.
+    """
+    text = "".join(line_of(entry) + "\n" for entry in entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file, _locked(file):
+        read_store(path, device)
+        file.seek(0)
+        whole = file.read()
+        end = whole.rfind(b"\n") + 1
+        if end == 0:
+            end, text = 0, json.dumps(store_header(device)) + "\n" + text
+        try:
+            file.truncate(end)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)  # the file object would write the rest again
+            raise
+
+
+def check_writable(path: Path, device: str) -> None:
+    """What :func:`append` would refuse or fail at, found before any work is done."""
+    append(path, device, ())
+
+
+@contextlib.contextmanager
+def _locked(file) -> Iterator[None]:
+    """Hold the file for this process alone; the others wait. Without a system lock (neither POSIX nor Windows) it does
+    nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        pass
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        return
+    try:
+        import msvcrt
+    except ImportError:
+        yield
+        return
+    beyond = 1 << 30  # Windows locks bytes against reading, too: one that no file reaches
+    file.seek(beyond)
+    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    try:
+        yield
+    finally:
+        file.seek(beyond)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)

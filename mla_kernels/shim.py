@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from mla_kernels import launch
+from mla_kernels import launch, tiles
 
 LIBRARY = torch.library.Library("mla_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -35,7 +35,8 @@ def define_op(
         cpu: the fast torch implementation for CPU tensors.
         device: the launcher of the Triton kernels, for ``cuda`` and ``npu`` tensors (and CPU tensors under
             :func:`mla_kernels.launch.on_cpu`). NPU goes under PrivateUse1, which works before torch_npu renames it.
-        fake: shapes and dtypes of the results, for tracing.
+        fake: shapes and dtypes of the results, for tracing. Within :func:`mla_kernels.tiles.record` the launcher runs
+            in its place, up to its launches.
         check_values: raises on bad values inside the tensors, before anything is written. Runs on CPU tensors always
             and on device tensors when ``MLA_KERNELS_CHECK_VALUES=1``, because there it waits for the device.
         autograd: ``(setup_context, backward)``, where the op has a backward.
@@ -57,7 +58,7 @@ def define_op(
     LIBRARY.impl(name, on_device, "CUDA")
     LIBRARY.impl(name, on_device, "PrivateUse1")
     qualified = f"mla_kernels::{name}"
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_fake(qualified, lambda *args: (device if tiles.recording() else fake)(*args), lib=LIBRARY)
     op = getattr(torch.ops.mla_kernels, name).default
     if autograd is not None:
         LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, *autograd), "Autograd", with_keyset=True)

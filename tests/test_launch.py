@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import launch
+from mla_kernels import gpu_launch, launch
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work
 from mla_kernels.targets.chips import CHIPS, nvidia_chip
@@ -76,33 +76,29 @@ def test_an_unsupported_chip_raises_its_reason():
         kernel.tile_for(CHIPS["sm_80"], "fp32", {}, {"size": 1})
 
 
-def test_the_table_gives_the_nearest_entry_on_a_log_scale(monkeypatch):
-    entries = [
-        {"statics": {"E": 64}, "sizes": {"tokens": 1}, "tile": {"BLOCK": 16}},
-        {"statics": {"E": 64}, "sizes": {"tokens": 256}, "tile": {"BLOCK": 128}},
-        {"statics": {"E": 8}, "sizes": {"tokens": 20}, "tile": {"BLOCK": 64}},
-    ]
-    monkeypatch.setattr(launch, "_table", lambda chip: {("k", "bf16"): entries})
-
-    def nearest(tokens, experts=64):
-        return launch._nearest("k", "sm_90", "bf16", {"E": experts}, {"tokens": tokens})
-
-    assert nearest(12) == {"BLOCK": 16}
-    assert nearest(20) == {"BLOCK": 128}
-    assert nearest(20, experts=8) == {"BLOCK": 64}
-    assert nearest(20, experts=7) is None
-
-
 def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
-    key = launch._specialisation
-    aligned = torch.empty(64, dtype=torch.bfloat16)
-    assert key(aligned) != key(aligned[1:])
-    assert key(aligned) != key(aligned.view(torch.float16))
+    aligned, ids = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.int32)
+    args = [
+        (aligned, ids, 5, 0.5),
+        (aligned[1:], ids, 5, 0.5),
+        (aligned, ids[1:], 5, 0.5),
+        (aligned.view(torch.float16), ids, 5, 0.5),
+        *((aligned, ids, number, 0.5) for number in (1, 2, 16, 1 << 32, (1 << 32) + 1)),
+    ]
+    keys = [launch_key(*values) for values in args]
+    keys += [launch_key(*args[0], statics={"E": 3}), launch_key(*args[0], tile={"BLOCK": 32})]
+    assert len(set(keys)) == len(keys)
+    assert launch_key(aligned, ids, 5, 2.5) == keys[0]  # a float's value does not matter
     huge = torch.empty((1 << 30) + 64, dtype=torch.bfloat16)[:64]
-    assert key(huge) == key(aligned)
-    monkeypatch.setattr(launch, "_ON_AMD", True)
-    assert key(huge) != key(aligned)
-    assert len({key(v) for v in (1, 2, 16, 1 << 32, (1 << 32) + 1)}) == 5
+    assert launch_key(huge, ids, 5, 0.5) == keys[0]
+    monkeypatch.setattr(gpu_launch, "_ON_AMD", True)
+    assert launch_key(huge, ids, 5, 0.5) != launch_key(*args[0])
+
+
+def test_the_values_launched_are_the_arguments_with_addresses():
+    x, ids = torch.empty(8), torch.empty(8, dtype=torch.int32)
+    take_apart = gpu_launch._take_apart(["i32", "*T", "fp32", "*i32"])
+    assert take_apart(0, (3, x, 0.5, ids), {}, {})[1] == (3, x.data_ptr(), 0.5, ids.data_ptr())
 
 
 def test_on_cpu_refuses_unknown_modes_and_targets():

@@ -3,9 +3,9 @@
 A compile target fixes what code runs and what fits on chip; a device also how many cores there are and how fast its
 memory is. H100 and H200 are one target and two devices. Tables of tiles belong to devices.
 
-A device is found by the name that its driver reports; else by vendor, architecture, cores and memory size; else the part
-that stands for its target stands for it, with the cores that the driver reports. Figures are data-sheet values,
-recalled; none was measured.
+A device is found by the name that its driver reports; else by vendor, architecture, cores and memory size; else the
+part of its target stands for it, with the cores that the driver reports. Figures are data-sheet values, recalled; none
+was measured.
 """
 
 import functools
@@ -112,8 +112,8 @@ def find(name: str, target: str, cores: int = 0, memory: int = 0) -> Chip:
     """Figures of the device that a driver calls ``name``.
 
     ``target`` is the compile target that it runs, ``cores`` its multiprocessors (0: the driver does not say),
-    ``memory`` its bytes of device memory. A device that is in no list takes the figures of one of the same target, cores
-    and memory size; else those of the target's part, with its own cores. It keeps a name of its own.
+    ``memory`` its bytes of device memory. A device that is in no list takes the figures of one of the same target,
+    cores and memory size; else those of the target's part, with its own cores. It keeps a name of its own.
     """
     if name.lower() in _BY_NAME and _BY_NAME[name.lower()].name == target:
         return _BY_NAME[name.lower()]

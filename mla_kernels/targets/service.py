@@ -39,9 +39,11 @@ def ascend_python() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled artefacts and reports are kept: MLA_KERNELS_CACHE, else ~/.cache/mla_kernels."""
-    folder = os.environ.get("MLA_KERNELS_CACHE") or Path.home() / ".cache" / "mla_kernels"
-    return Path(folder)
+    """Where reports of compilations and a user's tiles are kept: MLA_KERNELS_CACHE, else mla_kernels under the user's
+    cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if named := os.environ.get("MLA_KERNELS_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mla_kernels"
 
 
 class Worker:
