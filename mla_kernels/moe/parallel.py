@@ -1,0 +1,468 @@
+"""ExpertParallel: the experts of a layer spread over the ranks of a process group.
+
+Symbols: R ranks, E experts in all, T tokens of this rank, K slots of a token, H hidden size, C chunks.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+import torch.distributed as dist
+
+from mla_kernels.checks import FLOATS, check_int, check_tensor
+from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.agreement import MAX_CHUNKS, Agreement
+from mla_kernels.moe.fused import fused_moe
+
+
+@dataclass
+class _Chunk:
+    """A run of this rank's tokens, and the rows that they become: one for each rank that has an expert of a token."""
+
+    tokens: slice
+    token: torch.Tensor  # [rows sent] the token, counted within the chunk
+    ids: torch.Tensor  # [rows sent, K] counted among the receiver's experts, -1 for experts of other ranks
+    slots: torch.Tensor  # [tokens, min(K, R)] a token's rows, by rank; the number of rows sent where there is none
+    slot_rows: torch.Tensor  # [tokens, K] the row that holds a slot's expert; the number of rows sent for none
+    sent: list[int]  # rows to each rank
+    received: list[int]  # rows from each rank
+
+
+class ExpertParallel:
+    """Who owns which experts, and the exchange of tokens between the owners, for one group of ranks.
+
+    Rank r owns a run of neighbouring experts. A token travels once to every rank that owns one of its experts, together
+    with its ids and weights there; ids of experts elsewhere become -1, which :func:`mla_kernels.fused_moe` skips. The
+    rank sums its experts' outputs and sends one row back, and the token's own rank adds these rows, in the order of the
+    ranks, in fp32. Every exchange is one ``all_to_all_single`` of bytes, so NCCL, HCCL and gloo all serve.
+
+    With 4 experts on 2 ranks and top_k 2: token 0 with experts (0, 1) is sent to rank 0 only, with ids (0, 1); token 1
+    with experts (3, 0) to rank 0 with ids (-1, 0) and to rank 1 with ids (1, -1).
+
+    Results compared with one process: a token whose experts all live on one rank gets the same bits. Otherwise the sum
+    over slots becomes a sum of one partial sum a rank: another order in fp32, and in bf16 and fp16 one more rounding
+    for each of these ranks. The bits do not depend on the number of chunks, on other tokens, or on the run.
+
+    Host waits: ``all_to_all_single`` needs its split sizes on the host, so :meth:`run` waits once for the device, after
+    an exchange of counts, however many chunks there are. With ``capacity`` it never waits and can be captured in a
+    graph: every pair of ranks then exchanges ``capacity`` rows whatever the routing, most of them unused.
+
+    Args:
+        num_experts: experts of the layer, over all ranks.
+        group: a process group of torch.distributed, None for the default one.
+        experts_per_rank: how many experts each rank owns, 0 allowed; None divides them evenly, the first ranks taking
+            one more where that leaves a remainder.
+        capacity: the most tokens that a rank may bring to a call, or None. It bounds the rows between two ranks, so
+            nothing is ever dropped. Sizes are then compared at the first call of a kind only, which must not be
+            captured.
+        timeout: seconds to wait for the other ranks. On CPU tensors this holds for every exchange. On devices it holds
+            for the exchange of counts, and the group's own time-out for the rest.
+
+    Raises:
+        ValueError: counts that do not add up, a process that is not in the group. RuntimeError: no process group.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        experts_per_rank: Sequence[int] | None = None,
+        capacity: int | None = None,
+        timeout: float = 300.0,
+    ):
+        check_int("num_experts", num_experts, 1)
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("ExpertParallel needs a process group: call torch.distributed.init_process_group first")
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not one of its ranks")
+        if experts_per_rank is None:
+            experts_per_rank = [num_experts // self.size + (r < num_experts % self.size) for r in range(self.size)]
+        self.experts_per_rank = tuple(experts_per_rank)
+        for count in self.experts_per_rank:
+            check_int("experts_per_rank", count, 0)
+        if len(self.experts_per_rank) != self.size or sum(self.experts_per_rank) != num_experts:
+            raise ValueError(
+                f"experts_per_rank: got {self.experts_per_rank}, {self.size} counts with the sum {num_experts} "
+                "are accepted"
+            )
+        if capacity is not None:
+            check_int("capacity", capacity, 1)
+        if not timeout > 0:
+            raise ValueError(f"timeout: got {timeout}, seconds above 0 are accepted")
+        self.num_experts, self.capacity, self.timeout = num_experts, capacity, float(timeout)
+        self._first = [0, *accumulate(self.experts_per_rank)]
+        self._agreement = Agreement(self.group, self.timeout)
+        self._on_device: dict[torch.device, tuple] = {}
+        self._known: set[tuple] = set()  # sizes that the ranks agreed on, with capacity
+
+    @property
+    def num_local(self) -> int:
+        """How many experts this rank owns."""
+        return self.experts_per_rank[self.rank]
+
+    @property
+    def local(self) -> slice:
+        """The experts of this rank: ``gate_up[parallel.local]`` of all experts' weights are its own."""
+        return slice(self._first[self.rank], self._first[self.rank + 1])
+
+    def fused_moe(
+        self,
+        hidden: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        activation: Activation | None = None,
+        weight_at: str = "output",
+        chunks: int = 1,
+    ) -> torch.Tensor:
+        """:func:`mla_kernels.fused_moe` of this rank's tokens, with the experts of all ranks.
+
+        Every rank of the group calls it, ranks without tokens too, and every rank runs the backward if one does.
+        Differentiable in the same tensors; gradients of the experts are sums over all ranks' tokens, chunk after chunk
+        in the weights' dtype.
+
+        Args:
+            hidden: [T, H]; T may differ between ranks, and be 0.
+            gate_up, down, gate_up_bias, down_bias: those of this rank's experts, [num_local, ...].
+            weights: [T, K] fp32.
+            ids: [T, K] int32 of 0 .. num_experts - 1; others are skipped.
+            activation, weight_at: as there.
+            chunks: 1 to 16, the same on every rank. The tokens are cut into so many runs, and the experts work on one
+                while the next is on its way here and the last one on its way back.
+
+        Returns:
+            [T, H] in hidden's dtype.
+
+        Raises:
+            ValueError, TypeError: a wrong argument, here or on another rank (then with its number), or ranks that
+            disagree on sizes; on every rank. TimeoutError, RuntimeError: a rank did not come or failed, with the cause
+            that it gave.
+        """
+        options = {"activation": Activation() if activation is None else activation, "weight_at": weight_at}
+
+        def check():
+            for name, weight in (("gate_up", gate_up), ("down", down)):
+                if not isinstance(weight, torch.Tensor):
+                    raise TypeError(f"{name}: got {type(weight).__name__}, a torch.Tensor is accepted")
+                if weight.dim() != 3 or weight.shape[0] != self.num_local:
+                    raise ValueError(
+                        f"{name}: got shape {tuple(weight.shape)}, ({self.num_local}, any, any) is accepted (one for "
+                        f"each expert of rank {self.rank})"
+                    )
+
+        def compute(rows, row_weights, row_ids, gate_up, down, gate_up_bias, down_bias):
+            return fused_moe(
+                rows, gate_up, down, row_weights, row_ids, gate_up_bias=gate_up_bias, down_bias=down_bias, **options
+            )
+
+        parameters = (gate_up, down, gate_up_bias, down_bias)
+        return self.run(compute, hidden, weights, ids, parameters=parameters, chunks=chunks, check=check)
+
+    def run(
+        self,
+        compute: Callable,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        parameters: Sequence[torch.Tensor | None] = (),
+        chunks: int = 1,
+        check: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """The same exchange around any experts.
+
+        Args:
+            compute: ``compute(rows [N, H], weights [N, K], ids [N, K], *parameters) -> [N, H]`` in hidden's dtype, for
+                the tokens that came to this rank; ids count this rank's experts, -1 is to be skipped. Not called
+                without tokens. Rows may be views with gaps between them.
+            hidden, weights, ids, chunks: as :meth:`fused_moe` takes them.
+            parameters: what compute is differentiated in, besides rows and weights. Tensors that it holds in any other
+                way get no gradient.
+            check: refuses further arguments, before anything is sent.
+
+        Returns:
+            [T, H] in hidden's dtype.
+        """
+        parameters = tuple(parameters)
+        tensors = [x for x in (hidden, weights, *parameters) if isinstance(x, torch.Tensor)]
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        with self._agreement.reported():
+            plan = self._plan(hidden, weights, ids, chunks, gradients, check)
+            if gradients:
+                return _Run.apply(self, plan, compute, hidden, weights, *parameters)
+            return self._forward(plan, compute, hidden, weights, parameters)[0]
+
+    def _check(self, hidden, weights, ids, chunks):
+        check_int("chunks", chunks, 1, MAX_CHUNKS)
+        check_tensor("hidden", hidden, rank=2, dtypes=FLOATS)
+        check_tensor("ids", ids, shape=(hidden.shape[0], None), dtypes=(torch.int32,), device=hidden.device)
+        check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=hidden.device)
+        check_int("top_k (ids.shape[1])", ids.shape[1], 1)
+        if self.capacity is not None and hidden.shape[0] > self.capacity:
+            raise ValueError(
+                f"hidden: got {hidden.shape[0]} tokens, at most the capacity, {self.capacity}, are accepted"
+            )
+
+    def _plan(self, hidden, weights, ids, chunks, gradients, check):
+        """Check the arguments here and, with the other ranks, the sizes; then lay out what is sent in each chunk."""
+        refused = None
+        try:
+            self._check(hidden, weights, ids, chunks)
+            if check is not None:
+                check()
+        except (TypeError, ValueError, NotImplementedError) as error:
+            refused = error
+        if refused is not None:
+            if self.capacity is None or not self._known:
+                self._agreement.refuse(refused, _device(hidden, self.group))
+            raise refused
+        tokens, top_k = ids.shape
+        sizes = {
+            "num_experts": self.num_experts,
+            "experts_per_rank": self.experts_per_rank,
+            "hidden_size": hidden.shape[1],
+            "dtype": hidden.dtype,
+            "top_k": top_k,
+            "chunks": chunks,
+            "capacity": self.capacity,
+            "gradients": gradients,
+        }
+        cuts = [tokens * c // chunks for c in range(chunks + 1)]
+        owner = self._owners(ids)
+        present = (owner.unsqueeze(2) == torch.arange(self.size, device=ids.device)).any(1)  # [T, R]
+        if self.capacity is not None:
+            kind = tuple(sizes.values())
+            if kind not in self._known:
+                self._agreement.agree(sizes, torch.zeros(self.size, chunks, dtype=torch.int64, device=ids.device))
+                self._known.add(kind)
+            rows = -(-self.capacity // chunks)
+            sent = received = [[rows] * self.size] * chunks
+            counts = torch.full((self.size, chunks), rows, device=ids.device)
+        else:
+            counts = torch.stack([present[a:b].sum(0) for a, b in pairwise(cuts)], 1)  # [R, C]
+            sent, received = self._agreement.agree(sizes, counts)
+        starts = counts.cumsum(0) - counts  # [R, C] where the rows for a rank begin
+        return [
+            self._chunk(slice(a, b), ids[a:b], owner[a:b], present[a:b], start, *splits)
+            for a, b, start, *splits in zip(cuts, cuts[1:], starts.unbind(1), sent, received)
+        ]
+
+    def _tables(self, device):
+        """The rank that owns each expert, with R behind the last, and each rank's first expert; copied once."""
+        if device not in self._on_device:
+            owners = [rank for rank, count in enumerate(self.experts_per_rank) for _ in range(count)]
+            self._on_device[device] = (
+                torch.tensor([*owners, self.size], device=device),
+                torch.tensor(self._first[:-1], device=device),
+            )
+        return self._on_device[device]
+
+    def _owners(self, ids):
+        """[T, K] int64: the rank that owns each id, R for an id that is no expert."""
+        none = (ids < 0) | (ids >= self.num_experts)
+        return self._tables(ids.device)[0][ids.masked_fill(none, self.num_experts).long()]
+
+    def _chunk(self, tokens, ids, owner, present, start, sent, received):
+        """Rows are sorted by receiving rank, then by token."""
+        rows, count = sum(sent), ids.shape[0]
+        row = torch.where(present, present.cumsum(0) - 1 + start, rows)  # [tokens, R]
+        source = row.new_full((rows + 1,), -1)
+        source.scatter_(0, row.flatten(), torch.arange(count * self.size, device=ids.device))
+        source = source[:rows]  # token * R + rank; -1 in what a capacity leaves free
+        used, token, rank = source >= 0, source.clamp(min=0) // self.size, source.clamp(min=0) % self.size
+        if count:
+            mine = used.unsqueeze(1) & (owner[token] == rank.unsqueeze(1))
+            local_ids = torch.where(mine, ids[token] - self._tables(ids.device)[1][rank].unsqueeze(1), -1).int()
+        else:
+            local_ids = ids.new_full((rows, ids.shape[1]), -1)
+        here = owner < self.size
+        slot_rows = row.gather(1, owner.clamp(max=self.size - 1)).masked_fill(~here, rows)
+        slots = row.sort(1).values[:, : min(ids.shape[1], self.size)]
+        return _Chunk(tokens, token, local_ids, slots, slot_rows, sent, received)
+
+    def _forward(self, plan, compute, hidden, weights, parameters, keep=None):
+        """The result, and for the backward what ``keep`` makes of each chunk."""
+        out, kept = torch.empty_like(hidden, memory_format=torch.contiguous_format), []
+        width, top_k = hidden.shape[1], weights.shape[1]
+
+        parts = (width, hidden.dtype), (top_k, torch.float32), (top_k, torch.int32)
+
+        def pack(chunk):
+            buffer, (rows, row_weights, ids) = _buffer(sum(chunk.sent), hidden, *parts)
+            _gather(hidden[chunk.tokens], chunk.token, rows)
+            _gather(weights[chunk.tokens], chunk.token, row_weights)
+            ids.copy_(chunk.ids)
+            return buffer
+
+        def work(buffer):
+            rows, row_weights, ids = _views(buffer, *parts)
+            arguments = rows, row_weights.contiguous(), ids.contiguous()
+            if keep is None:
+                return _bytes(compute(*arguments, *parameters) if len(rows) else rows)
+            kept.append(keep(*arguments))
+            return _bytes(kept[-1].out.detach())
+
+        def unpack(chunk, buffer):
+            out[chunk.tokens] = _sum(buffer.view(hidden.dtype), chunk.slots)
+
+        self._pipeline(plan, pack, work, unpack)
+        return out, kept
+
+    def _backward(self, plan, kept, grad):
+        """Gradients of hidden and of the weights; those of the parameters gather in ``kept``."""
+        width, top_k = grad.shape[1], plan[0].ids.shape[1]
+        grad_hidden = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        grad_weights = torch.empty(grad.shape[0], top_k, dtype=torch.float32, device=grad.device)
+        steps = iter(kept)
+
+        def pack(chunk):
+            buffer, (rows,) = _buffer(sum(chunk.sent), grad, (width, grad.dtype))
+            _gather(grad[chunk.tokens], chunk.token, rows)
+            return buffer
+
+        def work(buffer):
+            rows, row_weights = next(steps).backward(_views(buffer, (width, grad.dtype))[0])
+            buffer, views = _buffer(len(rows), grad, (width, grad.dtype), (top_k, torch.float32))
+            views[0].copy_(rows)
+            views[1].copy_(row_weights)
+            return buffer
+
+        def unpack(chunk, buffer):
+            rows, row_weights = _views(buffer, (width, grad.dtype), (top_k, torch.float32))
+            grad_hidden[chunk.tokens] = _sum(rows, chunk.slots)
+            there = chunk.slot_rows < len(rows)
+            columns = torch.arange(top_k, device=grad.device).expand_as(there)
+            if len(rows):
+                picked = row_weights[chunk.slot_rows.clamp(max=len(rows) - 1), columns]
+                grad_weights[chunk.tokens] = picked.masked_fill(~there, 0.0)
+            else:
+                grad_weights[chunk.tokens] = 0.0
+
+        self._pipeline(plan, pack, work, unpack)
+        return grad_hidden, grad_weights
+
+    def _pipeline(self, plan, pack, work, unpack):
+        """Send, work, send back: while a chunk is worked on, the next one arrives and the last one returns."""
+        arriving = self._start(pack(plan[0]), plan[0].sent, plan[0].received)
+        leaving = []
+        for chunk, following in zip(plan, [*plan[1:], None]):
+            current = arriving
+            if following is not None:
+                arriving = self._start(pack(following), following.sent, following.received)
+            result = work(self._finish(current, "tokens on their way to their experts"))
+            leaving.append(self._start(result, chunk.received, chunk.sent))
+        for chunk, transfer in zip(plan, leaving):
+            unpack(chunk, self._finish(transfer, "tokens on their way back"))
+
+    def _start(self, buffer, sent, received):
+        """Begin to exchange rows of bytes."""
+        arriving = buffer.new_empty(sum(received), buffer.shape[1])
+        return dist.all_to_all_single(arriving, buffer, received, sent, self.group, async_op=True), arriving, buffer
+
+    def _finish(self, transfer, what):
+        handle, arriving, _ = transfer
+        self._agreement.wait(handle, what, arriving.device)
+        return arriving
+
+
+class _Step:
+    """A chunk's experts, kept with their graph until the backward."""
+
+    def __init__(self, compute, shared, rows, weights, ids):
+        self.leaves = [rows.detach().requires_grad_(), weights.detach().requires_grad_()]
+        self.parameters = shared
+        with torch.enable_grad():
+            self.out = compute(*self.leaves, ids, *shared) if len(rows) else self.leaves[0]
+
+    def backward(self, grad):
+        """Gradients of rows and weights; those of the parameters are added to their ``grad``."""
+        rows, weights = self.leaves
+        if not len(rows):
+            return grad, torch.zeros_like(weights)
+        wanted = [x for x in self.parameters if x is not None and x.requires_grad]
+        got = torch.autograd.grad(self.out, [rows, weights, *wanted], grad, allow_unused=True)
+        for parameter, gradient in zip(wanted, got[2:]):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, got))
+
+
+class _Run(torch.autograd.Function):
+    """`ExpertParallel._forward` with the reverse exchange as its backward."""
+
+    @staticmethod
+    def forward(ctx, parallel, plan, compute, hidden, weights, *parameters):
+        shared = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in parameters]
+        keep = functools.partial(_Step, compute, shared)
+        out, kept = parallel._forward(plan, compute, hidden, weights, parameters, keep)
+        ctx.saved = parallel, plan, kept, shared
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.saved is None:
+            raise RuntimeError("ExpertParallel: the backward of a call runs once; its memory has been freed")
+        (parallel, plan, kept, shared), ctx.saved = ctx.saved, None
+        with parallel._agreement.reported():
+            grad_hidden, grad_weights = parallel._backward(plan, kept, grad)
+        gradients = [grad_hidden, grad_weights]
+        for parameter in shared:
+            wanted = parameter is not None and parameter.requires_grad
+            zero = torch.zeros_like(parameter) if wanted and parameter.grad is None else None
+            gradients.append((parameter.grad if zero is None else zero) if wanted else None)
+        return (None, None, None, *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[3:])))
+
+
+def _device(hidden, group):
+    """Where to exchange, whatever came as hidden."""
+    if isinstance(hidden, torch.Tensor):
+        return hidden.device
+    return torch.device({"nccl": "cuda", "hccl": "npu"}.get(dist.get_backend(group), "cpu"))
+
+
+def _buffer(rows, like, *parts):
+    """[rows, bytes] on ``like``'s device and, for parts of (columns, dtype), the views into it."""
+    buffer = torch.empty(rows, _ends(parts)[-1], dtype=torch.uint8, device=like.device)
+    return buffer, _views(buffer, *parts)
+
+
+def _views(buffer, *parts):
+    starts = [0, *_ends(parts)]
+    return [
+        buffer.view(dtype)[:, start // dtype.itemsize :][:, :columns] for start, (columns, dtype) in zip(starts, parts)
+    ]
+
+
+def _ends(parts):
+    """Where each part ends in a row of bytes; each begins at a multiple of 64, as the kernels' loads like it."""
+    return list(accumulate(-(-columns * dtype.itemsize // 64) * 64 for columns, dtype in parts))
+
+
+def _bytes(rows):
+    return rows.contiguous().view(torch.uint8)
+
+
+def _gather(values, index, out):
+    """``values[index]`` into ``out``; an empty chunk leaves ``out``, of which then nothing is used, as it is."""
+    if len(values):
+        torch.index_select(values, 0, index, out=out)
+
+
+def _sum(rows, slots):
+    """[tokens, H]: the sum of each token's rows, in fp32, in the order of its slots."""
+    total = torch.zeros(slots.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    if len(rows):
+        for slot in slots.unbind(1):
+            absent = (slot >= len(rows)).unsqueeze(1)
+            total += rows.index_select(0, slot.clamp(max=len(rows) - 1)).masked_fill_(absent, 0.0)
+    return total.to(rows.dtype)
