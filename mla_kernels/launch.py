@@ -8,21 +8,23 @@ launch all read it; nothing is listed twice.
 import contextlib
 import functools
 import hashlib
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from mla_kernels.language import HAS_TRITON, INTERPRET, triton
+from mla_kernels import tiles as tile_lookup
+from mla_kernels.gpu_launch import GpuLaunch
+from mla_kernels.language import HAS_TRITON, INTERPRET
+from mla_kernels.targets import devices
 from mla_kernels.targets.chips import CHIPS, Chip, nvidia_chip
 from mla_kernels.targets.source import python_function, standalone
+from mla_kernels.tiles import GPU_OPTIONS
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-GPU_OPTIONS = ("num_warps", "num_stages")  # launch options of the GPU compilers; they mean nothing on Ascend
+MOST_TILES_KEPT = 65536
+"""Lookups that a kernel keeps; sizes that never repeat fill it, and it starts again."""
 
 Tile = dict[str, int]
 
@@ -99,7 +101,7 @@ class Kernel:
         self.tile_constants = tuple(name for name in self.tiles if name not in GPU_OPTIONS)
         self.rule, self.memory, self.cost, self.work = rule, memory, cost, work
         self.cases, self.uses_dot, self.unsupported = tuple(cases), uses_dot, dict(unsupported)
-        self._compiled: dict = {}
+        self._launch_gpu = GpuLaunch(self)
         self._tiles: dict = {}
         KERNELS[self.name] = self
         if HAS_TRITON:
@@ -110,6 +112,11 @@ class Kernel:
                 code.co_varnames[: len(self.arguments)]
             ):
                 raise TypeError(f"{self.name}: the declaration does not name the kernel's arguments in order")
+
+    @property
+    def launches_known(self) -> int:
+        """Entries of the launch cache."""
+        return self._launch_gpu.known
 
     @functools.cached_property
     def source(self) -> str:
@@ -140,14 +147,13 @@ class Kernel:
         return min(work, chip.dot_cores if self.uses_dot else chip.vector_cores)
 
     def tile_for(self, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) -> Tile:
-        """The tile to launch: the shipped table's nearest entry for these constants, else the closed-form rule."""
-        if chip.name in self.unsupported:
-            raise NotImplementedError(f"{self.name} on {chip.name}: {self.unsupported[chip.name]}")
-        key = (chip.name, dtype, *statics.values(), *sizes.values())
+        """The tile to launch; see :func:`mla_kernels.tiles.look_up`. An answer is kept."""
+        key = (chip.device, dtype, *statics.values(), *sizes.values())
         tile = self._tiles.get(key)
         if tile is None:
-            tile = _nearest(self.name, chip.name, dtype, statics, sizes)
-            tile = self._tiles[key] = tile if tile is not None else self.rule(chip, dtype, statics, sizes)
+            if len(self._tiles) >= MOST_TILES_KEPT:
+                self._tiles.clear()
+            tile = self._tiles[key] = tile_lookup.look_up(self, chip, dtype, statics, sizes).tile
         return tile
 
     def launch(self, chip: Chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
@@ -157,90 +163,30 @@ class Kernel:
         """
         if work == 0:
             return
-        constants = self.constexprs(statics, tile)
         grid = self.programs(chip, work)
         device = args[0].device
-        if device.type == "cpu" and cpu_mode() == "interpret":
+        kind = device.type
+        if kind == "cuda" or (kind == "cpu" and cpu_mode() == "cuda"):
+            self._launch_gpu(device, chip, grid, args, statics, tile)
+        elif kind == "cpu" and cpu_mode() == "interpret":
             from mla_kernels.targets import interpreter
 
             interpreter.prepare()
-            self.fn[(grid,)](*args, **constants)
-        elif device.type == "cpu" and cpu_mode() == "npu-emulated":
+            self.fn[(grid,)](*args, **self.constexprs(statics, tile))
+        elif kind == "cpu" and cpu_mode() == "npu-emulated":
             from mla_kernels.targets import emulator
 
-            emulator.launch(self, chip, grid, args, constants)
-        elif device.type == "cuda" or (device.type == "cpu" and cpu_mode() == "cuda"):
-            self._launch_gpu(device, grid, args, constants, self.options(chip, tile))
-        elif device.type == "npu":
-            self.fn[(grid,)](*args, **constants)
+            emulator.launch(self, chip, grid, args, self.constexprs(statics, tile))
+        elif kind == "npu":
+            self.fn[(grid,)](*args, **self.constexprs(statics, tile))
+        elif kind == "meta" and tile_lookup.recording():
+            return
         else:
             raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
-
-    def _launch_gpu(self, device, grid, args, constants, options):
-        """Launch through a compiled kernel kept under everything that Triton specialises on.
-
-        Triton before 3.4 launches in another way; there every launch goes through its own JIT.
-        """
-        from triton.runtime import driver
-
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with guard:
-            if not hasattr(triton, "knobs"):
-                self.fn[(grid,)](*args, **constants, **options)
-                return
-            index = driver.active.get_current_device()
-            key = (index, *constants.values(), *options.values(), *map(_specialisation, args))
-            compiled = self._compiled.get(key)
-            if compiled is None:
-                self._compiled[key] = self.fn[(grid,)](*args, **constants, **options)
-                return
-            stream = driver.active.get_current_stream(index)
-            runtime = triton.knobs.runtime
-            metadata = compiled.launch_metadata((grid,), stream, *args, *constants.values())
-            compiled.run(
-                grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata,
-                runtime.launch_enter_hook, runtime.launch_exit_hook, *args,
-                *constants.values(),
-            )  # fmt: skip
 
 
 KERNELS: dict[str, Kernel] = {}
 """Every declared kernel by name."""
-
-
-_ON_AMD = torch.version.hip is not None
-
-
-def _specialisation(value):
-    """What Triton compiles differently for: type, alignment, the value 1, integers wider than 32 bits, and on AMD
-    storages of 2 GiB and more, which its buffer instructions cannot address."""
-    if isinstance(value, torch.Tensor):
-        wide = _ON_AMD and value.untyped_storage().nbytes() >= 1 << 31
-        return value.dtype, value.data_ptr() % 16 == 0, wide
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
-    return type(value)
-
-
-@functools.cache
-def _table(chip: str) -> dict[tuple[str, str], list[dict]]:
-    path = Path(__file__).parent / "autotune" / "tables" / f"{chip}.json"
-    if not path.exists():  # a source checkout keeps autotune/ beside the package
-        path = Path(__file__).parent.parent / "autotune" / "tables" / f"{chip}.json"
-    entries: dict = {}
-    for entry in json.loads(path.read_text())["entries"] if path.exists() else ():
-        entries.setdefault((entry["kernel"], entry["dtype"]), []).append(entry)
-    return entries
-
-
-def _nearest(kernel: str, chip: str, dtype: str, statics: Mapping, sizes: Mapping) -> Tile | None:
-    """Entry with the same constants whose sizes are nearest on a logarithmic scale."""
-    candidates = [e for e in _table(chip).get((kernel, dtype), ()) if e["statics"] == dict(statics)]
-
-    def distance(entry):
-        return sum(abs(math.log2(max(sizes[n], 1) / max(entry["sizes"][n], 1))) for n in sizes)
-
-    return dict(min(candidates, key=distance)["tile"]) if candidates else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +210,7 @@ def cpu_mode() -> str:
 
 @contextlib.contextmanager
 def on_cpu(mode: str, target: str | None = None):
-    """Within the block, ops of CPU tensors run in ``mode``, with tiles of ``target``.
+    """Within the block, ops of CPU tensors run in ``mode``, with tiles of ``target`` (a compile target or a device).
 
     ``"torch"``: the fast torch code (default). ``"interpret"``: the Triton kernels in Triton's interpreter (needs
     ``TRITON_INTERPRET=1`` at import). ``"npu-emulated"``: the kernels' Ascend lowering, executed natively.
@@ -274,10 +220,10 @@ def on_cpu(mode: str, target: str | None = None):
     if mode not in modes:
         raise ValueError(f"mode {mode!r}: accepted are {', '.join(modes)}")
     target = target or {"npu-emulated": "ascend910b"}.get(mode, "sm_90")
-    if target not in CHIPS:
-        raise ValueError(f"target {target!r} is unknown; known targets: {', '.join(CHIPS)}")
+    if target not in CHIPS and target not in devices.DEVICES:
+        raise ValueError(f"target {target!r} is unknown; known targets: {', '.join((*CHIPS, *devices.DEVICES))}")
     before = _cpu.mode, _cpu.chip
-    _cpu.mode, _cpu.chip = mode, CHIPS[target]
+    _cpu.mode, _cpu.chip = mode, devices.device(target)
     try:
         yield
     finally:
@@ -285,23 +231,25 @@ def on_cpu(mode: str, target: str | None = None):
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip that tensors on ``device`` are launched for."""
-    return _cpu.chip if device.type == "cpu" else _device_chip(device.type, device.index)
+    """The chip that tensors on ``device`` are launched for, with the figures of that very device."""
+    return _cpu.chip if device.type in ("cpu", "meta") else _device_chip(device.type, device.index)
 
 
 @functools.cache
 def _device_chip(kind: str, index: int | None) -> Chip:
-    if kind == "cuda" and torch.version.hip:
-        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        if name not in CHIPS:
-            raise NotImplementedError(f"AMD {name}: gfx942 and gfx950 are supported")
-        return CHIPS[name]
     if kind == "cuda":
-        return nvidia_chip(*torch.cuda.get_device_capability(index))
+        part = torch.cuda.get_device_properties(index)
+        if torch.version.hip:
+            target = part.gcnArchName.split(":")[0]
+            if target not in CHIPS:
+                raise NotImplementedError(f"AMD {target}: gfx942 and gfx950 are supported")
+        else:
+            target = nvidia_chip(*torch.cuda.get_device_capability(index)).name
+        return devices.find(part.name, target, part.multi_processor_count, part.total_memory)
     if kind == "npu":
         name = torch.npu.get_device_name(index)
         for prefix, chip in (("Ascend910_93", "ascend910c"), ("Ascend910B", "ascend910b"), ("Ascend950", "ascend950")):
             if name.startswith(prefix):
-                return CHIPS[chip]
+                return devices.find(name, chip)
         raise NotImplementedError(f"NPU {name}: Ascend 910B, 910C and 950 are supported")
     raise NotImplementedError(f"tensors on {kind}: cuda, npu and cpu are supported")

@@ -76,6 +76,11 @@ def test_an_unsupported_chip_raises_its_reason():
         kernel.tile_for(CHIPS["sm_80"], "fp32", {}, {"size": 1})
 
 
+def launch_key(*args, experts=2, block=64):
+    take_apart = gpu_launch._take_apart(["*T", "*i32", "i32", "fp32"])
+    return take_apart(0, args, {"E": experts}, {"BLOCK": block})[0]
+
+
 def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
     aligned, ids = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.int32)
     args = [
@@ -86,7 +91,7 @@ def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
         *((aligned, ids, number, 0.5) for number in (1, 2, 16, 1 << 32, (1 << 32) + 1)),
     ]
     keys = [launch_key(*values) for values in args]
-    keys += [launch_key(*args[0], statics={"E": 3}), launch_key(*args[0], tile={"BLOCK": 32})]
+    keys += [launch_key(*args[0], experts=3), launch_key(*args[0], block=32)]
     assert len(set(keys)) == len(keys)
     assert launch_key(aligned, ids, 5, 2.5) == keys[0]  # a float's value does not matter
     huge = torch.empty((1 << 30) + 64, dtype=torch.bfloat16)[:64]

@@ -206,12 +206,12 @@ def test_a_second_call_launches_what_was_compiled():
     block_table, seq_lens = torch.zeros(3, 2, dtype=I32), torch.full((3,), 100, dtype=I32)
     with record() as launches:
         mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1)
-        compiled = {name: len(kernel._compiled) for name, kernel in KERNELS.items()}
+        compiled = {name: kernel.launches_known for name, kernel in KERNELS.items()}
         mla_kernels.mla_decode(q.clone(), cache, block_table, seq_lens, softmax_scale=0.1)
-        assert {name: len(kernel._compiled) for name, kernel in KERNELS.items()} == compiled
+        assert {name: kernel.launches_known for name, kernel in KERNELS.items()} == compiled
         shifted = torch.randn(3 * 16 * 576 + 1).to(BF16)[1:].view(3, 1, 16, 576)  # not aligned to 16 bytes
         mla_kernels.mla_decode(shifted, cache, block_table, seq_lens, softmax_scale=0.1)
-        assert len(KERNELS["mla_decode_kernel"]._compiled) == compiled["mla_decode_kernel"] + 1
+        assert KERNELS["mla_decode_kernel"].launches_known == compiled["mla_decode_kernel"] + 1
     assert len({launch.grid for launch in launches if launch.kernel == "mla_decode_kernel"}) == 1
 
 
@@ -281,3 +281,25 @@ def test_the_indexer_is_one_launch_a_step(layout):
     assert {t.data_ptr() for t in (q, weights, block_table, seq_lens)} <= set(pointers(logits).values())
     assert pointers(topk)["values_ptr"] == pointers(logits)["out_ptr"]
     assert pointers(look_up)["slots_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
+
+
+def test_profilers_hooks_see_every_launch():
+    import triton
+
+    cache, slots = make_cache(), torch.arange(4)
+    cos, sin = table(64)
+    args = (torch.randn(4, 576).to(BF16), torch.ones(512, dtype=BF16), cos, sin, slots, slots, cache)
+    seen = []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    with record():
+        mla_kernels.write_latent(*args, rope="interleaved")
+        triton.knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            mla_kernels.write_latent(*args, rope="interleaved")
+        finally:
+            triton.knobs.runtime.launch_enter_hook.remove(hook)
+        mla_kernels.write_latent(*args, rope="interleaved")
+    assert seen == ["write_latent_kernel"]
