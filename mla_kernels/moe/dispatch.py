@@ -35,32 +35,38 @@ def _expert_ids(ids, start, pairs, experts, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def moe_dispatch_kernel(ids, order, offsets, pairs, experts, SORT: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Item e counts the pairs of lower experts, which is where e's rows begin, then places its own pairs there, in
-    order. Item ``experts`` does so for the pairs without an expert.
+def place_expert(ids, order, offsets, expert, pairs, experts, SORT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Count the pairs of lower experts, which is where the expert's rows begin, then place its own pairs there, in
+    order. Number ``experts`` stands for the pairs without an expert.
 
     The places of a block's own pairs are their running count, or with SORT the block's own lanes are sorted to the
     front: a running sum and a store to scattered places are loops over single elements on Ascend.
     """
     lane = tl.arange(0, BLOCK_P)
+    lower = tl.zeros([BLOCK_P], tl.float32)
+    for start in range(0, pairs, BLOCK_P):
+        x = _expert_ids(ids, start, pairs, experts, BLOCK_P)
+        lower += tl.where(x < expert, 1.0, 0.0)
+    row = tl.sum(lower, 0).to(tl.int32)
+    tl.store(offsets + expert, row)
+    for start in range(0, pairs, BLOCK_P):
+        own = _expert_ids(ids, start, pairs, experts, BLOCK_P) == expert
+        found = tl.sum(tl.where(own, 1.0, 0.0), 0).to(tl.int32)
+        if found > 0:
+            if SORT:
+                place = tl.sort(tl.where(own, lane.to(tl.float32), 2.0 * BLOCK_P))
+                tl.store(order + row + lane, start + place.to(tl.int32), mask=lane < found)
+            else:
+                count = tl.cumsum(tl.where(own, 1.0, 0.0), 0)  # [BLOCK_P]
+                tl.store(order + row + count.to(tl.int32) - 1, start + lane, mask=own)
+        row += found
+
+
+@triton.jit
+def moe_dispatch_kernel(ids, order, offsets, pairs, experts, SORT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Item e places the pairs of expert e, item ``experts`` those without an expert."""
     for expert in range(tl.program_id(0), experts + 1, tl.num_programs(0)):
-        lower = tl.zeros([BLOCK_P], tl.float32)
-        for start in range(0, pairs, BLOCK_P):
-            x = _expert_ids(ids, start, pairs, experts, BLOCK_P)
-            lower += tl.where(x < expert, 1.0, 0.0)
-        row = tl.sum(lower, 0).to(tl.int32)
-        tl.store(offsets + expert, row)
-        for start in range(0, pairs, BLOCK_P):
-            own = _expert_ids(ids, start, pairs, experts, BLOCK_P) == expert
-            found = tl.sum(tl.where(own, 1.0, 0.0), 0).to(tl.int32)
-            if found > 0:
-                if SORT:
-                    place = tl.sort(tl.where(own, lane.to(tl.float32), 2.0 * BLOCK_P))
-                    tl.store(order + row + lane, start + place.to(tl.int32), mask=lane < found)
-                else:
-                    count = tl.cumsum(tl.where(own, 1.0, 0.0), 0)  # [BLOCK_P]
-                    tl.store(order + row + count.to(tl.int32) - 1, start + lane, mask=own)
-            row += found
+        place_expert(ids, order, offsets, expert, pairs, experts, SORT, BLOCK_P)
 
 
 @triton.jit
