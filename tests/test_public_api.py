@@ -6,6 +6,7 @@ import re
 import torch
 
 import mla_kernels
+from mla_kernels.moe.activation import SWIGLU
 
 SIGNATURES = {
     "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",
@@ -15,8 +16,9 @@ SIGNATURES = {
     "copy_pages": "(cache, source_pages, target_pages)",
     "dispatch": "(ids, num_experts)",
     "expand_output": "(out, w_uv)",
-    "expert_ffn": "(hidden, gate_up, down, dispatched)",
-    "fused_moe": "(hidden, gate_up, down, weights, ids)",
+    "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU)",
+    "fused_moe": "(hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
+    "weight_at='output')",
     "gather_tokens": "(cache, slots, *, dtype=None)",
     "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
@@ -28,8 +30,8 @@ SIGNATURES = {
     "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False)",
-    "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, renormalize=True, "
-    "routed_scale=1.0)",
+    "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, "
+    "group_rank=None, group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
     "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None)",
     "select_slots": "(q, cache, weights, block_table, seq_lens, top_k)",
@@ -49,7 +51,7 @@ COMPOSED = {"convert_cache"}
 def _plain(function) -> str:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    return str(inspect.Signature(bare))
+    return str(inspect.Signature(bare)).replace(repr(SWIGLU), "SWIGLU")
 
 
 def test_functions():

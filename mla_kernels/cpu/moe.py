@@ -4,6 +4,7 @@ Loops run over experts that have tokens and over the slots of a token, never ove
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +24,56 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.T
     return order.int(), (order // max(ids.shape[1], 1)).int(), inverse.int(), offsets
 
 
+class Experts(NamedTuple):
+    """Weights of E experts, and what stands between their two products: clamp, limit, alpha, interleaved."""
+
+    gate_up: torch.Tensor  # [E, 2I, H]
+    down: torch.Tensor  # [E, H, I]
+    gate_up_bias: torch.Tensor | None  # [E, 2I]
+    down_bias: torch.Tensor | None  # [E, H]
+    activation: tuple[str, float | None, float, bool]
+
+
 def expert_ffn(
-    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, tokens: torch.Tensor, offsets: torch.Tensor
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    clamp: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    interleaved: bool = False,
 ) -> torch.Tensor:
-    """By packed weights if there are some, grouped by torch where that is fast, else two products an expert."""
+    """The experts' rows, those without an expert left as they are."""
+    experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
+    return _rows(hidden, experts, tokens, offsets)
+
+
+def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None):
+    """Rows of the experts, with factors [rows, 1] of each row's input and activation: by packed weights if there are
+    some, grouped by torch where that is fast, else two products an expert."""
     bounds = offsets.tolist()
+    filled = bounds[-1]
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
-    sorted_hidden = hidden.index_select(0, tokens[: bounds[-1]])
-    copies = _packed_pair(gate_up, down)
-    if copies is None and _can_group(sorted_hidden, gate_up, down):
-        activation = _swiglu(F.grouped_mm(sorted_hidden, gate_up.transpose(1, 2), offs=offsets[1:]))
-        rows[: bounds[-1]] = F.grouped_mm(activation, down.transpose(1, 2), offs=offsets[1:])
+    x = hidden.index_select(0, tokens[:filled])
+    copies = _packed_pair(experts.gate_up, experts.down)
+    plain = experts.gate_up_bias is None and experts.down_bias is None
+    if copies is None and plain and _can_group(x, experts.gate_up, experts.down):
+        both = F.grouped_mm(x, experts.gate_up.transpose(1, 2), offs=offsets[1:])
+        if input_weight is not None:
+            both *= input_weight[:filled]
+        inner = activate(both, *experts.activation)
+        if inner_weight is not None:
+            inner *= inner_weight[:filled]
+        rows[:filled] = F.grouped_mm(inner, experts.down.transpose(1, 2), offs=offsets[1:])
         return rows
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
-            rows[first:last] = _expert(sorted_hidden[first:last], gate_up, down, expert, copies)
+            factors = (None if weight is None else weight[first:last] for weight in (input_weight, inner_weight))
+            rows[first:last] = _expert(x[first:last], experts, expert, copies, *factors)
     return rows
 
 
@@ -47,17 +83,32 @@ def _packed_pair(gate_up, down):
     return None if None in copies else copies
 
 
-def _expert(x, gate_up, down, expert, copies):
+def _expert(x, experts, expert, copies, input_weight, inner_weight):
     """One expert on its rows."""
-    if copies is not None:
-        return multiply(_swiglu(multiply(x, copies[0][expert])), copies[1][expert])
-    return linear(_swiglu(linear(x, gate_up[expert])), down[expert])
+    both = linear(x, experts.gate_up[expert]) if copies is None else multiply(x, copies[0][expert])
+    if input_weight is not None:
+        both *= input_weight
+    if experts.gate_up_bias is not None:
+        both += experts.gate_up_bias[expert]
+    inner = activate(both, *experts.activation)
+    if inner_weight is not None:
+        inner *= inner_weight
+    y = linear(inner, experts.down[expert]) if copies is None else multiply(inner, copies[1][expert])
+    return y if experts.down_bias is None else y.add_(experts.down_bias[expert])
 
 
-def _swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
-    """[rows, 2I], gate columns first -> [rows, I]."""
-    gate, up = gate_and_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+def activate(both: torch.Tensor, clamp: str, limit: float | None, alpha: float, interleaved: bool) -> torch.Tensor:
+    """The gated activation of [rows, 2I] -> [rows, I]; see :class:`mla_kernels.Activation`."""
+    gate, up = (both[:, 0::2], both[:, 1::2]) if interleaved else both.chunk(2, -1)
+    if clamp == "none":
+        return F.silu(gate).mul_(up)
+    up = up.clamp(-limit, limit)
+    if clamp == "pre":
+        return F.silu(gate.clamp(max=limit)).mul_(up)
+    if clamp == "post":
+        return F.silu(gate).clamp_(max=limit).mul_(up)
+    gate = gate.clamp(max=limit)
+    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1.0))
 
 
 def _can_group(sorted_hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
@@ -92,19 +143,40 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, of
 
 
 def fused_moe(
-    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    clamp: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    interleaved: bool = False,
+    weight_at: str = "output",
 ) -> torch.Tensor:
-    """`dispatch`, `expert_ffn` and `combine`; a single token needs no sorting."""
+    """`dispatch`, the experts and `combine`; a single token needs no sorting."""
+    experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
     if hidden.shape[0] == 1:
-        return _one_token(hidden, gate_up, down, weights, ids)
-    _, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
-    return combine(expert_ffn(hidden, gate_up, down, tokens, offsets), weights, inverse, offsets)
+        return _one_token(hidden, experts, weights, ids, weight_at)
+    order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    if weight_at == "output":
+        return combine(_rows(hidden, experts, tokens, offsets), weights, inverse, offsets)
+    of_rows = weights.reshape(-1, 1).index_select(0, order)
+    rows = _rows(hidden, experts, tokens, offsets, **{_FACTORS[weight_at]: of_rows})
+    return combine(rows, torch.ones_like(weights), inverse, offsets)
 
 
-def _one_token(hidden, gate_up, down, weights, ids):
+_FACTORS = {"input": "input_weight", "activation": "inner_weight"}
+
+
+def _one_token(hidden, experts, weights, ids, weight_at):
     """`fused_moe` of hidden [1, H]: the same sum over slots, in fp32, slot 0 first."""
-    total, copies = torch.zeros(1, hidden.shape[1]), _packed_pair(gate_up, down)
+    total, copies = torch.zeros(1, hidden.shape[1]), _packed_pair(experts.gate_up, experts.down)
     for expert, weight in zip(ids[0].tolist(), weights[0].tolist()):
-        if 0 <= expert < gate_up.shape[0]:
-            total.add_(_expert(hidden, gate_up, down, expert, copies), alpha=weight)
+        if 0 <= expert < experts.gate_up.shape[0]:
+            factors = (weight if weight_at == place else None for place in ("input", "activation"))
+            y = _expert(hidden, experts, expert, copies, *factors)
+            total.add_(y, alpha=weight if weight_at == "output" else 1.0)
     return total.to(hidden.dtype)

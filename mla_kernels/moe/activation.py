@@ -3,6 +3,7 @@
 Symbols: g the gate projection's result, u the up projection's, L the limit.
 """
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 
@@ -56,8 +57,20 @@ class Activation:
             raise ValueError(f"limit: got {self.limit} with clamp 'none', None is accepted there")
         if self.clamp is not Clamp.NONE and (self.limit is None or not self.limit > 0):
             raise ValueError(f"limit: got {self.limit} with clamp {self.clamp.value!r}, a number above 0 is accepted")
+        if self.limit is not None:
+            object.__setattr__(self, "limit", float(self.limit))
+        object.__setattr__(self, "alpha", float(self.alpha))
+
+    @property
+    def arguments(self) -> tuple[str, float | None, float, bool]:
+        """clamp, limit, alpha, interleaved: what a torch op takes, for :data:`OP_ARGUMENTS`."""
+        return self.clamp.value, self.limit, self.alpha, self.interleaved
 
 
+OP_ARGUMENTS = "str clamp, float? limit, float alpha, bool interleaved"
+"""An activation in an op's schema; :func:`activation_of` is the way back."""
+
+activation_of = functools.cache(Activation)
 SWIGLU = Activation()
 """silu(gate) * up without a clamp: DeepSeek-V2's and V3's experts, and the default."""
 

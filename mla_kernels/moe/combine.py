@@ -17,7 +17,7 @@ from mla_kernels.shim import define_op
 def moe_combine_kernel(
     rows,
     weights,
-    inverse,
+    places,
     offsets,
     out,
     tokens,
@@ -25,24 +25,30 @@ def moe_combine_kernel(
     experts,
     rows_stride,
     weights_stride,
+    places_stride,
     TOP_K: tl.constexpr,
+    BY_PAIR: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One item sums BLOCK_H columns of one token, slot after slot."""
+    """One item sums BLOCK_H columns of one token, slot after slot. A pair's row is rows[places[pair]], absent from
+    offsets[experts] on; BY_PAIR it is rows[pair], absent where places[pair] is not one of the experts."""
     blocks = tl.cdiv(hidden_size, BLOCK_H)
-    filled = tl.load(offsets + experts)
+    filled = experts if BY_PAIR else tl.load(offsets + experts)
     for item in range(tl.program_id(0), tokens * blocks, tl.num_programs(0)):
         token = item // blocks
         column = (item % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
         total = tl.zeros([BLOCK_H], tl.float32)
         for slot in tl.static_range(TOP_K):
-            row = tl.load(inverse + token * TOP_K + slot)
-            weight = tl.load(weights + tl.cast(token, tl.int64) * weights_stride + slot)
-            present = (row >= 0) & (row < filled)
+            place = tl.load(places + tl.cast(token, tl.int64) * places_stride + slot)
+            present = (place >= 0) & (place < filled)
             end = tl.where(present, hidden_size, 0)  # nothing is read of a pair without an expert
-            row = tl.where(present, row, 0).to(tl.int64)
-            x = tl.load(rows + row * rows_stride + column, mask=column < end, other=0.0)  # [BLOCK_H]
-            total += tl.where(present, weight, 0.0) * x.to(tl.float32)
+            row = tl.where(present, token * TOP_K + slot if BY_PAIR else place, 0).to(tl.int64)
+            x = tl.load(rows + row * rows_stride + column, mask=column < end, other=0.0).to(tl.float32)  # [BLOCK_H]
+            if WEIGHTED:
+                weight = tl.load(weights + tl.cast(token, tl.int64) * weights_stride + slot)
+                x *= tl.where(present, weight, 0.0)
+            total += x
         out_row = out + tl.cast(token, tl.int64) * hidden_size
         tl.store(out_row + column, total.to(out.dtype.element_ty), mask=column < hidden_size)
 
@@ -71,12 +77,16 @@ def _work(dtype, statics, sizes, tile):
     return Work(programs, padding * whole.flops / programs, whole.bytes / programs)
 
 
+def _statics(top_k, by_pair, weighted):
+    return {"TOP_K": top_k, "BY_PAIR": by_pair, "WEIGHTED": weighted}
+
+
 COMBINE = Kernel(
     moe_combine_kernel,
     arguments={
         "rows": "*T",
         "weights": "*fp32",
-        "inverse": "*i32",
+        "places": "*i32",
         "offsets": "*i32",
         "out": "*T",
         "tokens": "i32",
@@ -84,15 +94,20 @@ COMBINE = Kernel(
         "experts": "i32",
         "rows_stride": "i32:16",
         "weights_stride": "i32",
+        "places_stride": "i32",
     },
-    statics=("TOP_K",),
+    statics=("TOP_K", "BY_PAIR", "WEIGHTED"),
     tiles={"BLOCK_H": (256, 512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)},
     rule=_rule,
     memory=_memory,
     cost=_cost,
     work=_work,
     cases=tuple(
-        Case(f"{model}_{tokens}", {"TOP_K": top_k}, {"tokens": tokens, "hidden": hidden})
+        Case(
+            f"{model}_{tokens}",
+            {"TOP_K": top_k, "BY_PAIR": True, "WEIGHTED": True},
+            {"tokens": tokens, "hidden": hidden},
+        )
         for model, top_k, hidden in (("v2_lite", 6, 2048), ("v3", 8, 7168))
         for tokens in (1, 256, 4096)
     ),
@@ -100,19 +115,31 @@ COMBINE = Kernel(
 )
 
 
-def launch_combine(rows, weights, inverse, offsets):
-    """Device implementation of the op: one launch."""
-    (tokens, top_k), hidden = weights.shape, rows.shape[1]
+def _launch(rows, weights, places, offsets, experts, top_k, by_pair):
+    """``places`` [T, K] with rows of any stride; ``weights`` the same or None for 1, ``offsets`` None ``by_pair``."""
+    tokens, hidden = places.shape[0], rows.shape[1]
     out = rows.new_empty(tokens, hidden)
     chip = chip_of(rows.device)
-    statics = {"TOP_K": top_k}
+    statics = _statics(top_k, by_pair, weights is not None)
     tile = COMBINE.tile_for(chip, DTYPE_NAMES[rows.dtype], statics, {"tokens": tokens, "hidden": hidden})
     args = (
-        rows, weights, inverse, offsets, out,
-        tokens, hidden, offsets.shape[0] - 1, rows.stride(0), weights.stride(0),
+        rows, out if weights is None else weights, places, places if offsets is None else offsets, out,
+        tokens, hidden, experts, rows.stride(0), 0 if weights is None else weights.stride(0), places.stride(0),
     )  # fmt: skip
     COMBINE.launch(chip, tokens * -(-hidden // tile["BLOCK_H"]), args, statics, tile)
     return out
+
+
+def launch_combine(rows, weights, inverse, offsets):
+    """Device implementation of the op: one launch."""
+    places = inverse.view(weights.shape)
+    return _launch(rows, weights, places, offsets, offsets.shape[0] - 1, weights.shape[1], by_pair=False)
+
+
+def launch_combine_pairs(rows, weights, ids, experts):
+    """The sum of rows [T * K, H] in the order of (token, slot), of pairs with one of ``experts`` experts: one launch.
+    ``weights`` [T, K] or None for 1."""
+    return _launch(rows, weights, ids, None, experts, ids.shape[1], by_pair=True)
 
 
 def _fake(rows, weights, inverse, offsets):

@@ -1,28 +1,48 @@
-"""fused_moe: the routed experts of a mixture-of-experts layer in one call."""
+"""fused_moe: the experts of a mixture-of-experts layer in one call."""
 
 import torch
 
-from mla_kernels.checks import check_no_grad, check_tensor
+from mla_kernels.checks import check_choice, check_no_grad, check_tensor
 from mla_kernels.cpu import moe as cpu
-from mla_kernels.moe.combine import launch_combine
-from mla_kernels.moe.dispatch import check_ids, launch_dispatch
-from mla_kernels.moe.experts import check_weights, launch_expert_ffn
+from mla_kernels.moe.activation import OP_ARGUMENTS, SWIGLU, Activation, activation_of
+from mla_kernels.moe.combine import launch_combine_pairs
+from mla_kernels.moe.dispatch import check_ids, launch_order
+from mla_kernels.moe.down import launch_down
+from mla_kernels.moe.experts import check_activation, check_weights
+from mla_kernels.moe.gate_up import launch_gate_up
+from mla_kernels.moe.grouped import Rows
 from mla_kernels.shim import define_op
 
-
-def _launch(hidden, gate_up, down, weights, ids):
-    _, tokens, inverse, offsets = launch_dispatch(ids, gate_up.shape[0])
-    rows = launch_expert_ffn(hidden, gate_up, down, tokens, offsets)
-    return launch_combine(rows, weights, inverse, offsets)
+WEIGHT_PLACES = ("input", "activation", "output")
 
 
-def _fake(hidden, gate_up, down, weights, ids):
+def _launch(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at):
+    """Four launches. The order of rows, the activation and the pairs' results are the workspace."""
+    experts = gate_up.shape[0]
+    rows = Rows(*launch_order(ids, experts), ids.shape[1])
+    of_pairs = weights.contiguous()
+    inner = launch_gate_up(
+        hidden,
+        gate_up,
+        rows,
+        bias=gate_up_bias,
+        activation=activation_of(clamp, limit, alpha, interleaved),
+        weights=of_pairs if weight_at == "input" else None,
+    )
+    results = launch_down(
+        inner, down, rows, bias=down_bias, weights=of_pairs if weight_at == "activation" else None, by_pair=True
+    )
+    return launch_combine_pairs(results, of_pairs if weight_at == "output" else None, ids, experts)
+
+
+def _fake(hidden, *_):
     return hidden.new_empty(hidden.shape)
 
 
 _op = define_op(
     "fused_moe",
-    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids) -> Tensor",
+    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? gate_up_bias, Tensor? down_bias, "
+    f"{OP_ARGUMENTS}, str weight_at) -> Tensor",
     cpu=cpu.fused_moe,
     device=_launch,
     fake=_fake,
@@ -35,29 +55,52 @@ def fused_moe(
     down: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: Activation = SWIGLU,
+    weight_at: str = "output",
 ) -> torch.Tensor:
     """Sum over a token's slots of weight * expert(hidden): dispatch, expert_ffn and combine without a host wait.
 
-    On a device five kernel launches: two to sort, gate_up, down, combine. They allocate T * K * (H + I) elements of
-    hidden's dtype and about 4 * T * K bytes * 3 of indices. Shared experts are not part of it.
+    On a device four kernel launches: order of the rows, gate_up, down, combine. They allocate T * K * (H + I) elements
+    of hidden's dtype and 4 * (T * K + E + 1) bytes of indices. A shared expert runs in the same launches as one more
+    expert that every token has a slot for.
+
+    ============ ======================================================================
+    weight_at    what a slot with weight w adds
+    ============ ======================================================================
+    "output"     w (down(act(gate_up(x) + gate_up_bias)) + down_bias)
+    "activation" down(w act(gate_up(x) + gate_up_bias)) + down_bias
+    "input"      down(act(gate_up(w x) + gate_up_bias)) + down_bias (Llama 4's experts)
+    ============ ======================================================================
 
     Args:
         hidden: [T, H] bf16, fp16 or fp32, contiguous rows, H at least 16.
-        gate_up: [E, 2I, H] in hidden's dtype, each expert's gate rows before its up rows.
-        down: [E, H, I] in hidden's dtype.
+        gate_up: [E, 2I, H] in hidden's dtype: each expert's gate rows, then its up rows, or one after the other in turn
+            (``activation.interleaved``). Weights stored as [E, H, 2I] are passed as ``stored.transpose(1, 2)``; nothing
+            is copied.
+        down: [E, H, I] in hidden's dtype; weights stored as [E, I, H] likewise.
         weights: [T, K] fp32, from :func:`mla_kernels.route`.
         ids: [T, K] int32, from the same; an id outside 0 .. E - 1 is skipped, and its weight ignored.
+        gate_up_bias: [E, 2I] in hidden's dtype and gate_up's order of rows.
+        down_bias: [E, H] in hidden's dtype.
+        activation: see :class:`mla_kernels.Activation`.
+        weight_at: "input", "activation" or "output".
 
     Returns:
         [T, H] in hidden's dtype; the same bits at every call.
 
     Raises:
-        ValueError: a wrong rank, shape or device. TypeError: a wrong dtype. NotImplementedError: an input that requires
-        grad.
+        ValueError: a wrong rank, shape, device or weight_at. TypeError: a wrong dtype. NotImplementedError: an input
+        that requires grad.
     """
-    check_weights(hidden, gate_up, down)
+    check_weights(hidden, gate_up, down, gate_up_bias, down_bias)
     check_ids(ids)
     check_tensor("ids", ids, shape=(hidden.shape[0], None), dtypes=(torch.int32,), device=hidden.device)
     check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=hidden.device)
-    check_no_grad("fused_moe", hidden=hidden, gate_up=gate_up, down=down, weights=weights)
-    return _op(hidden, gate_up, down, weights, ids)
+    check_activation(activation)
+    check_choice("weight_at", weight_at, WEIGHT_PLACES)
+    tensors = {"hidden": hidden, "gate_up": gate_up, "down": down, "weights": weights}
+    check_no_grad("fused_moe", **tensors, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    return _op(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, *activation.arguments, weight_at)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mla_kernels import launch
+from mla_kernels.moe.activation import SWIGLU
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import dispatch
-from mla_kernels.moe.experts import expert_ffn, launch_expert_ffn
+from mla_kernels.moe.experts import _launch, expert_ffn
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
@@ -159,7 +160,7 @@ def test_tokens_out_of_range_form_no_address_outside():
     _, tokens, _, offsets = dispatch(problem.ids, 8)
     tokens[::3], tokens[1::3] = 2**31 - 1, -(2**31)
     with launch.on_cpu("npu-emulated"), emulator.guarded():
-        launch_expert_ffn(problem.hidden, problem.gate_up, problem.down, tokens, offsets)
+        _launch(problem.hidden, problem.gate_up, problem.down, tokens, offsets, None, None, *SWIGLU.arguments)
 
 
 def test_hidden_rows_past_two_to_the_31(backend):

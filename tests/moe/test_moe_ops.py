@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mla_kernels.launch import CHIPS, KERNELS
+from mla_kernels.moe.activation import SWIGLU
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import dispatch
 from mla_kernels.moe.experts import expert_ffn
@@ -19,11 +20,11 @@ def op_arguments(name, dtype):
     problem = layer(5, 4, 2, 32, 24, dtype)
     _, tokens, inverse, offsets = dispatch(problem.ids, 4)
     return {
-        "route": (torch.randn(5, 8, dtype=dtype), torch.randn(8), 2, "sigmoid", 4, 2, True, 2.5),
+        "route": (torch.randn(5, 8, dtype=dtype), torch.randn(8), 2, "sigmoid", 4, 2, None, None, True, 2.5, 1),
         "dispatch": (problem.ids, 4),
-        "expert_ffn": (problem.hidden, problem.gate_up, problem.down, tokens, offsets),
+        "expert_ffn": (problem.hidden, problem.gate_up, problem.down, tokens, offsets, None, None, *SWIGLU.arguments),
         "combine": (torch.randn(10, 32).to(dtype), problem.weights, inverse, offsets),
-        "fused_moe": problem.inputs(),
+        "fused_moe": (*problem.inputs(), None, None, *SWIGLU.arguments, "output"),
     }[name]
 
 
