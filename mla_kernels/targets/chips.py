@@ -48,6 +48,11 @@ class Chip:
         """Whether tensor cores read 16-bit operands from shared memory (wgmma, tcgen05) instead of registers."""
         return self.architecture in ("90", "100")
 
+    @property
+    def dot_e4m3(self) -> bool:
+        """Whether the matrix units multiply e4m3 (OCP "fn"; gfx942 has AMD's own "fnuz" kind only)."""
+        return self.architecture in ("89", "90", "100", "120", "gfx950")
+
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Programs of so many registers a thread, shared bytes and warps that fit one core of a GPU at a time."""
         by_memory = self.core_programs
