@@ -1,8 +1,10 @@
-"""Routing, for CPU tensors."""
+"""Routers and the gradient of their weights, for CPU tensors."""
 
 import torch
+import torch.nn.functional as F
 
 _NEVER = float("-inf")
+FEW = 2048  # scores up to which a stable sort beats keys of 64 bits
 
 
 def route(
@@ -12,39 +14,56 @@ def route(
     scoring: str,
     num_groups: int,
     top_k_groups: int,
+    group_rank: str | None,
+    group_fill: float | None,
     renormalize: bool,
     routed_scale: float,
+    num_shared: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores in fp32, the choice by exact (score, index) order; see `_best`."""
     logits = logits.float()
     missing = logits.isnan()
-    if scoring == "softmax":
-        scores = choice = torch.softmax(logits.masked_fill(missing, _NEVER), -1)
-    else:
-        scores = torch.sigmoid(logits)
-        choice = scores if bias is None else scores + bias
+    softmax = scoring == "softmax"
+    scores = _scores(logits, missing, scoring)
+    choice = scores if bias is None else scores + bias
     choice = choice.masked_fill(missing.logical_or_(choice.isnan()), _NEVER)
 
     if top_k_groups < num_groups:
         grouped = choice.unflatten(1, (num_groups, -1))  # [T, groups, experts of a group]
-        ranked = 1 if scoring == "softmax" else min(2, grouped.shape[2])
+        by_maximum = softmax if group_rank is None else group_rank == "max"
+        ranked = 1 if by_maximum else min(2, grouped.shape[2])
         rank = grouped.topk(ranked, -1).values.sum(-1)
-        outside = torch.ones_like(rank, dtype=torch.bool).scatter_(1, _best(rank, top_k_groups), False)
-        if scoring == "softmax":
-            outside = outside.unsqueeze(2)
-            scores = scores.unflatten(1, (num_groups, -1)).masked_fill(outside, 0.0).flatten(1)
+        outside = torch.ones_like(rank, dtype=torch.bool).scatter_(1, _best(rank, top_k_groups), False).unsqueeze(2)
+        if group_fill == 0.0 or (group_fill is None and softmax):
             choice = grouped.masked_fill(outside & (grouped > _NEVER), 0.0).flatten(1)
+            if group_fill is None:
+                scores = scores.unflatten(1, (num_groups, -1)).masked_fill(outside, 0.0).flatten(1)
         else:
-            choice = grouped.masked_fill(outside.unsqueeze(2), _NEVER).flatten(1)
+            choice = grouped.masked_fill(outside, _NEVER).flatten(1)
 
     ids = _best(choice, top_k)
     weights = scores.gather(1, ids)
     absent = choice.gather(1, ids) == _NEVER
     if absent.any():  # fewer candidates than slots
         weights, ids = weights.masked_fill(absent, 0.0), ids.masked_fill(absent, -1)
+    return _finish(weights, ids, renormalize, routed_scale, num_shared, logits.shape[1])
+
+
+def _scores(logits, missing, scoring):
+    if scoring == "softmax":
+        return torch.softmax(logits.masked_fill(missing, _NEVER), -1)
+    return torch.sigmoid(logits) if scoring == "sigmoid" else F.softplus(logits).sqrt_()
+
+
+def _finish(weights, ids, renormalize, routed_scale, num_shared, experts):
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * routed_scale, ids.int()
+    weights, ids = weights * routed_scale, ids.int()
+    if num_shared:
+        shared = torch.arange(experts, experts + num_shared, dtype=torch.int32)
+        weights = F.pad(weights, (0, num_shared), value=1.0)
+        ids = torch.cat((ids, shared.expand(ids.shape[0], -1)), 1)
+    return weights, ids
 
 
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -57,3 +76,40 @@ def _best(values: torch.Tensor, count: int) -> torch.Tensor:
     last = values.shape[1] - 1
     keys = (bits.long() << 32) + torch.arange(last, -1, -1)
     return last - (keys.topk(count, -1).values & 0xFFFFFFFF)
+
+
+def route_backward(
+    weights_grad: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    scoring: str,
+    renormalize: bool,
+    routed_scale: float,
+    num_shared: int,
+) -> torch.Tensor:
+    """The chosen slots' gradients by their [T, K] scores; only softmax touches the other experts."""
+    top_k = ids.shape[1] - num_shared
+    x = logits.float()
+    idle = weights[:, :top_k] == 0  # empty, or of a score that is or was put to 0
+    places = ids[:, :top_k].long().masked_fill(idle, 0)
+    softmax = scoring == "softmax"
+    if softmax:
+        scores = torch.softmax(x.masked_fill(x.isnan(), _NEVER), -1)
+        own, slopes = scores.gather(1, places), 1.0
+    else:
+        own_x = x.gather(1, places)
+        own = _scores(own_x, None, scoring)
+        slopes = own * torch.sigmoid(-own_x) if scoring == "sigmoid" else torch.sigmoid(own_x) / (2 * own)
+    own = own.masked_fill(idle, 0.0)
+    toward = (weights_grad[:, :top_k] * routed_scale).masked_fill(idle, 0.0)
+    if renormalize:
+        norm = own.sum(1, keepdim=True) + 1e-20
+        toward = (toward - (toward * own).sum(1, keepdim=True) / norm) / norm
+    if softmax:
+        toward = toward.masked_fill(idle, 0.0)
+        inner = (toward * own).sum(1, keepdim=True)
+        dense = torch.zeros_like(x).scatter_add_(1, places, toward).sub_(inner).mul_(scores)
+        return dense.masked_fill_(scores.isnan(), 0.0).to(logits.dtype)
+    slots = (toward * slopes).masked_fill_(idle, 0.0)
+    return torch.zeros_like(x).scatter_add_(1, places, slots).to(logits.dtype)

@@ -19,7 +19,7 @@ def test_best_is_the_stable_order_of_any_floats():
 def test_more_slots_than_candidates_leave_id_minus_one():
     logits = torch.full((2, 8), float("nan"))
     logits[0, [5, 2]] = torch.tensor([1.0, 2.0])
-    weights, ids = route.route(logits, None, 4, "sigmoid", 1, 1, True, 1.0)
+    weights, ids = route.route(logits, None, 4, "sigmoid", 1, 1, None, None, True, 1.0, 0)
     assert ids.tolist() == [[2, 5, -1, -1], [-1, -1, -1, -1]]
     assert weights[0, 2:].tolist() == [0.0, 0.0]
     assert weights[1].tolist() == [0.0] * 4

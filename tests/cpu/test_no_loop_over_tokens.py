@@ -34,7 +34,7 @@ CASES = {
     "merge_states": (attention.merge_states, lambda tokens: (torch.randn(3, tokens, 8), torch.randn(3, tokens))),
     "route": (
         route.route,
-        lambda tokens: (torch.randn(tokens, 16), torch.randn(16), 4, "sigmoid", 4, 2, True, 1.0),
+        lambda tokens: (torch.randn(tokens, 16), torch.randn(16), 4, "sigmoid", 4, 2, None, None, True, 1.0, 1),
     ),
     "dispatch": (moe.dispatch, lambda tokens: (experts(tokens)[4], 4)),
     "fused_moe": (moe.fused_moe, experts),

@@ -191,68 +191,6 @@ def test_yarn_scales_match():
     assert rotary.attention_scaling == pytest.approx(factor[0] / factor[1], rel=1e-12)
 
 
-def assert_same_choice(weights, ids, expected_weights, expected_ids):
-    """The same experts with the same weights, in any order."""
-    ids, order = ids.long().sort(dim=-1)
-    expected_ids, expected_order = expected_ids.sort(dim=-1)
-    assert torch.equal(ids, expected_ids), f"{(ids != expected_ids).any(-1).sum()} of {len(ids)} rows differ"
-    torch.testing.assert_close(weights.gather(1, order), expected_weights.gather(1, expected_order))
-
-
-def router(router_class, config):
-    """A router whose logits are its input."""
-    config.hidden_size = config.n_routed_experts
-    gate = router_class(config).eval().requires_grad_(False)
-    gate.weight.copy_(torch.eye(config.n_routed_experts))
-    return gate
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-@pytest.mark.parametrize(
-    "method, experts, groups, kept, top_k",
-    [("greedy", 64, 1, 1, 6), ("greedy", 160, 1, 1, 8), ("group_limited_greedy", 160, 8, 3, 6)],
-)
-def test_router_v2(method, experts, groups, kept, top_k, spread):
-    config = hf.config_v2(
-        n_routed_experts=experts,
-        topk_method=method,
-        n_group=groups,
-        topk_group=kept,
-        num_experts_per_tok=top_k,
-        routed_scaling_factor=16.0,
-        norm_topk_prob=True,  # ignored there
-    )
-    logits = spread * torch.randn(4096, experts)
-    _, expected_weights, expected_ids = router(hf.v2.DeepseekV2TopkRouter, config)(logits)
-    options = {"scoring": "softmax", "num_groups": groups, "top_k_groups": kept}
-    weights, ids = route(logits, top_k, renormalize=False, routed_scale=16.0, **options)
-    assert_same_choice(weights, ids, expected_weights, expected_ids)
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize(
-    "experts, groups, kept, top_k", [(256, 8, 4, 8), (64, 1, 1, 6), (384, 1, 1, 8), (48, 6, 2, 16)]
-)
-def test_router_v3(experts, groups, kept, top_k, renormalize, spread):
-    config = hf.config_v3(
-        n_routed_experts=experts,
-        n_group=groups,
-        topk_group=kept,
-        num_experts_per_tok=top_k,
-        routed_scaling_factor=2.5,
-        norm_topk_prob=renormalize,
-    )
-    gate = router(hf.v3.DeepseekV3TopkRouter, config)
-    bias = 0.3 * torch.randn(experts)
-    gate.e_score_correction_bias.copy_(bias)
-    logits = spread * torch.randn(4096, experts)
-    _, expected_weights, expected_ids = gate(logits)
-    options = {"num_groups": groups, "top_k_groups": kept, "renormalize": renormalize, "routed_scale": 2.5}
-    weights, ids = route(logits, top_k, bias=bias, scoring="sigmoid", **options)
-    assert_same_choice(weights, ids, expected_weights, expected_ids)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", ["v2", "v2-groups", "v3"])
 def test_moe_layer(model, dtype):

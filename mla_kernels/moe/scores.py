@@ -1,0 +1,43 @@
+"""What a router makes of its logits, for the kernels that need it: scores, their slopes, and the table of models."""
+
+from mla_kernels.language import tl, triton
+
+SCORINGS = ("sigmoid", "softmax", "sqrt_softplus")
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) of x in [0, 1], without the loss of a small x in 1 + x."""
+    y = 1.0 + x
+    exact = y == 1.0
+    return tl.where(exact, x, tl.log(y) * (x / tl.where(exact, 1.0, y - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def router_scores(x, present, SCORING: tl.constexpr):
+    """Scores [rows, experts] of fp32 logits; those that are not ``present`` take no part in a softmax."""
+    if SCORING == "softmax":
+        x = tl.where(present, x, float("-inf"))
+        power = tl.exp(x - tl.max(x, 1)[:, None])
+        return power / tl.sum(power, 1)[:, None]
+    elif SCORING == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return tl.sqrt(softplus(x))
+
+
+@triton.jit
+def score_slopes(x, scores, SCORING: tl.constexpr):
+    """Derivative of each score by its own logit, over the score; 1 for softmax, whose other half is the caller's."""
+    if SCORING == "softmax":
+        return tl.full(x.shape, 1.0, tl.float32)
+    elif SCORING == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(x))  # 1 - sigmoid(x), exact where the score is near 1
+    else:
+        squared = scores * scores
+        return tl.where(squared > 0.0, 0.5 / ((1.0 + tl.exp(-x)) * tl.where(squared > 0.0, squared, 1.0)), 0.0)
