@@ -183,7 +183,7 @@ class ExpertParallel:
         Args:
             compute: ``compute(rows [N, H], weights [N, K], ids [N, K], *parameters) -> [N, H]`` in hidden's dtype, for
                 the tokens that came to this rank; ids count this rank's experts, -1 is to be skipped. Not called
-                without tokens. Rows may be views with gaps between them.
+                without tokens or experts. Rows may be views with gaps between them.
             hidden, weights, ids, chunks: as :meth:`fused_moe` takes them.
             parameters: what compute is differentiated in, besides rows and weights. Tensors that it holds in any other
                 way get no gradient.
@@ -306,9 +306,10 @@ class ExpertParallel:
         def work(buffer):
             rows, row_weights, ids = _views(buffer, *parts)
             arguments = rows, row_weights.contiguous(), ids.contiguous()
+            idle = not len(rows) or not self.num_local  # what then goes back is not looked at
             if keep is None:
-                return _bytes(compute(*arguments, *parameters) if len(rows) else rows)
-            kept.append(keep(*arguments))
+                return _bytes(rows if idle else compute(*arguments, *parameters))
+            kept.append(keep(*arguments, idle))
             return _bytes(kept[-1].out.detach())
 
         def unpack(chunk, buffer):
@@ -377,17 +378,17 @@ class ExpertParallel:
 class _Step:
     """A chunk's experts, kept with their graph until the backward."""
 
-    def __init__(self, compute, shared, rows, weights, ids):
+    def __init__(self, compute, shared, rows, weights, ids, idle):
         self.leaves = [rows.detach().requires_grad_(), weights.detach().requires_grad_()]
-        self.parameters = shared
+        self.parameters, self.idle = shared, idle
         with torch.enable_grad():
-            self.out = compute(*self.leaves, ids, *shared) if len(rows) else self.leaves[0]
+            self.out = self.leaves[0] if idle else compute(*self.leaves, ids, *shared)
 
     def backward(self, grad):
         """Gradients of rows and weights; those of the parameters are added to their ``grad``."""
         rows, weights = self.leaves
-        if not len(rows):
-            return grad, torch.zeros_like(weights)
+        if self.idle:
+            return grad, weights
         wanted = [x for x in self.parameters if x is not None and x.requires_grad]
         got = torch.autograd.grad(self.out, [rows, weights, *wanted], grad, allow_unused=True)
         for parameter, gradient in zip(wanted, got[2:]):
@@ -453,9 +454,11 @@ def _bytes(rows):
 
 
 def _gather(values, index, out):
-    """``values[index]`` into ``out``; an empty chunk leaves ``out``, of which then nothing is used, as it is."""
+    """``values[index]`` into ``out``; an empty chunk gives zeros, which a capacity makes it send and nobody uses."""
     if len(values):
         torch.index_select(values, 0, index, out=out)
+    else:
+        out.zero_()
 
 
 def _sum(rows, slots):
