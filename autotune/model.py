@@ -1,6 +1,8 @@
 """The cost model that ranks tiles. It orders candidates of one kernel on one chip; it is no prediction of a time.
 
-A launch of P programs, each asking for F operations (padding included) and B bytes, on a chip with C cores:
+Grouped matrix products of experts on GPUs are ranked by :mod:`mla_kernels.autotune.moe_model`, which was held against
+what others measured. For every other launch, P programs each ask for F operations (padding included) and B bytes of a
+chip with C cores:
 
     arithmetic  waves * F / (peak / C),        waves = ceil(P / C)
     cache       P * B / (CACHE_FACTOR * bandwidth)
@@ -10,12 +12,15 @@ A launch of P programs, each asking for F operations (padding included) and B by
     seconds = max(arithmetic, cache, memory) + start
 
 ``peak`` is the dense rate of the element type. :class:`mla_kernels.launch.Work` counts padded rows, so a tile
-that is half empty costs double. Rates are data-sheet values (:mod:`mla_kernels.targets.chips`).
+that is half empty costs double; row tiles of experts are those expected under uniform routing. Rates are data-sheet
+values (:mod:`mla_kernels.targets.chips`).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from mla_kernels.launch import Kernel
+from mla_kernels.autotune import moe_model
+from mla_kernels.launch import DTYPE_BYTES, Kernel
 from mla_kernels.targets.chips import Chip
 
 CACHE_FACTOR = 3.0
@@ -24,13 +29,53 @@ CACHE_FACTOR = 3.0
 PROGRAM_SECONDS = 1.5e-6
 """Start, first loads and last stores of a program that nothing overlaps."""
 
+GROUPED = {
+    "moe_gate_up_kernel": 2, "moe_down_kernel": 1, "moe_project_kernel": 1,
+    "eb_gate_up_kernel": 2, "eb_down_kernel": 1, "wo_gate_up_kernel": 2, "wo_down_kernel": 1,
+}  # fmt: skip
+"""Kernels that multiply each expert's rows with its weights -> result columns computed for one that is written."""
+
+_FORMAT_BYTES = {"fp8_block": (1, 1), "int8_w8a8": (1, 1), "int8": (2, 1), "int4": (2, 0.5), "mxfp4": (2, 0.5)}
+"""Quantised format -> bytes of a row's and of a weight's element."""
+
 
 def seconds(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping, tile: Mapping) -> float:
     """Modelled duration of one launch; see the module's formula. For ranking only."""
+    products = GROUPED.get(kernel.name)
+    if products and chip.is_gpu and sizes["pairs"]:
+        return _grouped(products, chip, dtype, statics, sizes, tile)
     work = kernel.work(dtype, statics, sizes, tile)
+    if products and sizes["pairs"]:
+        product = _product(products, chip, dtype, statics, sizes, tile)
+        rows, _ = moe_model.row_tiles(product.tokens, product.top_k, product.experts, tile["BLOCK_M"])
+        programs = round(rows * -(-product.columns // (products * tile["BLOCK_N"])))
+        work = replace(work, programs=max(1, programs))
     cores = chip.dot_cores if kernel.uses_dot else chip.vector_cores
     waves = -(-work.programs // cores)
     arithmetic = waves * work.flops / (chip.flops[dtype] / cores)
     cache = work.programs * work.bytes / (CACHE_FACTOR * chip.bandwidth)
     memory = kernel.cost(dtype, statics, sizes).bytes / chip.bandwidth
     return max(arithmetic, cache, memory) + waves * PROGRAM_SECONDS
+
+
+def _product(products, chip, dtype, statics, sizes, tile) -> moe_model.Product:
+    """The grouped product that a launch computes, with all the columns that it computes."""
+    if "depth" in sizes:
+        inner, columns = sizes["depth"], sizes["columns"]
+    elif products == 2:
+        inner, columns = sizes["hidden"], 2 * sizes["intermediate"]
+    else:
+        inner, columns = sizes["intermediate"], sizes["hidden"]
+    tokens = sizes.get("tokens", sizes["pairs"])
+    row_bytes, weight_bytes = _FORMAT_BYTES.get(statics.get("FORMAT"), (DTYPE_BYTES[dtype], DTYPE_BYTES[dtype]))
+    rate = chip.flops[dtype] * (2 if tile.get("FP8") else 1)
+    top_k = sizes["pairs"] / tokens
+    return moe_model.Product(tokens, top_k, sizes["experts"], columns, inner, row_bytes, weight_bytes, rate)
+
+
+def _grouped(products, chip, dtype, statics, sizes, tile) -> float:
+    product = _product(products, chip, dtype, statics, sizes, tile)
+    dots = products if not tile.get("JOINED") else 1
+    row = tile["BLOCK_M"], products * tile["BLOCK_N"], tile.get("BLOCK_K", 128), tile["num_warps"], tile["num_stages"]
+    tiles = moe_model.Tiles.of([row], dots)
+    return float(moe_model.seconds(tiles, [moe_model.terms(chip, product, tiles)])[0])

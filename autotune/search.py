@@ -1,73 +1,168 @@
-"""From a declaration to a tile: enumerate, drop what cannot fit, rank by the model, keep the first that compiles."""
+"""From a declaration to a shortlist: enumerate, drop what cannot fit, rank by the model, compile, rank again.
+
+What compilers say of a tile (spills, traps, memory, the main loop's bounds on sm_90) does not depend on a problem's
+sizes: a tile is compiled once for all problems with the same constants.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from mla_kernels import tiles
 from mla_kernels.autotune import model
-from mla_kernels.launch import GPU_OPTIONS, Case, Kernel, Tile
+from mla_kernels.launch import GPU_OPTIONS, Kernel, Tile
 from mla_kernels.targets.chips import Chip
-from mla_kernels.targets.compile import compile_kernel
+from mla_kernels.targets.compile import Request, compile_many
 from mla_kernels.targets.report import Report
+from mla_kernels.tiles import Problem
 
 MARGIN = 0.10
 """A tile replaces the closed-form rule's only where the model calls it faster by this share; it is no finer."""
 
-COMPILED = 2
-"""How many of the best-ranked tiles are compiled, at most, before the rule's tile is kept."""
+COMPILED = 16
+"""How many of the tiles that the model ranks best are compiled, beside the rule's."""
+
+RANKED = (
+    "merge_states_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "moe_down_kernel", "moe_gate_up_kernel",
+    "moe_inverse_kernel", "route_kernel",
+)  # fmt: skip
+"""Kernels whose tiles the model may choose. The others keep their rule's until a device has timed their shortlist: the
+model sees no layouts."""
+
+KEPT = 8
+"""How many tiles a shortlist holds."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The tile chosen for one problem, and how."""
+class Ranked:
+    """A tile of a shortlist: modelled seconds, those again with what its machine code showed, and the report."""
 
     tile: Tile
-    seconds: float  # modelled
-    rule_seconds: float  # modelled, for the closed-form rule's tile
-    rank: int  # place of the tile among the candidates, 0 = best by the model
-    considered: int  # candidates that fit by closed form
+    seconds: float
+    refined: float
     report: Report
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The tiles kept for a problem, the chosen one first: the ``"rule"``'s, or one that was ``"modelled"`` faster."""
+
+    ranked: tuple[Ranked, ...]
+    provenance: str
+    considered: int  # candidates that fit by closed form
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        return tuple(one.tile for one in self.ranked)
+
+
+class NoTile(RuntimeError):
+    """Not even the closed-form rule's tile compiles for a problem: the declaration is wrong."""
 
 
 def candidates(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping) -> Iterator[Tile]:
     """Every tile of the declaration whose closed-form on-chip use fits ``chip``. GPU options are left out on Ascend."""
     names = [name for name in kernel.tiles if chip.is_gpu or name not in GPU_OPTIONS]
-    unused = {name: kernel.tiles[name][0] for name in kernel.tiles if name not in names}  # memory() may name them
     for values in itertools.product(*(kernel.tiles[name] for name in names)):
         tile = dict(zip(names, values))
-        used = kernel.memory(chip, dtype, statics, unused | tile)
-        if all(size <= chip.memory[memory] for memory, size in used.items()):
+        if not tiles.misfit(kernel, chip, dtype, statics, tile):
             yield tile
 
 
-def choose(kernel: Kernel, chip: Chip, dtype: str, case: Case, compiled: int = COMPILED) -> Choice:
-    """The best tile by the model that compiles without in-loop spills, traps or overflow, else the rule's.
+def best(problem: Problem, chip: Chip, fitting: Iterable[Tile], count: int) -> list[Tile]:
+    """The ``count`` tiles that the model ranks best. Among tiles that it cannot tell apart the one nearest to the
+    rule's stands first: options that the model knows nothing of stay as the kernel's author set them."""
+    rule = problem.kernel.rule(chip, problem.dtype, problem.statics, problem.sizes)
 
-    Among tiles that the model cannot tell apart, the one nearest to the rule's stands first: launch options and depths
-    that the model knows nothing of stay as the kernel's author set them. At most ``compiled`` tiles are tried before
-    the rule's; 0 keeps the rule's.
-
-    Raises RuntimeError where not even the rule's tile compiles: the declaration is wrong then.
-    """
-    statics, sizes = case.statics, case.sizes
-
-    def cost(tile):
-        return model.seconds(kernel, chip, dtype, statics, sizes, tile)
-
-    rule = kernel.rule(chip, dtype, statics, sizes)
-
-    def distance(tile):
+    def apart(tile: Tile) -> float:
         return sum(abs(math.log2(max(value, 1) / max(rule.get(name, value), 1))) for name, value in tile.items())
 
-    ranked = sorted(
-        candidates(kernel, chip, dtype, statics), key=lambda tile: (float(f"{cost(tile):.3g}"), distance(tile))
-    )
-    rule_seconds = cost(rule)
-    better = [tile for tile in ranked if cost(tile) < (1 - MARGIN) * rule_seconds]
-    for tile in [*better[:compiled], rule]:
-        report = compile_kernel(kernel, chip, dtype, statics, tile)
+    return sorted(fitting, key=lambda tile: (float(f"{seconds(problem, chip, tile):.3g}"), apart(tile)))[:count]
+
+
+def seconds(problem: Problem, chip: Chip, tile: Tile) -> float:
+    """The model's duration of a launch with this tile."""
+    return model.seconds(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes, tile)
+
+
+def refined(modelled: float, report: Report, chip: Chip) -> float:
+    """Modelled seconds, made longer by what the machine code does beside the matrix products.
+
+    Spills outside the main loop count a percent each, up to a half. On sm_90 the main loop's busiest unit is compared
+    with the tensor cores alone: a loop whose loads, conversions or arithmetic take twice the tensor cores' clocks is
+    half as fast where the tensor cores limit. Half of that factor counts, since a launch may be limited by memory.
+    """
+    bounds = report.detail.get("loop_bounds") or {}
+    slower = 1.0
+    if bounds.get("tensor"):
+        slower = 1.0 + 0.5 * (max(1.0, bounds["core"] / bounds["tensor"]) - 1.0)
+    return modelled * slower * (1.0 + min(0.5, 0.01 * report.spills))
+
+
+def shortlist(problem: Problem, chip: Chip, compiled: int = COMPILED) -> Shortlist:
+    """The shortlist of one problem. See :func:`shortlists`."""
+    (found,) = shortlists([problem], chip, compiled)
+    return found
+
+
+def shortlists(
+    problems: Iterable[Problem],
+    chip: Chip,
+    compiled: int = COMPILED,
+    progress: Callable[[Report], None] | None = None,
+    requested: Callable[[int], None] | None = None,
+) -> list[Shortlist]:
+    """Shortlists of problems for ``chip``, in their order.
+
+    Of each, the ``compiled`` tiles that the model ranks best and the rule's are compiled; those with spills in the main
+    loop, traps or too much memory are dropped; the others are ranked again by :func:`refined`. The first stands before
+    the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all.
+
+    ``requested`` is told how many compilations there will be, ``progress`` gets each report.
+
+    Raises:
+        NoTile: the rule's tile does not compile.
+    """
+    problems = list(problems)
+    tried: list[list[Tile]] = []
+    fitting: dict[tuple, list[Tile]] = {}
+    for problem in problems:
+        kernel, key = problem.kernel, _key(problem)
+        if key not in fitting:
+            fitting[key] = list(candidates(kernel, chip, problem.dtype, problem.statics)) if compiled else []
+        rule = dict(kernel.rule(chip, problem.dtype, problem.statics, problem.sizes))
+        rule = {name: value for name, value in rule.items() if name in tiles.needed(kernel, chip)}
+        first = best(problem, chip, fitting[key], compiled)
+        tried.append([rule, *(tile for tile in first if tile != rule)])
+    requests = [Request(p.kernel, chip, p.dtype, p.statics, tile) for p, some in zip(problems, tried) for tile in some]
+    if requested is not None:
+        requested(len(requests))
+    reports = iter(compile_many(requests, progress))
+    return [
+        _choose(problem, chip, some, [next(reports) for _ in some], len(fitting[_key(problem)]))
+        for problem, some in zip(problems, tried)
+    ]
+
+
+def _key(problem: Problem) -> tuple:
+    return problem.kernel.name, problem.dtype, frozenset(problem.statics.items())
+
+
+def _choose(problem: Problem, chip: Chip, tried: list[Tile], reports: list[Report], considered: int) -> Shortlist:
+    ranked = []
+    for tile, report in zip(tried, reports):
         if report.ok:
-            rank = sum(cost(other) < cost(tile) for other in ranked)
-            return Choice(tile, cost(tile), rule_seconds, rank, len(ranked), report)
-    raise RuntimeError(f"{kernel.name} on {chip.name}, {dtype}, {case.name}: the rule's tile {rule}: {report.problem}")
+            modelled = seconds(problem, chip, tile)
+            ranked.append(Ranked(tile, modelled, refined(modelled, report, chip), report))
+    if not reports[0].ok:
+        kernel = problem.kernel.name
+        raise NoTile(f"{kernel} on {chip.name}, {problem.dtype}, {dict(problem.statics)}: {reports[0].problem}")
+    rule, *others = ranked
+    others.sort(key=lambda one: one.refined)
+    trusted = problem.kernel.name in RANKED
+    if trusted and others and others[0].refined < (1 - MARGIN) * rule.refined:
+        order, provenance = [others[0], rule, *others[1:]], "modelled"
+    else:
+        order, provenance = [rule, *others], "rule"
+    return Shortlist(tuple(order[:KEPT]), provenance, considered)

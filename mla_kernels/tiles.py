@@ -89,20 +89,22 @@ def look_up(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) ->
         recording.append(Problem(kernel, dtype, dict(statics), dict(sizes)))
     if chip.name in kernel.unsupported:
         raise NotImplementedError(f"{kernel.name} on {chip.name}: {kernel.unsupported[chip.name]}")
-    said = _overrides.get(kernel, {})
-    if said and said.keys() >= needed(kernel, chip):
-        found = Found({}, "rule")
-    else:
-        found = _stored(kernel, chip, dtype, statics, sizes)
-        if found is None:
-            found = Found(dict(kernel.rule(chip, dtype, statics, sizes)), "rule")
-            if not said:
-                _tell_miss(kernel, chip, dtype, statics, sizes)
-    if said:
-        found = Found(found.tile | said, "override")
-        if problem := misfit(kernel, chip, dtype, statics, found.tile):
-            raise ValueError(f"override of {kernel.name} on {chip.name}: {problem}")
+    if said := _overrides.get(kernel):
+        return _overridden(kernel, chip, dtype, statics, sizes, said)
+    found = _stored(kernel, chip, dtype, statics, sizes)
+    if found is None:
+        found = Found(dict(kernel.rule(chip, dtype, statics, sizes)), "rule")
+        _tell_miss(kernel, chip, dtype, statics, sizes)
     return found
+
+
+def _overridden(kernel, chip, dtype, statics, sizes, said) -> Found:
+    rule = _rule(kernel, chip, dtype, statics, sizes)
+    stored = None if said.keys() >= needed(kernel, chip) else _stored(kernel, chip, dtype, statics, sizes)
+    tile = dict(rule if stored is None else stored.tile) | said
+    if problem := misfit(kernel, chip, dtype, statics, tile, rule):
+        raise ValueError(f"override of {kernel.name} on {chip.name}: {problem}")
+    return Found(tile, "override")
 
 
 @contextlib.contextmanager
@@ -115,16 +117,16 @@ def override(kernel, tile: Mapping[str, int]) -> Iterator[None]:
             block adds to an outer one. It holds for the whole process: backward passes run in threads of their own.
 
     Raises:
-        ValueError: an unknown kernel, name or value, with those that are accepted; at the launch, a tile that the
-            chip's memories do not hold.
+        ValueError: an unknown kernel or name, with those that are accepted; at the launch, a value that the kernel does
+            not declare, or a tile that the chip's memories do not hold.
+        TypeError: a value is not an int.
     """
     kernel = _kernel(kernel)
     for name, value in tile.items():
         if name not in kernel.tiles:
             raise ValueError(f"tile: {kernel.name} has no {name!r}, accepted are {', '.join(kernel.tiles)}")
-        if isinstance(value, bool) or value not in kernel.tiles[name]:
-            accepted = ", ".join(map(str, kernel.tiles[name]))
-            raise ValueError(f"tile: got {name}={value!r} for {kernel.name}, accepted are {accepted}")
+        if type(value) is not int:
+            raise TypeError(f"tile: got {name}={value!r} for {kernel.name}, an int is accepted")
     before, kept = _overrides.get(kernel, {}), kernel._tiles
     _overrides[kernel], kernel._tiles = before | dict(tile), {}
     try:
@@ -177,14 +179,15 @@ def needed(kernel, chip: Chip) -> set[str]:
     return {name for name in kernel.tiles if chip.is_gpu or name not in GPU_OPTIONS}
 
 
-def misfit(kernel, chip: Chip, dtype: str, statics: Mapping, tile: Mapping[str, int]) -> str:
-    """Why ``chip`` cannot take this tile, by its names, its values and its closed-form on-chip memory; else ''."""
+def misfit(kernel, chip: Chip, dtype: str, statics: Mapping, tile: Mapping[str, int], rule: Mapping = {}) -> str:
+    """Why ``chip`` cannot take this tile, by its names, its values (candidates of the declaration, or ``rule``'s) and
+    its closed-form on-chip memory; else ''."""
     if missing := needed(kernel, chip) - tile.keys():
         return f"a tile without {', '.join(sorted(missing))}"
     for name, value in tile.items():
         if name not in kernel.tiles:
             return f"a tile with {name!r}; accepted are {', '.join(kernel.tiles)}"
-        if type(value) is not int or value not in kernel.tiles[name]:
+        if type(value) is not int or value not in (*kernel.tiles[name], rule.get(name)):
             return f"{name}={value!r}; accepted are {', '.join(map(str, kernel.tiles[name]))}"
     unused = {name: values[0] for name, values in kernel.tiles.items()}  # memory() may name GPU options on Ascend
     for memory, used in kernel.memory(chip, dtype, statics, unused | dict(tile)).items():
@@ -234,11 +237,20 @@ def _stored(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) ->
                     kernel.name, origin, device,
                 )  # fmt: skip
                 break
-            problem = misfit(kernel, chip, dtype, statics, entry.tile)
+            rule = _rule(kernel, chip, dtype, statics, entry.sizes)
+            problem = misfit(kernel, chip, dtype, statics, entry.tile, rule)
             if not problem:
                 return Found(dict(entry.tile), origin, device, entry)
             _warn((origin, device, key), "%s: the %s of %s is not used: %s", kernel.name, origin, device, problem)
     return None
+
+
+def _rule(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) -> Mapping[str, int]:
+    """The rule's tile; empty where it has none, or where an entry's sizes do not say enough."""
+    try:
+        return kernel.rule(chip, dtype, statics, sizes)
+    except (KeyError, NotImplementedError):
+        return {}
 
 
 @functools.cache

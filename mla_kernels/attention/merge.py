@@ -144,7 +144,7 @@ def _merge_work(dtype, statics, sizes, tile):
     return Work(programs=programs, flops=cost.flops / programs, bytes=cost.bytes / programs)
 
 
-_TILES = {"BLOCK_R": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)}
+_TILES = {"BLOCK_R": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)}
 
 MERGE_STATES = Kernel(
     merge_states_kernel,

@@ -318,7 +318,7 @@ SPARSE_MERGE = Kernel(
         **dict.fromkeys(("tokens", "heads", "parts", "work"), "i32"),
     },
     statics=("WIDTH", "SINK"),
-    tiles={"BLOCK_R": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)},
+    tiles={"BLOCK_R": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2, 3)},
     rule=_merge_rule,
     memory=_merge_memory,
     cost=_merge_cost,

@@ -1,0 +1,136 @@
+"""Fits the constants of :mod:`mla_kernels.autotune.moe_model` to a file of measured winners.
+
+The winner of a problem is one draw among the valid tiles of its space, with log odds linear in the features
+(conditional logit). The weights maximise the likelihood of the winners' shapes, plus STAGES_SHARE of that of their
+stages, less RIDGE of their squares in units of a feature's spread; those of costs are held at or below zero. Fitted on
+half of the file's (experts, intermediate) shapes (:func:`mla_kernels.autotune.measured.halves`); the other half is
+never looked at. ``seconds`` maps scores to the terms' scale: the straight line that gives log seconds their mean and spread.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mla_kernels.autotune import moe_model
+from mla_kernels.autotune.measured import Candidates, Point, halves, problem_terms, read_points
+from mla_kernels.targets.chips import Chip
+from mla_kernels.targets.devices import device
+
+STAGES_SHARE = 0.3
+RIDGE = 2e-3
+STEPS = 200
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Points of one chip: features [points, tiles, FEATURES], validity, the rows of the winners, log seconds."""
+
+    features: np.ndarray
+    fits: np.ndarray
+    winner: np.ndarray  # row of the named tile
+    stages: np.ndarray  # column of its stages, -1 unknown
+    log_seconds: np.ndarray  # of the terms, over the ideal
+
+
+def samples(chip: Chip, points: Sequence[Point]) -> Samples:
+    """Points whose winner lies in the chip's space, and is valid there."""
+    space = Candidates.of(chip)
+    row = {tile: index for index, tile in enumerate(space.named)}
+    kept = []
+    for point in points:
+        if point.tile not in row:
+            continue
+        parts = problem_terms(chip, point, space.tiles)
+        fits = moe_model.valid(parts).reshape(len(space.named), -1)
+        if not fits[row[point.tile]].any():
+            continue
+        stages = space.stages.index(point.stages) if point.stages in space.stages else -1
+        if not fits[row[point.tile], stages]:
+            stages = -1
+        core, l2, start = (sum(part.seconds[name] for part in parts) for name in ("core", "l2", "start"))
+        least = moe_model.ideal(parts)
+        log_seconds = np.log((np.maximum(np.maximum(core, l2), least) + start) / least)
+        features = moe_model.features(space.tiles, parts)
+        kept.append((features, fits, row[point.tile], stages, log_seconds))
+    return Samples(*(np.array(column) for column in zip(*kept)))
+
+
+def fit_weights(data: Samples) -> np.ndarray:
+    """Weights of FEATURES."""
+    spread = data.features.std(1).mean(0) + 1e-6
+    features, fits = torch.tensor(data.features / spread), torch.tensor(data.fits)
+    winner = torch.tensor(data.winner)[:, None]
+    stages = torch.tensor(data.stages)
+    known, column = (stages >= 0).double(), stages.clamp(min=0)[:, None]
+    costs = torch.tensor([name in moe_model.COSTS for name in moe_model.FEATURES])
+    raw = torch.zeros(len(spread), dtype=torch.float64, requires_grad=True)
+
+    def signed():
+        return torch.where(costs, -torch.nn.functional.softplus(raw), raw)
+
+    optimiser = torch.optim.LBFGS([raw], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        scores = (features @ signed()).view(fits.shape).masked_fill(~fits, -1e4)  # [points, named, stages]
+        shape = torch.logsumexp(scores, 2)
+        chosen = shape.gather(1, winner)[:, 0]
+        of_stages = scores[torch.arange(len(scores)), winner[:, 0]].gather(1, column)[:, 0]
+        likelihood = chosen - torch.logsumexp(shape, 1) + STAGES_SHARE * known * (of_stages - chosen)
+        value = RIDGE * signed().square().sum() - likelihood.mean()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return signed().detach().numpy() / spread
+
+
+def fit(points: Sequence[Point], fitted: set) -> dict:
+    """Constants from the points of one device whose shape is in ``fitted``."""
+    name = points[0].device
+    data = samples(device(name), [point for point in points if point.shape in fitted])
+    weights = fit_weights(data)
+    scores = (data.features @ weights).reshape(data.fits.shape)[data.fits]
+    log_seconds = data.log_seconds.reshape(data.fits.shape)[data.fits]
+    slope = -log_seconds.std() / scores.std()
+    offset = log_seconds.mean() - slope * scores.mean()
+    return {
+        "about": "Constants of mla_kernels.autotune.moe_model, written by python -m mla_kernels.autotune fit.",
+        "fitted_on": {
+            "device": name,
+            "points": len(data.winner),
+            "shapes": sorted(fitted),
+            "split": "the half of the file's (experts, intermediate) shapes that measured.halves puts first",
+        },
+        "weights": {name: round(float(value), 4) for name, value in zip(moe_model.FEATURES, weights)},
+        "seconds": {"slope": round(float(slope), 5), "offset": round(float(offset), 4)},
+    }
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("fit", help="fit the model of grouped products to a file of measured winners")
+    parser.add_argument("--measured", type=Path, required=True, metavar="FILE.csv", help="measured winners to fit to")
+    parser.add_argument("--device", help="fit to the rows of this device (default: the one with the most rows)")
+    parser.add_argument("--output", type=Path, default=moe_model.CONSTANTS, help="where the constants go")
+    parser.set_defaults(run=run)
+
+
+def run(options) -> int:
+    points = read_points(options.measured)
+    names = [point.device for point in points]
+    name = options.device or max(sorted(set(names)), key=names.count)
+    if name not in names:
+        raise ValueError(f"--device: got {name!r}, the file holds {', '.join(sorted(set(names)))}")
+    points = [point for point in points if point.device == name]
+    first, second = halves(point.shape for point in points)
+    constants = fit(points, first)
+    options.output.write_text(json.dumps(constants, indent=1) + "\n")
+    print(
+        f"{options.output}: {len(moe_model.FEATURES)} weights from {constants['fitted_on']['points']} points of "
+        f"{len(first)} shapes; {len(second)} shapes are left for evaluation"
+    )
+    return 0

@@ -1,0 +1,50 @@
+"""``show``: the tiles that launches of a model or of declared problems take, and where each comes from."""
+
+import sys
+
+from mla_kernels import tiles
+from mla_kernels.autotune import models, tune
+from mla_kernels.autotune import options as common
+from mla_kernels.launch import chip_of
+from mla_kernels.targets.devices import DEVICES
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("show", help="print the tiles that launches take, and where they come from")
+    common.add_targets(parser, "the device of this machine")
+    common.add_kernels(parser)
+    parser.add_argument(
+        "--model", metavar="MODEL", help=f"a known model ({', '.join(models.MODELS)}) or a config.json; else all cases"
+    )
+    parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
+    parser.set_defaults(run=run, statics=None, sizes=None)
+
+
+def run(options) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    here = tune.local_device()
+    chips = options.target or ([chip_of(here)] if here is not None else [])
+    if not chips:
+        raise ValueError(f"no device here; name one with --target: {', '.join(DEVICES)}")
+    tiles.LOG.disabled = True  # the table says what is missing
+    printed = Table("device", "kernel", "constants", "sizes", "tile", "from")
+    for chip in chips:
+        for task in tune.tasks(options, chip):
+            problem = task.problem
+            try:
+                found = tiles.look_up(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes)
+            except NotImplementedError as error:
+                found = tiles.Found({}, f"none: {error}")
+            tile, origin = _words(found.tile), found.origin
+            if found.entry is not None:
+                origin = f"{found.origin} of {found.device}, {found.entry.provenance}"
+            sizes, statics = _words(problem.sizes), _words(problem.statics)
+            printed.add_row(chip.device, problem.kernel.name, statics, sizes, tile, origin)
+    Console(width=None if sys.stdout.isatty() else 240).print(printed)
+    return 0
+
+
+def _words(values) -> str:
+    return " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in values.items())
