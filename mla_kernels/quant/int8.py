@@ -20,6 +20,20 @@ def divide_by_127(a):
 
 
 @triton.jit
+def int8_scale(amax):
+    """amax / 127 in fp32, or 1 where that is no normal number."""
+    scale = divide_by_127(amax)
+    return tl.where(scale < SMALLEST_NORMAL, 1.0, scale)
+
+
+@triton.jit
+def round_to_int8(quotient):
+    """fp32 from -127 to 127, of any shape -> int8, ties to even; NaN gives 0."""
+    rounded = (quotient + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+    return tl.where(quotient == quotient, rounded, 0).to(tl.int8)
+
+
+@triton.jit
 def quantise_int8(values):
     """fp32 [n] -> (codes int8 [n], scale fp32): amax / 127, or 1 where that is no normal number; ties to even.
 
@@ -27,8 +41,5 @@ def quantise_int8(values):
     that a quotient nearer than that to the middle of two codes may get either.
     """
     poison = tl.sum(values * 0.0, 0)
-    scale = divide_by_127(tl.max(tl.abs(values), 0))
-    scale = tl.where(scale < SMALLEST_NORMAL, 1.0, scale) + poison
-    quotient = values / scale
-    rounded = (quotient + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
-    return tl.where(quotient == quotient, rounded, 0).to(tl.int8), scale
+    scale = int8_scale(tl.max(tl.abs(values), 0)) + poison
+    return round_to_int8(values / scale), scale
