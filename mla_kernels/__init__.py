@@ -20,7 +20,9 @@ from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.quantisation_error import WeightError, quantisation_error
 from mla_kernels.moe.route import route
+from mla_kernels.moe.weights import ExpertWeights, WeightFormat
 
 __version__ = "0.1.0"
 
@@ -29,9 +31,12 @@ __all__ = [
     "CacheLayout",
     "Clamp",
     "Dispatch",
+    "ExpertWeights",
     "IndexerCache",
     "LatentCache",
     "PrologWeights",
+    "WeightError",
+    "WeightFormat",
     "absorb_query",
     "combine",
     "compress_latent",
@@ -50,6 +55,7 @@ __all__ = [
     "mla_prolog",
     "norm_and_write",
     "paged_indexer_logits",
+    "quantisation_error",
     "rotate_indexer_query",
     "route",
     "scatter_tokens",
