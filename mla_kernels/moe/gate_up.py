@@ -160,8 +160,16 @@ def moe_gate_up_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
+    """Interleaved columns that stand side by side are loaded together on GPUs; Ascend loads every other one, which takes
+    vector memory, as the end of a row does."""
     tile = tile_rule(2)(chip, dtype, statics, sizes)
-    return tile | {"JOINED": int(chip.dot_from_shared and dtype != "fp32" and tile["BLOCK_M"] >= 64)}
+    every_other = statics["INTERLEAVED"] and statics["TRANSPOSED"]
+    if not chip.is_gpu:
+        if every_other or not statics["EVEN_K"]:
+            tile["BLOCK_M"] = min(tile["BLOCK_M"], 64)
+        return tile | {"JOINED": 0, "BLOCK_N": 64 if every_other else tile["BLOCK_N"]}
+    from_shared = chip.dot_from_shared and tile["BLOCK_M"] >= 64
+    return tile | {"JOINED": int(dtype != "fp32" and (from_shared or every_other))}
 
 
 def _statics(experts, hidden, wide=False, transposed=False, activation=SWIGLU, has_bias=False, weighted=False):
