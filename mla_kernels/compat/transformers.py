@@ -7,7 +7,8 @@ cache layers) and a torch forward pre-hook. One undocumented method is needed, `
 where it is missing, ``enable`` says so.
 
 The attention and experts functions are registered as ``"mla_kernels"`` when this module is imported, so
-``model.set_experts_implementation("mla_kernels")`` alone works on any model whose experts use plain SwiGLU.
+``model.set_experts_implementation("mla_kernels")`` alone works on any model whose experts use SwiGLU,
+with or without a clamp.
 """
 
 import types
@@ -27,7 +28,7 @@ try:
 
     from mla_kernels.compat.transformers_attention import attention, has_prefill, keep_latents, kv_b_weight
     from mla_kernels.compat.transformers_cache import LatentLayer
-    from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_plain
+    from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused
     from mla_kernels.compat.transformers_indexer import choose_slots, choose_slots_interleaved
 except ImportError as error:
     raise ImportError(
@@ -111,7 +112,7 @@ def enable(model):
 
     Raises:
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read.
-        NotImplementedError: experts that are not plain SwiGLU, sliding windows, methods that another library has
+        NotImplementedError: experts that are not SwiGLU, sliding windows, methods that another library has
             replaced, or a transformers without ``expand_kv``.
         ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
             from 16 to 256.
@@ -198,7 +199,7 @@ def _replacements(model, family: Family):
             kv_b_weight(module)
             yield module, "expand_kv", keep_latents
         elif _is_a(module, family.experts):
-            if reason := why_not_plain(module):
+            if reason := why_not_fused(module):
                 raise NotImplementedError(f"enable: {type(module).__name__} cannot be fused: {reason}")
             if family.experts_forward is not None:
                 yield module, "forward", types.MethodType(family.experts_forward, module)

@@ -214,7 +214,9 @@ def test_experts_of_another_model():
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
 
 
-class _Clamped(torch.nn.Module):
+class _HiddenLimit(torch.nn.Module):
+    """A clamp whose limit no attribute names."""
+
     def _apply_gate(self, gate_up):
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate.clamp(max=10)) * up.clamp(-10, 10)
@@ -226,25 +228,24 @@ class _Gelu(torch.nn.Module):
         return F.gelu(gate) * up
 
 
-class _Interleaved(torch.nn.Module):
-    def _apply_gate(self, gate_up):
-        return F.silu(gate_up[..., ::2]) * gate_up[..., 1::2]
+class _Ungated(torch.nn.Module):
+    has_gate = False
 
 
-class _Transposed(_Clamped):
-    is_transposed = True
+class _Normed(_Gelu):
+    has_post_expert_norm = True
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (_Clamped, "not silu"),
-        (_Gelu, "not silu"),
-        (_Interleaved, "not silu"),
-        (_Transposed, r"\[experts, in, out\]"),
+        (_HiddenLimit, "not SwiGLU"),
+        (_Gelu, "not SwiGLU"),
+        (_Ungated, "without a gate"),
+        (_Normed, "a norm after each expert"),
     ],
 )
-def test_other_gates_are_refused_with_the_reason(kind, reason):
+def test_other_experts_are_refused_with_the_reason(kind, reason):
     experts = kind()
     experts.gate_up_proj = torch.nn.Parameter(torch.randn(2, 16, 8))
     experts.down_proj = torch.nn.Parameter(torch.randn(2, 8, 8))
@@ -261,7 +262,7 @@ def test_unsupported_models_are_refused():
         enable(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="latent_dim: got 24"):
         enable(tiny("DeepseekV3", kv_lora_rank=24))
-    with pytest.raises(NotImplementedError, match="DeepseekV2Experts cannot be fused: its gate is not silu"):
+    with pytest.raises(NotImplementedError, match="DeepseekV2Experts cannot be fused: its gate is not SwiGLU"):
         enable(tiny("DeepseekV2", hidden_act="gelu"))
     adapted = tiny("DeepseekV3")
     adapted.model.layers[1].self_attn.kv_b_proj = torch.nn.Sequential(adapted.model.layers[1].self_attn.kv_b_proj)

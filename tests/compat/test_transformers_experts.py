@@ -1,0 +1,117 @@
+"""Every class of transformers that uses its experts interface: eager's result, or a clear refusal."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mla_kernels.compat.transformers import experts
+from mla_kernels.compat.transformers_experts import activation_of
+
+HIDDEN, INNER, EXPERTS = 32, 16, 4
+REFUSED = {
+    "inkling2.Inkling2Experts": "its gate is not SwiGLU",
+    "muse_spark.MuseSparkExperts": "a norm after each expert",
+    "nemotron_h.NemotronHExperts": "experts without a gate",
+}
+
+
+class SmallConfig:
+    """Answers whatever a class asks of its configuration with something small."""
+
+    _experts_implementation = "eager"
+    hidden_act = hidden_activation = moe_hidden_act = activation_function = "silu"
+    num_experts_per_tok = moe_topk = num_experts_per_token = 2
+    swiglu_limit = 7.0
+    swiglu_alpha = 1.702
+    initializer_range = 1.0
+    num_zero_experts = zero_expert_num = 0
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if "act" in name:
+            return "silu"
+        if "limit" in name:
+            return 7.0
+        if "intermediate" in name or "ffn" in name:
+            return INNER
+        if name.endswith(("hidden_size", "hidden_dim")):
+            return HIDDEN
+        if "expert" in name:
+            return EXPERTS
+        if "softcap" in name:
+            return 5.0
+        if "eps" in name:
+            return 1e-6
+        return None
+
+
+def classes():
+    """Every experts class of transformers, by name."""
+    models = Path(transformers.__file__).parent / "models"
+    found = {}
+    for file in sorted(models.glob("*/modeling_*.py")):
+        if "@use_experts_implementation" not in file.read_text():
+            continue
+        module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        for name, cls in vars(module).items():
+            if inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "_apply_gate"):
+                found[f"{file.parent.name}.{name}"] = cls
+    return found
+
+
+def test_every_class_gives_eagers_result_or_a_refusal():
+    refused, wrong = {}, {}
+    for name, cls in classes().items():
+        torch.manual_seed(0)
+        module = cls(SmallConfig())
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(0, 1.5 * HIDDEN**-0.5)
+        hidden = torch.randn(9, HIDDEN) * 4
+        ids = torch.rand(9, EXPERTS).argsort(1)[:, :2]
+        weights = torch.rand(9, 2)
+        with torch.no_grad():
+            try:
+                actual = experts(module, hidden, ids, weights)
+            except NotImplementedError as error:
+                refused[name] = str(error)
+                continue
+            expected = module(hidden, ids, weights)
+        error = (actual - expected).abs().max() / expected.abs().max()
+        if not error < 1e-5:
+            wrong[name] = float(error)
+    assert not wrong
+    assert refused.keys() == REFUSED.keys()
+    for name, reason in REFUSED.items():
+        assert reason in refused[name]
+
+
+@pytest.mark.parametrize(
+    ("model", "cls", "expected"),
+    [
+        ("gpt_oss", "GptOssExperts", ("gpt_oss", 7.0, 1.702, True)),
+        ("openai_privacy_filter", "OpenAIPrivacyFilterExperts", ("gpt_oss", 7.0, 1.702, False)),
+        ("deepseek_v4", "DeepseekV4Experts", ("pre", 7.0, 1.702, False)),
+        ("step3p7", "Step3p7Experts", ("post", 7.0, 1.702, False)),
+        ("deepseek_v3", "DeepseekV3Experts", ("none", None, 1.702, False)),
+    ],
+)
+def test_gates_are_recognised(model, cls, expected):
+    module = getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), cls)(SmallConfig())
+    if model == "step3p7":
+        module.limit = 7.0  # every layer has its own there
+    assert activation_of(module).arguments == expected
+
+
+def test_a_limit_that_changes_is_seen():
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+
+    module = DeepseekV4Experts(SmallConfig())
+    assert activation_of(module).limit == 7.0
+    module.limit = 3.0
+    assert activation_of(module).limit == 3.0
