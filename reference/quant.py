@@ -1,4 +1,4 @@
-"""What the weight formats of the experts hold: quantise, pack, unpack, dequantise, one tensor at a time.
+"""What the weight formats of the experts hold, and what experts in these formats compute.
 
 A weight is [..., N, K]: N outputs (rows), K inputs (columns), and any number of leading axes, usually one for experts.
 
@@ -31,8 +31,14 @@ Example, K = 160, column c with code c % 16, zero code 8. Two blocks, of columns
 and with groups of 32 (5 scales a row) bytes 96 to 127 have scale 2 for their low nibbles and 4 for their high ones.
 """
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
+
+from .latent import decode_e4m3, encode_e4m3, power_of_two_scale, quantise_latent
+from .moe import SWIGLU, Activation, apply_activation, combine, dispatch, fused_moe
 
 BLOCK = 128  # rows and columns of a scale of fp8_block; columns of a packed block of four-bit codes
 HALF = BLOCK // 2
@@ -41,6 +47,109 @@ MX_GROUP = 32
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+
+
+def fused_experts(
+    hidden: torch.Tensor,
+    experts,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    activation: Activation = SWIGLU,
+    weight_at: str = "output",
+) -> torch.Tensor:
+    """`fused_moe` of the dequantised weights; with the formats fp8_block and int8_w8a8, of quantised activations.
+
+    hidden [T, H], weights [T, K], ids [T, K], activation and weight_at as in `fused_moe`; experts: an object with the
+    attributes of mla_kernels.ExpertWeights. Returns [T, H] in hidden's dtype.
+
+    fp8_block and int8_w8a8 replace what goes into either product by `round_activations` of it. The router's weight
+    is left out of that: with weight_at "input" it multiplies gate_up's sums, with "activation" down's, before the bias.
+    """
+    gate_up, down = dequantise_experts(experts, dtype=hidden.dtype)
+    biases = [None if bias is None else bias.to(hidden.dtype) for bias in (experts.gate_up_bias, experts.down_bias)]
+    if experts.format not in ("fp8_block", "int8_w8a8"):
+        options = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": activation, "weight_at": weight_at}
+        return fused_moe(hidden, gate_up, down, weights, ids, **options)
+    dispatched = dispatch(ids, len(gate_up))
+    of_rows = rearrange(weights.flatten()[dispatched.order.long()], "row -> row 1")
+    rows = torch.full((len(of_rows), hidden.shape[1]), torch.nan, dtype=hidden.dtype, device=hidden.device)
+    for expert, (start, end) in enumerate(pairwise(dispatched.offsets.tolist())):
+        x = round_activations(hidden[dispatched.tokens[start:end].long()], experts.format)
+        both = einsum(x, gate_up[expert], "row hidden, out hidden -> row out")
+        if weight_at == "input":
+            both = (both * of_rows[start:end]).to(hidden.dtype)
+        both = both if biases[0] is None else both + biases[0][expert]
+        inner = apply_activation(both, activation.clamp, activation.limit, activation.alpha, activation.interleaved)
+        inner = round_activations(inner, experts.format)
+        y = einsum(inner, down[expert], "row inner, hidden inner -> row hidden")
+        if weight_at == "activation":
+            y = (y * of_rows[start:end]).to(hidden.dtype)
+        rows[start:end] = y if biases[1] is None else y + biases[1][expert]
+    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), dispatched)
+
+
+def round_activations(x: torch.Tensor, format: str) -> torch.Tensor:
+    """x [rows, K] as codes hold it, in x's dtype.
+
+    "fp8_block": e4m3 with one power of two for each row's 128 columns, `power_of_two_scale` of the largest magnitude
+    among them. "int8_w8a8": int8 with one scale a row, the largest magnitude / 127.
+    """
+    values = _wide(x)
+    if format == "int8_w8a8":
+        codes, scales = quantise_latent(values, "int8")
+        return (codes.to(values.dtype) * scales.to(values.dtype)).to(x.dtype)
+    parts = []
+    for part in values.split(BLOCK, dim=-1):
+        scales = power_of_two_scale(part.abs().amax(dim=-1, keepdim=True))
+        parts.append(decode_e4m3(encode_e4m3(part / scales), values.dtype) * scales)
+    return torch.cat(parts, dim=-1).to(x.dtype)
+
+
+def dequantise_experts(experts, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [E, 2I, H] and down [E, H, I] of an object with the attributes of mla_kernels.ExpertWeights."""
+    hidden_size, intermediate_size = experts.down.shape[1], experts.gate_up.shape[1] // 2
+    result = []
+    for name, columns in (("gate_up", hidden_size), ("down", intermediate_size)):
+        codes, scales, zeros = (getattr(experts, name + part) for part in ("", "_scale", "_zero"))
+        if experts.format == "plain":
+            result.append(codes.to(dtype))
+        elif experts.format == "fp8_block":
+            result.append(dequantise_fp8_block(codes, scales, dtype=dtype))
+        elif experts.format == "int4":
+            result.append(dequantise_int4(codes, scales, zeros, columns, dtype=dtype))
+        elif experts.format == "mxfp4":
+            result.append(dequantise_mxfp4(codes, scales, columns, dtype=dtype))
+        else:
+            result.append(dequantise_int8(codes, scales, dtype=dtype))
+    return tuple(result)
+
+
+class WeightError(NamedTuple):
+    """See `quantisation_error`."""
+
+    relative_rms: float
+    largest: float
+    worst_expert: int
+    worst_relative_rms: float
+
+
+def quantisation_error(gate_up: torch.Tensor, down: torch.Tensor, experts) -> dict[str, WeightError]:
+    """How far experts' weights are from gate_up [E, 2I, H] and down [E, H, I], as {"gate_up": ..., "down": ...}.
+
+    relative_rms: RMS of all errors / RMS of all weights; largest: the largest error / the largest magnitude of its
+    expert; worst_expert and worst_relative_rms: the expert whose own relative RMS error is largest, and that error.
+    """
+    report = {}
+    for name, original, restored in zip(
+        ("gate_up", "down"), (gate_up, down), dequantise_experts(experts, dtype=torch.float64)
+    ):
+        error = restored - original.double()
+        ratios = error.square().sum(dim=(1, 2)).sqrt() / original.double().square().sum(dim=(1, 2)).sqrt()
+        largest = (error.abs().amax(dim=(1, 2)) / original.double().abs().amax(dim=(1, 2))).max()
+        relative = error.norm() / original.double().norm()
+        report[name] = WeightError(relative.item(), largest.item(), int(ratios.argmax()), ratios.max().item())
+    return report
 
 
 def quantise_fp8_block(weight: torch.Tensor, *, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +173,8 @@ def quantise_fp8_block(weight: torch.Tensor, *, power_of_two: bool = False) -> t
 def dequantise_fp8_block(
     codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """[..., N, K] in ``dtype``."""
-    return codes.view(torch.float8_e4m3fn).to(dtype) * _spread(scales, codes.shape).to(dtype)
+    """[..., N, K], computed in fp64 and rounded once, to ``dtype``."""
+    return (decode_e4m3(codes, torch.float64) * _spread(scales, codes.shape)).to(dtype)
 
 
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +187,8 @@ def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantise_int8(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[..., N, K] in ``dtype``."""
-    return codes.to(dtype) * scales[..., None].to(dtype)
+    """[..., N, K], computed in fp64 and rounded once, to ``dtype``."""
+    return (codes.double() * scales[..., None]).to(dtype)
 
 
 def quantise_int4(
@@ -114,11 +223,11 @@ def dequantise_int4(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[..., N, columns] in ``dtype``: (code - zero) * scale."""
-    codes = unpack_nibbles(packed, columns)
+    """[..., N, columns]: (code - zero) * scale, computed in fp64 and rounded once, to ``dtype``."""
     group_size = columns // scales.shape[-1]
-    zero = 8 if zeros is None else repeat(zeros, "... group -> ... (group column)", column=group_size).to(dtype)
-    return (codes.to(dtype) - zero) * repeat(scales, "... group -> ... (group column)", column=group_size).to(dtype)
+    zeros = torch.full_like(scales, 8) if zeros is None else zeros
+    zeros, scales = (repeat(x.double(), "... group -> ... (group column)", column=group_size) for x in (zeros, scales))
+    return ((unpack_nibbles(packed, columns) - zeros) * scales).to(dtype)
 
 
 def quantise_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
