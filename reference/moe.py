@@ -145,8 +145,9 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
     valid = row_of < dispatched.offsets[-1]
     total = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
     for slot in range(top_k):
-        values = rows[row_of[:, slot]].to(wide) * weights[:, slot, None].to(wide)
-        total += torch.where(valid[:, slot, None], values, 0.0)
+        present = valid[:, slot, None]
+        values = torch.where(present, rows[row_of[:, slot]].to(wide), 0.0)  # nothing passes, nor does a gradient
+        total += torch.where(present, values * weights[:, slot, None].to(wide), 0.0)
     return total.to(rows.dtype)
 
 

@@ -100,7 +100,8 @@ def _rule(chip, dtype, statics, sizes):
     """Down's tile, narrower: the epilogue holds four more tiles of fp32, which registers and vector memory limit."""
     tile = tile_rule(1)(chip, dtype, statics, sizes)
     if chip.vendor == "ascend":
-        return tile | {"BLOCK_M": min(64, tile["BLOCK_M"]), "BLOCK_N": 64}
+        more = statics["INTERLEAVED"] or statics["HAS_BIAS"] or statics["WEIGHT_AT"] == "input"
+        return tile | {"BLOCK_M": min(32 if more else 64, tile["BLOCK_M"]), "BLOCK_N": 64}
     if dtype == "fp32":
         return tile | {"BLOCK_N": 32}
     return tile | {"BLOCK_N": 64}
@@ -108,7 +109,7 @@ def _rule(chip, dtype, statics, sizes):
 
 def _memory(chip, dtype, statics, tile):
     memory = tile_memory(1)(chip, dtype, statics, tile)
-    return memory if chip.is_gpu else memory | {"UB": 40 * tile["BLOCK_M"] * tile["BLOCK_N"]}
+    return memory if chip.is_gpu else memory | {"UB": 46 * tile["BLOCK_M"] * tile["BLOCK_N"]}
 
 
 def _cost(dtype, statics, sizes):

@@ -2,9 +2,10 @@
 
 import torch
 
-from mla_kernels.checks import check_choice, check_no_grad, check_tensor
+from mla_kernels.checks import check_choice, check_tensor
 from mla_kernels.cpu import moe as cpu
-from mla_kernels.moe.activation import OP_ARGUMENTS, SWIGLU, Activation, activation_of
+from mla_kernels.moe.activation import SWIGLU, Activation, activation_of
+from mla_kernels.moe.backward import ARGUMENTS, fused_moe_gradients, fused_moe_keeping, save_for_backward
 from mla_kernels.moe.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch import check_ids, launch_order
 from mla_kernels.moe.down import launch_down
@@ -41,11 +42,11 @@ def _fake(hidden, *_):
 
 _op = define_op(
     "fused_moe",
-    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? gate_up_bias, Tensor? down_bias, "
-    f"{OP_ARGUMENTS}, str weight_at) -> Tensor",
+    f"({ARGUMENTS}) -> Tensor",
     cpu=cpu.fused_moe,
     device=_launch,
     fake=_fake,
+    autograd=(save_for_backward, fused_moe_gradients),
 )
 
 
@@ -60,6 +61,7 @@ def fused_moe(
     down_bias: torch.Tensor | None = None,
     activation: Activation = SWIGLU,
     weight_at: str = "output",
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Sum over a token's slots of weight * expert(hidden): dispatch, expert_ffn and combine without a host wait.
 
@@ -87,13 +89,16 @@ def fused_moe(
         down_bias: [E, H] in hidden's dtype.
         activation: see :class:`mla_kernels.Activation`.
         weight_at: "input", "activation" or "output".
+        recompute: where a gradient is wanted, compute gate_up's results again in the backward pass instead of keeping
+            them, 2 * I * T * K elements; no difference elsewhere.
 
     Returns:
-        [T, H] in hidden's dtype; the same bits at every call.
+        [T, H] in hidden's dtype; the same bits at every call. Differentiable in hidden, gate_up, down, weights and the
+        biases, with fp32 sums and without atomics; gradients of an expert without tokens are 0.
 
     Raises:
-        ValueError: a wrong rank, shape, device or weight_at. TypeError: a wrong dtype. NotImplementedError: an input
-        that requires grad.
+        ValueError: a wrong rank, shape, device or weight_at. TypeError: a wrong dtype. NotImplementedError: a second
+        derivative.
     """
     check_weights(hidden, gate_up, down, gate_up_bias, down_bias)
     check_ids(ids)
@@ -101,6 +106,10 @@ def fused_moe(
     check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=hidden.device)
     check_activation(activation)
     check_choice("weight_at", weight_at, WEIGHT_PLACES)
-    tensors = {"hidden": hidden, "gate_up": gate_up, "down": down, "weights": weights}
-    check_no_grad("fused_moe", **tensors, gate_up_bias=gate_up_bias, down_bias=down_bias)
-    return _op(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, *activation.arguments, weight_at)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: got {type(recompute).__name__}, a bool is accepted")
+    tensors = (hidden, gate_up, down, weights, ids, gate_up_bias, down_bias)
+    arguments = (*tensors, *activation.arguments, weight_at)
+    if recompute or not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return _op(*arguments)
+    return fused_moe_keeping(*arguments)[0]

@@ -1,0 +1,141 @@
+"""fused_moe for training, for CPU tensors: the forward pass that keeps gate_up's results, and the backward pass.
+
+Loops run over experts that have tokens, and each expert's rows go through all of its products while they are in the
+caches.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.moe import activate, combine, dispatch
+
+
+def keeping(
+    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at
+):  # fmt: skip
+    """fused_moe's result, and gate_up's results [P, 2I] in expert order without weight or bias."""
+    order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    products = hidden.new_empty(order.shape[0], gate_up.shape[1])
+    rows = hidden.new_empty(order.shape[0], hidden.shape[1])
+    of_rows = weights.reshape(-1, 1).index_select(0, order)
+    for expert, (first, last) in enumerate(pairwise(offsets.tolist())):
+        if first == last:
+            continue
+        products[first:last] = linear(hidden.index_select(0, tokens[first:last]), gate_up[expert])
+        both, weight = products[first:last], of_rows[first:last]
+        if weight_at == "input":
+            both = (both * weight).to(hidden.dtype)
+        if gate_up_bias is not None:
+            both = both + gate_up_bias[expert]
+        inner = activate(both, clamp, limit, alpha, interleaved)
+        if weight_at == "activation":
+            inner *= weight
+        y = linear(inner, down[expert])
+        rows[first:last] = y if down_bias is None else y.add_(down_bias[expert])
+    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), inverse, offsets), products
+
+
+def backward(
+    out_grad, hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, products,
+    clamp, limit, alpha, interleaved, weight_at, wanted,
+):  # fmt: skip
+    order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    bounds = offsets.tolist()
+    filled = bounds[-1]
+    at_input, at_output = weight_at == "input", weight_at == "output"
+    of_rows = weights.reshape(-1, 1).index_select(0, order)  # [P, 1]
+    none = hidden.new_empty(0)
+    rows_grad = hidden.new_empty(order.shape[0], hidden.shape[1]) if wanted[0] else none
+    gate_up_grad = _like(gate_up) if wanted[1] else none
+    down_grad = _like(down) if wanted[2] else none
+    weight_rows = weights.new_zeros(order.shape[0])
+    gate_up_bias_grad = torch.zeros_like(gate_up_bias) if wanted[4] else none
+    down_bias_grad = torch.zeros_like(down_bias) if wanted[5] else none
+    for expert, (first, last) in enumerate(pairwise(bounds)):
+        if first == last:
+            for grad in (gate_up_grad, down_grad):
+                if grad.numel():
+                    grad[expert].zero_()
+            continue
+        weight, mine = of_rows[first:last], tokens[first:last]
+        x, g = hidden.index_select(0, mine), out_grad.index_select(0, mine)
+        plain = linear(x, gate_up[expert]) if products is None else products[first:last]
+        both = (plain * weight).to(plain.dtype) if at_input else plain
+        if gate_up_bias is not None:
+            both = both + gate_up_bias[expert]
+        y_grad = linear(g, down[expert].t())  # but for the weight
+        weighted = y_grad if at_input else (y_grad * weight).to(y_grad.dtype)
+        inner, both_grad = _through_activation(both, weighted, clamp, limit, alpha, interleaved)
+        if wanted[3]:
+            pair = (both_grad, plain) if at_input else (inner, y_grad)
+            weight_rows[first:last] = _dots(*pair)
+            if at_output and down_bias is not None:
+                weight_rows[first:last] += g.float() @ down_bias[expert].float()
+        if wanted[2]:
+            _product_into(down_grad[expert], g.t(), inner if at_input else (inner * weight).to(inner.dtype))
+        if wanted[1]:
+            _product_into(gate_up_grad[expert], both_grad.t(), (x * weight).to(x.dtype) if at_input else x)
+        if wanted[0]:
+            rows_grad[first:last] = linear(both_grad, gate_up[expert].t())
+        if wanted[4]:
+            gate_up_bias_grad[expert] = both_grad.sum(0, dtype=torch.float32)
+        if wanted[5]:
+            scaled = g * weight if at_output else g
+            down_bias_grad[expert] = scaled.sum(0, dtype=torch.float32)
+    hidden_grad, weights_grad = none, weights.new_empty(0)
+    if wanted[0]:
+        hidden_grad = combine(rows_grad, weights if at_input else torch.ones_like(weights), inverse, offsets)
+    if wanted[3]:
+        weight_rows[filled:] = 0.0
+        weights_grad = torch.empty_like(weight_rows).scatter_(0, order.long(), weight_rows).view(weights.shape)
+    return hidden_grad, gate_up_grad, down_grad, weights_grad, gate_up_bias_grad, down_bias_grad
+
+
+def _like(weight):
+    """An empty gradient of a weight [E, out, in], stored as the weight is."""
+    if weight.stride(2) != 1 and weight.shape[2] > 1:
+        return weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
+    return weight.new_empty(weight.shape)
+
+
+def _product_into(out, a, b):
+    """out = a @ b."""
+    if out.dtype == torch.bfloat16:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(linear(a, b.t()))
+
+
+def _dots(a, b):
+    """Dot product of each row, in fp32."""
+    return (a.float() * b.float()).sum(1)
+
+
+def _through_activation(both, grad, clamp, limit, alpha, interleaved):
+    """The activation [rows, I] of ``both`` [rows, 2I], and the gradient of ``both`` from that of the activation."""
+    gate, up = (both[:, 0::2], both[:, 1::2]) if interleaved else both.chunk(2, -1)
+    both_grad = torch.empty_like(both)
+    gate_grad, up_grad = (both_grad[:, 0::2], both_grad[:, 1::2]) if interleaved else both_grad.chunk(2, -1)
+    if clamp == "none":
+        silu = F.silu(gate)
+        torch.mul(grad, silu, out=up_grad)
+        gate_grad.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return silu.mul_(up), both_grad
+    gate, up, grad = gate.float(), up.float(), grad.float()
+    factor = up.clamp(-limit, limit)
+    if clamp == "gpt_oss":
+        factor += 1.0
+    x = gate if clamp == "post" else gate.clamp(max=limit)
+    slope_in = alpha if clamp == "gpt_oss" else 1.0
+    sigmoid = torch.sigmoid(x * slope_in)
+    passed = x * sigmoid
+    slope = (1.0 - sigmoid).mul_(x).mul_(slope_in).add_(1.0).mul_(sigmoid)
+    slope.masked_fill_((passed if clamp == "post" else gate) > limit, 0.0)
+    if clamp == "post":
+        passed.clamp_(max=limit)
+    gate_grad.copy_(grad * factor * slope)
+    up_grad.copy_((grad * passed).masked_fill_(up.abs() > limit, 0.0))
+    return (passed * factor).to(both.dtype), both_grad
