@@ -1,9 +1,11 @@
 """Seeded problems for the mixture-of-experts tests, and the exact answer to each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.fused import fused_moe
 from mla_kernels.reference import moe as reference
 
 
@@ -16,17 +18,47 @@ class Layer:
     down: torch.Tensor
     weights: torch.Tensor
     ids: torch.Tensor
+    options: dict = field(default_factory=dict)
 
     def inputs(self):
         return self.hidden, self.gate_up, self.down, self.weights, self.ids
 
+    def run(self):
+        return fused_moe(*self.inputs(), **self.options)
+
     def exact(self):
         """The answer in float64."""
-        return reference.fused_moe(*(x.double() if x.is_floating_point() else x for x in self.inputs()))
+        options = {name: _double(value) for name, value in self.options.items()}
+        return reference.fused_moe(*map(_double, self.inputs()), **options)
 
     def baseline(self):
         """The same mathematics in the layer's dtype; None for fp32, which has an absolute bound."""
-        return None if self.hidden.dtype == torch.float32 else reference.fused_moe(*self.inputs())
+        return None if self.hidden.dtype == torch.float32 else reference.fused_moe(*self.inputs(), **self.options)
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+OPTIONS = {
+    "gpt_oss": {"activation": Activation("gpt_oss", limit=0.8, interleaved=True), "biases": True, "transposed": True},
+    "step": {"activation": Activation("post", limit=0.5), "weight_at": "activation", "biases": True},
+    "v4": {"activation": Activation("pre", limit=0.7)},
+    "llama4": {"weight_at": "input", "transposed": True},
+    "interleaved": {"activation": Activation(interleaved=True), "weight_at": "input", "biases": True},
+}
+"""Named combinations of options that hold each option at least once; see :func:`with_options`."""
+
+
+def with_options(problem: "Layer", biases=False, transposed=False, **options) -> "Layer":
+    """The same layer with random biases, with weights stored as [E, in, out], and with other options of fused_moe."""
+    if biases:
+        options["gate_up_bias"] = torch.randn(problem.gate_up.shape[:2]).to(problem.hidden.dtype)
+        options["down_bias"] = torch.randn(problem.down.shape[:2]).to(problem.hidden.dtype)
+    weights = problem.gate_up, problem.down
+    if transposed:
+        weights = tuple(weight.transpose(1, 2).contiguous().transpose(1, 2) for weight in weights)
+    return Layer(problem.hidden, *weights, problem.weights, problem.ids, options)
 
 
 def distinct_ids(tokens: int, experts: int, top_k: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
@@ -55,7 +56,12 @@ LAYER_REFUSALS = [
     ({"down": DOWN[:7]}, ValueError, "down: got shape (7, 32, 24), (8, 32, 24) is accepted"),
     ({"down": DOWN[:, :, :20]}, ValueError, "down: got shape (8, 32, 20), (8, 32, 24) is accepted"),
     ({"down": DOWN.bfloat16()}, TypeError, "down: got dtype bfloat16, accepted: float32"),
-    ({"gate_up": GATE_UP.clone().requires_grad_()}, NotImplementedError, "no backward and gate_up requires grad"),
+    ({"gate_up": torch.zeros(8, 48, 64)[:, :, ::2]}, ValueError, "gate_up: got stride 2 in the last dimension"),
+    ({"gate_up_bias": torch.zeros(8, 24)}, ValueError, "gate_up_bias: got shape (8, 24), (8, 48) is accepted"),
+    ({"gate_up_bias": torch.zeros(8, 48).half()}, TypeError, "gate_up_bias: got dtype float16, accepted: float32"),
+    ({"down_bias": torch.zeros(8, 24)}, ValueError, "down_bias: got shape (8, 24), (8, 32) is accepted"),
+    ({"down_bias": torch.zeros(8, 32, device=META)}, ValueError, "down_bias: got a tensor on meta"),
+    ({"activation": "gpt_oss"}, TypeError, "activation: got str, an Activation is accepted"),
 ]  # fmt: skip
 
 
@@ -74,7 +80,7 @@ def test_expert_ffn_and_fused_moe_refuse(changes, error, text):
         ({"ids": IDS.to(META)}, ValueError, "ids: got a tensor on meta, all arguments must be on cpu"),
         ({"weights": WEIGHTS[:, :2]}, ValueError, "weights: got shape (2, 2), (2, 3) is accepted"),
         ({"weights": WEIGHTS.half()}, TypeError, "weights: got dtype float16, accepted: float32"),
-        ({"weights": WEIGHTS.clone().requires_grad_()}, NotImplementedError, "no backward and weights requires grad"),
+        ({"weight_at": "down"}, ValueError, "weight_at: got 'down', accepted: 'input', 'activation', 'output'"),
     ],
 )
 def test_fused_moe_refuses(changes, error, text):
@@ -94,6 +100,25 @@ def test_fused_moe_refuses(changes, error, text):
 )  # fmt: skip
 def test_expert_ffn_refuses(changes, error, text):
     refused(lambda: expert_ffn(HIDDEN, GATE_UP, DOWN, sorted_pairs(**changes)), error, text)
+
+
+def test_expert_ffn_has_no_backward():
+    wanted = GATE_UP.clone().requires_grad_()
+    text = "expert_ffn has no backward and gate_up requires grad"
+    refused(lambda: expert_ffn(HIDDEN, wanted, DOWN, sorted_pairs()), NotImplementedError, text)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"clamp": "relu"}, "clamp: got 'relu', accepted: 'none', 'pre', 'post', 'gpt_oss'"),
+        ({"clamp": "pre"}, "limit: got None with clamp 'pre', a number above 0 is accepted"),
+        ({"clamp": "post", "limit": 0.0}, "limit: got 0.0 with clamp 'post', a number above 0 is accepted"),
+        ({"limit": 7.0}, "limit: got 7.0 with clamp 'none', None is accepted there"),
+    ],
+)
+def test_activation_refuses(arguments, text):
+    refused(lambda: Activation(**arguments), ValueError, text)
 
 
 @pytest.mark.parametrize(
