@@ -1,0 +1,256 @@
+"""Experts with quantised weights, for CPU tensors.
+
+Loops run over experts that have tokens and over 512 rows of a weight, never over tokens: no more than 512 rows of one
+expert are ever held as numbers. bfloat16 products are torch's bfloat16 ones; float32 and float16 compute in float32.
+
+- int8 multiplies few rows by the codes as they are (torch._weight_int8pack_mm), int8_w8a8 any number (torch._int_mm).
+- int4 does so from a copy of the codes in the layout of torch._weight_int4pack_mm_for_cpu, half a byte a weight, which
+  `prepack` makes; without it, and for many rows, it converts the codes of each call, as fp8_block and mxfp4 do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.moe import activate, combine, dispatch
+from mla_kernels.quant.fp8_block import BLOCK, decode_e4m3, dequantise_fp8_block
+from mla_kernels.quant.int4 import dequantise_int4
+from mla_kernels.quant.mxfp4 import dequantise_mxfp4
+from mla_kernels.quant.nibbles import unpack_nibbles
+
+_ROWS = 512  # of a weight: a multiple of fp8's block
+_FEW = 16  # rows of activations up to which reading codes costs less than converting them
+_SMALLEST_FP8_AMAX = 448e-4
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Projection(NamedTuple):
+    """One weight of all experts in its format, and what else a product takes."""
+
+    form: str
+    codes: torch.Tensor  # [E, rows, ...]
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None
+    columns: int
+    copies: "_Copy | None"
+
+
+def fused_experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    form: str,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_scale: torch.Tensor,
+    gate_up_zero: torch.Tensor | None,
+    down_zero: torch.Tensor | None,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    group_size: int,
+    clamp: str,
+    limit: float | None,
+    alpha: float,
+    interleaved: bool,
+    weight_at: str,
+) -> torch.Tensor:
+    """The op's arguments; a single token needs no sorting. ``group_size`` follows from shapes here."""
+    del group_size
+    copies = _copies_of(gate_up, gate_up_scale, gate_up_zero), _copies_of(down, down_scale, down_zero)
+    inner = gate_up.shape[1] // 2
+    first = Projection(form, gate_up, gate_up_scale, gate_up_zero, gate_up_bias, hidden.shape[1], copies[0])
+    second = Projection(form, down, down_scale, down_zero, down_bias, inner, copies[1])
+    call = first, second, (clamp, limit, alpha, interleaved), weight_at
+    if hidden.shape[0] == 1:
+        return _one_token(hidden, weights, ids, call)
+    order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    bounds = offsets.tolist()
+    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
+    of_rows = weights.reshape(-1, 1).index_select(0, order)
+    x = hidden.index_select(0, tokens[: bounds[-1]])
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            rows[start:end] = _expert(x[start:end], of_rows[start:end], expert, *call)
+    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), inverse, offsets)
+
+
+def _one_token(hidden, weights, ids, call):
+    total, weight_at = torch.zeros(1, hidden.shape[1]), call[-1]
+    for slot, (expert, weight) in enumerate(zip(ids[0].tolist(), weights[0].tolist())):
+        if 0 <= expert < call[0].codes.shape[0]:
+            y = _expert(hidden, weights[:, slot : slot + 1], expert, *call)
+            total.add_(y, alpha=weight if weight_at == "output" else 1.0)
+    return total.to(hidden.dtype)
+
+
+def _expert(x, weight, expert, gate_up, down, activation, weight_at):
+    """One expert on its rows, as fp32 [rows, H]; weight [rows, 1]. Sums of products are weighted before the bias."""
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype)
+    inner = activate(both, *activation)
+    if gate_up.form not in ("fp8_block", "int8_w8a8"):  # those round it once, to codes
+        inner = inner.to(x.dtype)
+    return _multiply(inner, down, expert, weight if weight_at == "activation" else None, dtype)
+
+
+def _multiply(x, projection, expert, weight, dtype):
+    """x [rows, columns] times the expert's weight transposed, products in ``dtype``, in fp32, times weight [rows, 1],
+    plus the bias."""
+    form, copies = projection.form, projection.copies
+    if form == "int8_w8a8":
+        y = _integers(x, projection.codes[expert], projection.scales[expert])
+    elif form == "int8":
+        y = _by_bytes(x.to(dtype), projection.codes[expert]).float().mul_(projection.scales[expert])
+    elif copies is not None and dtype == torch.bfloat16 and x.shape[0] <= _FEW:
+        y = _int4_product()(x, copies.codes[expert], copies.group_size, copies.scales[expert]).float()
+    else:
+        x = round_to_e4m3(x) if form == "fp8_block" else x
+        y = _converted(x.to(dtype), projection, expert)
+    if weight is not None:
+        y *= weight
+    return y if projection.bias is None else y.add_(projection.bias[expert])
+
+
+def _integers(x, codes, scales):
+    """Both sides int8, sums in int32."""
+    values = x.float()
+    amax = values.abs().amax(1, keepdim=True)
+    steps = amax / 127
+    steps = torch.where(steps < _TINY, 1.0, steps).masked_fill_(~amax.isfinite(), float("nan"))
+    rounded = (values / steps).round_().nan_to_num_(0.0).to(torch.int8)
+    y = torch._int_mm(rounded, codes.t()) if _has_int_mm() else _by_bytes(rounded.float(), codes)
+    return y.float().mul_(steps).mul_(scales)
+
+
+def _by_bytes(x, codes):
+    """x, bf16 or fp32, times int8 codes [rows, columns] transposed, without scales."""
+    if x.dtype == torch.bfloat16 and x.shape[0] <= _FEW and _has_int8_product():
+        return torch._weight_int8pack_mm(x, codes, _ones(codes.shape[0]))
+    parts = [linear(x, codes[first : first + _ROWS].to(x.dtype)) for first in range(0, codes.shape[0], _ROWS)]
+    return torch.cat(parts, 1)
+
+
+def _converted(x, projection, expert):
+    """x times 512 rows of the weight after another, each converted to x's dtype."""
+    codes, scales = projection.codes[expert], projection.scales[expert]
+    y = torch.empty(x.shape[0], codes.shape[0])
+    for first in range(0, codes.shape[0], _ROWS):
+        at = slice(first, first + _ROWS)
+        if projection.form == "fp8_block":
+            part = dequantise_fp8_block(codes[at], scales, x.dtype, first)
+        elif projection.form == "int4":
+            zeros = None if projection.zeros is None else projection.zeros[expert, at]
+            part = dequantise_int4(codes[at], scales[at], zeros, projection.columns, x.dtype)
+        else:
+            part = dequantise_mxfp4(codes[at], scales[at], projection.columns, x.dtype)
+        y[:, at] = linear(x, part)
+    return y
+
+
+def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """fp32 values of x as e4m3 codes with a power of two for each row's 128 columns hold it; bf16 holds them, too."""
+    columns = x.shape[1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+    amax = blocks.abs().amax(2, keepdim=True)
+    mantissa, exponent = torch.frexp(amax.clamp_min(_SMALLEST_FP8_AMAX) / 448.0)
+    scales = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    scales = scales.masked_fill_(~amax.isfinite(), float("nan"))
+    codes = (blocks / scales).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    return decode_e4m3(codes).float().mul_(scales).flatten(1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    state: tuple
+    codes: list[torch.Tensor]
+    scales: list[torch.Tensor]  # bf16 [columns / group_size, rows, 2] each: scale, and value of the code 8
+    group_size: int
+
+
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def prepack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, columns: int) -> int:
+    """Copy int4 codes [E, rows, ...] into the layout of torch's product; the bytes that takes.
+
+    `fused_experts` uses the copy for bfloat16 and up to 16 rows an expert. It is found by the codes' very tensor, freed
+    with it, and dropped once one of these tensors is changed in place.
+
+    Raises:
+        NotImplementedError: torch has no such product, or 16 does not divide the rows.
+    """
+    if _int4_product() is None:
+        raise NotImplementedError("prepack: this build of torch has no int4 product for CPUs")
+    if codes.shape[1] % 16:
+        raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
+    copies, factors = [], []
+    for expert in range(codes.shape[0]):
+        integers = unpack_nibbles(codes[expert], columns).int()
+        copies.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1))
+        scale = scales[expert].float()
+        offset = torch.zeros_like(scale) if zeros is None else (8.0 - zeros[expert].float()) * scale
+        factors.append(torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous())
+    _copies[codes] = _Copy(_state(codes, scales, zeros), copies, factors, columns // scales.shape[2])
+    return sum(tensor.nbytes for tensor in copies + factors)
+
+
+def _copies_of(codes, scales, zeros) -> _Copy | None:
+    copy = _copies.get(codes)
+    if copy is None:
+        return None
+    if copy.state != _state(codes, scales, zeros):
+        del _copies[codes]
+        return None
+    return copy
+
+
+def _state(*tensors):
+    return tuple(None if tensor is None else (tensor._version, tensor.data_ptr()) for tensor in tensors)
+
+
+@cache
+def _int4_product() -> Callable | None:
+    """torch's int4 product if it gives what its documentation in the sources says; it is no public function."""
+    try:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.full((16, 32), 9, dtype=torch.int32), 1)
+        factors = torch.tensor([2.0, 1.0], dtype=torch.bfloat16).repeat(1, 16, 1)
+        trial = product(torch.ones(1, 32, dtype=torch.bfloat16), packed, 32, factors)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return product if torch.equal(trial.float(), torch.full((1, 16), 96.0)) else None
+
+
+@cache
+def _has_int8_product() -> bool:
+    """Whether torch multiplies bfloat16 by int8 codes."""
+    ones = torch.ones(16, 32, dtype=torch.bfloat16)
+    try:
+        trial = torch._weight_int8pack_mm(ones[:1], ones.to(torch.int8), ones[:, 0].contiguous())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(trial.float(), torch.full((1, 16), 32.0))
+
+
+@cache
+def _has_int_mm() -> bool:
+    """Whether torch multiplies int8 by int8."""
+    ones = torch.ones(2, 32, dtype=torch.int8)
+    try:
+        trial = torch._int_mm(ones, ones.t())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(trial, torch.full((2, 2), 32, dtype=torch.int32))
+
+
+@cache
+def _ones(rows: int) -> torch.Tensor:
+    return torch.ones(rows, dtype=torch.bfloat16)
