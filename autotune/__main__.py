@@ -7,7 +7,7 @@ import sys
 import mla_kernels  # noqa: F401  (declares the kernels)
 from mla_kernels.targets.service import ToolchainMissing
 
-COMMANDS = ("tune", "tables", "show", "evaluate", "fit")
+COMMANDS = ("tune", "tables", "show", "report", "diff", "evaluate", "fit")
 """Modules of this package with ``add_parser(commands)``, which sets ``run`` to a function of the parsed options."""
 
 
@@ -26,9 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; what was finished is stored, and the same command goes on from there", file=sys.stderr)
         return 130
     except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] != "rich":
+        name = (missing.name or "").partition(".")[0]
+        if name not in ("rich", "matplotlib", "jinja2"):
             raise
-        print("error: this command needs rich: pip install 'mla_kernels[tune]'", file=sys.stderr)
+        print(f"error: this command needs {name}: pip install 'mla_kernels[tune]'", file=sys.stderr)
     return 2
 
 

@@ -76,6 +76,8 @@ def read_table(path: Path, device: str) -> list[Entry]:
         raise BadFile(f"{path}: got a file of another format, accepted: a table of format {TABLE_FORMAT}")
     if table.get("device") != device:
         raise BadFile(f"{path}: a table for {table.get('device')!r}, expected {device!r}")
+    if not isinstance(table.get("groups"), list):
+        raise BadFile(f"{path}: a table without groups")
     entries = []
     for index, group in enumerate(table["groups"]):
         try:

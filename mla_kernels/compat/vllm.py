@@ -1,18 +1,20 @@
-"""vLLM's MLA cache write and state merge over this library's ops: same names, arguments and layouts, on every chip.
+"""vLLM's MLA cache write, state merge and fused experts over this library's ops: same names, arguments and layouts.
 
-Import from ``mla_kernels.compat.vllm`` what was imported from ``vllm._custom_ops`` (``concat_and_cache_mla``) and
-``vllm.attention.ops.merge_attn_states``. Results are written in place, as there. What is not accepted raises with the
-reason. Signatures follow vLLM 0.11.
+Import from ``mla_kernels.compat.vllm`` what was imported from ``vllm._custom_ops`` (``concat_and_cache_mla``),
+``vllm.attention.ops.merge_attn_states`` (both write their results in place, as there) and
+``vllm.model_executor.layers.fused_moe`` (``fused_experts``, ``grouped_topk``, ``moe_align_block_size``). What is not
+accepted raises with the reason. Signatures follow vLLM 0.11, that of ``fused_experts`` later versions.
 """
 
 import torch
 
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_tensor
+from mla_kernels.compat.vllm_moe import fused_experts, grouped_topk, moe_align_block_size
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.scatter import scatter_tokens
 
-__all__ = ["concat_and_cache_mla", "merge_attn_states"]
+__all__ = ["concat_and_cache_mla", "fused_experts", "grouped_topk", "merge_attn_states", "moe_align_block_size"]
 
 _REFUSED = {
     "fp8": "stores latent and key alike as e4m3 under one scale a tensor, a layout that no kernel here reads",
