@@ -24,8 +24,8 @@ COMPILED = 16
 """How many of the tiles that the model ranks best are compiled, beside the rule's."""
 
 RANKED = (
-    "merge_states_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "moe_down_kernel", "moe_gate_up_kernel",
-    "moe_inverse_kernel", "route_kernel",
+    *model.GROUPED, "merge_states_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "moe_inverse_kernel",
+    "route_kernel",
 )  # fmt: skip
 """Kernels whose tiles the model may choose. The others keep their rule's until a device has timed their shortlist: the
 model sees no layouts."""
@@ -78,12 +78,14 @@ def best(problem: Problem, chip: Chip, fitting: Iterable[Tile], count: int) -> l
     def apart(tile: Tile) -> float:
         return sum(abs(math.log2(max(value, 1) / max(rule.get(name, value), 1))) for name, value in tile.items())
 
-    return sorted(fitting, key=lambda tile: (float(f"{seconds(problem, chip, tile):.3g}"), apart(tile)))[:count]
+    fitting = list(fitting)
+    ranks = [(float(f"{one:.3g}"), apart(tile)) for one, tile in zip(seconds(problem, chip, fitting), fitting)]
+    return [fitting[index] for index in sorted(range(len(fitting)), key=ranks.__getitem__)[:count]]
 
 
-def seconds(problem: Problem, chip: Chip, tile: Tile) -> float:
-    """The model's duration of a launch with this tile."""
-    return model.seconds(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes, tile)
+def seconds(problem: Problem, chip: Chip, some: list[Tile]) -> list[float]:
+    """The model's durations of a launch with each of these tiles."""
+    return model.all_seconds(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes, some)
 
 
 def refined(modelled: float, report: Report, chip: Chip) -> float:
@@ -151,9 +153,8 @@ def _key(problem: Problem) -> tuple:
 
 def _choose(problem: Problem, chip: Chip, tried: list[Tile], reports: list[Report], considered: int) -> Shortlist:
     ranked = []
-    for tile, report in zip(tried, reports):
+    for tile, report, modelled in zip(tried, reports, seconds(problem, chip, tried)):
         if report.ok:
-            modelled = seconds(problem, chip, tile)
             ranked.append(Ranked(tile, modelled, refined(modelled, report, chip), report))
     if not reports[0].ok:
         kernel = problem.kernel.name

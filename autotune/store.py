@@ -61,21 +61,19 @@ def append(path: Path, device: str, entries: Iterable[Entry]) -> None:
     """
     text = "".join(line_of(entry) + "\n" for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file, _locked(file):
+    with open(path, "a+b", buffering=0) as file, _locked(file):
         read_store(path, device)
         file.seek(0)
-        whole = file.read()
-        end = whole.rfind(b"\n") + 1
-        if end == 0:
-            end, text = 0, json.dumps(store_header(device)) + "\n" + text
+        end = file.read().rfind(b"\n") + 1
+        head = "" if end else json.dumps(store_header(device)) + "\n"
+        left = (head + text).encode()
         try:
             file.truncate(end)
-            file.write(text.encode())
-            file.flush()
+            while left:  # a write may take less than it is given
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(path, end)  # the file object would write the rest again
+            file.truncate(end)
             raise
 
 
