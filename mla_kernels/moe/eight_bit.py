@@ -123,7 +123,7 @@ def eb_gate_up_kernel(
     codes, code_scales, gate_up, scales, bias, weights, activation, activation_scales, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, padded, intermediate, limit, alpha,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_E: tl.constexpr,
+    WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """The activation of a tile [BLOCK_M, BLOCK_N] an item, from codes of hidden.
@@ -178,12 +178,10 @@ def eb_gate_up_kernel(
                 x_scale = tl.load(code_scales + token)[:, None]
                 gate = gate * x_scale * tl.load(scales + expert_rows + gate_row, mask=mask, other=0.0)[None, :]
                 up = up * x_scale * tl.load(scales + expert_rows + up_row, mask=mask, other=0.0)[None, :]
-            weight = m.to(tl.float32)
-            if WEIGHT_AT != "output":
-                weight = tl.load(weights + pair)
             y = activate(
-                gate, up, bias, weight, expert, n, intermediate, limit, alpha, BIAS, CLAMP, INTERLEAVED, WEIGHT_AT
-            )
+                gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
+                BIAS, CLAMP, INTERLEAVED, WEIGHTED,
+            )  # fmt: skip
             inside = m < end - first
             out = activation + tl.cast(first, tl.int64) * wide + m[:, None] * wide + n[None, :]
             if FORMAT == "fp8_block":
@@ -202,9 +200,9 @@ def eb_gate_up_kernel(
 
 @triton.jit
 def eb_down_kernel(
-    activation, activation_scales, down, scales, bias, rows, order, offsets,
+    activation, activation_scales, down, scales, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, parts,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
@@ -252,7 +250,7 @@ def eb_down_kernel(
             y = upright(total, SWAP)
             if FORMAT == "int8_w8a8":
                 y = y * scale[:, None] * tl.load(scales + expert_rows + n, mask=mask, other=0.0)[None, :]
-            store_pairs(y, rows, bias, order, expert, first, end, n, hidden_size, BIAS, BLOCK_M)
+            store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, BIAS, WEIGHTED, BLOCK_M)
 
 
 def _rule(products):
@@ -263,7 +261,7 @@ def _rule(products):
         fp8 = int(statics["FORMAT"] == "fp8_block" and chip.dot_e4m3)
         tile = {"BLOCK_N": 128, "GROUP_M": 8, "FP8": fp8, "num_stages": 2 if chip.vendor == "amd" else 3}
         if chip.vendor == "ascend":
-            most = 32 if products == 2 and statics["FORMAT"] == "fp8_block" else 64
+            most = 16 if products == 2 and statics["FORMAT"] == "fp8_block" else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
         m = rows_for(sizes, 64)
         return tile | {"BLOCK_M": m, "SWAP": 1, "num_warps": 4 if m < 64 else 8}
@@ -271,15 +269,21 @@ def _rule(products):
     return rule
 
 
-def statics_of(form, bias, width, experts):
+def statics_of(experts, form, bias, weighted, width):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
-    return {"FORMAT": form, "BIAS": bias, "EVEN_K": width % BLOCK.value == 0, "BLOCK_E": block_e(experts)}
+    return {
+        "FORMAT": form,
+        "BIAS": bias,
+        "WEIGHTED": weighted,
+        "EVEN_K": width % BLOCK.value == 0,
+        "BLOCK_E": block_e(experts),
+    }
 
 
 def _case_statics(products):
     def of(form, sizes):
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(form, False, width, sizes["experts"])
+        statics = statics_of(sizes["experts"], form, False, False, width)
         return statics | (PLAIN | {"ALIGNED": True} if products == 2 else {})
 
     return of
@@ -325,14 +329,14 @@ def dispatch_items(form, tokens, hidden, columns):
     return tokens * (-(-hidden // columns) if form == "fp8_block" else 1)
 
 
-PLAIN = {"CLAMP": "none", "INTERLEAVED": False, "WEIGHT_AT": "output"}
+PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 _CASES = (
     ("fp8_block", "v3", 16),
     ("fp8_block", "kimi_k2", 4096),
     ("int8_w8a8", "v2_lite", 256),
     ("int8_w8a8", "v2_lite", 2048),
 )
-_STATICS = ("FORMAT", "BIAS", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "BIAS", "WEIGHTED", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64),
     "BLOCK_N": (64, 128),
@@ -377,8 +381,8 @@ GATE_UP = FormatKernel(
 DOWN = FormatKernel(
     eb_down_kernel,
     arguments={"activation": "*A", "activation_scales": "*fp32", "down": "*i8", "scales": "*fp32", "bias": "*T"}
-    | {"rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32", "hidden_size": "i32:16"}
-    | {"intermediate": "i32:16", "parts": "i32"},
+    | {"weights": "*fp32", "rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32"}
+    | {"hidden_size": "i32:16", "intermediate": "i32:16", "parts": "i32"},
     statics=_STATICS,
     tiles=_TILES,
     rule=_rule(1),

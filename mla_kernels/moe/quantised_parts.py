@@ -21,11 +21,7 @@ def multiply(x, w, total, SWAP: tl.constexpr):
 @triton.jit
 def empty_sum(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr, DTYPE: tl.constexpr):
     """Zeros of the shape that :func:`multiply` adds to."""
-    if SWAP:
-        total = tl.zeros([BLOCK_N, BLOCK_M], DTYPE)
-    else:
-        total = tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
-    return total
+    return tl.zeros([BLOCK_N, BLOCK_M], DTYPE) if SWAP else tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
 
 
 @triton.jit
@@ -60,14 +56,14 @@ def gate_up_rows(n, intermediate, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def activate(
-    gate, up, bias, weight, expert, n, intermediate, limit, alpha,
-    BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr,
+    gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
+    BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """The activation of a tile of gate's and up's sums (fp32 [BLOCK_M, BLOCK_N]), columns ``n``, and 0 past the last
-    column. ``weight`` [BLOCK_M] is the router's, which multiplies the sums (as good as the input, before the bias) or
-    the activation."""
+    column. WEIGHTED: the sums are multiplied by their pairs' weights, which is as good as multiplying the input."""
     inside = n < intermediate
-    if WEIGHT_AT == "input":
+    if WEIGHTED:
+        weight = tl.load(weights + pair)  # [BLOCK_M]
         gate = gate * weight[:, None]
         up = up * weight[:, None]
     if BIAS:
@@ -75,19 +71,20 @@ def activate(
         gate_row, up_row = gate_up_rows(n, intermediate, INTERLEAVED)
         gate += tl.load(base + gate_row, mask=inside, other=0.0).to(tl.float32)[None, :]
         up += tl.load(base + up_row, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y = gated(gate, up, limit, alpha, CLAMP)
-    if WEIGHT_AT == "activation":
-        y = y * weight[:, None]
-    return tl.where(inside[None, :], y, 0.0)
+    return tl.where(inside[None, :], gated(gate, up, limit, alpha, CLAMP), 0.0)
 
 
 @triton.jit
 def store_pairs(
-    y, rows, bias, order, expert, first, end, n, hidden_size, BIAS: tl.constexpr, BLOCK_M: tl.constexpr
+    y, rows, bias, weights, order, expert, first, end, n, hidden_size,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of results (fp32 [BLOCK_M, BLOCK_N]), each row where its pair stands: rows[pair]."""
+    """Write a tile of results (fp32 [BLOCK_M, BLOCK_N]), each row where its pair stands: rows[pair]. WEIGHTED: times
+    the pairs' weights, before the bias, which is as good as multiplying the activation."""
     m = tl.arange(0, BLOCK_M)
     pair = tl.load(order + first + m, mask=m < end - first, other=0)
+    if WEIGHTED:
+        y = y * tl.load(weights + pair)[:, None]
     if BIAS:
         base = bias + tl.cast(expert, tl.int64) * hidden_size
         y += tl.load(base + n, mask=n < hidden_size, other=0.0).to(tl.float32)[None, :]

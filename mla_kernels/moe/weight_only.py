@@ -15,7 +15,7 @@ from mla_kernels.moe.quantised_parts import (
     upright,
 )
 from mla_kernels.moe.quantised_tiles import FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
-from mla_kernels.moe.schedule import block_m, rows_of_slot, tile_of_item
+from mla_kernels.moe.schedule import rows_of_slot, tile_of_item
 from mla_kernels.quant.decode import e2m1_values, int4_values, int8_values, ue8m0_values
 
 HALF = tl.constexpr(64)  # bytes of a packed block, and columns in either half of it
@@ -61,7 +61,7 @@ def wo_gate_up_kernel(
     hidden, gate_up, scales, zeros, bias, weights, activation, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, intermediate, groups, limit, alpha, hidden_stride,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """activation[row] = act(gate_up @ hidden[token of row]): one item is a tile [BLOCK_M, BLOCK_N].
@@ -132,12 +132,9 @@ def wo_gate_up_kernel(
                             zeros + expert_rows * groups + up_row * groups, at, low // GROUP, (low + HALF) // GROUP,
                             mask, FORMAT, ZEROS, SWAP,
                         )  # fmt: skip
-            weight = m.to(tl.float32)
-            if WEIGHT_AT != "output":
-                weight = tl.load(weights + pair)
             y = activate(
-                upright(gate, SWAP), upright(up, SWAP), bias, weight, expert, n, intermediate, limit, alpha,
-                BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
+                upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
+                BIAS, CLAMP, INTERLEAVED, WEIGHTED,
             )  # fmt: skip
             out = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate + n[None, :]
             tl.store(out, y.to(activation.dtype.element_ty), mask=(m < end - first)[:, None] & mask[None, :])
@@ -145,10 +142,10 @@ def wo_gate_up_kernel(
 
 @triton.jit
 def wo_down_kernel(
-    activation, down, scales, zeros, bias, rows, order, offsets,
+    activation, down, scales, zeros, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, groups,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
@@ -195,7 +192,10 @@ def wo_down_kernel(
                             zeros + expert_rows * groups + n * groups, block * HALF + run + lane,
                             low // GROUP, (low + HALF) // GROUP, mask, FORMAT, ZEROS, SWAP,
                         )  # fmt: skip
-            store_pairs(upright(total, SWAP), rows, bias, order, expert, first, end, n, hidden_size, BIAS, BLOCK_M)
+            store_pairs(
+                upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
+                BIAS, WEIGHTED, BLOCK_M,
+            )  # fmt: skip
 
 
 def _rule(products):
@@ -210,7 +210,7 @@ def _rule(products):
         if dtype == "fp32":
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
             stages = 2
-        elif block_m(sizes["pairs"], sizes["experts"]) < 128:
+        elif rows_for(sizes, 128) < 128 or chip.vendor == "amd":
             tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
         else:
             tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
@@ -219,13 +219,14 @@ def _rule(products):
     return rule
 
 
-def statics_of(experts, form, group, zeros, bias, width):
+def statics_of(experts, form, group, zeros, bias, weighted, width):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
     return {
         "FORMAT": form,
         "GROUP": group,
         "ZEROS": zeros,
         "BIAS": bias,
+        "WEIGHTED": weighted,
         "EVEN_K": width % BLOCK.value == 0,
         "BLOCK_E": block_e(experts),
     }
@@ -235,15 +236,15 @@ def _case_statics(products):
     def of(form, sizes):
         group = {"int8": 0, "int4": 128, "mxfp4": 32}[form]
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(sizes["experts"], form, group, False, False, width)
+        statics = statics_of(sizes["experts"], form, group, False, False, False, width)
         return statics | (PLAIN if products == 2 else {})
 
     return of
 
 
-PLAIN = {"CLAMP": "none", "INTERLEAVED": False, "WEIGHT_AT": "output"}
+PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 _CASES = (("int4", "v3", 16), ("int8", "v2_lite", 256), ("mxfp4", "v3_tp8", 2048), ("int4", "v2_lite", 4096))
-_STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "WEIGHTED", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (32, 64, 128),
@@ -273,8 +274,8 @@ GATE_UP = FormatKernel(
 
 DOWN = FormatKernel(
     wo_down_kernel,
-    arguments={"activation": "*T", "down": "*i8", "scales": "*S", "zeros": "*i8", "bias": "*T", "rows": "*T"}
-    | {"order": "*i32", "offsets": "*i32", "pairs": "i32", **_SIZES, "groups": "i32"},
+    arguments={"activation": "*T", "down": "*i8", "scales": "*S", "zeros": "*i8", "bias": "*T", "weights": "*fp32"}
+    | {"rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", **_SIZES, "groups": "i32"},
     statics=_STATICS,
     tiles=_TILES,
     rule=_rule(1),

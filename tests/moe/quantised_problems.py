@@ -1,88 +1,66 @@
 """Seeded problems for experts with quantised weights, and the exact answer to each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from reference import quant
-from reference.moe import SWIGLU, Activation
-from reference.quantised_moe import fused_experts
+from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.quantised import fused_experts
+from mla_kernels.moe.weights import ExpertWeights
+from reference import quant as reference
+from reference.moe import Activation as ReferenceActivation
 from tests.moe.problems import distinct_ids
 
 FORMATS = ("int8", "int4", "mxfp4", "fp8_block", "int8_w8a8")
 
 
-def quantise(form: str, weight: torch.Tensor, group: int, symmetric: bool):
-    """Codes, scales and zeros (or None) of one weight."""
-    if form == "int4":
-        return quant.quantise_int4(weight, group, symmetric=symmetric)
-    if form == "mxfp4":
-        return *quant.quantise_mxfp4(weight), None
-    if form == "fp8_block":
-        return *quant.quantise_fp8_block(weight), None
-    return *quant.quantise_int8(weight), None
-
-
-def dequantise(form: str, codes, scales, zeros, columns: int, dtype) -> torch.Tensor:
-    if form == "int4":
-        return quant.dequantise_int4(codes, scales, zeros, columns, dtype=dtype)
-    if form == "mxfp4":
-        return quant.dequantise_mxfp4(codes, scales, columns, dtype=dtype)
-    if form == "fp8_block":
-        return quant.dequantise_fp8_block(codes, scales, dtype=dtype)
-    return quant.dequantise_int8(codes, scales, dtype=dtype)
-
-
 @dataclass
 class QuantisedLayer:
-    """Inputs of fused_experts; ``gate_up`` and ``down`` are codes, scales and zeros."""
+    """Inputs of fused_experts; ``activation`` is the arguments of Activation."""
 
-    format: str
     hidden: torch.Tensor
-    gate_up: tuple
-    down: tuple
+    experts: ExpertWeights
     weights: torch.Tensor
     ids: torch.Tensor
-    group: int
-    options: dict = field(default_factory=dict)  # of reference.quantised_moe.fused_experts
+    activation: dict = field(default_factory=dict)
+    weight_at: str = "output"
 
-    def dequantised(self, dtype):
-        inner = self.gate_up[0].shape[1] // 2
-        return (
-            dequantise(self.format, *self.gate_up, self.hidden.shape[1], dtype),
-            dequantise(self.format, *self.down, inner, dtype),
-        )
+    def run(self):
+        options = {"activation": Activation(**self.activation), "weight_at": self.weight_at}
+        return fused_experts(self.hidden, self.experts, self.weights, self.ids, **options)
 
     def answer(self, dtype):
-        wide = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
-        return fused_experts(
-            self.hidden.to(dtype), self.format, *self.dequantised(dtype), self.weights.to(dtype), self.ids, **wide
-        )
+        """By the reference in ``dtype``."""
+        options = {"activation": ReferenceActivation(**self.activation), "weight_at": self.weight_at}
+        weights = self.weights.double() if dtype == torch.float64 else self.weights
+        return reference.fused_experts(self.hidden.to(dtype), self.experts, weights, self.ids, **options)
 
     def exact(self):
         return self.answer(torch.float64)
 
     def baseline(self):
+        """The same mathematics in the layer's dtype; None for fp32, which has an absolute bound."""
         return None if self.hidden.dtype == torch.float32 else self.answer(self.hidden.dtype)
+
+    def but(self, **changed):
+        return replace(self, **changed)
 
 
 def quantised_layer(
     form, tokens, experts, top_k, hidden, intermediate, dtype=torch.float32, *,
-    group=128, symmetric=True, bias=False, activation=SWIGLU, weight_at="output", ids=None,
+    bias=False, activation=None, weight_at="output", ids=None, **options,
 ) -> QuantisedLayer:  # fmt: skip
+    """A random layer whose activations keep the size of its inputs. ``options`` are those of ExpertWeights.quantise."""
     gate_up = torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5
     down = torch.randn(experts, hidden, intermediate) * intermediate**-0.5
-    options = {"activation": Activation(*activation), "weight_at": weight_at}
     if bias:
         options["gate_up_bias"] = (torch.randn(experts, 2 * intermediate) * 0.3).to(dtype)
         options["down_bias"] = (torch.randn(experts, hidden) * 0.3).to(dtype)
     return QuantisedLayer(
-        form,
         torch.randn(tokens, hidden).to(dtype),
-        quantise(form, gate_up.to(dtype), group, symmetric),
-        quantise(form, down.to(dtype), group, symmetric),
+        ExpertWeights.quantise(gate_up.to(dtype), down.to(dtype), form, **options),
         torch.rand(tokens, top_k),
         distinct_ids(tokens, experts, top_k) if ids is None else ids,
-        {"int4": group, "mxfp4": 32}.get(form, 0),
-        options,
+        activation or {},
+        weight_at,
     )
