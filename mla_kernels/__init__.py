@@ -20,7 +20,9 @@ from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.parallel import ExpertParallel
 from mla_kernels.moe.quantisation_error import WeightError, quantisation_error
+from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.route import route
 from mla_kernels.moe.weights import ExpertWeights, WeightFormat
 
@@ -31,6 +33,7 @@ __all__ = [
     "CacheLayout",
     "Clamp",
     "Dispatch",
+    "ExpertParallel",
     "ExpertWeights",
     "IndexerCache",
     "LatentCache",
@@ -45,6 +48,7 @@ __all__ = [
     "dispatch",
     "expand_output",
     "expert_ffn",
+    "fused_experts",
     "fused_moe",
     "gather_tokens",
     "indexer_logits",

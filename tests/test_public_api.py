@@ -17,6 +17,7 @@ SIGNATURES = {
     "dispatch": "(ids, num_experts)",
     "expand_output": "(out, w_uv)",
     "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU)",
+    "fused_experts": "(hidden, experts, weights, ids, *, activation=SWIGLU, weight_at='output')",
     "fused_moe": "(hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
     "weight_at='output')",
     "gather_tokens": "(cache, slots, *, dtype=None)",
@@ -65,6 +66,7 @@ def test_other_names():
         "CacheLayout",
         "Clamp",
         "Dispatch",
+        "ExpertParallel",
         "IndexerCache",
         "LatentCache",
         "PrologWeights",

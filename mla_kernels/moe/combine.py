@@ -147,7 +147,7 @@ def _fake(rows, weights, inverse, offsets):
 
 
 def _check_values(rows, weights, inverse, offsets):
-    check_range("inverse", inverse, 0, max(inverse.numel(), 1), "rows")
+    check_range("inverse", inverse, 0, max(rows.shape[0], 1), "rows")
     check_range("offsets", offsets, 0, rows.shape[0] + 1, "rows")
 
 

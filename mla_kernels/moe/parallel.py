@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mla_kernels.checks import FLOATS, check_int, check_tensor
-from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.activation import SWIGLU, Activation
 from mla_kernels.moe.agreement import MAX_CHUNKS, Agreement
 from mla_kernels.moe.fused import fused_moe
 
@@ -120,7 +120,7 @@ class ExpertParallel:
         *,
         gate_up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
-        activation: Activation | None = None,
+        activation: Activation = SWIGLU,
         weight_at: str = "output",
         chunks: int = 1,
     ) -> torch.Tensor:
@@ -147,7 +147,7 @@ class ExpertParallel:
             disagree on sizes; on every rank. TimeoutError, RuntimeError: a rank did not come or failed, with the cause
             that it gave.
         """
-        options = {"activation": Activation() if activation is None else activation, "weight_at": weight_at}
+        options = {"activation": activation, "weight_at": weight_at}
 
         def check():
             for name, weight in (("gate_up", gate_up), ("down", down)):
@@ -340,13 +340,8 @@ class ExpertParallel:
         def unpack(chunk, buffer):
             rows, row_weights = _views(buffer, (width, grad.dtype), (top_k, torch.float32))
             grad_hidden[chunk.tokens] = _sum(rows, chunk.slots)
-            there = chunk.slot_rows < len(rows)
-            columns = torch.arange(top_k, device=grad.device).expand_as(there)
-            if len(rows):
-                picked = row_weights[chunk.slot_rows.clamp(max=len(rows) - 1), columns]
-                grad_weights[chunk.tokens] = picked.masked_fill(~there, 0.0)
-            else:
-                grad_weights[chunk.tokens] = 0.0
+            picked = row_weights[chunk.slot_rows, torch.arange(top_k, device=grad.device)]
+            grad_weights[chunk.tokens] = picked.masked_fill(chunk.slot_rows == len(rows) - 1, 0.0)
 
         self._pipeline(plan, pack, work, unpack)
         return grad_hidden, grad_weights
@@ -359,15 +354,16 @@ class ExpertParallel:
             current = arriving
             if following is not None:
                 arriving = self._start(pack(following), following.sent, following.received)
-            result = work(self._finish(current, "tokens on their way to their experts"))
+            result = work(self._finish(current, "tokens on their way to their experts")[:-1])
             leaving.append(self._start(result, chunk.received, chunk.sent))
         for chunk, transfer in zip(plan, leaving):
             unpack(chunk, self._finish(transfer, "tokens on their way back"))
 
     def _start(self, buffer, sent, received):
-        """Begin to exchange rows of bytes."""
-        arriving = buffer.new_empty(sum(received), buffer.shape[1])
-        return dist.all_to_all_single(arriving, buffer, received, sent, self.group, async_op=True), arriving, buffer
+        """Begin to exchange rows of bytes. One more row follows those that come, for tokens that have none to name."""
+        arriving = buffer.new_empty(sum(received) + 1, buffer.shape[1])
+        handle = dist.all_to_all_single(arriving[:-1], buffer, received, sent, self.group, async_op=True)
+        return handle, arriving, buffer
 
     def _finish(self, transfer, what):
         handle, arriving, _ = transfer
@@ -462,10 +458,7 @@ def _gather(values, index, out):
 
 
 def _sum(rows, slots):
-    """[tokens, H]: the sum of each token's rows, in fp32, in the order of its slots."""
-    total = torch.zeros(slots.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
-    if len(rows):
-        for slot in slots.unbind(1):
-            absent = (slot >= len(rows)).unsqueeze(1)
-            total += rows.index_select(0, slot.clamp(max=len(rows) - 1)).masked_fill_(absent, 0.0)
-    return total.to(rows.dtype)
+    """[tokens, H]: the sum of each token's rows in fp32, in the order of its slots. The last row is nobody's."""
+    filled = slots.new_full((2,), len(rows) - 1, dtype=torch.int32)
+    ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
+    return torch.ops.mla_kernels.combine(rows, ones, slots.int().flatten(), filled)

@@ -1,8 +1,8 @@
 """LatentAttention and MoE: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
 
 ``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
-V2, V3.2 and GLM-5; ``MoE(MoEConfig.from_hf(config))`` takes ``DeepseekV3MoE.state_dict()``, and V2's. Attention trains;
-the experts have no backward.
+V2, V3.2 and GLM-5; ``MoE(MoEConfig.from_hf(config, layer))`` takes ``DeepseekV3MoE.state_dict()``, and those of V2,
+V3.2 and V4. Both train.
 """
 
 from mla_kernels.nn.attention import LatentAttention

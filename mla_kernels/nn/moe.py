@@ -11,8 +11,10 @@ from torch import nn
 from mla_kernels.checks import check_choice, check_int, check_tensor
 from mla_kernels.moe.activation import SWIGLU, Activation
 from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.hash_route import hash_route
 from mla_kernels.moe.parallel import ExpertParallel
 from mla_kernels.moe.route import route
+from mla_kernels.moe.weights import ExpertWeights
 from mla_kernels.nn.moe_state import merge_experts, split_experts
 
 
@@ -102,7 +104,7 @@ class MoEConfig:
 
 
 def _v4(config, layer_idx):
-    """What DeepSeek-V4 has of its own: one shared expert, no groups, weights always normalised, a clamp, hash layers."""
+    """What DeepSeek-V4 has of its own: one shared expert, no groups, normalised weights, a clamp, hash layers."""
     check_choice("config.scoring_func", config.scoring_func, ("sqrtsoftplus", "sigmoid"))
     if layer_idx is None:
         raise ValueError("layer_idx: got None, the layer's number is needed (DeepSeek-V4's layers differ in routing)")
@@ -150,21 +152,25 @@ class _Experts(nn.Module):
 class _QuantizedExperts(nn.Module):
     """The same experts in another weight format, as buffers: codes, scales and zeros keep their dtypes in ``to``."""
 
-    def __init__(self, config: MoEConfig, weights):
+    def __init__(self, config: MoEConfig, weights: ExpertWeights):
         super().__init__()
-        self.activation, self._format = config.activation, weights
-        for name, value in vars(weights).items():
-            if isinstance(value, torch.Tensor):
-                self.register_buffer(name, value)
+        self.activation, self._weights = config.activation, weights
+        for name, value in weights.tensors().items():
+            self.register_buffer(name, value)
 
-    def weights(self):
-        """The `ExpertWeights` of this module's buffers."""
-        return dataclasses.replace(self._format, **dict(self.named_buffers()))
+    @property
+    def weights(self) -> ExpertWeights:
+        """The buffers, in their format."""
+        buffers = dict(self.named_buffers())
+        known = self._weights.tensors()
+        if any(known[name] is not value for name, value in buffers.items()):  # moved, or assigned by load_state_dict
+            self._weights = dataclasses.replace(self._weights, **buffers)
+        return self._weights
 
     def compute(self, tokens, weights, ids):
         from mla_kernels.moe.quantised import fused_experts
 
-        return fused_experts(tokens, self.weights(), weights, ids, activation=self.activation)
+        return fused_experts(tokens, self.weights, weights, ids, activation=self.activation)
 
     def forward(self, tokens, weights, ids):
         return self.compute(tokens, weights, ids)
@@ -259,8 +265,6 @@ class MoE(nn.Module):
         Returns:
             a new module, the router copied. Its ``experts`` hold the format's tensors as buffers.
         """
-        from mla_kernels.moe.weights import ExpertWeights
-
         with torch.device("meta"):
             quantized = MoE(self.config, parallel=self.parallel, chunks=self.chunks)
         gate_up, down = (parameter.detach() for parameter in self.experts.parameters())
@@ -289,8 +293,6 @@ class MoE(nn.Module):
                 raise ValueError(
                     f"input_ids: got {input_ids.numel()} ids, one for each of {tokens.shape[0]} tokens is accepted"
                 )
-            from mla_kernels.moe.hash_route import hash_route
-
             return hash_route(logits, gate.tid2eid, input_ids.flatten(), **weighting)
         bias = None if config.scoring == "softmax" else gate.e_score_correction_bias.float()
         return route(

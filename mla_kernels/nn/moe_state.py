@@ -60,7 +60,9 @@ class _Place:
         self.part, self.accepts, self.turn = part, tuple(accepts), turn
 
     def copy(self, value):
-        self.part.copy_(self.turn(value))
+        value = self.turn(value)
+        same = value.untyped_storage().data_ptr() == self.part.untyped_storage().data_ptr()  # this module's own state
+        self.part.copy_(value.clone() if same else value)
 
 
 def _places(module, state_dict, prefix, gate_up, down):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from mla_kernels import launch
+
 ANSWER_SECONDS = 60
 
 
@@ -18,7 +20,7 @@ def _serve(connection, rank, size, file, timeout):
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
     )
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError), launch.on_cpu("torch"):
         while True:
             function, arguments = connection.recv()
             try:
@@ -32,7 +34,8 @@ class Ranks:
     """``size`` processes in one group. ``run(function, ...)`` calls ``function(rank, size, ...)`` in each."""
 
     def __init__(self, size: int, timeout: float = 60):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # torch and the package are imported once for all
+        context.set_forkserver_preload(["mla_kernels.nn", "tests.moe.ranks"])
         handle, file = tempfile.mkstemp()
         os.close(handle)
         os.remove(file)

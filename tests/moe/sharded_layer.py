@@ -1,0 +1,27 @@
+"""What a rank does in the tests of nn.MoE over several ranks: in a file that is quick to import."""
+
+import torch.distributed as dist
+
+from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.nn import MoE
+
+EXPERTS_PER_RANK = (3, 5)
+
+
+def train_sharded(rank, size, config, state, hidden, ids, grad, tokens_of, chunks):
+    """This rank's outputs, and gradients of its hidden states, experts (the shared ones summed) and router (summed)."""
+    parallel = ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=20)
+    moe = MoE(config, parallel=parallel, chunks=chunks)
+    moe.load_state_dict(state)
+    own = slice(sum(tokens_of[:rank]), sum(tokens_of[: rank + 1]))
+    hidden = hidden[own].clone().requires_grad_()
+    out = moe(hidden, *(x[own] for x in ids))
+    out.backward(grad[own])
+    for parameter in moe.gate.parameters():
+        dist.all_reduce(parameter.grad)
+    gradients = [x.grad for x in (moe.experts.gate_up_proj, moe.experts.down_proj)]
+    for gradient in gradients:  # every rank has a copy of the shared experts
+        dist.all_reduce(gradient[parallel.num_local :])
+    assert moe.state_dict()["experts.gate_up_proj"].shape[0] == parallel.num_local
+    moe.load_state_dict(moe.state_dict())
+    return out.detach(), hidden.grad, *gradients, moe.gate.weight.grad
