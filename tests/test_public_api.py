@@ -45,8 +45,8 @@ SIGNATURES = {
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
 }
 
-COMPOSED = {"convert_cache"}
-"""Functions that call several ops."""
+COMPOSED = {"convert_cache", "fused_experts"}
+"""Functions that call several ops, or one of several."""
 
 
 def _plain(function) -> str:
@@ -90,12 +90,12 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, route, sparse
+    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, quant, route, sparse
 
     for name, signature in SIGNATURES.items():
         twin = next(
             getattr(module, name)
-            for module in (prolog, attention, indexer, latent, moe, prefill, route, sparse)
+            for module in (prolog, attention, indexer, latent, moe, prefill, quant, route, sparse)
             if hasattr(module, name)
         )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]

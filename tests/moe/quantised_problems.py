@@ -7,8 +7,8 @@ import torch
 from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.weights import ExpertWeights
-from reference import quant as reference
-from reference.moe import Activation as ReferenceActivation
+from mla_kernels.reference import quant as reference
+from mla_kernels.reference.moe import Activation as ReferenceActivation
 from tests.moe.problems import distinct_ids
 
 FORMATS = ("int8", "int4", "mxfp4", "fp8_block", "int8_w8a8")
