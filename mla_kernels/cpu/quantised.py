@@ -132,7 +132,8 @@ def _integers(x, codes, scales):
 
 def _by_bytes(x, codes):
     """x, bf16 or fp32, times int8 codes [rows, columns] transposed, without scales."""
-    if x.dtype == torch.bfloat16 and x.shape[0] <= _FEW and _has_int8_product():
+    whole = x.shape[1] % 32 == 0  # torch's product reads a row by whole vectors, past its end if they do not fit
+    if x.dtype == torch.bfloat16 and whole and x.shape[0] <= _FEW and _has_int8_product():
         return torch._weight_int8pack_mm(x, codes, _ones(codes.shape[0]))
     parts = [linear(x, codes[first : first + _ROWS].to(x.dtype)) for first in range(0, codes.shape[0], _ROWS)]
     return torch.cat(parts, 1)
