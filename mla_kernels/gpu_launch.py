@@ -5,8 +5,8 @@ It holds all that Triton specialises on: types, which pointers lie on 16 bytes, 
 which storages its buffer instructions cannot address. Integers stand in it as they are, since asking for their
 properties takes longer; one not seen before goes through Triton's JIT, which compiles only where a property is new.
 
-Launch, then, is one tuple, one look-up and one call of Triton's launcher. As in Triton, the function that takes the
-arguments apart is written for each kernel's list of arguments, because a loop over them would take most of the time.
+A launch, then, is one tuple, one look-up and one call of Triton's launcher. As in Triton, the function that does it is
+written for each kernel's list of arguments, because a loop over them would take most of the time.
 """
 
 from collections.abc import Callable
@@ -23,39 +23,44 @@ _knobs = triton.knobs.runtime if hasattr(triton, "knobs") else None
 _LAUNCHER_KNOWN = getattr(triton, "__version__", "").startswith("3.7.") and not _ON_AMD
 
 
+def _hooked() -> bool:
+    """Whether a profiler wants to see launches. Triton 3.7 keeps chains of hooks, earlier ones a hook or None."""
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 class GpuLaunch:
     """Launches one declared kernel, a :class:`mla_kernels.launch.Kernel`."""
 
     def __init__(self, kernel):
         self._kernel = kernel
         self._known: dict = {}
-        self._take_apart = _take_apart(list(kernel.arguments.values()))
+        self._launch = _written_launch(list(kernel.arguments.values()))
 
     @property
     def known(self) -> int:
         """Entries of the cache."""
         return len(self._known)
 
-    def __call__(self, device, chip, grid, args, statics, tile):
-        """Launch ``grid`` programs on ``device``, tuned for ``chip``.
+    def __call__(self, chip, grid, args, statics, tile):
+        """Launch ``grid`` programs, tuned for ``chip``, where the first argument lies.
 
-        Triton before 3.4 launches in another way; there every launch goes through its JIT.
+        Through Triton's JIT go the first launch of a key, all launches while a profiler's hooks are set, and all of
+        Triton before 3.4, which has another launcher.
         """
-        if _knobs is None:
+        if _knobs is None or _hooked():
             self._through_jit(None, chip, grid, args, statics, tile)
             return
         active = triton.runtime.driver.active
         index = active.get_current_device()
-        if device.index != index and device.type == "cuda":
+        device = args[0].get_device()
+        if device != index and device >= 0:  # below 0: CPU memory posing as a device's
             with torch.cuda.device(device):
-                self(device, chip, grid, args, statics, tile)
+                self(chip, grid, args, statics, tile)
             return
-        key, values = self._take_apart(index, args, statics, tile)
-        start = self._known.get(key)
-        if start is None:
-            self._through_jit(key, chip, grid, args, statics, tile)
-        else:
-            start(grid, active.get_current_stream(index), values, args)
+        new = self._launch(self._known, index, active.get_current_stream(index), grid, args, statics, tile)
+        if new is not None:
+            self._through_jit(new, chip, grid, args, statics, tile)
 
     def _through_jit(self, key, chip, grid, args, statics, tile):
         """Launch through Triton's JIT, and keep what it compiled under ``key``."""
@@ -69,12 +74,12 @@ class GpuLaunch:
             return
         if len(self._known) >= MOST_LAUNCHES_KEPT:
             self._known.clear()
-        self._known[key] = _starter(compiled, tuple(constants.values()))
+        self._known[key] = *_launcher(compiled), tuple(constants.values())
 
 
-def _take_apart(kinds: list[str]) -> Callable:
-    """``(device index, args, statics, tile) -> (key, values)``: values are args with addresses in place of tensors,
-    which Triton's launcher takes as they are."""
+def _written_launch(kinds: list[str]) -> Callable:
+    """``(known, device index, stream, grid, args, statics, tile)``: launch what ``known`` holds under these arguments'
+    key and return None, or return the key. Triton's launcher gets addresses in place of tensors, as it accepts."""
     every = range(len(kinds))
     tensors = [i for i in every if kinds[i].startswith("*")]
     addresses = [f"p{i}" for i in tensors]
@@ -83,48 +88,33 @@ def _take_apart(kinds: list[str]) -> Callable:
         key += [f"a{i}.untyped_storage().nbytes() >= 1 << 31" for i in tensors]
     key += [f"a{i}" for i in every if not kinds[i].startswith(("*", "fp32"))]
     lines = (
-        "def take_apart(index, args, statics, tile):",
+        "def launch(known, index, stream, grid, args, statics, tile):",
         f"    {', '.join(f'a{i}' for i in every)}, = args",
         *(f"    p{i} = a{i}.data_ptr()" for i in tensors),
         f"    aligned = not ({' | '.join(addresses)}) & 15 or ({', '.join(f'p{i} & 15 == 0' for i in tensors)},)",
         f"    key = ({', '.join(key)}, *statics.values(), *tile.values())",
-        f"    return key, ({', '.join(f'p{i}' if i in tensors else f'a{i}' for i in every)},)",
+        "    found = known.get(key)",
+        "    if found is None:",
+        "        return key",
+        "    run, rest, constants = found",
+        f"    values = {', '.join(f'p{i}' if i in tensors else f'a{i}' for i in every)}, *constants",
+        "    run(grid, 1, 1, stream, *rest, values)",
     )
     namespace: dict = {}
     exec("\n".join(lines), namespace)
-    return namespace["take_apart"]
+    return namespace["launch"]
 
 
-def _hook(chain):
-    """A profiler's hook, or None where there is none: Triton calls even an empty chain of hooks from C."""
-    return chain if getattr(chain, "calls", chain) else None
-
-
-def _starter(compiled, constants: tuple) -> Callable:
-    """``(grid, stream, values, args) -> None`` for a kernel that Triton compiled."""
+def _launcher(compiled) -> tuple[Callable, tuple]:
+    """``run, rest`` such that ``run(grid, 1, 1, stream, *rest, values)`` launches what Triton compiled."""
     run = compiled.run  # loads the module, which gives the handles
     function, packed = compiled.function, compiled.packed_metadata
+    if _LAUNCHER_KNOWN and not (run.global_scratch_size or run.profile_scratch_size):
+        # CudaLauncher without its Python half: no metadata, no hooks, no scratch memory.
+        rest = function, run.launch_cooperative_grid, run.launch_pdl, packed, None, None, None, None, None
+        return run.launch, (*rest, run.arg_annotations, run.kernel_signature)
 
-    def start(grid, stream, values, args):
-        enter, leave = _hook(_knobs.launch_enter_hook), _hook(_knobs.launch_exit_hook)
-        metadata = None if enter is None else compiled.launch_metadata((grid,), stream, *args, *constants)
-        run(grid, 1, 1, stream, function, packed, metadata, enter, leave, *values, *constants)
+    def start(x, y, z, stream, values):
+        run(x, y, z, stream, function, packed, None, None, None, *values)
 
-    enter_hooks, exit_hooks = _knobs.launch_enter_hook, _knobs.launch_exit_hook
-    chains = hasattr(enter_hooks, "calls") and hasattr(exit_hooks, "calls")
-    if not (_LAUNCHER_KNOWN and chains) or run.global_scratch_size or run.profile_scratch_size:
-        return start
-    # Triton 3.7's CudaLauncher, without its Python half: no scratch memory, no tensor descriptors, no hooks.
-    launch, cooperative, dependent = run.launch, run.launch_cooperative_grid, run.launch_pdl
-    annotations, signature = run.arg_annotations, run.kernel_signature
-
-    def start_at_once(grid, stream, values, args):
-        if enter_hooks.calls or exit_hooks.calls:
-            start(grid, stream, values, args)
-            return
-        launch(
-            grid, 1, 1, stream, function, cooperative, dependent, packed, None, None, None, None, None,
-            annotations, signature, values + constants,
-        )  # fmt: skip
-
-    return start_at_once
+    return start, ()

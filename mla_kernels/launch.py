@@ -164,11 +164,12 @@ class Kernel:
         if work == 0:
             return
         grid = self.programs(chip, work)
+        if args[0].is_cuda or (_cpu.mode == "cuda" and args[0].is_cpu):
+            self._launch_gpu(chip, grid, args, statics, tile)
+            return
         device = args[0].device
         kind = device.type
-        if kind == "cuda" or (kind == "cpu" and cpu_mode() == "cuda"):
-            self._launch_gpu(device, chip, grid, args, statics, tile)
-        elif kind == "cpu" and cpu_mode() == "interpret":
+        if kind == "cpu" and cpu_mode() == "interpret":
             from mla_kernels.targets import interpreter
 
             interpreter.prepare()

@@ -77,8 +77,8 @@ def test_an_unsupported_chip_raises_its_reason():
 
 
 def launch_key(*args, experts=2, block=64):
-    take_apart = gpu_launch._take_apart(["*T", "*i32", "i32", "fp32"])
-    return take_apart(0, args, {"E": experts}, {"BLOCK": block})[0]
+    launch = gpu_launch._written_launch(["*T", "*i32", "i32", "fp32"])
+    return launch({}, 0, 0, 1, args, {"E": experts}, {"BLOCK": block})
 
 
 def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
@@ -102,8 +102,12 @@ def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
 
 def test_the_values_launched_are_the_arguments_with_addresses():
     x, ids = torch.empty(8), torch.empty(8, dtype=torch.int32)
-    take_apart = gpu_launch._take_apart(["i32", "*T", "fp32", "*i32"])
-    assert take_apart(0, (3, x, 0.5, ids), {}, {})[1] == (3, x.data_ptr(), 0.5, ids.data_ptr())
+    written, seen = gpu_launch._written_launch(["i32", "*T", "fp32", "*i32"]), []
+    args = 3, x, 0.5, ids
+    key = written({}, 0, 7, 40, args, {}, {"BLOCK": 64})
+    known = {key: (lambda *all: seen.append(all), ("rest",), (64,))}
+    assert written(known, 0, 7, 40, args, {}, {"BLOCK": 64}) is None
+    assert seen == [(40, 1, 1, 7, "rest", (3, x.data_ptr(), 0.5, ids.data_ptr(), 64))]
 
 
 def test_on_cpu_refuses_unknown_modes_and_targets():
