@@ -13,6 +13,7 @@ from mla_kernels.moe.activation import SWIGLU, Activation
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.moe.hash_route import hash_route
 from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.route import route
 from mla_kernels.moe.weights import ExpertWeights
 from mla_kernels.nn.moe_state import merge_experts, split_experts
@@ -168,8 +169,6 @@ class _QuantizedExperts(nn.Module):
         return self._weights
 
     def compute(self, tokens, weights, ids):
-        from mla_kernels.moe.quantised import fused_experts
-
         return fused_experts(tokens, self.weights, weights, ids, activation=self.activation)
 
     def forward(self, tokens, weights, ids):
