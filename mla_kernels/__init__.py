@@ -16,11 +16,13 @@ from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.activation import Activation, Clamp
+from mla_kernels.moe.align import align_blocks
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.permute import permute, unpermute
 from mla_kernels.moe.quantisation_error import WeightError, quantisation_error
 from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.route import route
@@ -41,6 +43,7 @@ __all__ = [
     "WeightError",
     "WeightFormat",
     "absorb_query",
+    "align_blocks",
     "combine",
     "compress_latent",
     "convert_cache",
@@ -59,6 +62,7 @@ __all__ = [
     "mla_prolog",
     "norm_and_write",
     "paged_indexer_logits",
+    "permute",
     "quantisation_error",
     "rotate_indexer_query",
     "route",
@@ -67,6 +71,7 @@ __all__ = [
     "select_slots",
     "sparse_mla_decode",
     "sparse_mla_prefill",
+    "unpermute",
     "write_indexer_key",
     "write_latent",
 ]

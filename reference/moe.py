@@ -162,12 +162,14 @@ def fused_moe(
     down_bias: torch.Tensor | None = None,
     activation: Activation = SWIGLU,
     weight_at: str = "output",
+    recompute: bool = False,
 ) -> torch.Tensor:
     """The experts of a mixture-of-experts layer: `dispatch`, `expert_ffn`, `combine`.
 
     hidden [T, H], gate_up [E, 2I, H], down [E, H, I], weights [T, K] fp32, ids [T, K] int32 (any id outside 0 .. E - 1
     is skipped); gate_up_bias, down_bias and activation as in `expert_ffn`. Returns [T, H] in hidden's dtype: the sum
-    over slots of weight * expert(hidden). weight_at says what a slot's weight w multiplies, x being hidden:
+    over slots of weight * expert(hidden); recompute changes no result. weight_at says what a slot's weight w
+    multiplies, x being hidden:
 
     | weight_at    | a slot adds                                                                |
     | ------------ | -------------------------------------------------------------------------- |

@@ -10,6 +10,7 @@ from mla_kernels.moe.activation import SWIGLU
 
 SIGNATURES = {
     "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",
+    "align_blocks": "(ids, num_experts, block_size)",
     "combine": "(rows, weights, dispatched)",
     "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "convert_cache": "(cache, layout, *, dtype=None)",
@@ -19,7 +20,7 @@ SIGNATURES = {
     "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU)",
     "fused_experts": "(hidden, experts, weights, ids, *, activation=SWIGLU, weight_at='output')",
     "fused_moe": "(hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
-    "weight_at='output')",
+    "weight_at='output', recompute=False)",
     "gather_tokens": "(cache, slots, *, dtype=None)",
     "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
@@ -30,6 +31,7 @@ SIGNATURES = {
     "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens)",
+    "permute": "(hidden, dispatched)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, "
     "group_rank=None, group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0)",
@@ -40,6 +42,7 @@ SIGNATURES = {
     "extra_indices=None, extra_topk_length=None)",
     "sparse_mla_prefill": "(q, kv, indices, *, softmax_scale, latent_dim=512, topk_length=None, sink=None, "
     "return_max_logits=False)",
+    "unpermute": "(rows, dispatched, weights=None, *, top_k=1)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
     "rope_first=True, hadamard=False, eps=1e-06)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
@@ -90,12 +93,12 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, quant, route, sparse
+    from mla_kernels.reference import attention, indexer, latent, moe, permute, prefill, prolog, quant, route, sparse
 
     for name, signature in SIGNATURES.items():
         twin = next(
             getattr(module, name)
-            for module in (prolog, attention, indexer, latent, moe, prefill, quant, route, sparse)
+            for module in (prolog, attention, indexer, latent, moe, permute, prefill, quant, route, sparse)
             if hasattr(module, name)
         )
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]

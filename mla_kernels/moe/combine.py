@@ -136,6 +136,12 @@ def launch_combine(rows, weights, inverse, offsets):
     return _launch(rows, weights, places, offsets, offsets.shape[0] - 1, weights.shape[1], by_pair=False)
 
 
+def launch_combine_rows(rows, weights, places, offsets):
+    """The sum of rows [P, H] in expert order, of the pairs that ``places`` [T, K] find below offsets[E]: one launch.
+    ``weights`` [T, K] or None for 1."""
+    return _launch(rows, weights, places, offsets, offsets.shape[0] - 1, places.shape[1], by_pair=False)
+
+
 def launch_combine_pairs(rows, weights, ids, experts):
     """The sum of rows [T * K, H] in the order of (token, slot), of pairs with one of ``experts`` experts: one launch.
     ``weights`` [T, K] or None for 1."""
