@@ -8,11 +8,12 @@ import transformers
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
 
 from mla_kernels import launch
+from mla_kernels.cpu.packed import packed
 from mla_kernels.moe.activation import Activation
 from mla_kernels.nn import MoE, MoEConfig
 from tests.compat.models import EXPERTS, tiny
 from tests.moe.ranks import Ranks
-from tests.moe.sharded_layer import EXPERTS_PER_RANK, train_sharded
+from tests.moe.sharded_layer import EXPERTS_PER_RANK, infer_quantised, train_sharded
 from tests.support import assert_close
 
 pytestmark = pytest.mark.usefixtures("_torch_code")
@@ -201,6 +202,16 @@ def test_route_is_what_forward_uses():
     assert ids.max() < config.n_routed_experts and weights.dtype == torch.float32
 
 
+def test_prepack():
+    _, ours, config = _pair("v4")
+    hidden, ids = _inputs(config)
+    with torch.no_grad():
+        expected = ours(hidden, *ids)
+        assert ours.prepack() == sum(x.nbytes for x in ours.experts.parameters())
+        assert packed(ours.experts.gate_up_proj) is not None
+        assert_close(ours(hidden, *ids), expected.double())
+
+
 def test_configs():
     v4 = _v4_config()
     assert MoEConfig.from_hf(v4, 3).activation == Activation("pre", 0.7)
@@ -259,6 +270,8 @@ def test_to_quantized(format):
     other.load_state_dict(quantized.state_dict())
     with pytest.raises(ValueError, match="format"):
         moe.to_quantized("int3")
+    with pytest.raises(NotImplementedError, match="quantised experts"):
+        quantized.prepack()
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +279,14 @@ def ranks():
     pool = Ranks(2)
     yield pool
     pool.close()
+
+
+def test_quantised_experts_spread_over_ranks(ranks):
+    config = MoEConfig(160, 128, 128, 8, 2, num_groups=1, top_k_groups=1)
+    moe = MoE(config).requires_grad_(False)
+    hidden = torch.randn(9, 160)
+    parts = ranks.run(infer_quantised, config, moe.state_dict(), hidden, "int8")
+    assert_close(torch.cat(parts), moe.to_quantized("int8")(hidden).double())
 
 
 @pytest.mark.parametrize(("name", "chunks"), [("v3 three shared", 1), ("v4 hash", 2)])

@@ -1,5 +1,6 @@
 """Agreement: how the ranks of an expert-parallel group compare sizes, and learn why another rank does not answer."""
 
+import collections
 import contextlib
 import itertools
 import json
@@ -16,7 +17,8 @@ LOOK_SECONDS = 1.0
 """How often a waiting rank looks whether another one has reported a failure."""
 
 _REFUSED = -1  # in place of the checksum of sizes
-_numbers = itertools.count()
+_numbers: dict[str, itertools.count] = collections.defaultdict(itertools.count)
+"""Numbers of the agreements of each group, by its name: members of a group make them in the same order."""
 
 
 class Agreement:
@@ -31,7 +33,7 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup, timeout: float):
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._prefix = f"mla_kernels/{group.group_name}/{next(_numbers)}"
+        self._prefix = f"mla_kernels/{group.group_name}/{next(_numbers[group.group_name])}"
         self._call, self._reported = 0, False
 
     def agree(self, sizes: dict, counts: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mla_kernels.checks import check_choice, check_int, check_tensor
+from mla_kernels.cpu.packed import prepack
 from mla_kernels.moe.activation import SWIGLU, Activation
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.moe.hash_route import hash_route
@@ -252,6 +253,15 @@ class MoE(nn.Module):
             shared = torch.arange(self.config.num_shared, dtype=torch.int32, device=ids.device) + self.num_local
             out = out + self.experts(tokens, weights.new_ones(shape), shared.expand(shape).contiguous())
         return out.view(hidden.shape)
+
+    def prepack(self) -> int:
+        """Copy the experts into oneDNN's layout, for CPU modules that have stopped changing; returns the bytes.
+
+        :meth:`forward` then multiplies by the copies, without gradients: see :func:`mla_kernels.cpu.prepack`.
+        """
+        if isinstance(self.experts, _QuantizedExperts):
+            raise NotImplementedError("prepack: quantised experts have no such copies")
+        return prepack(gate_up=self.experts.gate_up_proj, down=self.experts.down_proj)
 
     def to_quantized(self, format: str, **options) -> "MoE":
         """This layer with its experts, the shared ones too, in another weight format; without gradients.

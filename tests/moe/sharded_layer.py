@@ -1,5 +1,6 @@
 """What a rank does in the tests of nn.MoE over several ranks: in a file that is quick to import."""
 
+import torch
 import torch.distributed as dist
 
 from mla_kernels.moe.parallel import ExpertParallel
@@ -25,3 +26,11 @@ def train_sharded(rank, size, config, state, hidden, ids, grad, tokens_of, chunk
     assert moe.state_dict()["experts.gate_up_proj"].shape[0] == parallel.num_local
     moe.load_state_dict(moe.state_dict())
     return out.detach(), hidden.grad, *gradients, moe.gate.weight.grad
+
+
+def infer_quantised(rank, size, config, state, hidden, format):
+    """This rank's outputs with its experts in another format."""
+    moe = MoE(config, parallel=ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=20))
+    moe.load_state_dict(state)
+    with torch.no_grad():
+        return moe.to_quantized(format)(hidden.tensor_split(size)[rank])
