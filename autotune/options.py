@@ -29,7 +29,7 @@ def add_targets(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, metavar="KERNEL", help="only these (default: all)")
-    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bf16", help="element type (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, help="element type (default: bf16 where a kernel takes it)")
 
 
 def seconds(text: str) -> float:

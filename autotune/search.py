@@ -84,8 +84,12 @@ def best(problem: Problem, chip: Chip, fitting: Iterable[Tile], count: int) -> l
 
 
 def seconds(problem: Problem, chip: Chip, some: list[Tile]) -> list[float]:
-    """The model's durations of a launch with each of these tiles."""
-    return model.all_seconds(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes, some)
+    """The model's durations of a launch with each of these tiles.
+
+    Sizes that a launch does not look up, since its tile must not depend on them (a batch), are the first case's.
+    """
+    sizes = {**problem.kernel.cases[0].sizes, **problem.sizes}
+    return model.all_seconds(problem.kernel, chip, problem.dtype, problem.statics, sizes, some)
 
 
 def refined(modelled: float, report: Report, chip: Chip) -> float:

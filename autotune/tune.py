@@ -26,6 +26,10 @@ from mla_kernels.tile_files import Entry
 from mla_kernels.tiles import Problem
 
 
+DTYPE = "bf16"
+"""The element type of models, where none is named."""
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "tune", help="choose tiles for a model or for given sizes, and store them",
@@ -99,7 +103,7 @@ def tasks(options, chip: Chip) -> list[Task]:
         found: dict[tuple, Task] = {}
         whole = models.geometry(options.model)
         for degree in options.tp:
-            derived, refused = problems.of_model(whole.on(degree), chip, problems.names_of(options.dtype))
+            derived, refused = problems.of_model(whole.on(degree), chip, problems.names_of(options.dtype or DTYPE))
             for op, reason in refused.items():
                 print(f"{op}: {reason}", file=sys.stderr)
             for one in derived:
@@ -109,11 +113,16 @@ def tasks(options, chip: Chip) -> list[Task]:
     if options.statics or options.sizes:
         return [Task(_one_problem(options, chip))]
     return [
-        Task(Problem(kernel, options.dtype, dict(case.statics), dict(case.sizes)))
+        Task(Problem(kernel, dtype, dict(case.statics), dict(case.sizes)))
         for kernel in map(KERNELS.get, chosen)
         for case in kernel.cases
-        if options.dtype in case.dtypes and chip.name not in kernel.unsupported
+        for dtype in case.dtypes
+        if chip.name not in kernel.unsupported and dtype == (options.dtype or _usual(case.dtypes))
     ]
+
+
+def _usual(dtypes: tuple[str, ...]) -> str:
+    return DTYPE if DTYPE in dtypes else dtypes[0]
 
 
 def _one_problem(options, chip: Chip) -> Problem:
@@ -127,13 +136,24 @@ def _one_problem(options, chip: Chip) -> Problem:
     for name, value in statics.items():
         if isinstance(case.statics.get(name), bool):
             statics[name] = bool(value)
-    problem = Problem(kernel, options.dtype, {name: statics[name] for name in case.statics}, sizes)
-    try:
-        tile = kernel.rule(chip, problem.dtype, problem.statics, sizes)
-        kernel.work(problem.dtype, problem.statics, sizes, tile)
-    except KeyError as missing:
-        raise ValueError(f"--sizes: {kernel.name} needs {missing}, as in {case.sizes}") from missing
+    dtype = options.dtype or _usual(case.dtypes)
+    problem = Problem(kernel, dtype, {name: statics[name] for name in case.statics}, sizes)
+    if missing := [name for name in case.sizes if name not in sizes and _is_needed(kernel, chip, problem, name)]:
+        raise ValueError(f"--sizes: {kernel.name} needs {', '.join(missing)}, as in {dict(case.sizes)}")
+    if unknown := sizes.keys() - case.sizes.keys():
+        raise ValueError(f"--sizes: {kernel.name} has no {', '.join(unknown)}; it has {', '.join(case.sizes)}")
     return problem
+
+
+def _is_needed(kernel, chip: Chip, problem: Problem, name: str) -> bool:
+    """Whether the kernel's rule asks for this size."""
+    known = {**kernel.cases[0].sizes, **problem.sizes}
+    del known[name]
+    try:
+        kernel.rule(chip, problem.dtype, problem.statics, known)
+    except KeyError:
+        return True
+    return False
 
 
 class Session:
@@ -253,7 +273,10 @@ class Session:
             try:
                 if wanted_call != built:
                     call = None  # its memory first
-                    call, built = task.derived.call(self.device, problems.names_of(self.options.dtype)), wanted_call
+                    call, built = (
+                        task.derived.call(self.device, problems.names_of(self.options.dtype or DTYPE)),
+                        wanted_call,
+                    )
                 self._time(task, call, lists[_problem_key(task.problem)], left / (len(timed) - position))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.failures.append(f"{task.problem.kernel.name} {task.problem.sizes}: not timed: {error}")
@@ -263,7 +286,8 @@ class Session:
 
     def _time(self, task: Task, call, listed: tuple, seconds: float) -> None:
         problem = task.problem
-        control = tiles.look_up(problem.kernel, self.chip, problem.dtype, problem.statics, problem.sizes).tile
+        found = tiles.look_up(problem.kernel, self.chip, problem.dtype, problem.statics, problem.sizes).tile
+        control = {name: found[name] for name in found if name in tiles.needed(problem.kernel, self.chip)}
         outcome = online.measure(problem, call, control, listed, self.timer, seconds)
         detail = {
             "times": [asdict(times) for times in outcome.times],

@@ -1,0 +1,209 @@
+"""Timing on a device, with a clock of the tests' own: what replaces the control, what is refused, what is stored."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla_kernels import launch, tile_files, tiles
+from mla_kernels.autotune import __main__ as cli
+from mla_kernels.autotune import online, problems, tune
+from mla_kernels.autotune.models import MODELS
+from mla_kernels.autotune.problems import Call
+from mla_kernels.targets.chips import CHIPS
+from tests.autotune.declared import Compiler, declare, problem
+from tests.autotune.test_problems import SMALL
+
+CONTROL, FAST, SLOW = ({"BLOCK": 64, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 8})
+KERNEL = declare()
+RIGHT = (torch.arange(6.0).view(2, 3),)
+
+
+class Clock:
+    """Seconds by the tile in force; ``jitter`` is added in turn. Timed samples also call the op, as a device would."""
+
+    def __init__(self, seconds, jitter=(0.0,)):
+        self.seconds, self.jitter, self.taken = seconds, jitter, []
+
+    def prepare(self, run):
+        run()
+
+        def sample():
+            tile = tiles._overrides[KERNEL]
+            self.taken.append(dict(tile))
+            return self.seconds(tile) + self.jitter[len(self.taken) % len(self.jitter)]
+
+        return sample
+
+
+def measure(clock, others=(FAST, SLOW), run=lambda: RIGHT, expected=lambda: RIGHT, seconds=0.0):
+    return online.measure(problem(KERNEL), Call(run, expected), CONTROL, others, clock, seconds)
+
+
+def by_block(tile):
+    return {64: 2.0, 1024: 1.0}[tile["BLOCK"]] + (0.5 if tile["num_warps"] == 8 else 0.0)
+
+
+def test_a_faster_tile_replaces_the_control_and_times_are_kept():
+    found = measure(Clock(by_block))
+    assert found.replaced and found.times[0].tile == FAST and found.control.tile == CONTROL
+    assert [t.median for t in found.times] == [1.0, 1.5, 2.0]
+    assert found.times[0].n == online.FEWEST_ROUNDS and found.times[2].n == 2 * online.FEWEST_ROUNDS
+    assert found.times[0].p20 == found.times[0].p80 == 1.0 and found.error == 0.0 and found.noise == 0.0
+
+
+def test_tiles_take_turns_with_the_control_first_and_last():
+    clock = Clock(by_block)
+    measure(clock)
+    assert clock.taken[:8] == [CONTROL, FAST, SLOW, CONTROL] * 2
+
+
+def test_within_the_noise_the_control_stays():
+    for gain, jitter in ((0.01, (0.0,)), (0.10, (0.0, 0.4, 0.1, 0.7, 0.2))):
+        found = measure(Clock(lambda tile: 1.0 - (gain if tile == FAST else 0.0), jitter), [FAST])  # noqa: B023
+        assert not found.replaced and found.times[0].tile == CONTROL
+    found = measure(Clock(lambda tile: 1.0 - (0.1 if tile == FAST else 0.0), (0.0, 0.01, 0.02)), [FAST])
+    assert found.replaced and 0 < found.noise < 0.05
+
+
+def test_a_wrong_result_is_left_out_and_never_stored():
+    def run():
+        wrong = tiles._overrides[KERNEL]["BLOCK"] == 1024
+        return (RIGHT[0] + 1.0,) if wrong else RIGHT
+
+    found = measure(Clock(by_block), run=run)
+    assert not found.replaced and [tile for tile, _ in found.wrong] == [FAST, SLOW]
+    assert "its result is 0.2 off, accepted 0.0001" in found.wrong[0][1]
+    with pytest.raises(online.WrongResult, match="the tile in use"):
+        measure(Clock(by_block), run=lambda: (RIGHT[0] * 2,))
+
+
+def test_a_tile_that_does_not_launch_is_left_out():
+    def run():
+        if tiles._overrides[KERNEL]["num_warps"] == 8:
+            raise RuntimeError("out of resources")
+        return RIGHT
+
+    found = measure(Clock(by_block), run=run)
+    assert found.times[0].tile == FAST and found.wrong == ((SLOW, "out of resources"),)
+
+
+def test_errors_are_shares_of_the_reference_s_largest_magnitude():
+    exact = (torch.tensor([0.0, 4.0, -math.inf]),)
+    assert online.error_of((torch.tensor([1.0, 4.0, -math.inf, 7.0]),), exact) == 0.25
+    assert online.error_of((torch.tensor([1.0, math.nan, -math.inf]),), exact) == math.inf
+    assert online.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and online.quantile([1.0, 2.0], 0.25) == 1.25
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, on a machine that seems to have a device
+
+
+class Machine:
+    """The emulator as the device, a clock of its own, and a store in a folder of the test's."""
+
+    def __init__(self, monkeypatch, folder):
+        self.path = folder / "910b.jsonl"
+        self.clock = SimpleNamespace(prepare=lambda run: (run(), lambda: 1.0)[1])
+        monkeypatch.setattr(tile_files, "store_path", lambda device: folder / f"{device}.jsonl")
+        monkeypatch.setattr(tile_files, "table_path", lambda device: folder / f"{device}.json")
+        monkeypatch.setattr(tune, "local_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tune, "chip_of", lambda device: CHIPS["ascend910b"])
+        monkeypatch.setattr(online, "DeviceTimer", lambda device, cache: self.clock)
+        monkeypatch.setitem(MODELS, "small", SMALL)
+        monkeypatch.setitem(problems.OPERATIONS, "fused_moe", self._few(problems.OPERATIONS["fused_moe"]))
+        self.compiler = Compiler()
+        monkeypatch.setattr("mla_kernels.autotune.search.compile_many", self.compiler)
+
+    @staticmethod
+    def _few(operation):
+        from dataclasses import replace
+
+        return replace(operation, sizes=({"tokens": 4},))
+
+    def tune(self, *more):
+        command = ["tune", "--model", "small", "--kernel", "moe_combine_kernel", "--dtype", "fp32", *more]
+        return cli.main(command)
+
+    @property
+    def entries(self):
+        return tile_files.read_store(self.path, "910b")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    tiles.reload()
+    with launch.on_cpu("npu-emulated", "ascend910b"):
+        yield Machine(monkeypatch, tmp_path)
+    monkeypatch.undo()
+    tiles.reload()
+
+
+def test_tune_times_the_shortlist_and_stores_all_times(machine, capsys):
+    assert machine.tune() == 0
+    modelled, measured = machine.entries
+    assert modelled.provenance in ("modelled", "rule") and measured.provenance == "measured"
+    times = measured.detail["times"]
+    assert len(times) == len(modelled.shortlist) > 1
+    assert all(set(one) == {"tile", "median", "p20", "p80", "n"} for one in times)
+    assert measured.detail["error"] < 1e-4 and measured.detail["operation"] == "fused_moe"
+    assert {"torch", "mla_kernels"} <= measured.detail["versions"].keys() and "date" in measured.detail
+    assert "1 were timed and 0 replaced" in " ".join(capsys.readouterr().err.split())
+
+
+def test_tune_again_does_nothing_and_with_again_times_once_more(machine):
+    machine.tune()
+    before, compiled = machine.path.read_bytes(), len(machine.compiler.tiles)
+    assert machine.tune() == 0
+    assert machine.path.read_bytes() == before
+    assert machine.tune("--again") == 0
+    assert len(machine.entries) == 3 and len(machine.compiler.tiles) == compiled  # the shortlist was there
+
+
+def test_an_interrupted_run_keeps_what_it_finished_and_goes_on(machine, capsys):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    machine.clock.prepare = interrupt
+    assert machine.tune() == 130
+    assert [e.provenance for e in machine.entries] in (["modelled"], ["rule"])
+    assert "goes on from there" in capsys.readouterr().err
+    machine.clock.prepare = lambda run: (run(), lambda: 1.0)[1]
+    compiled = len(machine.compiler.tiles)
+    assert machine.tune() == 0
+    assert machine.entries[-1].provenance == "measured" and len(machine.compiler.tiles) == compiled
+
+
+def test_no_budget_stores_shortlists_and_says_what_is_left(machine, capsys):
+    assert machine.tune("--budget", "0s") == 0
+    assert len(machine.entries) == 1
+    assert "1 problems not timed within the budget" in capsys.readouterr().err
+
+
+def test_offline_does_not_time(machine):
+    machine.clock.prepare = None
+    assert machine.tune("--offline") == 0
+    assert len(machine.entries) == 1
+
+
+def test_a_foreign_store_is_refused_before_any_work(machine, capsys):
+    machine.path.write_text("hello\n")
+    assert machine.tune() == 2
+    assert f"error: {machine.path}: its first line is 'hello'" in capsys.readouterr().err
+    assert machine.path.read_text() == "hello\n" and not machine.compiler.tiles
+
+
+def test_launches_find_what_was_tuned(machine):
+    machine.tune()
+    text = machine.path.read_text().splitlines()
+    entry = json.loads(text[-1])
+    entry["tile"] = next(tile for tile in entry["shortlist"] if tile != entry["tile"])
+    machine.path.write_text("\n".join([*text, json.dumps(entry)]) + "\n")
+    tiles.reload()
+    (one,) = problems.of_model(SMALL, CHIPS["ascend910b"], torch.float32, ("fused_moe",))[0][-1:]
+    assert one.problem.kernel.name == "moe_combine_kernel"
+    kernel = one.problem.kernel
+    found = tiles.look_up(kernel, CHIPS["ascend910b"], "fp32", one.problem.statics, one.problem.sizes)
+    assert found.origin == "store" and found.tile == entry["tile"]
