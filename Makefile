@@ -1,11 +1,7 @@
-# make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
+# make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.  make tables: choose the tiles that ship.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_WORKERS ?= 2
-# Kernels whose tiles the cost model ranks; the others keep their rule's, since the model sees no layouts.
-RANKED_KERNELS = merge_states_kernel moe_combine_kernel moe_dispatch_kernel moe_down_kernel moe_gate_up_kernel \
-    moe_inverse_kernel route_kernel
-
 .PHONY: demo test test-slow bench lint tables wheel clean
 
 demo: .venv/.demo
@@ -25,8 +21,7 @@ lint: .venv/.dev
 	.venv/bin/ruff format --check .
 
 tables: .venv/.dev .venv-ascend/.ready
-	.venv/bin/python -m mla_kernels.autotune tune --candidates 0
-	.venv/bin/python -m mla_kernels.autotune tune --kernel $(RANKED_KERNELS)
+	.venv/bin/python -m mla_kernels.autotune tables
 
 wheel: .venv/.dev
 	.venv/bin/python -m pip wheel --no-deps --wheel-dir dist .

@@ -25,7 +25,6 @@ from mla_kernels.targets.devices import DEVICES
 from mla_kernels.tile_files import Entry
 from mla_kernels.tiles import Problem
 
-
 DTYPE = "bf16"
 """The element type of models, where none is named."""
 

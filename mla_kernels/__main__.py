@@ -14,7 +14,7 @@ from mla_kernels.targets.compile import Request, compiler_version, write_artefac
 
 VARIABLES = {
     "MLA_KERNELS_ASCEND_PYTHON": "python of the environment with triton-ascend and ascendnpu-ir",
-    "MLA_KERNELS_CACHE": "folder of compiled artefacts and reports",
+    "MLA_KERNELS_CACHE": "folder of reports of compilations and of your tuned tiles",
     "MLA_KERNELS_CHECK_VALUES": "1: check values inside device tensors too (waits for the device)",
     "TRITON_INTERPRET": "1: CPU tensors run the Triton kernels in Triton's interpreter",
 }

@@ -27,7 +27,7 @@ if not {"cuda", "npu"} & set(CHOSEN):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from mla_kernels import launch  # noqa: E402
+from mla_kernels import launch, tile_files  # noqa: E402
 
 MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated"}
 
@@ -67,6 +67,15 @@ def backend(request):
 def device(backend):
     """Device for the test's tensors."""
     return torch.device(backend if backend in ("cuda", "npu") else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_store_of_the_user(tmp_path_factory):
+    """Tiles that somebody tuned on this machine change no test."""
+    folder = tmp_path_factory.mktemp("tiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_files, "store_path", lambda device: folder / f"{device}.jsonl")
+        yield
 
 
 @pytest.fixture(autouse=True)
