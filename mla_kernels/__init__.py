@@ -17,10 +17,13 @@ from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, s
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.activation import Activation, Clamp
 from mla_kernels.moe.align import align_blocks
+from mla_kernels.moe.balance import balance_loss
 from mla_kernels.moe.combine import combine
 from mla_kernels.moe.dispatch import Dispatch, dispatch
 from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.hash_route import hash_route
+from mla_kernels.moe.load import expert_load, update_bias
 from mla_kernels.moe.parallel import ExpertParallel
 from mla_kernels.moe.permute import permute, unpermute
 from mla_kernels.moe.quantisation_error import WeightError, quantisation_error
@@ -44,6 +47,7 @@ __all__ = [
     "WeightFormat",
     "absorb_query",
     "align_blocks",
+    "balance_loss",
     "combine",
     "compress_latent",
     "convert_cache",
@@ -51,9 +55,11 @@ __all__ = [
     "dispatch",
     "expand_output",
     "expert_ffn",
+    "expert_load",
     "fused_experts",
     "fused_moe",
     "gather_tokens",
+    "hash_route",
     "indexer_logits",
     "indexer_topk",
     "merge_states",
@@ -72,6 +78,7 @@ __all__ = [
     "sparse_mla_decode",
     "sparse_mla_prefill",
     "unpermute",
+    "update_bias",
     "write_indexer_key",
     "write_latent",
 ]

@@ -1,5 +1,6 @@
 """The public names and signatures, as a snapshot: a change here is a change for users."""
 
+import importlib
 import inspect
 import re
 
@@ -11,6 +12,8 @@ from mla_kernels.moe.activation import SWIGLU
 SIGNATURES = {
     "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",
     "align_blocks": "(ids, num_experts, block_size)",
+    "balance_loss": "(logits, ids, *, scoring='sigmoid', cu_seqlens=None, num_shared=0, divide_by_top_k=True, "
+    "coefficient=1.0)",
     "combine": "(rows, weights, dispatched)",
     "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "convert_cache": "(cache, layout, *, dtype=None)",
@@ -19,9 +22,12 @@ SIGNATURES = {
     "expand_output": "(out, w_uv)",
     "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU)",
     "fused_experts": "(hidden, experts, weights, ids, *, activation=SWIGLU, weight_at='output')",
+    "expert_load": "(ids, num_experts)",
     "fused_moe": "(hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
     "weight_at='output', recompute=False)",
     "gather_tokens": "(cache, slots, *, dtype=None)",
+    "hash_route": "(logits, table, token_ids, *, scoring='sqrt_softplus', renormalize=True, routed_scale=1.0, "
+    "num_shared=0)",
     "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
     "merge_states": "(outs, lses)",
@@ -43,6 +49,7 @@ SIGNATURES = {
     "sparse_mla_prefill": "(q, kv, indices, *, softmax_scale, latent_dim=512, topk_length=None, sink=None, "
     "return_max_logits=False)",
     "unpermute": "(rows, dispatched, weights=None, *, top_k=1)",
+    "update_bias": "(bias, load, speed)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
     "rope_first=True, hadamard=False, eps=1e-06)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
@@ -93,14 +100,11 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    from mla_kernels.reference import attention, indexer, latent, moe, permute, prefill, prolog, quant, route, sparse
+    modules = "attention balance indexer latent moe permute prefill prolog quant route sparse".split()
+    references = [importlib.import_module(f"mla_kernels.reference.{name}") for name in modules]
 
     for name, signature in SIGNATURES.items():
-        twin = next(
-            getattr(module, name)
-            for module in (prolog, attention, indexer, latent, moe, permute, prefill, quant, route, sparse)
-            if hasattr(module, name)
-        )
+        twin = next(getattr(module, name) for module in references if hasattr(module, name))
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
         of_caches = {"latent_dim", "layout", "cache_layout"} - set(own)
         theirs = [p for p in inspect.signature(twin).parameters if p not in of_caches]

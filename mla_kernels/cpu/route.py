@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 _NEVER = float("-inf")
-FEW = 2048  # scores up to which a stable sort beats keys of 64 bits
 
 
 def route(
@@ -24,7 +23,7 @@ def route(
     logits = logits.float()
     missing = logits.isnan()
     softmax = scoring == "softmax"
-    scores = _scores(logits, missing, scoring)
+    scores = scores_of(logits, missing, scoring)
     choice = scores if bias is None else scores + bias
     choice = choice.masked_fill(missing.logical_or_(choice.isnan()), _NEVER)
 
@@ -49,7 +48,30 @@ def route(
     return _finish(weights, ids, renormalize, routed_scale, num_shared, logits.shape[1])
 
 
-def _scores(logits, missing, scoring):
+def hash_route(
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    token_ids: torch.Tensor,
+    scoring: str,
+    renormalize: bool,
+    routed_scale: float,
+    num_shared: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the experts that the table gives; only softmax looks at the others."""
+    ids, x = table[token_ids].long(), logits.float()
+    if scoring == "softmax":
+        weights = scores_of(x, x.isnan(), scoring).gather(1, ids)
+        absent = weights.isnan() | x.gather(1, ids).isnan()
+    else:
+        weights = scores_of(x.gather(1, ids), None, scoring)
+        absent = weights.isnan()
+    if absent.any():
+        weights, ids = weights.masked_fill(absent, 0.0), ids.masked_fill(absent, -1)
+    return _finish(weights, ids, renormalize, routed_scale, num_shared, logits.shape[1])
+
+
+def scores_of(logits: torch.Tensor, missing: torch.Tensor | None, scoring: str) -> torch.Tensor:
+    """Scores [T, E] of fp32 logits; ``missing`` logits take no part in a softmax."""
     if scoring == "softmax":
         return torch.softmax(logits.masked_fill(missing, _NEVER), -1)
     return torch.sigmoid(logits) if scoring == "sigmoid" else F.softplus(logits).sqrt_()
@@ -99,7 +121,7 @@ def route_backward(
         own, slopes = scores.gather(1, places), 1.0
     else:
         own_x = x.gather(1, places)
-        own = _scores(own_x, None, scoring)
+        own = scores_of(own_x, None, scoring)
         slopes = own * torch.sigmoid(-own_x) if scoring == "sigmoid" else torch.sigmoid(own_x) / (2 * own)
     own = own.masked_fill(idle, 0.0)
     toward = (weights_grad[:, :top_k] * routed_scale).masked_fill(idle, 0.0)

@@ -10,7 +10,7 @@ from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, router_scores
+from mla_kernels.moe.scores import SCORINGS, finished_slots, router_scores
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
@@ -105,13 +105,7 @@ def route_kernel(
             weight = tl.where(here, tl.where(found, score, 0.0)[:, None], weight)
             chosen = tl.where(here, tl.where(found, picked, -1.0)[:, None], chosen)
             choice = tl.where(hit, float("-inf"), choice)
-        if RENORMALIZE:
-            weight = weight / (tl.sum(weight, 1)[:, None] + 1.0e-20)
-        weight = weight * routed_scale
-        if SHARED > 0:
-            routed = (slot_f < TOP_K)[None, :]
-            weight = tl.where(routed, weight, 1.0)
-            chosen = tl.where(routed, chosen, (slot_f + (EXPERTS - TOP_K))[None, :])
+        weight, chosen = finished_slots(weight, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE)
         out = first * (TOP_K + SHARED) + lane[:, None] * (TOP_K + SHARED) + slot[None, :]
         inside = in_range & (slot < TOP_K + SHARED)[None, :]
         tl.store(weights + out, weight, mask=inside)  # [BLOCK_T, BLOCK_K]

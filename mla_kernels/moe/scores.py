@@ -1,4 +1,4 @@
-"""What a router makes of its logits, for the kernels that need it: scores, their slopes, and the table of models."""
+"""What the routers' kernels share: scores of logits, their slopes, and the slots that a token ends with."""
 
 from mla_kernels.language import tl, triton
 
@@ -41,3 +41,25 @@ def score_slopes(x, scores, SCORING: tl.constexpr):
     else:
         squared = scores * scores
         return tl.where(squared > 0.0, 0.5 / ((1.0 + tl.exp(-x)) * tl.where(squared > 0.0, squared, 1.0)), 0.0)
+
+
+@triton.jit
+def finished_slots(
+    weight,
+    chosen,
+    slot_f,
+    routed_scale,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """(weights, experts) [rows, slots] of chosen scores, which are 0 past TOP_K; the shared experts follow them."""
+    if RENORMALIZE:
+        weight = weight / (tl.sum(weight, 1)[:, None] + 1.0e-20)
+    weight = weight * routed_scale
+    if SHARED > 0:
+        routed = (slot_f < TOP_K)[None, :]
+        weight = tl.where(routed, weight, 1.0)
+        chosen = tl.where(routed, chosen, (slot_f + (EXPERTS - TOP_K))[None, :])
+    return weight, chosen

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from mla_kernels.moe.hash_route import hash_route
 from mla_kernels.moe.route import route
 
 LOGITS = torch.zeros(2, 8)
@@ -51,3 +52,29 @@ def refused(call, error, text):
 def test_route_refuses(changes, error, text):
     arguments = {"logits": LOGITS, "top_k": 2} | changes
     refused(lambda: route(**arguments), error, text)
+
+
+TABLE, TOKEN_IDS = torch.zeros(5, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        ({"logits": torch.zeros(8)}, ValueError, "logits: got 1 dimensions (8,), 2 are accepted"),
+        ({"table": TABLE[0]}, ValueError, "table: got 1 dimensions (3,), 2 are accepted"),
+        ({"table": TABLE.float()}, TypeError, "table: got dtype float32, accepted: int32, int64"),
+        ({"table": TABLE[:0]}, ValueError, "rows of the table (table.shape[0]): got 0, an integer from 1"),
+        ({"table": TABLE[:, :0]}, ValueError, "experts a token (table.shape[1]): got 0, an integer from 1 to 1024"),
+        ({"table": TABLE.to(META)}, ValueError, "table: got a tensor on meta, all arguments must be on cpu"),
+        ({"table": TABLE + 8}, ValueError, "table[token_ids]: got values from 8 to 8, accepted: 0 to 7 (logits have 8"),
+        ({"token_ids": TOKEN_IDS[:1]}, ValueError, "token_ids: got shape (1,), (2) is accepted"),
+        ({"token_ids": TOKEN_IDS + 5}, ValueError, "token_ids: got values from 5 to 5, accepted: 0 to 4 (table has 5"),
+        ({"token_ids": TOKEN_IDS - 1}, ValueError, "token_ids: got values from -1 to -1, accepted: 0 to 4"),
+        ({"token_ids": TOKEN_IDS.short()}, TypeError, "token_ids: got dtype int16, accepted: int32, int64"),
+        ({"scoring": "tanh"}, ValueError, "scoring: got 'tanh', accepted: 'sigmoid', 'softmax', 'sqrt_softplus'"),
+        ({"num_shared": 1.0}, TypeError, "num_shared: got float, an integer from 0 to 1024 is accepted"),
+    ],
+)
+def test_hash_route_refuses(changes, error, text):
+    arguments = {"logits": LOGITS, "table": TABLE, "token_ids": TOKEN_IDS} | changes
+    refused(lambda: hash_route(**arguments), error, text)
