@@ -4,7 +4,8 @@ The winner of a problem is one draw among the valid tiles of its space, with log
 (conditional logit). The weights maximise the likelihood of the winners' shapes, plus STAGES_SHARE of that of their
 stages, less RIDGE of their squares in units of a feature's spread; those of costs are held at or below zero. Fitted on
 half of the file's (experts, intermediate) shapes (:func:`mla_kernels.autotune.measured.halves`); the other half is
-never looked at. ``seconds`` maps scores to the terms' scale: the straight line that gives log seconds their mean and spread.
+never looked at. ``seconds`` maps scores to the terms' scale: the straight line that gives log seconds their mean and
+spread.
 """
 
 import json
@@ -89,8 +90,9 @@ def fit_weights(data: Samples) -> np.ndarray:
     return signed().detach().numpy() / spread
 
 
-def fit(points: Sequence[Point], fitted: set) -> dict:
-    """Constants from the points of one device whose shape is in ``fitted``."""
+def fit(points: Sequence[Point]) -> dict:
+    """Constants from the points of one device whose shape is in the first half of its shapes."""
+    fitted, left = halves(point.shape for point in points)
     name = points[0].device
     data = samples(device(name), [point for point in points if point.shape in fitted])
     weights = fit_weights(data)
@@ -104,6 +106,7 @@ def fit(points: Sequence[Point], fitted: set) -> dict:
             "device": name,
             "points": len(data.winner),
             "shapes": sorted(fitted),
+            "shapes_left": len(left),
             "split": "the half of the file's (experts, intermediate) shapes that measured.halves puts first",
         },
         "weights": {name: round(float(value), 4) for name, value in zip(moe_model.FEATURES, weights)},
@@ -126,11 +129,11 @@ def run(options) -> int:
     if name not in names:
         raise ValueError(f"--device: got {name!r}, the file holds {', '.join(sorted(set(names)))}")
     points = [point for point in points if point.device == name]
-    first, second = halves(point.shape for point in points)
-    constants = fit(points, first)
+    constants = fit(points)
     options.output.write_text(json.dumps(constants, indent=1) + "\n")
+    fitted = constants["fitted_on"]
     print(
-        f"{options.output}: {len(moe_model.FEATURES)} weights from {constants['fitted_on']['points']} points of "
-        f"{len(first)} shapes; {len(second)} shapes are left for evaluation"
+        f"{options.output}: {len(moe_model.FEATURES)} weights from {fitted['points']} points; "
+        f"{len(fitted['shapes'])} shapes; {fitted['shapes_left']} shapes are left for evaluation"
     )
     return 0

@@ -139,10 +139,11 @@ def _point(row: dict[str, str]) -> Point:
     for name, size in sizes.items():
         if size < (name not in ("group_m", "num_stages")):
             raise ValueError(f"{name}: got {size}, accepted: positive numbers")
+    tile = tuple(sizes[name] for name in ("block_m", "block_n", "block_k", "num_warps"))
+    shape = sizes["experts"], sizes["intermediate"]
     return Point(
-        row["device"], sizes["experts"], sizes["intermediate"], gemm, row["triton"], sizes["tokens"],
-        (sizes["block_m"], sizes["block_n"], sizes["block_k"], sizes["num_warps"]), sizes["num_stages"], sizes["group_m"],
-    )  # fmt: skip
+        row["device"], *shape, gemm, row["triton"], sizes["tokens"], tile, sizes["num_stages"], sizes["group_m"]
+    )
 
 
 @functools.cache
@@ -150,15 +151,15 @@ def geometry(experts: int, intermediate: int) -> tuple[int, int]:
     """(hidden size, experts a token) of a rank's shape, which files do not record.
 
     The model of :data:`GEOMETRIES` whose experts, or a part of them, and whose intermediate size, or a part of it, are
-    the shape's; one more expert is a shared one that every token chooses. The fewest expert splits win, then the fewest
-    of the intermediate size, then the order of the table. A shape of no known model is taken as (6144, 2) with up to 8
-    experts, (4096, 4) with up to 32, (4096, 8) with more, (4096, 1) with one.
+    the shape's; one more expert is a shared one that every token chooses. The fewest expert splits win, then the order
+    of the table. A shape of no known model is taken as (6144, 2) with up to 8 experts, (4096, 4) with up to 32, (4096,
+    8) with more, (4096, 1) with one.
     """
     found = []
     for order, (_, whole, wide, hidden, top_k) in enumerate(GEOMETRIES):
         for split, parts, shared in itertools.product(EXPERT_SPLITS, SPLITS, (0, 1)):
             if whole == (experts - shared) * split and wide == intermediate * parts:
-                found.append((split, shared, parts, order, (hidden, top_k + shared)))
+                found.append((split, shared, order, parts, (hidden, top_k + shared)))
     if found:
         return min(found)[-1]
     if experts == 1:

@@ -4,9 +4,9 @@ Each of T tokens is sent to K different experts of E, each set of K as likely as
 binomial(T, K / E), and the row tiles of a product are ``E * mean(ceil(rows / BLOCK_M))``: half-empty tiles cost like
 full ones. From them follow, in seconds for the whole product (``programs`` = row tiles x column tiles):
 
-    core      the busiest of a core's three pipes: multiply-adds at the rate of the tile's instruction (wgmma and tcgen05
-              take 64 rows at least; what is left for smaller tiles on such chips, mma.sync, is slower), shared memory
-              (operand tiles written once, read as often as the warps' layout asks), and issue of instructions
+    core      the busiest of a core's three pipes: multiply-adds at the rate of the tile's instruction (wgmma and
+              tcgen05 take 64 rows at least; what is left for smaller tiles on such chips, mma.sync, is slower), shared
+              memory (operand tiles written once, read as often as the warps' layout asks), and issue of instructions
     l2        operand tiles fetched by every program, at L2_BYTES a clock and core
     latency   rounds of programs x trips of the loop x what is left of a fetch's latency with so many stages in flight
     start     rounds of programs x PROGRAM_CLOCKS

@@ -92,10 +92,11 @@ def test_rows_of_the_best_tile_grow_with_the_rows_of_an_expert(device):
 
 
 def test_large_products_take_large_tiles_that_the_chip_can_hold():
-    """128 x 256 x 64 with 8 warps is what wgmma wants; without it the operands' registers make that tile too large."""
-    hopper = best("h100", 8192, 4, columns=4096, inner=7168, **V3)
-    assert (128, 256, 64, 8) in [tile[:4] for tile in hopper]
-    assert all(m * n <= 128 * 128 for m, n, *_ in best("a100", 8192, 4, columns=4096, inner=7168, **V3))
+    """128 x 256 x 64 with 8 warps is what wgmma wants; 99 KiB of shared memory hold two such stages, no more."""
+    problem = dict(columns=4096, inner=7168, **V3)
+    assert best("h100", 8192, **problem)[0][:4] == (128, 256, 64, 8)
+    assert (128, 128, 64, 8) in [tile[:4] for tile in best("a100", 8192, 4, **problem)]
+    assert best("rtx-4090", 8192, **problem)[0][:4] == (128, 128, 64, 8)
 
 
 def test_seconds_order_tiles_as_scores_do():
@@ -114,9 +115,9 @@ def test_the_tuner_can_rank_every_candidate(name, chip):
         pytest.skip(kernel.unsupported[chip.name])
     for case in kernel.cases[:2]:
         tiles = list(search.candidates(kernel, chip, "bf16", case.statics))
-        found = [model.seconds(kernel, chip, "bf16", case.statics, case.sizes, tile) for tile in tiles[::37]]
+        found = [model.seconds(kernel, chip, "bf16", case.statics, case.sizes, tile) for tile in tiles[::11]]
         assert np.isfinite(found).all() and min(found) > 0
-        assert len({float(f"{x:.6g}") for x in found}) > 1
+        assert max(found) > min(found) or not chip.is_gpu
 
 
 def test_two_products_that_read_the_rows_twice_are_no_better_than_one():
