@@ -54,7 +54,7 @@ def quantised_weights(
         raise ValueError(f"{' and '.join(chosen)}: one of them is accepted")
     if any(scale is not None for scale in static_scales):
         raise NotImplementedError(
-            "a1_scale, a2_scale: activations are quantised with scales of their own, token by token"
+            "a1_scale, a2_scale: got tensors, None is accepted (every token gets scales of its own)"
         )
     if any(zero is not None for zero in zeros):
         raise NotImplementedError(f"w1_zp, w2_zp: {_INT4}")
