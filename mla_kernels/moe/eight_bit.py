@@ -263,8 +263,11 @@ def _rule(products):
         if chip.vendor == "ascend":
             most = 16 if products == 2 and statics["FORMAT"] == "fp8_block" else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
-        m = rows_for(sizes, 64)
-        return tile | {"BLOCK_M": m, "SWAP": 1, "num_warps": 4 if m < 64 else 8}
+        most = 64
+        if products == 2 and statics["FORMAT"] == "fp8_block" and chip.vendor == "nvidia":
+            most = 64 if chip.dot_from_shared and not chip.tensor_memory else 32
+        m = rows_for(sizes, most)
+        return tile | {"BLOCK_M": m, "SWAP": 1, "num_warps": 8 if m == most else 4}
 
     return rule
 

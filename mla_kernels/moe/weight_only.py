@@ -210,10 +210,13 @@ def _rule(products):
         if dtype == "fp32":
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
             stages = 2
-        elif rows_for(sizes, 128) < 128 or chip.vendor == "amd":
-            tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
+        elif (
+            rows_for(sizes, 128) == 128 and chip.dot_from_shared
+        ):  # in tensor memory there is room for half of gate_up's
+            m = 64 if chip.tensor_memory and products == 2 else 128
+            tile = {"BLOCK_M": m, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
         else:
-            tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
+            tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
         return tile | {"BLOCK_K": 128, "num_stages": stages, "GROUP_M": 8}
 
     return rule

@@ -49,6 +49,11 @@ class Chip:
         return self.architecture in ("90", "100")
 
     @property
+    def tensor_memory(self) -> bool:
+        """Whether sums, and operands that were computed, lie in a memory of the tensor cores' own (tcgen05)."""
+        return self.architecture == "100"
+
+    @property
     def dot_e4m3(self) -> bool:
         """Whether the matrix units multiply e4m3 (OCP "fn"; gfx942 has AMD's own "fnuz" kind only)."""
         return self.architecture in ("89", "90", "100", "120", "gfx950")
