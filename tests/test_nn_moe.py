@@ -90,6 +90,25 @@ def test_outputs_are_those_of_transformers(name):
         assert ours(hidden[:, :0], *(x[:, :0] for x in ids)).shape == (1, 0, config.hidden_size)
 
 
+@pytest.mark.parametrize("name", ["v2 two shared", "v3"])  # their routers are fp32 in transformers, too
+def test_bfloat16(name):
+    block, ours, config = _pair(name)
+    block, ours = block.bfloat16(), ours.bfloat16()
+    hidden = torch.randn(2, 19, config.hidden_size).bfloat16()
+    with torch.no_grad():
+        out, baseline = ours(hidden), block(hidden)
+        assert out.dtype == torch.bfloat16
+        assert_close(out, block.float()(hidden.float()).double(), baseline)
+
+
+def test_compiles_without_breaks():
+    _, ours, config = _pair("v4 hash")
+    hidden, ids = _inputs(config)
+    with torch.no_grad():
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(hidden, *ids), ours(hidden, *ids))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_transformers(name):
     block, ours, config = _pair(name)

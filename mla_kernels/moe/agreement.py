@@ -1,5 +1,7 @@
 """Agreement: how the ranks of an expert-parallel group compare sizes, and learn why another rank does not answer."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import itertools

@@ -3,6 +3,8 @@
 Symbols: R ranks, E experts in all, T tokens of this rank, K slots of a token, H hidden size, C chunks.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +48,9 @@ class ExpertParallel:
     for each of these ranks. The bits do not depend on the number of chunks, on other tokens, or on the run.
 
     Host waits: ``all_to_all_single`` needs its split sizes on the host, so :meth:`run` waits once for the device, after
-    an exchange of counts, however many chunks there are. With ``capacity`` it never waits and can be captured in a
-    graph: every pair of ranks then exchanges ``capacity`` rows whatever the routing, most of them unused.
+    an exchange of counts, however many chunks there are. With ``capacity`` it never waits, and all shapes are fixed, as
+    the capture of a graph asks: every pair of ranks then exchanges ``capacity`` rows whatever the routing, most of them
+    unused.
 
     Args:
         num_experts: experts of the layer, over all ranks.

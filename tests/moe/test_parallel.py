@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from mla_kernels import launch
 from mla_kernels.moe import parallel as module
 from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.parallel import ExpertParallel
@@ -151,7 +152,12 @@ def test_bits_are_those_of_one_process_where_a_tokens_experts_share_a_rank(pools
     torch.testing.assert_close(grad_hidden, expected[1])  # a sum over outputs, in torch's order
 
 
-def _fused(rank, size, tensors, tokens_of, grad, options):
+def _fused(rank, size, tensors, tokens_of, grad, options, mode="torch"):
+    with launch.on_cpu(mode):
+        return _train_fused(rank, tensors, tokens_of, grad, options)
+
+
+def _train_fused(rank, tensors, tokens_of, grad, options):
     parallel = ExpertParallel(EXPERTS, experts_per_rank=[5, 2], timeout=20)
     own = slice(sum(tokens_of[:rank]), sum(tokens_of[: rank + 1]))
     here = {
@@ -172,6 +178,22 @@ def test_fused_moe_with_biases_and_a_clamp(pools, weight_at):
     got = _gather(pools(2).run(_fused, {**tensors, "ids": ids}, [6, 5], grad, options))
     exact = {name: x.double().requires_grad_() for name, x in tensors.items()}
     out = reference.fused_moe(**exact, ids=ids, **options)
+    out.backward(grad.double())
+    for actual, expected in zip(got, (out.detach(), *(x.grad for x in exact.values()))):
+        assert_close(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["interpret", "npu-emulated"])
+def test_on_kernels(pools, mode):
+    """The kernels take what came as it lies, rows of hidden with ids and weights between them."""
+    if mode not in os.environ["PYTEST_BACKENDS"].split(","):
+        pytest.skip(f"--backend leaves out {mode}")
+    hidden, gate_up, down, weights, ids, grad = _problem(11)
+    tensors = {"hidden": hidden, "gate_up": gate_up, "down": down, "weights": weights}
+    got = _gather(pools(2).run(_fused, {**tensors, "ids": ids}, [6, 5], grad, {}, mode))
+    exact = {name: x.double().requires_grad_() for name, x in tensors.items()}
+    out = reference.fused_moe(**exact, ids=ids)
     out.backward(grad.double())
     for actual, expected in zip(got, (out.detach(), *(x.grad for x in exact.values()))):
         assert_close(actual, expected)
