@@ -47,13 +47,12 @@ def backward(
     filled = bounds[-1]
     at_input, at_output = weight_at == "input", weight_at == "output"
     of_rows = weights.reshape(-1, 1).index_select(0, order)  # [P, 1]
-    none = hidden.new_empty(0)
-    rows_grad = hidden.new_empty(order.shape[0], hidden.shape[1]) if wanted[0] else none
-    gate_up_grad = _like(gate_up) if wanted[1] else none
-    down_grad = _like(down) if wanted[2] else none
+    rows_grad = hidden.new_empty(order.shape[0], hidden.shape[1]) if wanted[0] else None
+    gate_up_grad = _like(gate_up) if wanted[1] else hidden.new_empty(0)
+    down_grad = _like(down) if wanted[2] else hidden.new_empty(0)
     weight_rows = weights.new_zeros(order.shape[0])
-    gate_up_bias_grad = torch.zeros_like(gate_up_bias) if wanted[4] else none
-    down_bias_grad = torch.zeros_like(down_bias) if wanted[5] else none
+    gate_up_bias_grad = torch.zeros_like(gate_up_bias) if wanted[4] else hidden.new_empty(0)
+    down_bias_grad = torch.zeros_like(down_bias) if wanted[5] else hidden.new_empty(0)
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             for grad in (gate_up_grad, down_grad):
@@ -63,7 +62,7 @@ def backward(
         weight, mine = of_rows[first:last], tokens[first:last]
         x, g = hidden.index_select(0, mine), out_grad.index_select(0, mine)
         plain = linear(x, gate_up[expert]) if products is None else products[first:last]
-        both = (plain * weight).to(plain.dtype) if at_input else plain
+        both = plain * weight if at_input else plain  # in fp32, which the weights' gradient needs there
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
         y_grad = linear(g, down[expert].t())  # but for the weight
@@ -74,6 +73,7 @@ def backward(
             weight_rows[first:last] = _dots(*pair)
             if at_output and down_bias is not None:
                 weight_rows[first:last] += g.float() @ down_bias[expert].float()
+        inner, both_grad = inner.to(hidden.dtype), both_grad.to(hidden.dtype)
         if wanted[2]:
             _product_into(down_grad[expert], g.t(), inner if at_input else (inner * weight).to(inner.dtype))
         if wanted[1]:
@@ -85,7 +85,7 @@ def backward(
         if wanted[5]:
             scaled = g * weight if at_output else g
             down_bias_grad[expert] = scaled.sum(0, dtype=torch.float32)
-    hidden_grad, weights_grad = none, weights.new_empty(0)
+    hidden_grad, weights_grad = hidden.new_empty(0), weights.new_empty(0)
     if wanted[0]:
         hidden_grad = combine(rows_grad, weights if at_input else torch.ones_like(weights), inverse, offsets)
     if wanted[3]:

@@ -66,27 +66,27 @@ def _launch(
         activation=activation_of(clamp, limit, alpha, interleaved),
         weight_at=weight_at,
     )
-    none = hidden.new_empty(0)
-    hidden_grad = gate_up_grad = down_grad = gate_up_bias_grad = down_bias_grad = none
-    weights_grad = weights.new_empty(0)
+    grads_of_inputs = [hidden.new_empty(0, dtype=torch.float32 if place == 3 else None) for place in range(6)]
     if wanted[0]:
         by_pair = launch_down(grads, gate_up.transpose(1, 2), rows, by_pair=True)
-        hidden_grad = launch_combine_pairs(by_pair, at_input, ids, experts)
+        grads_of_inputs[0] = launch_combine_pairs(by_pair, at_input, ids, experts)
     if wanted[1]:
-        gate_up_grad = _weight_gradient(grads, hidden, rows, layout_of(gate_up)[0], False, at_input)
+        grads_of_inputs[1] = _weight_gradient(grads, hidden, rows, layout_of(gate_up)[0], False, at_input)
     if wanted[2]:
-        down_grad = _weight_gradient(out_grad, inner, rows, layout_of(down)[0], True)
+        grads_of_inputs[2] = _weight_gradient(out_grad, inner, rows, layout_of(down)[0], True)
     if wanted[4]:
-        gate_up_bias_grad, _ = launch_bias_gradient(grads, rows, gather=False)
+        grads_of_inputs[4], _ = launch_bias_gradient(grads, rows, gather=False)
     at_output = of_pairs if weight_at == "output" and down_bias is not None else None
     if wanted[5] or (wanted[3] and at_output is not None):
-        down_bias_grad, bias_parts = launch_bias_gradient(
+        bias_grad, bias_parts = launch_bias_gradient(
             out_grad, rows, gather=True, weights=at_output, bias=None if at_output is None else down_bias
         )
         parts = torch.cat([parts, bias_parts])
+        if wanted[5]:
+            grads_of_inputs[5] = bias_grad
     if wanted[3]:
-        weights_grad = launch_weight_parts(parts, rows)
-    return hidden_grad, gate_up_grad, down_grad, weights_grad, gate_up_bias_grad, down_bias_grad if wanted[5] else none
+        grads_of_inputs[3] = launch_weight_parts(parts, rows)
+    return tuple(grads_of_inputs)
 
 
 def _weight_gradient(left, right, rows, transposed, gather_left, weights=None):
@@ -102,7 +102,7 @@ def _fake(
     clamp, limit, alpha, interleaved, weight_at, wanted,
 ):  # fmt: skip
     def like(tensor, is_wanted):
-        if not is_wanted or tensor is None:
+        if not is_wanted:
             return (hidden if tensor is None else tensor).new_empty(0)
         if tensor.dim() == 3 and layout_of(tensor)[0]:
             return tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1]).transpose(1, 2)

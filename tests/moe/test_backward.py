@@ -1,0 +1,291 @@
+"""Gradients of fused_moe against float64 autograd of the reference and against Hugging Face's experts."""
+
+import pytest
+import torch
+
+from mla_kernels import launch
+from mla_kernels.moe.fused import fused_moe
+from mla_kernels.reference import moe as reference
+from mla_kernels.targets import emulator
+from tests.moe.problems import OPTIONS, distinct_ids, layer, with_options
+from tests.support import assert_close
+
+NAMES = ("hidden", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
+
+
+def inputs_of(problem):
+    named = dict(zip(("hidden", "gate_up", "down", "weights", "ids"), problem.inputs()))
+    return named | problem.options
+
+
+def gradients(run, problem, out_grad, dtype=None, wanted=NAMES, **options):
+    """Gradients of the floating inputs by name; all of them in ``dtype`` if there is one."""
+    arguments = inputs_of(problem) | options
+    leaves = {}
+    for name in NAMES:
+        if arguments.get(name) is not None:
+            value = arguments[name].detach()
+            arguments[name] = value if dtype is None else value.to(dtype)
+            if name in wanted:
+                arguments[name] = leaves[name] = arguments[name].detach().requires_grad_()
+    out = run(**arguments)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), out_grad.to(out.dtype))))
+
+
+def check(problem, **options):
+    """Our gradients are right in dtype, shape, layout and value."""
+    out_grad = torch.randn(problem.hidden.shape).to(problem.hidden.dtype)
+    got = gradients(fused_moe, problem, out_grad, **options)
+    exact = gradients(reference.fused_moe, problem, out_grad, torch.float64)
+    plain = problem.hidden.dtype == torch.float32
+    baseline = dict.fromkeys(got) if plain else gradients(reference.fused_moe, problem, out_grad)
+    arguments = inputs_of(problem)
+    for name, grad in got.items():
+        assert grad.dtype == arguments[name].dtype
+        assert grad.stride() == arguments[name].stride() or not arguments[name].is_contiguous()
+        try:
+            assert_close(grad, exact[name], baseline[name])
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from error
+    return got
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients(backend, dtype, recompute):
+    problem = layer(17, 8, 3, 80, 72, dtype)
+    problem.ids[3], problem.ids[4, 1] = -1, 8
+    check(problem, recompute=recompute)
+
+
+@pytest.mark.parametrize("tokens, experts, top_k, hidden, intermediate", [(1, 8, 6, 128, 128), (70, 2, 2, 48, 20)])
+def test_other_shapes(backend, tokens, experts, top_k, hidden, intermediate):
+    check(layer(tokens, experts, top_k, hidden, intermediate))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(backend, name, recompute):
+    problem = with_options(layer(17, 4, 2, 80, 72), **OPTIONS[name])
+    problem.ids[3] = -1
+    grads = check(problem, recompute=recompute)
+    for weight in ("gate_up", "down"):  # a gradient is stored as its weight is
+        assert grads[weight].stride() == getattr(problem, weight).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_in_16_bits(backend, name, dtype):
+    if backend == "interpret" and (dtype == torch.float16 or name not in ("gpt_oss", "llama4")):
+        pytest.skip("slow in the interpreter, which runs the other options in float32")
+    check(with_options(layer(40, 4, 2, 80, 72, dtype), **OPTIONS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_real_sizes(backend, dtype):
+    if backend == "interpret":
+        pytest.skip("takes the interpreter too long; the emulator runs these sizes")
+    check(layer(70, 2, 2, 2048, 1408, dtype))
+
+
+def test_experts_without_tokens_get_zeros_and_are_not_read(backend):
+    ids = torch.tensor([[1, 3]] * 9, dtype=torch.int32)
+    ids[2] = -1
+    problem = layer(9, 5, 2, 80, 72, ids=ids)
+    for weight in (problem.gate_up, problem.down):
+        weight[[0, 2, 4]] = float("nan")
+    problem.hidden[2], problem.weights[2] = float("nan"), float("nan")
+    grads = gradients(fused_moe, problem, torch.randn(9, 80))
+    for name in ("gate_up", "down"):
+        assert (grads[name][[0, 2, 4]] == 0).all() and (grads[name][[1, 3]] != 0).any()
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert (grads["hidden"][2] == 0).all() and (grads["weights"][2] == 0).all()
+
+
+def test_no_pair_with_an_expert(backend):
+    problem = layer(9, 5, 2, 80, 72, ids=torch.full((9, 2), -1, dtype=torch.int32))
+    assert all((grad == 0).all() for grad in gradients(fused_moe, problem, torch.randn(9, 80)).values())
+
+
+def test_no_tokens(backend):
+    problem = with_options(layer(0, 5, 2, 80, 72), biases=True)
+    grads = gradients(fused_moe, problem, torch.randn(0, 80))
+    assert all((grad == 0).all() and grad.shape == inputs_of(problem)[name].shape for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("expert", [0, 4])
+def test_all_tokens_to_one_expert(backend, expert):
+    check(layer(17, 5, 2, 80, 72, ids=torch.full((17, 2), expert, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("wanted", [("hidden",), ("weights",), ("gate_up",), ("down", "down_bias")], ids="+".join)
+def test_frozen_inputs_change_no_other_gradient(backend, wanted):
+    problem = with_options(layer(17, 4, 2, 80, 72), biases=True)
+    out_grad = torch.randn(17, 80)
+    every = gradients(fused_moe, problem, out_grad)
+    some = gradients(fused_moe, problem, out_grad, wanted=wanted)
+    assert set(some) == set(wanted) and all(torch.equal(grad, every[name]) for name, grad in some.items())
+
+
+def test_strided_inputs(backend):
+    problem = layer(17, 4, 2, 80, 72)
+    wide, wide_up = torch.full((17, 100), float("nan")), torch.full((4, 150, 90), float("nan"))
+    wide_weights, wide_ids = torch.full((17, 5), float("nan")), torch.full((17, 6), 9, dtype=torch.int32)
+    wide[:, 4:84], wide_up[:, 2:146, 3:83] = problem.hidden, problem.gate_up
+    wide_weights[:, 1:3], wide_ids[:, 2:4] = problem.weights, problem.ids
+    problem.hidden, problem.gate_up = wide[:, 4:84], wide_up[:, 2:146, 3:83]
+    problem.weights, problem.ids = wide_weights[:, 1:3], wide_ids[:, 2:4]
+    check(problem)
+
+
+def test_a_gradient_that_is_one_number_expanded(backend):
+    problem = layer(17, 4, 2, 80, 72)
+    problem.hidden.requires_grad_()
+    problem.run().sum().backward()
+    exact = gradients(reference.fused_moe, problem, torch.ones(17, 80), torch.float64)
+    assert_close(problem.hidden.grad, exact["hidden"])
+
+
+def test_tokens_do_not_depend_on_each_other(backend):
+    problem, shuffle, out_grad = layer(17, 4, 2, 80, 72), torch.randperm(17), torch.randn(17, 80)
+    straight = gradients(fused_moe, problem, out_grad)
+    problem.hidden, problem.weights, problem.ids = (
+        x[shuffle] for x in (problem.hidden, problem.weights, problem.ids)
+    )  # fmt: skip
+    shuffled = gradients(fused_moe, problem, out_grad[shuffle])
+    for name in ("hidden", "weights"):
+        torch.testing.assert_close(shuffled[name], straight[name][shuffle], atol=1e-5, rtol=1e-5)
+
+
+def test_repeats_give_the_same_bits(backend):
+    problem, out_grad = layer(17, 4, 2, 80, 72, torch.bfloat16), torch.randn(17, 80)
+    first = gradients(fused_moe, problem, out_grad)
+    for turn in range(1 if backend == "interpret" else 20):
+        again = gradients(fused_moe, problem, out_grad, recompute=turn % 2 == 1)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_access_outside_the_tensors(dtype):
+    problem = with_options(layer(17, 4, 2, 80, 72, dtype), **OPTIONS["gpt_oss"])
+    problem.ids[2] = -1
+    with launch.on_cpu("npu-emulated"), emulator.guarded():
+        check(problem)
+
+
+def test_recompute_keeps_only_inputs():
+    problem = layer(17, 4, 2, 80, 72)
+    sizes = {}
+    for recompute in (False, True):
+        kept = []
+        problem.hidden = problem.hidden.detach().requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None)  # noqa: B023
+        with hooks:
+            fused_moe(**inputs_of(problem), recompute=recompute)
+        sizes[recompute] = kept
+    assert torch.Size([34, 144]) in sizes[False] and torch.Size([34, 144]) not in sizes[True]
+
+
+def test_no_gradient_is_recorded_where_none_is_wanted():
+    problem = layer(5, 4, 2, 80, 72)
+    problem.hidden.requires_grad_()
+    assert problem.run().requires_grad
+    with torch.no_grad():
+        assert not problem.run().requires_grad
+
+
+def test_no_second_derivative():
+    problem = layer(5, 4, 2, 80, 72)
+    hidden = problem.hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(problem.run().square().sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fused_moe has no second derivative"):
+        grad.sum().backward()
+
+
+def test_recompute_must_be_a_bool():
+    with pytest.raises(TypeError, match="recompute: got int, a bool is accepted"):
+        fused_moe(**inputs_of(layer(5, 4, 2, 80, 72)), recompute=1)
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt_oss"])
+def test_under_torchs_tools(name):
+    problem = with_options(layer(5, 4, 2, 32, 24), **OPTIONS.get(name, {}))
+    arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in problem.inputs()]
+    options = dict(problem.options)
+    activation = options.pop("activation", None)
+    biases = [options.pop(bias, None) for bias in ("gate_up_bias", "down_bias")]
+    settings = (*(activation.arguments if activation else ("none", None, 1.702, False)), "output")
+    for op in (torch.ops.mla_kernels.fused_moe.default, torch.ops.mla_kernels.fused_moe_keeping.default):
+        torch.library.opcheck(op, (*arguments, *biases, *settings))
+    plain = [x.detach() for x in arguments]
+    wanted = [True] * 4 + [bias is not None for bias in biases]
+    torch.library.opcheck(
+        torch.ops.mla_kernels.fused_moe_backward.default,
+        (torch.randn(5, 32), *plain, *biases, None, *settings, wanted),
+    )
+
+
+def test_compile():
+    problem = layer(17, 4, 2, 80, 72)
+
+    def loss(hidden, gate_up, down, weights):
+        return fused_moe(hidden * 1.0, gate_up, down, weights, problem.ids).square().sum()
+
+    leaves = [x.requires_grad_() for x in problem.inputs()[:4]]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), want)
+
+
+def hf_gradients(module, hidden, ids, weights, out_grad):
+    parameters = dict(module.named_parameters())
+    leaves = hidden.requires_grad_(), weights.requires_grad_(), *parameters.values()
+    grads = torch.autograd.grad(module(hidden, ids.long(), weights), leaves, out_grad)
+    return dict(zip(("hidden", "weights", *parameters), grads))
+
+
+def test_against_deepseek_v3_experts(backend):
+    """Hugging Face's own experts in float64, "eager"."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    config = transformers.DeepseekV3Config(
+        hidden_size=80, moe_intermediate_size=72, n_routed_experts=8, num_experts_per_tok=3
+    )
+    config._experts_implementation_internal = "eager"
+    problem, out_grad = layer(17, 8, 3, 80, 72), torch.randn(17, 80)
+    module = DeepseekV3Experts(config).double()
+    module.gate_up_proj.data, module.down_proj.data = problem.gate_up.double(), problem.down.double()
+    want = hf_gradients(module, problem.hidden.double(), problem.ids, problem.weights.double(), out_grad.double())
+    got = gradients(fused_moe, problem, out_grad)
+    for name, theirs in (("hidden",) * 2, ("weights",) * 2, ("gate_up", "gate_up_proj"), ("down", "down_proj")):
+        assert_close(got[name], want[theirs])
+
+
+def test_against_gpt_oss_experts(backend):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    from mla_kernels.moe.activation import Activation
+
+    config = transformers.GptOssConfig(hidden_size=80, intermediate_size=72, num_local_experts=4, swiglu_limit=0.8)
+    config._experts_implementation_internal = "eager"
+    problem = with_options(
+        layer(17, 4, 2, 80, 72, ids=distinct_ids(17, 4, 2)),
+        activation=Activation("gpt_oss", limit=0.8, interleaved=True), biases=True, transposed=True,
+    )  # fmt: skip
+    module, out_grad = GptOssExperts(config).double(), torch.randn(17, 80)
+    module.limit = 0.8
+    module.gate_up_proj.data = problem.gate_up.double().transpose(1, 2)
+    module.down_proj.data = problem.down.double().transpose(1, 2)
+    module.gate_up_proj_bias.data = problem.options["gate_up_bias"].double()
+    module.down_proj_bias.data = problem.options["down_bias"].double()
+    want = hf_gradients(module, problem.hidden.double(), problem.ids, problem.weights.double(), out_grad.double())
+    got = gradients(fused_moe, problem, out_grad)
+    assert_close(got["gate_up"], want["gate_up_proj"].transpose(1, 2))
+    assert_close(got["down"], want["down_proj"].transpose(1, 2))
+    for name, theirs in {"gate_up_bias": "gate_up_proj_bias", "down_bias": "down_proj_bias"}.items():
+        assert_close(got[name], want[theirs])
+    for name in ("hidden", "weights"):
+        assert_close(got[name], want[name])
