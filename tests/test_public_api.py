@@ -38,6 +38,7 @@ SIGNATURES = {
     "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
     "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens)",
     "permute": "(hidden, dispatched)",
+    "quantisation_error": "(gate_up, down, experts)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, "
     "group_rank=None, group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0)",
@@ -55,8 +56,13 @@ SIGNATURES = {
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
 }
 
-COMPOSED = {"convert_cache", "fused_experts"}
-"""Functions that call several ops, or one of several."""
+COMPOSED = {"convert_cache", "fused_experts", "quantisation_error"}
+"""Functions that call several ops, one of several, or none."""
+
+REFERENCES = (
+    "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "prolog", "quant", "route", "sparse",
+)  # fmt: skip
+"""Modules of the references."""
 
 
 def _plain(function) -> str:
@@ -80,6 +86,8 @@ def test_other_names():
         "IndexerCache",
         "LatentCache",
         "PrologWeights",
+        "WeightError",
+        "WeightFormat",
     }
     assert mla_kernels.Dispatch._fields == ("order", "tokens", "inverse", "offsets")
 
@@ -100,9 +108,7 @@ def test_every_function_is_a_torch_op_for_every_device():
 
 
 def test_references_take_the_same_arguments():
-    modules = "attention balance indexer latent moe permute prefill prolog quant route sparse".split()
-    references = [importlib.import_module(f"mla_kernels.reference.{name}") for name in modules]
-
+    references = [importlib.import_module(f"mla_kernels.reference.{name}") for name in REFERENCES]
     for name, signature in SIGNATURES.items():
         twin = next(getattr(module, name) for module in references if hasattr(module, name))
         own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]

@@ -1,9 +1,12 @@
 """Routers and the gradient of their weights, for CPU tensors."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 _NEVER = float("-inf")
+FEW = 4  # rows up to which sorting them costs less than the calls of other ways
 
 
 def route(
@@ -19,22 +22,29 @@ def route(
     routed_scale: float,
     num_shared: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores in fp32, the choice by exact (score, index) order; see `_best`."""
-    logits = logits.float()
-    missing = logits.isnan()
-    softmax = scoring == "softmax"
-    scores = scores_of(logits, missing, scoring)
+    """Scores in fp32, the choice by exact (value, index) order. NaN are masked, and slots left empty looked for, only
+    where a sum over all choice values, or the number of candidates, says that there may be some."""
+    x = logits.float()
+    scores = scores_of(x, None, scoring)
     choice = scores if bias is None else scores + bias
-    choice = choice.masked_fill(missing.logical_or_(choice.isnan()), _NEVER)
+    candidates = logits.shape[1] // num_groups * top_k_groups
+    clean = candidates >= top_k and math.isfinite(choice.sum().item())
+    if not clean:
+        missing = x.isnan()
+        scores = scores_of(x, missing, scoring)
+        choice = scores if bias is None else scores + bias
+        choice = choice.masked_fill(missing.logical_or_(choice.isnan()), _NEVER)
 
     if top_k_groups < num_groups:
-        grouped = choice.unflatten(1, (num_groups, -1))  # [T, groups, experts of a group]
+        grouped, softmax = (
+            choice.unflatten(1, (num_groups, -1)),
+            scoring == "softmax",
+        )  # [T, groups, experts of a group]
         by_maximum = softmax if group_rank is None else group_rank == "max"
-        ranked = 1 if by_maximum else min(2, grouped.shape[2])
-        rank = grouped.topk(ranked, -1).values.sum(-1)
+        rank = grouped.amax(2) if by_maximum or grouped.shape[2] == 1 else _top2_sum(grouped)
         outside = torch.ones_like(rank, dtype=torch.bool).scatter_(1, _best(rank, top_k_groups), False).unsqueeze(2)
         if group_fill == 0.0 or (group_fill is None and softmax):
-            choice = grouped.masked_fill(outside & (grouped > _NEVER), 0.0).flatten(1)
+            choice = grouped.masked_fill(outside if clean else outside & (grouped > _NEVER), 0.0).flatten(1)
             if group_fill is None:
                 scores = scores.unflatten(1, (num_groups, -1)).masked_fill(outside, 0.0).flatten(1)
         else:
@@ -42,10 +52,18 @@ def route(
 
     ids = _best(choice, top_k)
     weights = scores.gather(1, ids)
-    absent = choice.gather(1, ids) == _NEVER
-    if absent.any():  # fewer candidates than slots
+    if not clean:
+        absent = choice.gather(1, ids) == _NEVER  # fewer candidates than slots
         weights, ids = weights.masked_fill(absent, 0.0), ids.masked_fill(absent, -1)
     return _finish(weights, ids, renormalize, routed_scale, num_shared, logits.shape[1])
+
+
+def _top2_sum(grouped):
+    """Sum of the two largest of each group [T, groups, experts], in fp32."""
+    if grouped.shape[0] <= FEW:
+        return grouped.topk(2, -1).values.sum(-1)
+    best, place = grouped.max(2, keepdim=True)
+    return best.squeeze(2).add_(grouped.scatter(2, place, _NEVER).amax(2))
 
 
 def hash_route(
@@ -73,14 +91,17 @@ def hash_route(
 def scores_of(logits: torch.Tensor, missing: torch.Tensor | None, scoring: str) -> torch.Tensor:
     """Scores [T, E] of fp32 logits; ``missing`` logits take no part in a softmax."""
     if scoring == "softmax":
-        return torch.softmax(logits.masked_fill(missing, _NEVER), -1)
+        return torch.softmax(logits if missing is None else logits.masked_fill(missing, _NEVER), -1)
     return torch.sigmoid(logits) if scoring == "sigmoid" else F.softplus(logits).sqrt_()
 
 
 def _finish(weights, ids, renormalize, routed_scale, num_shared, experts):
+    """Weights of their own memory, divided and scaled in place."""
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    weights, ids = weights * routed_scale, ids.int()
+        weights.div_(weights.sum(-1, keepdim=True).add_(1e-20))
+    if routed_scale != 1.0:
+        weights.mul_(routed_scale)
+    ids = ids.int()
     if num_shared:
         shared = torch.arange(experts, experts + num_shared, dtype=torch.int32)
         weights = F.pad(weights, (0, num_shared), value=1.0)
@@ -91,8 +112,11 @@ def _finish(weights, ids, renormalize, routed_scale, num_shared, experts):
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of each row's ``count`` largest fp32 values, best first, the lowest index first among equals; no NaN.
 
-    One integer holds both: the value's bits, turned so that they order as the value does, above the inverted index.
+    In many rows one integer holds both: the value's bits, turned so that they order as the value does, above the
+    inverted index.
     """
+    if values.shape[0] <= FEW:
+        return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     last = values.shape[1] - 1

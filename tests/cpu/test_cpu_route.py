@@ -14,6 +14,7 @@ def test_best_is_the_stable_order_of_any_floats():
     expected = rows.argsort(dim=1, descending=True, stable=True)
     for count in (1, 5, values.numel()):
         assert torch.equal(route._best(rows, count), expected[:, :count])
+        assert torch.equal(route._best(rows[:2], count), expected[:2, :count])
 
 
 def test_more_slots_than_candidates_leave_id_minus_one():
