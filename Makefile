@@ -1,4 +1,5 @@
-# make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.  make tables: choose the tiles that ship.
+# make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
+# make tables: choose the tiles that ship.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_WORKERS ?= 2

@@ -38,6 +38,7 @@ class Geometry:
     index_heads: int = 0
     index_width: int = 128
     index_top_k: int = 2048
+    formats: tuple[str, ...] = ()  # of experts' weights, beside the plain one
     tp: int = 1
 
     def on(self, tp: int) -> "Geometry":
@@ -52,8 +53,8 @@ class Geometry:
         return Activation("pre", self.swiglu_limit) if self.swiglu_limit else Activation()
 
 
-_V3 = dict(hidden=7168, heads=128, experts=256, inner=2048, groups=8, top_groups=4)
-_V4 = dict(latent=0, rope=0, top_k=6, scoring="sqrt_softplus", swiglu_limit=10.0)
+_V3 = dict(hidden=7168, heads=128, experts=256, inner=2048, groups=8, top_groups=4, formats=("fp8_block",))
+_V4 = dict(latent=0, rope=0, top_k=6, scoring="sqrt_softplus", swiglu_limit=10.0, formats=("fp8_block", "mxfp4"))
 _SOFTMAX = dict(scoring="softmax", renormalize=False, bias=False, top_k=6)
 
 MODELS: dict[str, Geometry] = {
@@ -65,8 +66,19 @@ MODELS: dict[str, Geometry] = {
         Geometry("deepseek-v3.2", **_V3, index_heads=64),
         Geometry("deepseek-v4-flash", 4096, 64, experts=256, inner=2048, **_V4),
         Geometry("deepseek-v4-pro", 7168, 128, experts=384, inner=3072, **_V4),
-        Geometry("kimi-k2", 7168, 64, experts=384, inner=2048),
-        Geometry("glm-5", 6144, 64, nope=192, value=256, q_rank=2048, experts=256, inner=2048, index_heads=32),
+        Geometry("kimi-k2", 7168, 64, experts=384, inner=2048, formats=("fp8_block", "int4")),
+        Geometry(
+            "glm-5",
+            6144,
+            64,
+            nope=192,
+            value=256,
+            q_rank=2048,
+            experts=256,
+            inner=2048,
+            index_heads=32,
+            formats=("fp8_block",),
+        ),
     )
 }
 _SAME = {"deepseek-r1": "deepseek-v3", "deepseek-v3.1": "deepseek-v3", "kimi-k2.5": "kimi-k2"}
@@ -140,7 +152,21 @@ def from_config(config: dict, name: str) -> Geometry:
         index_heads=first("index_n_heads", default=0) if latent else 0,
         index_width=first("index_head_dim", default=128),
         index_top_k=first("index_topk", default=2048),
+        formats=_formats(config.get("quantization_config")),
     )
+
+
+def _formats(quantisation) -> tuple[str, ...]:
+    """The format of experts' weights that a config's ``quantization_config`` names, where this package has it."""
+    if not isinstance(quantisation, dict):
+        return ()
+    method, bits = quantisation.get("quant_method"), quantisation.get("bits")
+    if method == "compressed-tensors":
+        groups = quantisation.get("config_groups") or {}
+        bits = next((group["weights"].get("num_bits") for group in groups.values() if group.get("weights")), None)
+    named = {"fp8": "fp8_block", "mxfp4": "mxfp4", "gptq": "int4", "awq": "int4", "compressed-tensors": "int4"}
+    found = named.get(method)
+    return () if found is None or (found == "int4" and bits != 4) else (found,)
 
 
 _SCORING = {  # of model types whose configs do not name the router's scores, and which choose on scores plus a bias

@@ -9,14 +9,15 @@ Chosen experts are uniform over the experts. Attention caches have pages of 64 t
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import mla_kernels as mk
 from mla_kernels.autotune.models import Geometry
 from mla_kernels.launch import DTYPE_NAMES, on_cpu
-from mla_kernels.reference import attention, moe, prefill, prolog, route, sparse
+from mla_kernels.moe.formats import FORMATS, WeightFormat
+from mla_kernels.reference import attention, moe, prefill, prolog, quant, route, sparse
 from mla_kernels.targets.chips import Chip
 from mla_kernels.tiles import Problem, record
 
@@ -99,7 +100,7 @@ def _experts(g: Geometry, size, make: Make) -> Call:
     down = make.normal(g.experts, g.hidden, g.inner, scale=g.inner**-0.5)
     weights = make.normal(tokens, g.top_k, dtype=torch.float32).abs()
     ids = make.choices(tokens, g.top_k, g.experts)
-    options = {"activation": g.activation} if g.swiglu_limit else {}
+    options = {"activation": g.activation}
 
     def expected():
         used, local = ids[:CHECKED].long().unique(return_inverse=True)
@@ -107,6 +108,39 @@ def _experts(g: Geometry, size, make: Make) -> Call:
         return (moe.fused_moe(*parts, **options),)
 
     return Call(lambda: (mk.fused_moe(hidden, gate_up, down, weights, ids, **options),), expected)
+
+
+def _quantised(format: str) -> Callable[[Geometry, dict[str, int], Make], Call]:
+    def build(g: Geometry, size, make: Make) -> Call:
+        tokens = size["tokens"]
+        hidden, weights = make.normal(tokens, g.hidden), make.normal(tokens, g.top_k, dtype=torch.float32).abs()
+        ids = make.choices(tokens, g.top_k, g.experts)
+        experts = _expert_weights(g, make, format)
+
+        def expected():
+            used, local = ids[:CHECKED].long().unique(return_inverse=True)
+            few = replace(experts, **{name: tensor[used] for name, tensor in experts.tensors().items()})
+            parts = hidden[:CHECKED].float(), few, weights[:CHECKED], local.int()
+            return (quant.fused_experts(*parts, activation=g.activation),)
+
+        return Call(lambda: (mk.fused_experts(hidden, experts, weights, ids, activation=g.activation),), expected)
+
+    return build
+
+
+def _expert_weights(g: Geometry, make: Make, format: str) -> mk.ExpertWeights:
+    sizes = {"gate_up": (2 * g.inner, g.hidden), "down": (g.hidden, g.inner)}
+    if not make.bare:
+        made = (make.normal(g.experts, *size, scale=size[1] ** -0.5) for size in sizes.values())
+        return mk.ExpertWeights.quantise(*made, format)
+    layout, group = FORMATS[WeightFormat(format)], {"int4": 128, "mxfp4": 32}.get(format)
+    tensors = {"group_size": group}
+    for name, (rows, columns) in sizes.items():
+        layout.check_columns(name, columns, group)
+        scales = make.dtype if format == "int4" else layout.scales[0]
+        tensors[name] = make.normal(g.experts, rows, layout.row_length(columns), dtype=layout.codes[0])
+        tensors[f"{name}_scale"] = make.normal(g.experts, *layout.scale_shape(rows, columns, group), dtype=scales)
+    return mk.ExpertWeights(format, **tensors)
 
 
 def _paged(g: Geometry, size, make: Make, layout: str | None = None):
@@ -287,12 +321,23 @@ def _is_sparse(g: Geometry) -> bool:
     return g.index_heads > 0 or g.latent == 0
 
 
+QUANTISED = tuple(format.value for format in WeightFormat if format is not WeightFormat.PLAIN)
+
 _TOKENS = _each("tokens", 1, 8, 64, 512, 4096)
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("fused_moe", lambda g: g.experts > 0, _each("tokens", *(4**i for i in range(8))), _experts),
+        *(
+            Operation(
+                f"fused_experts {format}",
+                lambda g, format=format: g.experts > 0 and format in g.formats,
+                _each("tokens", *(4**i for i in range(8))),
+                _quantised(format),
+            )
+            for format in QUANTISED
+        ),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
         Operation(
             "mla_decode",
@@ -341,7 +386,7 @@ def of_model(
             try:
                 with on_cpu("torch", chip.device), record() as recording, torch.no_grad():
                     operation.build(geometry, size, Make("meta", dtype)).run()
-            except NotImplementedError as error:
+            except (NotImplementedError, ValueError) as error:  # no path on this chip; a share too narrow for a format
                 refused[operation.name] = str(error)
                 continue
             for problem in recording:

@@ -17,7 +17,7 @@ def add_parser(commands) -> None:
         "--model", metavar="MODEL", help=f"a known model ({', '.join(models.MODELS)}) or a config.json; else all cases"
     )
     parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
-    parser.set_defaults(run=run, statics=None, sizes=None)
+    parser.set_defaults(run=run, statics=None, sizes=None, format=None)
 
 
 def run(options) -> int:

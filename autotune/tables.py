@@ -28,10 +28,10 @@ SHIPPED = (
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
 
-COMPILED = 4
+COMPILED = 2
 """Tiles of a problem that are compiled beside the rule's: fewer than ``tune`` takes, for there are many problems."""
 
-KEPT = 4
+KEPT = 3
 """Tiles of a shipped shortlist."""
 
 

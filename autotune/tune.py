@@ -10,7 +10,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,10 @@ def add_parser(commands) -> None:
     known = ", ".join(models.MODELS)
     parser.add_argument("--model", metavar="MODEL", help=f"a known model ({known}) or the path of its config.json")
     parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
+    parser.add_argument(
+        "--format", nargs="+", choices=problems.QUANTISED, metavar="FORMAT",
+        help=f"of experts' weights, beside the plain one: {', '.join(problems.QUANTISED)} (default: the model's)",
+    )  # fmt: skip
     for name in ("statics", "sizes"):
         parser.add_argument(
             f"--{name}", nargs="+", type=common.assignment, metavar="NAME=VALUE",
@@ -101,6 +105,7 @@ def tasks(options, chip: Chip) -> list[Task]:
             raise ValueError("--model derives all sizes: it goes without --statics and --sizes")
         found: dict[tuple, Task] = {}
         whole = models.geometry(options.model)
+        whole = whole if options.format is None else replace(whole, formats=tuple(options.format))
         for degree in options.tp:
             derived, refused = problems.of_model(whole.on(degree), chip, problems.names_of(options.dtype or DTYPE))
             for op, reason in refused.items():

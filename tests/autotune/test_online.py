@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -112,15 +113,13 @@ class Machine:
         monkeypatch.setattr(tune, "local_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(tune, "chip_of", lambda device: CHIPS["ascend910b"])
         monkeypatch.setattr(online, "DeviceTimer", lambda device, cache: self.clock)
-        monkeypatch.setitem(MODELS, "small", SMALL)
+        monkeypatch.setitem(MODELS, "small", replace(SMALL, formats=()))
         monkeypatch.setitem(problems.OPERATIONS, "fused_moe", self._few(problems.OPERATIONS["fused_moe"]))
         self.compiler = Compiler()
         monkeypatch.setattr("mla_kernels.autotune.search.compile_many", self.compiler)
 
     @staticmethod
     def _few(operation):
-        from dataclasses import replace
-
         return replace(operation, sizes=({"tokens": 4},))
 
     def tune(self, *more):

@@ -13,8 +13,8 @@ from mla_kernels.launch import KERNELS
 from mla_kernels.targets.devices import DEVICES
 
 SMALL = Geometry(
-    "small", 64, 4, latent=128, rope=32, nope=32, value=32, q_rank=64, experts=8, top_k=2, inner=32, groups=1,
-    top_groups=1, index_heads=16, index_width=64, index_top_k=16,
+    "small", 128, 4, latent=128, rope=32, nope=32, value=32, q_rank=64, experts=8, top_k=2, inner=128, groups=1,
+    top_groups=1, index_heads=16, index_width=64, index_top_k=16, formats=problems.QUANTISED,
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def test_deepseek_v3_on_eight_devices():
 def test_every_known_model_has_problems_on_every_kind_of_device():
     for name, model in MODELS.items():
         for device in ("h100", "mi300x", "910b", "950pr"):
+            assert problems.of_model(model.on(8), DEVICES[device])[1] == {}
             derived, refused = problems.of_model(model, DEVICES[device])
             assert refused == {} and {d.operation.name for d in derived} >= {"fused_moe", "route"}, (name, device)
             assert ("mla_decode" in {d.operation.name for d in derived}) == (model.latent > 0)
@@ -60,6 +61,16 @@ def test_a_recording_is_what_real_tensors_look_up_and_results_are_the_reference_
     assert {p.kernel.name for p in recording} <= set(KERNELS)
     if call.expected is not None:
         assert online.error_of(results, call.expected()) < 1e-4
+
+
+def test_an_op_without_a_path_is_named_with_its_reason():
+    narrow = replace(SMALL, inner=64)
+    derived, refused = problems.of_model(narrow, DEVICES["h100"], torch.bfloat16)
+    assert (
+        set(refused) == {"fused_experts int4", "fused_experts mxfp4"}
+        and "at least 128" in refused["fused_experts int4"]
+    )
+    assert "fused_experts fp8_block" in {one.operation.name for one in derived}
 
 
 def test_choices_differ_within_a_row():
