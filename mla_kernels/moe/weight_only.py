@@ -213,7 +213,7 @@ def _rule(products):
         elif (
             rows_for(sizes, 128) == 128 and chip.dot_from_shared
         ):  # in tensor memory there is room for half of gate_up's
-            m = 64 if chip.tensor_memory and products == 2 else 128
+            m = 64 if chip.tensor_memory and products == 2 else 128  # it holds the sums of 64 rows, not of 128
             tile = {"BLOCK_M": m, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
         else:
             tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
