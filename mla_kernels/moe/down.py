@@ -160,6 +160,7 @@ def launch_down(
     statics = _statics(experts, inner, transposed, bias is not None, weights is not None, by_pair, wide)
     sizes = {"tokens": pairs // rows.top_k, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
     tile = fit(DOWN.tile_for(chip, dtype, statics, sizes), inner)
+    statics["EVEN_K"] = inner % tile["BLOCK_K"] == 0  # this tile may divide a row that not every tile divides
     args = (
         activation, down, down if bias is None else bias, out, rows.order, rows.offsets,
         rows.offsets if weights is None else weights,

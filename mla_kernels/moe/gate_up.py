@@ -160,8 +160,8 @@ def moe_gate_up_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """Interleaved columns that stand side by side are loaded together on GPUs; Ascend loads every other one, which takes
-    vector memory, as the end of a row does."""
+    """Interleaved columns that stand side by side are loaded together on GPUs; Ascend loads every other one, which
+    takes vector memory, as the end of a row does."""
     tile = tile_rule(2)(chip, dtype, statics, sizes)
     every_other = statics["INTERLEAVED"] and statics["TRANSPOSED"]
     if not chip.is_gpu:
@@ -240,6 +240,7 @@ def launch_gate_up(
     statics = _statics(experts, width, wide, transposed, activation, bias is not None, weights is not None)
     sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
     tile = fit(GATE_UP.tile_for(chip, dtype, statics, sizes), width)
+    statics["EVEN_K"] = width % tile["BLOCK_K"] == 0  # this tile may divide a row that not every tile divides
     args = (
         hidden, gate_up, gate_up if bias is None else bias, out, rows.order, rows.offsets,
         rows.offsets if weights is None else weights,
