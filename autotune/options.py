@@ -10,6 +10,7 @@ from mla_kernels.targets import devices
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.compile import compiler_version
 from mla_kernels.targets.devices import DEVICES
+from mla_kernels.targets.service import ToolchainMissing
 
 
 def target(text: str) -> Chip:
@@ -51,7 +52,11 @@ def assignment(text: str) -> tuple[str, int | str]:
 def versions(chip: Chip) -> dict[str, str]:
     """What made an entry: this package and the target's compilers."""
     found = {"mla_kernels": importlib.metadata.version("mla_kernels")}
-    for part in compiler_version("gpu" if chip.is_gpu else "ascend").split(", "):
+    try:
+        compilers = compiler_version("gpu" if chip.is_gpu else "ascend")
+    except ToolchainMissing:
+        return found
+    for part in compilers.split(", "):
         name, _, version = part.partition(" ")
         found[name] = version
     return found

@@ -22,6 +22,7 @@ from mla_kernels.autotune.store import append, check_writable
 from mla_kernels.launch import KERNELS, chip_of
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.devices import DEVICES
+from mla_kernels.targets.service import ToolchainMissing
 from mla_kernels.tile_files import Entry
 from mla_kernels.tiles import Problem
 
@@ -237,6 +238,10 @@ class Session:
         """The shortlists of a kernel's problems; where one of them has no tile at all, of each by itself."""
         try:
             yield some, search.shortlists(some, self.chip, self.options.candidates, advance, requested)
+        except ToolchainMissing as missing:
+            if self.timer is None:
+                raise
+            self.failures.append(f"{some[0].kernel.name}: {missing}")
         except (search.NoTile, NotImplementedError) as error:
             if len(some) == 1:
                 self.failures.append(str(error))
@@ -272,7 +277,9 @@ class Session:
             if left <= 0:
                 bar.remove_task(job)
                 return timed[position:]
-            bar.update(job, description=f"timing {task.problem.kernel.name}")
+            bar.update(job, description=f"timing {task.problem.kernel.name}", completed=position)
+            if not self.options.again and self._is_done(task, self._held()):
+                continue  # by another process
             wanted_call = task.derived.operation.name, str(task.derived.size), task.derived.geometry
             try:
                 if wanted_call != built:
@@ -284,7 +291,6 @@ class Session:
                 self._time(task, call, lists[_problem_key(task.problem)], left / (len(timed) - position))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.failures.append(f"{task.problem.kernel.name} {task.problem.sizes}: not timed: {error}")
-            bar.advance(job)
         bar.remove_task(job)
         return []
 
@@ -345,12 +351,10 @@ def _problem_key(problem: Problem) -> tuple:
 
 
 def _current(entries: list[Entry]) -> dict[tuple, Entry]:
-    """The entries that were made with the kernels' present sources; of each problem the last."""
-    return {
-        _key(entry): entry
-        for entry in entries
-        if entry.kernel in KERNELS and entry.source == KERNELS[entry.kernel].source_hash
-    }
+    """Those that were made with the kernels' present sources; of each problem the one that holds."""
+    fresh = [e for e in entries if e.kernel in KERNELS and e.source == KERNELS[e.kernel].source_hash]
+    fresh.sort(key=lambda entry: entry.provenance == "measured")
+    return {_key(entry): entry for entry in fresh}
 
 
 def _key(entry: Entry) -> tuple:

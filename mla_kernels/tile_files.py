@@ -16,8 +16,8 @@ line is ``{"format": "mla_kernels tiles", "version": 1, "device": "h200"}``; eac
 
     {"kernel", "dtype", "source", "statics", "sizes", "tile", "shortlist", "provenance", ...}
 
-with provenance ``"measured"`` or ``"modelled"``, and what was measured beside it. Of two entries for one problem the
-later holds. ``source`` is the hash of the kernel's source that the entry was made with.
+and what the compilers said or what was measured beside it. Of the entries for one problem a ``"measured"`` one holds,
+else the last. ``source`` is the hash of the kernel's source that the entry was made with.
 """
 
 import json

@@ -74,6 +74,7 @@ class Problem:
 
 
 _overrides: dict = {}  # kernel -> tile values
+_override_tiles: dict = {}  # (kernel, what is overridden) -> lookups under it
 _recorded: list[list[Problem]] = []  # open recordings
 _told: set = set()  # misses and bad files that were logged
 
@@ -128,7 +129,9 @@ def override(kernel, tile: Mapping[str, int]) -> Iterator[None]:
         if type(value) is not int:
             raise TypeError(f"tile: got {name}={value!r} for {kernel.name}, an int is accepted")
     before, kept = _overrides.get(kernel, {}), kernel._tiles
-    _overrides[kernel], kernel._tiles = before | dict(tile), {}
+    said = before | dict(tile)
+    _overrides[kernel] = said
+    kernel._tiles = _override_tiles.setdefault((kernel, tuple(sorted(said.items()))), {})
     try:
         yield
     finally:
@@ -169,6 +172,7 @@ def reload() -> None:
     from mla_kernels.launch import KERNELS
 
     _entries.cache_clear()
+    _override_tiles.clear()
     _told.clear()
     for kernel in KERNELS.values():
         kernel._tiles = {}
@@ -228,15 +232,15 @@ def _stored(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) ->
         for position, entry in enumerate(_entries(origin, device).get(key, ())):
             apart = distance(entry.sizes, sizes)
             if apart is not None:
-                near.append((apart, -position, entry))
-        for _, _, entry in sorted(near, key=lambda item: item[:2]):
+                near.append((apart, entry.provenance != "measured", -position, entry))
+        for *_, entry in sorted(near, key=lambda item: item[:3]):
             if entry.source != kernel.source_hash:
                 _warn(
                     (origin, device, kernel.name),
                     "%s: the %s of %s was made with another version of its source and is not used",
                     kernel.name, origin, device,
                 )  # fmt: skip
-                break
+                continue
             rule = _rule(kernel, chip, dtype, statics, entry.sizes)
             problem = misfit(kernel, chip, dtype, statics, entry.tile, rule)
             if not problem:

@@ -69,10 +69,14 @@ def test_the_user_s_word_stands_before_his_store_before_the_table_before_the_rul
     assert look_up(kernel).tile == STORED
 
 
-def test_the_later_entry_of_a_store_holds(files):
+def test_the_later_entry_of_a_store_holds_and_a_measured_one_before_all(files):
     kernel = declare()
     files("store", "h200", [entry(kernel, SHIPPED), entry(kernel, STORED)])
     assert look_up(kernel).tile == STORED
+    files("store", "h200", [entry(kernel, SHIPPED, provenance="modelled")])
+    assert look_up(kernel).tile == STORED
+    files("store", "h100", [entry(kernel, SHIPPED, provenance="rule"), entry(kernel, STORED, source="0" * 16)])
+    assert look_up(kernel, DEVICES["h100"]).tile == SHIPPED  # whatever was made with another source
 
 
 def test_devices_match_exactly_then_by_their_figures_then_by_architecture(files):

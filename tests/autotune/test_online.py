@@ -1,5 +1,6 @@
 """Timing on a device, with a clock of the tests' own: what replaces the control, what is refused, what is stored."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mla_kernels.autotune import online, problems, tune
 from mla_kernels.autotune.models import MODELS
 from mla_kernels.autotune.problems import Call
 from mla_kernels.targets.chips import CHIPS
+from mla_kernels.targets.service import ToolchainMissing
 from tests.autotune.declared import Compiler, declare, problem
 from tests.autotune.test_problems import SMALL
 
@@ -98,6 +100,49 @@ def test_errors_are_shares_of_the_reference_s_largest_magnitude():
     assert online.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and online.quantile([1.0, 2.0], 0.25) == 1.25
 
 
+class Event:
+    """An event of a device that takes a millisecond for whatever lies between two of them."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+def test_a_device_is_timed_by_its_events(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
+    timer = online.DeviceTimer(torch.device("cpu"), 1024)
+    assert timer.flush.numel() == 2048
+    sample = timer.prepare(lambda: calls.append(1))
+    assert len(calls) == 3 and sample() == sample() == 1e-3 and len(calls) == 5
+
+
+def test_a_call_is_captured_in_a_graph_where_that_works(monkeypatch):
+    calls, replays = [], []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    timer = online.DeviceTimer(torch.device("cpu"), 16)
+    timer._captured(lambda: calls.append(1))()
+    assert (len(calls), len(replays)) == (1, 1)
+
+    def uncapturable():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    timer._captured(uncapturable)()
+    assert (len(calls), len(replays)) == (3, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command, on a machine that seems to have a device
 
@@ -179,6 +224,34 @@ def test_no_budget_stores_shortlists_and_says_what_is_left(machine, capsys):
     assert machine.tune("--budget", "0s") == 0
     assert len(machine.entries) == 1
     assert "1 problems not timed within the budget" in capsys.readouterr().err
+
+
+def test_what_another_process_has_timed_meanwhile_is_left(machine):
+    machine.tune("--budget", "0s")
+    machine.tune()
+    before = machine.path.read_bytes()
+
+    def prepare(run):
+        raise AssertionError("timed again")
+
+    machine.clock.prepare = prepare
+    shortlists = {key: replace(e, provenance="rule") for key, e in tune._current(machine.entries).items()}
+    first, held = iter([shortlists]), tune.Session._held
+    with pytest.MonkeyPatch.context() as patch:  # the first look, before the other process was done, sees nothing
+        patch.setattr(tune.Session, "_held", lambda session: next(first, None) or held(session))
+        assert machine.tune() == 0
+    assert machine.path.read_bytes() == before
+
+
+def test_without_a_toolchain_stored_shortlists_are_timed_all_the_same(machine, monkeypatch, capsys):
+    def missing(*_):
+        raise ToolchainMissing("no compiler here")
+
+    machine.tune("--offline")
+    monkeypatch.setattr("mla_kernels.autotune.search.compile_many", missing)
+    assert machine.tune() == 0 and machine.entries[-1].provenance == "measured"
+    assert machine.tune("--kernel", "moe_dispatch_kernel") == 1
+    assert "moe_dispatch_kernel: no compiler here" in capsys.readouterr().err
 
 
 def test_offline_does_not_time(machine):
