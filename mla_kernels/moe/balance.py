@@ -10,7 +10,7 @@ from mla_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from mla_kernels.cpu import balance as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.moe.scores import SCORINGS, router_scores, score_slopes
+from mla_kernels.moe.scores import SCORINGS, near_rows, router_scores, score_slopes
 from mla_kernels.shim import define_op
 
 SPLIT_TOKENS, MAX_SPLITS = 64, 64  # tokens of a run at least, and runs of a sequence at most
@@ -331,6 +331,7 @@ def _launch(logits, ids, cu_seqlens, scoring, num_shared, divide_by_top_k, coeff
     work = sizes["sequences"] * splits
     sums = losses.new_empty(work, 2, statics["BLOCK_E"])
     chip, dtype = chip_of(logits.device), DTYPE_NAMES[logits.dtype]
+    logits, ids = near_rows(logits), near_rows(ids)
     bounds = ids if cu_seqlens is None else cu_seqlens
 
     constants = _part(statics, _SUMS)
@@ -370,6 +371,7 @@ def _launch_gradient(losses_grad, logits, fractions, cu_seqlens, scoring):
     chip = chip_of(logits.device)
     tile = BALANCE_GRADIENT.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, sizes)
     bounds = fractions if cu_seqlens is None else cu_seqlens
+    logits = near_rows(logits)
     strides = logits.stride(0), losses_grad.stride(0)
     arguments = (losses_grad, logits, fractions, bounds, logits_grad, tokens, work, splits, *strides)
     BALANCE_GRADIENT.launch(chip, work, arguments, statics, tile)

@@ -10,7 +10,7 @@ from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, finished_slots, router_scores
+from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_scores
 from mla_kernels.shim import define_op
 
 
@@ -151,6 +151,7 @@ def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_sh
     statics = _statics(experts, top_k, num_shared, scoring, renormalize)
     chip = chip_of(logits.device)
     tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+    logits = near_rows(logits)
     sizes = tokens, vocabulary, logits.stride(0), table.stride(0)
     args = (logits, table, token_ids, weights, ids, *sizes, routed_scale)
     HASH_ROUTE.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)

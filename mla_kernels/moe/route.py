@@ -10,7 +10,7 @@ from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, finished_slots, router_scores
+from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_scores
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
@@ -222,6 +222,7 @@ def _launch(
     )  # fmt: skip
     chip = chip_of(logits.device)
     tile = ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+    logits = near_rows(logits)
     args = (logits, weights if bias is None else bias, weights, ids, tokens, logits.stride(0), routed_scale)
     ROUTE.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
     return weights, ids

@@ -6,7 +6,7 @@ Symbols: T tokens, E experts, K = top_k, S = num_shared.
 from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.moe.scores import router_scores, score_slopes
+from mla_kernels.moe.scores import near_rows, router_scores, score_slopes
 from mla_kernels.shim import define_op
 
 
@@ -148,6 +148,7 @@ def _launch(weights_grad, logits, weights, ids, scoring, renormalize, routed_sca
     statics = _statics(experts, ids.shape[1] - num_shared, num_shared, scoring, renormalize)
     chip = chip_of(logits.device)
     tile = ROUTE_BACKWARD.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+    logits, weights_grad = near_rows(logits), near_rows(weights_grad)
     strides = logits.stride(0), weights_grad.stride(0)
     args = (weights_grad, logits, weights, ids, logits_grad, tokens, *strides, routed_scale)
     ROUTE_BACKWARD.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)

@@ -2,6 +2,7 @@
 
 from mla_kernels.language import tl, triton
 
+MAX_STRIDE = 1 << 26  # elements between two rows, so that offsets within a tile of up to 16 fit 32 bits
 SCORINGS = ("sigmoid", "softmax", "sqrt_softplus")
 
 
@@ -63,3 +64,8 @@ def finished_slots(
         weight = tl.where(routed, weight, 1.0)
         chosen = tl.where(routed, chosen, (slot_f + (EXPERTS - TOP_K))[None, :])
     return weight, chosen
+
+
+def near_rows(x):
+    """``x``, copied where its rows lie too far apart for a tile's offsets."""
+    return x.contiguous() if x.stride(0) > MAX_STRIDE else x

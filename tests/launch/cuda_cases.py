@@ -231,6 +231,20 @@ def test_route():
     assert {t.data_ptr() for t in (logits, bias, weights, ids)} <= set(pointers(launch).values())
 
 
+def test_hash_route_and_balance():
+    logits, table = torch.randn(17, 256, requires_grad=True), torch.randint(0, 256, (50, 6))
+    token_ids, bias = torch.randint(0, 50, (17,)), torch.zeros(256)
+    with record() as launches:
+        weights, ids = mla_kernels.hash_route(logits, table, token_ids)
+        loss = mla_kernels.balance_loss(logits, ids)
+        mla_kernels.update_bias(bias, mla_kernels.expert_load(ids, 256), 0.1)
+    assert len(launches) == 5
+    assert {t.data_ptr() for t in (logits, table, token_ids, weights, ids)} <= set(pointers(launches[0]).values())
+    with record() as launches:
+        (weights.sum() + loss).backward()
+    assert len(launches) == 2
+
+
 @pytest.mark.parametrize("tokens", [1, 256])
 def test_fused_moe(tokens):
     hidden, ids = torch.randn(tokens, 2048).to(BF16), torch.randint(0, 64, (tokens, 6), dtype=I32)

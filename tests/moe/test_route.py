@@ -19,13 +19,35 @@ CONFIGURATIONS = {
     "V3": (256, V3),
     "groups of one": (12, {"top_k": 4, "num_groups": 12, "top_k_groups": 5}),
     "sigmoid, no groups": (384, {"top_k": 8, "renormalize": False}),
+    "V4": (384, {"top_k": 6, "scoring": "sqrt_softplus", "routed_scale": 1.5, "num_shared": 1, "bias": 0.1}),
+    "LongCat": (768, {"top_k": 12, "scoring": "softmax", "renormalize": False, "routed_scale": 6.0, "bias": 0.01}),
+    "AX-K2": (64, {"top_k": 8, "num_groups": 8, "top_k_groups": 2, "group_fill": 0.0, "bias": 0.7}),
+    "Mistral 4": (
+        32,
+        {
+            "top_k": 10,
+            "scoring": "softmax",
+            "num_groups": 8,
+            "top_k_groups": 2,
+            "group_rank": "top2_sum",
+            "group_fill": 0.0,
+        },
+    ),
+    "softmax, others never": (
+        24,
+        {"top_k": 9, "scoring": "softmax", "num_groups": 6, "top_k_groups": 2, "group_fill": float("-inf")},
+    ),
+    "groups by their largest": (40, {"top_k": 4, "num_groups": 5, "top_k_groups": 2, "group_rank": "max"}),
+    "shared experts": (12, {"top_k": 3, "num_shared": 6, "routed_scale": 2.5}),
+    "sixteen of 1024": (1024, {"top_k": 16, "scoring": "sqrt_softplus", "bias": 0.1}),
 }
 
 
 def problem(experts, options, tokens, dtype=torch.float32):
-    """Logits and the arguments of route; a bias wherever one is accepted."""
+    """Logits and the arguments of route; ``bias`` is the size of a random one."""
     sigmoid = options.get("scoring", "sigmoid") == "sigmoid"
-    bias = torch.randn(experts) * 0.1 if sigmoid and experts > 1 else None
+    size = options.get("bias", 0.1 if sigmoid and experts > 1 else 0.0)
+    bias = torch.randn(experts) * size if size else None
     return (torch.randn(tokens, experts) * 2).to(dtype), options | {"bias": bias}
 
 
@@ -105,7 +127,7 @@ def test_equal_logits_choose_the_lowest_experts_and_groups(backend, scoring):
     assert torch.equal(ids, torch.arange(100, 106, dtype=torch.int32).expand(17, 6))
 
 
-@pytest.mark.parametrize("name", ["V2-Lite", "V3"])
+@pytest.mark.parametrize("name", ["V2-Lite", "V3", "V4", "AX-K2", "Mistral 4", "LongCat"])
 def test_nan_logits_are_never_chosen(backend, name):
     experts, options = CONFIGURATIONS[name]
     logits, options = problem(experts, options, 17)
@@ -118,6 +140,7 @@ def test_nan_logits_are_never_chosen(backend, name):
     exact_weights, exact_ids = reference.route(logits.double(), **options)
     assert torch.equal(ids, exact_ids)
     assert_close(weights, exact_weights)
+    ids, weights = ids[:, : options["top_k"]], weights[:, : options["top_k"]]
     assert (ids[3] == -1).all() and (weights[3] == 0).all()
     assert not logits.gather(1, ids.clamp(min=0).long())[ids >= 0].isnan().any()
 
@@ -145,7 +168,7 @@ def test_rows_with_a_stride(backend):
         assert torch.equal(expected, actual)
 
 
-@pytest.mark.parametrize("name", ["V2-Lite", "groups of one"])
+@pytest.mark.parametrize("name", ["V2-Lite", "groups of one", "V4", "shared experts"])
 def test_no_access_outside_the_tensors(name):
     from mla_kernels import launch
 
@@ -153,3 +176,72 @@ def test_no_access_outside_the_tensors(name):
     logits, options = problem(experts, options, 17)
     with launch.on_cpu("npu-emulated"), emulator.guarded():
         route(logits, **options)
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_bias_that_is_not_finite(backend, scoring, tokens):
+    logits = torch.randn(tokens, 12)
+    bias = torch.zeros(12)
+    bias[2], bias[5], bias[7] = float("-inf"), float("nan"), float("inf")
+    weights, ids = route(logits, 10, bias=bias, scoring=scoring)
+    exact, expected = reference.route(logits.double(), 10, bias=bias, scoring=scoring)
+    assert torch.equal(ids, expected)
+    assert_close(weights, exact)
+
+
+def test_far_tails(backend):
+    """Scores keep their relative precision where they are small."""
+    logits = torch.linspace(-60, -20, 12).repeat(3, 1)
+    for scoring in ("sigmoid", "sqrt_softplus"):
+        weights, ids = route(logits, 12, scoring=scoring, renormalize=False)
+        exact, expected = reference.route(logits.double(), 12, scoring=scoring, renormalize=False)
+        assert torch.equal(ids, expected)
+        torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["V3", "V4", "Mistral 4"])
+def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, name):
+    logits, options = problem(*CONFIGURATIONS[name], 9)
+    weights, ids = route(logits, **options)
+    for row in (0, 4, 8):
+        alone = route(logits[row : row + 1], **options)
+        assert torch.equal(alone[1][0], ids[row])
+        if backend == "cpu":  # torch's functions may differ by an ulp between the vectors and the tail of a tensor
+            torch.testing.assert_close(alone[0][0], weights[row])
+        else:
+            assert torch.equal(alone[0][0], weights[row])
+    for _ in range(20 if backend != "interpret" else 2):
+        again = route(logits, **options)
+        assert torch.equal(again[0], weights) and torch.equal(again[1], ids)
+
+
+def test_shared_experts_follow_every_token(backend):
+    logits = torch.randn(5, 8)
+    logits[2] = float("nan")
+    weights, ids = route(logits, 2, num_shared=2, routed_scale=3.0)
+    plain = route(logits, 2, routed_scale=3.0)
+    assert torch.equal(weights[:, :2], plain[0]) and torch.equal(ids[:, :2], plain[1])
+    assert (weights[:, 2:] == 1.0).all() and ids[:, 2:].tolist() == [[8, 9]] * 5
+
+
+def test_one_launch(monkeypatch):
+    from mla_kernels import launch
+
+    names = []
+    original = launch.Kernel.launch
+    monkeypatch.setattr(launch.Kernel, "launch", lambda self, *a: names.append(self.name) or original(self, *a))
+    logits, options = problem(*CONFIGURATIONS["V4"], 3)
+    with launch.on_cpu("interpret"):
+        route(logits, **options)
+    assert names == ["route_kernel"]
+
+
+def test_rows_past_2_to_the_31_elements(backend):
+    """Rows so far apart that offsets within a tile need more than 32 bits."""
+    storage = torch.UntypedStorage(2 * ((1 << 28) * 8 + 64))  # of which little is ever touched
+    memory = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (9, 64), (1 << 28, 1))
+    small = torch.randn(9, 64).bfloat16()
+    memory.copy_(small)
+    for got, expected in zip(route(memory, **V2_LITE), route(small, **V2_LITE)):
+        assert torch.equal(got, expected)

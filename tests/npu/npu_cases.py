@@ -7,7 +7,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
-from mla_kernels.reference import attention, indexer, latent, moe, prefill, prolog, route, sparse
+from mla_kernels.reference import attention, balance, indexer, latent, moe, prefill, prolog, route, sparse
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -162,6 +162,22 @@ def test_route_and_fused_moe():
     exact = moe.fused_moe(hidden.double(), gate_up.double(), down.double(), exact_weights, exact_ids)
     assert {"moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)
     assert_close(out.cpu(), exact)
+
+
+def test_routers_and_balance():
+    logits, table, token_ids = torch.randn(7, 16), torch.randint(0, 16, (30, 3)), torch.randint(0, 30, (7,))
+    weights, ids = mla_kernels.hash_route(*npu(logits, table, token_ids))
+    exact_weights, exact_ids = route.hash_route(logits.double(), table, token_ids)
+    assert torch.equal(ids.cpu(), exact_ids)
+    assert_close(weights.cpu(), exact_weights)
+    load, bias = mla_kernels.expert_load(ids, 16), npu(torch.zeros(16))
+    assert torch.equal(load.cpu(), balance.expert_load(exact_ids, 16))
+    mla_kernels.update_bias(bias, load, 0.5)
+    assert bias.cpu().abs().max() == 0.5
+    assert_close(mla_kernels.balance_loss(npu(logits), ids).cpu(), balance.balance_loss(logits.double(), exact_ids))
+    assert fake_npu.launches == [
+        "hash_route_kernel", "expert_load_kernel", "update_bias_kernel", "balance_sums_kernel", "balance_loss_kernel",
+    ]  # fmt: skip
 
 
 def test_mixed_devices_are_refused():

@@ -1,4 +1,4 @@
-"""The reference routers against Hugging Face's own modules: 4,096 random rows with a random bias."""
+"""The routers, by the references and on the CPU, against Hugging Face's: 4,096 random rows with a random bias."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
-from mla_kernels.reference.route import hash_route, route
+from mla_kernels import launch
+from mla_kernels.moe.hash_route import hash_route as public_hash_route
+from mla_kernels.moe.route import route as public_route
+from mla_kernels.reference import route as reference
 
 ROWS = 4096
 NOAUX = {"scoring": "sigmoid", "group_rank": "top2_sum", "group_fill": -torch.inf}
@@ -59,6 +62,16 @@ def assert_same_choice(weights, ids, expected_weights, expected_ids, clear=None)
     torch.testing.assert_close(weights[clear].gather(1, order), expected_weights[clear].gather(1, expected_order))
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def routers(request):
+    """(route, hash_route) of the references, and of the package on CPU tensors."""
+    if request.param == "reference":
+        yield reference.route, reference.hash_route
+    else:
+        with launch.on_cpu("torch"):
+            yield public_route, public_hash_route
+
+
 def unambiguous(choice, groups, kept, top_k):
     """Rows whose choice does not depend on the order of experts that group_fill=0.0 puts to the same value."""
     grouped = choice.unflatten(1, (groups, -1))
@@ -71,7 +84,7 @@ def unambiguous(choice, groups, kept, top_k):
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", MODELS)
-def test_router_with_groups(model, size, spread):
+def test_router_with_groups(routers, model, size, spread):
     router_class, config_class, options = MODELS[model]
     experts, groups, kept, top_k = SIZES[size]
     if options is NOAUX:
@@ -86,7 +99,9 @@ def test_router_with_groups(model, size, spread):
     logits = spread * torch.randn(ROWS, experts)
     _, expected_weights, expected_ids = router(logits)
     groups_of = {"num_groups": groups, "top_k_groups": kept}
-    weights, ids = route(logits, top_k, bias=bias, routed_scale=2.5, renormalize=renormalize, **groups_of, **options)
+    weights, ids = routers[0](
+        logits, top_k, bias=bias, routed_scale=2.5, renormalize=renormalize, **groups_of, **options
+    )
     clear = None
     if model == "axk2" and groups > 1:
         clear = unambiguous(logits.sigmoid() + bias, groups, kept, top_k)
@@ -94,7 +109,7 @@ def test_router_with_groups(model, size, spread):
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-def test_axk2_prefers_other_groups_to_choices_below_zero(spread):
+def test_axk2_prefers_other_groups_to_choices_below_zero(routers, spread):
     config = {"n_group": 2, "topk_group": 1}
     router, bias = router_of(AXK2TopkRouter, transformers.AXK2Config, 8, 6, **config)
     bias.sub_(0.5)
@@ -103,40 +118,40 @@ def test_axk2_prefers_other_groups_to_choices_below_zero(spread):
     clear = unambiguous(logits.sigmoid() + bias, 2, 1, 6)
     assert clear.float().mean() > 0.3
     options = MODELS["axk2"][2] | {"num_groups": 2, "top_k_groups": 1, "routed_scale": 2.5}
-    assert_same_choice(*route(logits, 6, bias=bias, **options), *expected, clear)
+    assert_same_choice(*routers[0](logits, 6, bias=bias, **options), *expected, clear)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-def test_axk2_without_groups(spread):
+def test_axk2_without_groups(routers, spread):
     router, bias = router_of(AXK2TopkRouter, transformers.AXK2Config, 128, 8, n_group=None, topk_group=None)
     logits = spread * torch.randn(ROWS, 128)
     _, *expected = router(logits)
-    assert_same_choice(*route(logits, 8, bias=bias, routed_scale=2.5), *expected)
+    assert_same_choice(*routers[0](logits, 8, bias=bias, routed_scale=2.5), *expected)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
 @pytest.mark.parametrize("experts, top_k", [(256, 6), (384, 6), (64, 16)])
-def test_deepseek_v4(experts, top_k, spread):
+def test_deepseek_v4(routers, experts, top_k, spread):
     router, bias = router_of(DeepseekV4TopKRouter, transformers.DeepseekV4Config, experts, top_k)
     logits = spread * torch.randn(ROWS, experts)
     _, *expected = router(logits)
     options = {"scoring": "sqrt_softplus", "routed_scale": 2.5}
-    assert_same_choice(*route(logits, top_k, bias=bias, **options), *expected)
+    assert_same_choice(*routers[0](logits, top_k, bias=bias, **options), *expected)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-def test_deepseek_v4_by_token_id(spread):
+def test_deepseek_v4_by_token_id(routers, spread):
     router, _ = router_of(DeepseekV4HashRouter, transformers.DeepseekV4Config, 256, 6, vocab_size=1000)
     router.tid2eid.copy_(torch.rand(1000, 256).argsort(1)[:, :6])
     logits, token_ids = spread * torch.randn(ROWS, 256), torch.randint(1000, (ROWS,))
     _, expected_weights, expected_ids = router(logits, token_ids)
-    weights, ids = hash_route(logits, router.tid2eid, token_ids, routed_scale=2.5)
+    weights, ids = routers[1](logits, router.tid2eid, token_ids, routed_scale=2.5)
     assert torch.equal(ids.long(), expected_ids)
     torch.testing.assert_close(weights, expected_weights)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
-def test_longcat_flash(spread):
+def test_longcat_flash(routers, spread):
     config = {"zero_expert_num": 256}
     router, bias = router_of(LongcatFlashTopkRouter, transformers.LongcatFlashConfig, 512, 12, **config)
     assert len(bias) == 768
@@ -144,11 +159,13 @@ def test_longcat_flash(spread):
     bias.mul_(0.01)  # the size of its scores
     _, *expected = router(logits)
     options = {"scoring": "softmax", "renormalize": False, "routed_scale": 2.5}
-    assert_same_choice(*route(logits, 12, bias=bias, **options), *expected)
+    assert_same_choice(*routers[0](logits, 12, bias=bias, **options), *expected)
 
 
 def test_sixteen_bit_logits_are_routed_in_fp32():
     logits = torch.randn(50, 64).bfloat16()
     for scoring in ("softmax", "sigmoid", "sqrt_softplus"):
-        for got, wide in zip(route(logits, 6, scoring=scoring), route(logits.float(), 6, scoring=scoring)):
+        for got, wide in zip(
+            reference.route(logits, 6, scoring=scoring), reference.route(logits.float(), 6, scoring=scoring)
+        ):
             assert torch.equal(got, wide)
