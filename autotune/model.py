@@ -12,15 +12,18 @@ chip with C cores:
     seconds = max(arithmetic, cache, memory) + start
 
 ``peak`` is the dense rate of the element type. :class:`mla_kernels.launch.Work` counts padded rows, so a tile
-that is half empty costs double; row tiles of experts are those expected under uniform routing. Rates are data-sheet
-values (:mod:`mla_kernels.targets.chips`).
+that is half empty costs double, and the splits of a sequence's keys; row tiles of experts are those expected under
+uniform routing. Rates are data-sheet values (:mod:`mla_kernels.targets.chips`).
+
+Of a compiled attention kernel whose main loop has clock bounds (:mod:`mla_kernels.targets.bounds`), ``arithmetic`` is
+waves * turns of the loop * clocks of a turn, see :func:`loop_seconds`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mla_kernels.autotune import moe_model
-from mla_kernels.launch import DTYPE_BYTES, Kernel
+from mla_kernels.launch import DTYPE_BYTES, Cost, Kernel, Work
 from mla_kernels.targets.chips import Chip
 
 CACHE_FACTOR = 3.0
@@ -39,6 +42,18 @@ _FORMAT_BYTES = {"fp8_block": (1, 1), "int8_w8a8": (1, 1), "int8": (2, 1), "int4
 """Quantised format -> bytes of a row's and of a weight's element."""
 
 
+def _latent_products(statics, tile):
+    return statics["LATENT"] + statics["ROPE"] + statics["LATENT"] // tile.get("VALUE_TILES", 1)
+
+
+PAIR_PRODUCTS = {
+    "mla_decode_kernel": _latent_products,
+    "sparse_mla_kernel": _latent_products,
+    "mla_prefill_kernel": lambda statics, tile: sum(statics[name] for name in ("WIDE", "REST", "ROPE", "VALUE")),
+}
+"""Attention kernels whose main loop takes BLOCK_N keys a turn -> multiply-adds for a query row and a key."""
+
+
 def seconds(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping, tile: Mapping) -> float:
     """Modelled duration of one launch; see the module's formula. For ranking only."""
     products = GROUPED.get(kernel.name)
@@ -51,11 +66,34 @@ def seconds(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Map
         programs = round(rows * -(-product.columns // (products * tile["BLOCK_N"])))
         work = replace(work, programs=max(1, programs))
     cores = chip.dot_cores if kernel.uses_dot else chip.vector_cores
+    arithmetic = work.flops / (chip.flops[dtype] / cores)
+    return _launch_seconds(chip, cores, work, kernel.cost(dtype, statics, sizes), arithmetic)
+
+
+def _launch_seconds(chip: Chip, cores: int, work: Work, cost: Cost, arithmetic: float) -> float:
+    """The module's formula, with the seconds of arithmetic of one program."""
     waves = -(-work.programs // cores)
-    arithmetic = waves * work.flops / (chip.flops[dtype] / cores)
     cache = work.programs * work.bytes / (CACHE_FACTOR * chip.bandwidth)
-    memory = kernel.cost(dtype, statics, sizes).bytes / chip.bandwidth
-    return max(arithmetic, cache, memory) + waves * PROGRAM_SECONDS
+    return max(waves * arithmetic, cache, cost.bytes / chip.bandwidth) + waves * PROGRAM_SECONDS
+
+
+def loop_seconds(
+    kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping, tile: Mapping, bounds: Mapping
+) -> float | None:
+    """:func:`seconds` of a compiled attention kernel, its arithmetic from the clock bounds of its main loop; None for
+    other kernels.
+
+    A turn takes the mean of ``core`` (all units overlap) and ``serial`` (the tensor cores wait for the busiest other
+    unit): queries wait for scores, the next keys do not.
+    """
+    if kernel.name not in PAIR_PRODUCTS or not bounds.get("tensor"):
+        return None
+    work = kernel.work(dtype, statics, sizes, tile)
+    rows = tile.get("BLOCK_H") or tile["BLOCK_M"]
+    turns = work.flops / (2 * rows * tile["BLOCK_N"] * PAIR_PRODUCTS[kernel.name](statics, tile))
+    clocks = turns * (bounds["core"] + bounds["serial"]) / 2
+    cost = kernel.cost(dtype, statics, sizes)
+    return _launch_seconds(chip, chip.dot_cores, work, cost, clocks / moe_model.clock(chip))
 
 
 def all_seconds(

@@ -76,7 +76,7 @@ def best(problem: Problem, chip: Chip, fitting: Iterable[Tile], count: int) -> l
     rule = problem.kernel.rule(chip, problem.dtype, problem.statics, problem.sizes)
 
     def apart(tile: Tile) -> float:
-        return sum(abs(math.log2(max(value, 1) / max(rule.get(name, value), 1))) for name, value in tile.items())
+        return sum(abs(math.log2(max(value, 0.5) / max(rule.get(name, value), 0.5))) for name, value in tile.items())
 
     fitting = list(fitting)
     ranks = [(float(f"{one:.3g}"), apart(tile)) for one, tile in zip(seconds(problem, chip, fitting), fitting)]
@@ -88,22 +88,27 @@ def seconds(problem: Problem, chip: Chip, some: list[Tile]) -> list[float]:
 
     Sizes that a launch does not look up, since its tile must not depend on them (a batch), are the first case's.
     """
-    sizes = {**problem.kernel.cases[0].sizes, **problem.sizes}
-    return model.all_seconds(problem.kernel, chip, problem.dtype, problem.statics, sizes, some)
+    return model.all_seconds(problem.kernel, chip, problem.dtype, problem.statics, _sizes(problem), some)
 
 
-def refined(modelled: float, report: Report, chip: Chip) -> float:
+def _sizes(problem: Problem) -> dict:
+    return {**problem.kernel.cases[0].sizes, **problem.sizes}
+
+
+def refined(modelled: float, report: Report, looped: float | None = None) -> float:
     """Modelled seconds, made longer by what the machine code does beside the matrix products.
 
-    Spills outside the main loop count a percent each, up to a half. On sm_90 the main loop's busiest unit is compared
-    with the tensor cores alone: a loop whose loads, conversions or arithmetic take twice the tensor cores' clocks is
-    half as fast where the tensor cores limit. Half of that factor counts, since a launch may be limited by memory.
+    ``looped`` are seconds from the bounds of the main loop (:func:`mla_kernels.autotune.model.loop_seconds`), which
+    then stand for the modelled ones. Else, where the loop has bounds, its busiest unit is compared with the tensor
+    cores alone: a loop whose loads, conversions or arithmetic take twice the tensor cores' clocks is half as fast where
+    the tensor cores limit. Half of that factor counts, since a launch may be limited by memory. Spills outside the main
+    loop count a percent each, up to a half.
     """
     bounds = report.detail.get("loop_bounds") or {}
     slower = 1.0
-    if bounds.get("tensor"):
+    if looped is None and bounds.get("tensor"):
         slower = 1.0 + 0.5 * (max(1.0, bounds["core"] / bounds["tensor"]) - 1.0)
-    return modelled * slower * (1.0 + min(0.5, 0.01 * report.spills))
+    return (modelled if looped is None else looped) * slower * (1.0 + min(0.5, 0.01 * report.spills))
 
 
 def shortlist(problem: Problem, chip: Chip, compiled: int = COMPILED) -> Shortlist:
@@ -159,7 +164,11 @@ def _choose(problem: Problem, chip: Chip, tried: list[Tile], reports: list[Repor
     ranked = []
     for tile, report, modelled in zip(tried, reports, seconds(problem, chip, tried)):
         if report.ok:
-            ranked.append(Ranked(tile, modelled, refined(modelled, report, chip), report))
+            bounds = report.detail.get("loop_bounds") or {}
+            looped = model.loop_seconds(
+                problem.kernel, chip, problem.dtype, problem.statics, _sizes(problem), tile, bounds
+            )
+            ranked.append(Ranked(tile, modelled, refined(modelled, report, looped), report))
     if not reports[0].ok:
         kernel = problem.kernel.name
         raise NoTile(f"{kernel} on {chip.name}, {problem.dtype}, {dict(problem.statics)}: {reports[0].problem}")

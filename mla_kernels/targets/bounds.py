@@ -1,11 +1,12 @@
-"""Lower bounds on the clocks of a Hopper (sm_90) loop, from its machine code: a model, not a measurement.
+"""Lower bounds on the clocks of a loop on sm_80, sm_89 and sm_90, from its machine code: a model, not a measurement.
 
 Each unit of an SM takes so many instructions, multiply-adds or bytes a clock. What one turn of the loop asks of a unit,
 over that rate, is the unit's bound. ``core`` is the busiest unit's: all units overlap perfectly. ``serial`` is the
 tensor cores' plus that of the busiest other unit: no overlap between the two. DRAM is left out.
 
-Rates: NVIDIA's H100 white paper and the CUDA C++ Programming Guide's table of arithmetic throughput, recalled; what
-mma.sync reaches of wgmma's rate is a published measurement, recalled.
+Rates: NVIDIA's white papers and the CUDA C++ Programming Guide's table of arithmetic throughput, recalled; what
+mma.sync reaches of wgmma's rate is a published measurement, recalled. Newer chips start their matrix products with
+instructions that do not name the shape; there is no bound for them.
 
 Imports nothing of the package but the reader beside it, so that a compiler process can load it as a plain file.
 """
@@ -18,20 +19,23 @@ _WARP_RATE = {  # warp instructions a clock and SM
     "issue": 4.0, "float": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5, "shuffle": 1.0,
 }  # fmt: skip
 _WGMMA_RATE = 2048.0  # 16-bit multiply-adds a clock and SM
-_MMA_SYNC_RATE = 0.629 * _WGMMA_RATE
+_MMA_SYNC_RATE = {"80": 1024.0, "89": 512.0, "90": 0.629 * _WGMMA_RATE}
+ARCHITECTURES = tuple(_MMA_SYNC_RATE)
 _SHARED_BYTES = 128.0  # shared memory a clock and SM
-_WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
-_MMA = re.compile(r"HMMA\.(168\d+)")
+_WGMMA = re.compile(r"([HQI])GMMA\.(\d+)x(\d+)x(\d+)")
+_MMA = re.compile(r"([HQI])MMA\.(168)(\d+)")
+_OPERAND_BYTES = {"H": 2, "Q": 1, "I": 1}  # an element; the rate is in inverse proportion
 _UNIT = {  # kind of instruction -> the unit it occupies, beside the issue slot
     "float": "float", "multiply": "multiply", "integer": "integer", "select": "integer", "compare": "integer",
     "move": "integer", "special": "special", "shuffle": "shuffle",
 }  # fmt: skip
 
 
-def bounds(loop: list["sass.Instruction"], warps: int) -> dict[str, float]:
+def bounds(loop: list["sass.Instruction"], warps: int, architecture: str = "90") -> dict[str, float]:
     """Clocks of one turn of the loop in a program of ``warps`` warps, unit by unit, with ``core`` and ``serial``.
 
-    ``multiply_adds`` is the matrix work that the program issues in a turn, for comparison with what the operation asks.
+    ``architecture`` is one of :data:`ARCHITECTURES`. ``multiply_adds`` is the matrix work that the program issues in a
+    turn, for comparison with what the operation asks.
     """
     work = dict.fromkeys((*_WARP_RATE, "tensor", "shared"), 0.0)
     multiply_adds = 0.0
@@ -39,7 +43,7 @@ def bounds(loop: list["sass.Instruction"], warps: int) -> dict[str, float]:
         kind = sass.kind(instruction)
         work["issue"] += warps
         if kind == "tensor":
-            issued, clocks, operand_bytes = _matrix(instruction, warps)
+            issued, clocks, operand_bytes = _matrix(instruction, warps, architecture)
             multiply_adds += issued
             work["tensor"] += clocks
             work["shared"] += operand_bytes
@@ -50,6 +54,7 @@ def bounds(loop: list["sass.Instruction"], warps: int) -> dict[str, float]:
         elif kind in _UNIT:
             work[_UNIT[kind]] += warps
     clocks = {unit: work[unit] / rate for unit, rate in _WARP_RATE.items()}
+    clocks["float"] *= 2 if architecture == "80" else 1  # 64 lanes instead of 128
     clocks |= {"tensor": work["tensor"], "shared": work["shared"] / _SHARED_BYTES}
     others = max(value for unit, value in clocks.items() if unit != "tensor")
     core, serial = max(clocks.values()), clocks["tensor"] + others
@@ -60,19 +65,21 @@ def bounds(loop: list["sass.Instruction"], warps: int) -> dict[str, float]:
     }
 
 
-def _matrix(instruction: "sass.Instruction", warps: int) -> tuple[float, float, float]:
+def _matrix(instruction: "sass.Instruction", warps: int, architecture: str) -> tuple[float, float, float]:
     """(multiply-adds, tensor clocks, operand bytes from shared memory) of all warps' executions of an instruction."""
     match = _WGMMA.match(instruction.opcode)
     if match:
-        m, n, k = map(int, match.groups())
+        size = 4 if ".TF32" in instruction.opcode else _OPERAND_BYTES[match.group(1)]
+        m, n, k = map(int, match.groups()[1:])
         groups = warps / 4
         from_registers = re.match(r"R\d+, R\d+, gdesc", instruction.operands)
-        operands = 2 * k * (n if from_registers else n + m)
-        return m * n * k * groups, m * n * k * groups / _WGMMA_RATE, operands * groups
+        operands = size * k * (n if from_registers else n + m)
+        return m * n * k * groups, m * n * k * groups * size / 2 / _WGMMA_RATE, operands * groups
     match = _MMA.match(instruction.opcode)
     if match:
-        multiply_adds = 16 * 8 * int(match.group(1)[3:]) * warps
-        return multiply_adds, multiply_adds / _MMA_SYNC_RATE, 0.0
+        size = 4 if ".TF32" in instruction.opcode else _OPERAND_BYTES[match.group(1)]
+        multiply_adds = 16 * 8 * int(match.group(3)) * warps
+        return multiply_adds, multiply_adds * size / 2 / _MMA_SYNC_RATE[architecture], 0.0
     return 0.0, 0.0, 0.0
 
 

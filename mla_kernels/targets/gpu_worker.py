@@ -99,9 +99,10 @@ def report_nvidia(compiled) -> tuple[dict, dict[str, str]]:
     kinds = [sass.kind(instruction) for instruction in instructions]
     main = loops.main_loop(kinds, sass.loops(instructions))
     answer = describe(kinds, main, sass.tensor_shapes([instructions[i] for i in main]))
-    if compiled.metadata.target.arch == 90 and main:
+    architecture = str(compiled.metadata.target.arch)
+    if architecture in bounds.ARCHITECTURES and main:
         loop = [instructions[i] for i in main]
-        answer["detail"]["loop_bounds"] = bounds.bounds(loop, compiled.metadata.num_warps)
+        answer["detail"]["loop_bounds"] = bounds.bounds(loop, compiled.metadata.num_warps, architecture)
     columns = compiled.metadata.tmem_size
     answer["traps"] = max(sass.traps(instructions), int(columns > TENSOR_MEMORY_COLUMNS))
     answer["registers"] = registers

@@ -141,3 +141,22 @@ def test_ascend_counts_the_row_tiles_that_uniform_routing_gives():
     waves = -(-round(tiles * 7168 // 128) // chip.dot_cores)
     found = model.seconds(kernel, chip, "bf16", statics, sizes, tile)
     assert found > waves * model.PROGRAM_SECONDS + 1.4 * work.programs * work.bytes / (3 * chip.bandwidth)
+
+
+def test_a_compiled_attention_loop_by_hand():
+    """128 heads, 8 sequences of 4096 keys in 8 splits: 128 programs of 64 heads, 8 turns of 64 keys each."""
+    kernel, chip = KERNELS["mla_decode_kernel"], CHIPS["sm_90"]
+    case = next(case for case in kernel.cases if case.name == "v3")
+    tile = dict(kernel.rule(chip, "bf16", case.statics, case.sizes))
+    work = kernel.work("bf16", case.statics, case.sizes, tile)
+    turns = work.flops / 2 / (64 * 64 * (576 + 512))
+    assert work.programs <= chip.dot_cores and turns == int(turns)
+    bounds = {"tensor": 20_000.0, "core": 50_000.0, "serial": 70_000.0}
+    arguments = kernel, chip, "bf16", case.statics, case.sizes, tile
+    found = model.loop_seconds(*arguments, bounds)
+    assert found == pytest.approx(turns * 60_000 / moe_model.clock(chip) + model.PROGRAM_SECONDS)
+    fast = model.loop_seconds(*arguments, {"tensor": 1.0, "core": 1.0, "serial": 2.0})
+    assert kernel.cost("bf16", case.statics, case.sizes).bytes / chip.bandwidth < fast < found  # memory limits
+    assert model.loop_seconds(*arguments, {}) is None
+    other = KERNELS["merge_states_kernel"]
+    assert model.loop_seconds(other, chip, "bf16", {}, {}, {}, bounds) is None

@@ -63,14 +63,24 @@ def test_machine_code_ranks_again(compiler):
     compiler.changes = lambda tile: busy if tile["num_warps"] == 4 and tile["BLOCK"] == 1024 else {}
     assert search.shortlist(problem(declare()), CHIP).tiles[0] == {"BLOCK": 1024, "num_warps": 8}
     clean = report(declare(), CHIP, "fp32", {})
-    assert search.refined(1.0, clean, CHIP) == 1.0
-    assert search.refined(1.0, replace(clean, spills=10), CHIP) == pytest.approx(1.1)
-    assert search.refined(1.0, replace(clean, detail=busy["detail"]), CHIP) == pytest.approx(4.5)
+    assert search.refined(1.0, clean) == 1.0
+    assert search.refined(1.0, replace(clean, spills=10)) == pytest.approx(1.1)
+    assert search.refined(1.0, replace(clean, detail=busy["detail"])) == pytest.approx(4.5)
+    assert search.refined(1.0, replace(clean, detail=busy["detail"], spills=100), 2.0) == pytest.approx(3.0)
 
 
 def test_what_the_model_cannot_tell_apart_stays_as_the_rule_has_it(compiler):
     rule = lambda chip, dtype, statics, sizes: {"BLOCK": 64, "num_warps": 8}  # noqa: E731
     assert search.shortlist(problem(declare(rule=rule)), CHIP).tiles[0] == {"BLOCK": 1024, "num_warps": 8}
+
+
+def test_a_flag_that_the_model_cannot_see_stays_as_the_rule_has_it():
+    kernel, chip = KERNELS["mla_decode_kernel"], CHIPS["sm_80"]
+    case = kernel.cases[0]
+    one = search.Problem(kernel, "bf16", case.statics, case.sizes)
+    rule = kernel.rule(chip, "bf16", case.statics, case.sizes)
+    tiles = [rule | {"BRANCH": value} for value in (1 - rule["BRANCH"], rule["BRANCH"])]
+    assert search.best(one, chip, tiles, 1) == [rule]
 
 
 def test_a_rule_that_does_not_compile_is_an_error(compiler):
