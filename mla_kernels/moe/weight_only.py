@@ -216,7 +216,9 @@ def _rule(products):
             m = 64 if chip.tensor_memory and products == 2 else 128  # it holds the sums of 64 rows, not of 128
             tile = {"BLOCK_M": m, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
         else:
-            tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
+            by_mma_sync = chip.vendor == "nvidia" and not chip.dot_from_shared  # both operands in registers
+            m = rows_for(sizes, 32 if by_mma_sync and products == 2 else 64)
+            tile = {"BLOCK_M": m, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
         return tile | {"BLOCK_K": 128, "num_stages": stages, "GROUP_M": 8}
 
     return rule

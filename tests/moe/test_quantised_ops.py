@@ -1,0 +1,146 @@
+"""fused_experts as torch sees it: opcheck, torch.compile, fake tensors, launches; what it refuses, in which words."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mla_kernels import launch
+from mla_kernels.launch import CHIPS, KERNELS
+from mla_kernels.moe import eight_bit, weight_only
+from mla_kernels.moe.activation import SWIGLU
+from mla_kernels.moe.quantised import fused_experts
+from mla_kernels.moe.route import route
+from tests.moe.quantised_problems import FORMATS, quantised_layer
+
+OP = torch.ops.mla_kernels.quantised_moe.default
+QUANTISED_KERNELS = [name for name in KERNELS if name.startswith(("wo_", "eb_"))]
+
+
+def small(form, **options):
+    return quantised_layer(form, 5, 4, 2, 128, 128, **options)
+
+
+def op_arguments(problem):
+    e = problem.experts
+    return (
+        problem.hidden, problem.weights, problem.ids, e.format.value, e.gate_up, e.down, e.gate_up_scale, e.down_scale,
+        e.gate_up_zero, e.down_zero, e.gate_up_bias, e.down_bias, e.group_size or 0, *SWIGLU.arguments, "output",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_opcheck(form):
+    torch.library.opcheck(OP, op_arguments(small(form, bias=True, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_compiled_without_a_graph_break(form):
+    problem = small(form)
+
+    def model(logits, hidden):
+        weights, ids = route(logits, 2, num_groups=2, top_k_groups=1)
+        return fused_experts(hidden * 1.0, problem.experts, weights, ids)
+
+    logits = torch.randn(5, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, problem.hidden), model(logits, problem.hidden))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_value_is_read_by_the_host(form):
+    """Fake tensors have no values: an op that waits for one fails."""
+    problem = small(form)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in op_arguments(problem)]
+        assert OP(*fake).shape == problem.hidden.shape
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_five_launches_from_logits_to_output(form, monkeypatch):
+    launched = []
+
+    def record(kernel, chip, work, *rest):
+        launched.append(kernel.name)
+
+    monkeypatch.setattr(launch.Kernel, "launch", record)
+    problem = small(form)
+    with launch.on_cpu("interpret"):
+        weights, ids = route(torch.randn(5, 4), 2)
+        fused_experts(problem.hidden, problem.experts, weights, ids)
+    eight = form in ("fp8_block", "int8_w8a8")
+    family = "eb" if eight else "wo"
+    assert launched[1:] == [
+        "eb_dispatch_kernel" if eight else "moe_dispatch_kernel",
+        f"{family}_gate_up_kernel",
+        f"{family}_down_kernel",
+        "moe_combine_kernel",
+    ]
+    assert len(launched) == 5
+
+
+@pytest.mark.parametrize("name", QUANTISED_KERNELS)
+def test_declared_rule_fits_the_estimate_of_every_chip(name):
+    kernel = KERNELS[name]
+    for chip in CHIPS.values():
+        for case in kernel.cases:
+            tile = kernel.rule(chip, "bf16", case.statics, case.sizes)
+            assert set(tile) == set(kernel.tiles)
+            assert all(tile[constant] in values for constant, values in kernel.tiles.items())
+            for memory, used in kernel.memory(chip, "bf16", case.statics, tile).items():
+                assert used <= chip.memory[memory], (chip.name, case.name, memory)
+            cost = kernel.cost("bf16", case.statics, case.sizes)
+            work = kernel.work("bf16", case.statics, case.sizes, tile)
+            assert work.programs >= 1
+            assert work.flops * work.programs >= 0.99 * cost.flops
+
+
+def test_no_tile_multiplies_e4m3_where_the_chip_does_not():
+    case = eight_bit.GATE_UP.cases[0]
+    for chip in CHIPS.values():
+        tile = eight_bit.GATE_UP.rule(chip, "bf16", case.statics, case.sizes)
+        assert tile["FP8"] == chip.dot_e4m3
+        used = eight_bit.GATE_UP.memory(chip, "bf16", case.statics, tile | {"FP8": 1})
+        assert all(used[memory] <= chip.memory[memory] for memory in used) == chip.dot_e4m3
+
+
+def refused(error, text, **changes):
+    problem = small(changes.pop("form", "int8"), bias=True)
+    arguments = {"hidden": problem.hidden, "experts": problem.experts, "weights": problem.weights, "ids": problem.ids}
+    with pytest.raises(error, match=re.escape(text)):
+        fused_experts(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "error, text, changes",
+    [
+        (TypeError, "experts: got Tensor, an ExpertWeights is accepted", {"experts": torch.zeros(2)}),
+        (ValueError, "hidden: got shape (5, 64), (any, 128) is accepted", {"hidden": torch.zeros(5, 64)}),
+        (TypeError, "hidden: got dtype float64", {"hidden": torch.zeros(5, 128, dtype=torch.float64)}),
+        (TypeError, "experts.gate_up_bias: got dtype float32", {"hidden": torch.zeros(5, 128).bfloat16()}),
+        (ValueError, "hidden: got a tensor on meta", {"hidden": torch.zeros(5, 128, device="meta")}),
+        (ValueError, "ids: got shape (4, 2)", {"ids": torch.zeros(4, 2, dtype=torch.int32)}),
+        (TypeError, "ids: got dtype int64", {"ids": torch.zeros(5, 2, dtype=torch.int64)}),
+        (ValueError, "weights: got shape (5, 3), (5, 2) is accepted", {"weights": torch.zeros(5, 3)}),
+        (TypeError, "weights: got dtype bfloat16", {"weights": torch.zeros(5, 2).bfloat16()}),
+        (ValueError, "weight_at: got 'nowhere'", {"weight_at": "nowhere"}),
+        (TypeError, "activation: got str", {"activation": "silu"}),
+        (NotImplementedError, "fused_experts has no backward", {"hidden": torch.zeros(5, 128, requires_grad=True)}),
+        (NotImplementedError, "fused_experts has no backward", {"weights": torch.zeros(5, 2, requires_grad=True)}),
+    ],
+    ids=lambda value: None,
+)
+def test_refuses(error, text, changes):
+    refused(error, text, **changes)
+
+
+def test_what_the_kernels_declare_is_what_formats_have():
+    """Offline compiles take the types that a launch would pass."""
+    kinds = {
+        case.statics["FORMAT"]: weight_only.GATE_UP.signature("fp16", case.statics)
+        for case in weight_only.GATE_UP.cases
+    }
+    assert {form: kind["scales"] for form, kind in kinds.items()} == {"int8": "*fp32", "int4": "*fp16", "mxfp4": "*i8"}
+    kinds = {case.statics["FORMAT"]: eight_bit.DOWN.signature("bf16", case.statics) for case in eight_bit.DOWN.cases}
+    assert {form: kind["activation"] for form, kind in kinds.items()} == {"fp8_block": "*i8", "int8_w8a8": "*bf16"}
