@@ -179,19 +179,25 @@ class _Copy:
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def prepack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, columns: int) -> int:
+def prepack(projections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]]) -> int:
     """Copy int4 codes [E, rows, ...] into the layout of torch's product; the bytes that takes.
 
-    `fused_experts` uses the copy for bfloat16 and up to 16 rows an expert. It is found by the codes' very tensor, freed
-    with it, and dropped once one of these tensors is changed in place.
+    A projection: codes, scales, zeros or None, columns. `fused_experts` uses the copy for bfloat16 and up to 16 rows an
+    expert. It is found by the codes' very tensor, freed with it, and dropped once one of these tensors is changed in
+    place.
 
     Raises:
         NotImplementedError: torch has no such product, or 16 does not divide the rows.
     """
     if _int4_product() is None:
         raise NotImplementedError("prepack: this build of torch has no int4 product for CPUs")
-    if codes.shape[1] % 16:
-        raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
+    for codes, *_ in projections:
+        if codes.shape[1] % 16:
+            raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
+    return sum(_prepack(*projection) for projection in projections)
+
+
+def _prepack(codes, scales, zeros, columns) -> int:
     copies, factors = [], []
     for expert in range(codes.shape[0]):
         integers = unpack_nibbles(codes[expert], columns).int()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from mla_kernels.checks import FLOATS, check_choice, check_int, check_tensor
+from mla_kernels.cpu.packed import prepack
+from mla_kernels.cpu.quantised import prepack as prepack_int4
 from mla_kernels.moe.convert import awq_projection, fp8_projection, gptq_projection, join_rows, mxfp4_projection
 from mla_kernels.moe.formats import FORMATS, WeightFormat, dequantise_weight, quantise_weight, weight_shape
 from mla_kernels.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO
@@ -292,6 +294,29 @@ class ExpertWeights:
                 whole[expert] = dequantise_weight(self, name, expert, dtype)
             result.append(whole)
         return tuple(result)
+
+    def prepack(self) -> int:
+        """On the CPU: keep a copy in the layout that torch multiplies fastest, which :func:`fused_experts` then uses.
+
+        int4: half a byte a weight and 4 bytes a group, for bfloat16 activations and up to 16 rows an expert. plain:
+        :func:`mla_kernels.cpu.prepack`. Other formats have no such layout. The copy belongs to the tensors: it is freed
+        with them and no longer used once one is changed in place.
+
+        Returns:
+            Bytes that the copy takes, 0 where there is none.
+
+        Raises:
+            ValueError: tensors that are not on the CPU. NotImplementedError: this torch has no such product; int4 with
+            H or 2I that 16 does not divide.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"prepack: got weights on {self.device}, cpu is accepted")
+        if self.format is WeightFormat.PLAIN:
+            return prepack(gate_up=self.gate_up, down=self.down)
+        if self.format is not WeightFormat.INT4:
+            return 0
+        gate_up = self.gate_up, self.gate_up_scale, self.gate_up_zero, self.hidden_size
+        return prepack_int4([gate_up, (self.down, self.down_scale, self.down_zero, self.intermediate_size)])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors there are, by attribute, as ``safetensors.torch.save_file`` takes them."""
