@@ -11,7 +11,7 @@ EXPERTS_PER_RANK = (3, 5)
 
 def train_sharded(rank, size, config, state, hidden, ids, grad, tokens_of, chunks):
     """This rank's outputs, and gradients of its hidden states, experts (the shared ones summed) and router (summed)."""
-    parallel = ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=20)
+    parallel = ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=90)
     moe = MoE(config, parallel=parallel, chunks=chunks)
     moe.load_state_dict(state)
     own = slice(sum(tokens_of[:rank]), sum(tokens_of[: rank + 1]))
@@ -30,7 +30,7 @@ def train_sharded(rank, size, config, state, hidden, ids, grad, tokens_of, chunk
 
 def infer_quantised(rank, size, config, state, hidden, format):
     """This rank's outputs with its experts in another format."""
-    moe = MoE(config, parallel=ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=20))
+    moe = MoE(config, parallel=ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=90))
     moe.load_state_dict(state)
     with torch.no_grad():
         return moe.to_quantized(format)(hidden.tensor_split(size)[rank])
