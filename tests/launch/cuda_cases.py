@@ -265,6 +265,21 @@ def test_fused_moe(tokens):
     assert launches[2].arguments["weight_stride"] == down.stride(1)
 
 
+@pytest.mark.parametrize("form", ["int8", "mxfp4", "fp8_block", "int8_w8a8"])
+def test_fused_experts(form):
+    hidden, ids, weights = torch.randn(5, 256).to(BF16), torch.randint(0, 8, (5, 2), dtype=I32), torch.rand(5, 2)
+    experts = mla_kernels.ExpertWeights.quantise(torch.randn(8, 512, 256), torch.randn(8, 256, 256), form)
+    with record() as launches:
+        out = mla_kernels.fused_experts(hidden, experts, weights, ids)
+    assert len(launches) == 4
+    order, up, down, combine = (set(pointers(launch).values()) for launch in launches)
+    assert ids.data_ptr() in order & combine and hidden.data_ptr() in order | up
+    assert order & up & down and up & down  # the order that the first wrote, the activation
+    assert {experts.gate_up.data_ptr(), experts.gate_up_scale.data_ptr()} <= up
+    assert {experts.down.data_ptr(), experts.down_scale.data_ptr()} <= down and down & combine
+    assert {weights.data_ptr(), out.data_ptr()} <= combine
+
+
 def test_nothing_is_launched_for_nothing():
     with record() as launches:
         out = mla_kernels.fused_moe(

@@ -7,7 +7,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
-from mla_kernels.reference import attention, balance, indexer, latent, moe, prefill, prolog, route, sparse
+from mla_kernels.reference import attention, balance, indexer, latent, moe, prefill, prolog, quant, route, sparse
 from tests.npu import fake_npu
 from tests.support import assert_close
 
@@ -178,6 +178,17 @@ def test_routers_and_balance():
     assert fake_npu.launches == [
         "hash_route_kernel", "expert_load_kernel", "update_bias_kernel", "balance_sums_kernel", "balance_loss_kernel",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["int4", "fp8_block"])
+def test_fused_experts(form):
+    hidden, ids = torch.randn(7, 128), torch.randint(0, 4, (7, 2), dtype=torch.int32)
+    gate_up, down, weights = torch.randn(4, 256, 128) / 11, torch.randn(4, 128, 128) / 11, torch.rand(7, 2)
+    experts = mla_kernels.ExpertWeights.quantise(gate_up, down, form)
+    out = mla_kernels.fused_experts(npu(hidden), experts.to("npu"), *npu(weights, ids))
+    family = "wo" if form == "int4" else "eb"
+    assert {f"{family}_gate_up_kernel", f"{family}_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)
+    assert_close(out.cpu(), quant.fused_experts(hidden.double(), experts, weights.double(), ids))
 
 
 def test_mixed_devices_are_refused():
