@@ -2,7 +2,6 @@
 
 import torch
 
-from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.weights import ExpertWeights, WeightFormat
@@ -15,6 +14,11 @@ _INT4 = (
 
 def run(hidden, gate_up, down, weights, ids, *, quantised: ExpertWeights | None, biases, activation, weight_at):
     """The experts' weighted sum: quantised weights if there are some, else the tensors themselves."""
+    if weight_at == "input" and biases[0] is not None:
+        raise NotImplementedError(
+            "apply_router_weight_on_input: got True with a bias of w1, which the weight multiplies too there; "
+            "without a bias it is accepted"
+        )
     weights, ids = weights.float(), ids.to(torch.int32)
     if quantised is not None:
         return fused_experts(hidden, quantised, weights, ids, activation=activation, weight_at=weight_at)
@@ -61,6 +65,8 @@ def quantised_weights(
     if not chosen:
         if any(scale is not None for scale in scales):
             raise ValueError("w1_scale, w2_scale: got tensors without a flag that says what they scale")
+        if block_shape is not None:
+            raise ValueError(f"block_shape: got {block_shape} without a flag, None is accepted there")
         return None
     if int4_w4a16:
         raise NotImplementedError(f"use_int4_w4a16: {_INT4}")
@@ -81,16 +87,3 @@ def quantised_weights(
         format=kind, gate_up=gate_up, down=down, gate_up_scale=scales[0], down_scale=scales[1],
         gate_up_bias=biases[0], down_bias=biases[1],
     )  # fmt: skip
-
-
-def clamped(alpha: float | None, gpt_oss_limit: float | None, pre_limit: float | None) -> Activation:
-    """SwiGLU as the libraries name its clamps: alpha with a limit is gpt-oss's, a limit alone clamps before silu."""
-    if alpha is not None:
-        if gpt_oss_limit is None:
-            raise ValueError("gemm1_limit: got None with gemm1_alpha, a limit is accepted")
-        if pre_limit is not None:
-            raise ValueError("swiglu_limit and gemm1_alpha: one of them is accepted")
-        return Activation("gpt_oss", limit=float(gpt_oss_limit), alpha=float(alpha), interleaved=True)
-    if gpt_oss_limit is not None:
-        raise ValueError("gemm1_alpha: got None with gemm1_limit, a factor is accepted")
-    return Activation() if pre_limit is None else Activation("pre", limit=float(pre_limit))

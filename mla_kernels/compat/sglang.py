@@ -8,7 +8,8 @@ What is not accepted raises with the reason. Signatures follow SGLang 0.5.
 import torch
 
 from mla_kernels.checks import check_choice, check_int, check_tensor
-from mla_kernels.compat.fused_experts import clamped, quantised_weights, run
+from mla_kernels.compat.fused_experts import quantised_weights, run
+from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.align import align_blocks
 from mla_kernels.moe.route import route
 
@@ -40,14 +41,17 @@ def fused_experts(
 
     Args:
         hidden_states: ``[T, H]`` bfloat16, float16 or float32.
-        w1: ``[E, 2I, H]``, gate rows before up rows (alternating with ``gemm1_alpha``, as in gpt-oss); float8_e4m3fn
-            with ``use_fp8_w8a8``, int8 with ``use_int8_*``.
+        w1: ``[E, 2I, H]``, gate rows before up rows (with ``gemm1_alpha`` alternating, unless ``gate_up_interleaved``
+            is False); float8_e4m3fn with ``use_fp8_w8a8``, int8 with ``use_int8_*``.
         w2: ``[E, H, I]`` likewise.
         topk_output: ``(weights, ids)`` or ``(weights, ids, logits)``, weights and ids ``[T, K]``; an id outside
             ``0 .. E - 1`` is skipped.
         moe_runner_config: any object with SGLang's attributes. Read are ``activation`` ("silu"), ``is_gated`` (True),
             ``apply_router_weight_on_input``, ``inplace``, ``no_combine`` (False), ``routed_scaling_factor``,
-            ``gemm1_alpha``, ``gemm1_clamp_limit``, ``swiglu_limit``; one that is missing has SGLang's default.
+            ``custom_act_fn`` (None), ``gemm1_beta`` (None), ``gate_up_interleaved``, and of the limits
+            ``gemm1_clamp_limit`` (with ``gemm1_alpha`` gpt-oss's activation, without it a limit of silu's result, as
+            in Step-3.5) and ``swiglu_limit`` (of silu's argument, as in DeepSeek-V4). One that is missing or None has
+            SGLang's default, but ``inplace``, which then is False.
         b1, b2: ``[E, 2I]`` and ``[E, H]`` biases.
         w1_scale, w2_scale: fp32; ``[E, ceil(N / 128), ceil(K / 128)]`` with ``use_fp8_w8a8``, ``[E, N]`` or
             ``[E, N, 1]`` with ``use_int8_*``.
@@ -58,7 +62,7 @@ def fused_experts(
 
     Raises:
         NotImplementedError: other activations, ungated experts, ``no_combine``, 4-bit weights in SGLang's packing,
-            static activation scales, zero points.
+            static activation scales, zero points, ``b1`` with ``apply_router_weight_on_input``.
         ValueError, TypeError: shapes, dtypes, flags that contradict each other.
 
     Source: SGLang ``python/sglang/srt/layers/moe/fused_moe_triton/fused_moe.py``.
@@ -75,6 +79,9 @@ def fused_experts(
         )
     if configured("no_combine", False):
         raise NotImplementedError("moe_runner_config.no_combine: got True, False is accepted (rows are always summed)")
+    for name in ("custom_act_fn", "gemm1_beta"):
+        if configured(name, None) is not None:
+            raise NotImplementedError(f"moe_runner_config.{name}: got {configured(name, None)}, None is accepted")
     weights, ids = topk_output[0], topk_output[1]
     quantised = quantised_weights(
         w1, w2, (b1, b2), (w1_scale, w2_scale),
@@ -82,9 +89,10 @@ def fused_experts(
         per_channel=per_channel_quant, block_shape=block_shape, static_scales=(a1_scale, a2_scale),
         zeros=(w1_zp, w2_zp),
     )  # fmt: skip
-    activation = clamped(
-        configured("gemm1_alpha", None), configured("gemm1_clamp_limit", None), configured("swiglu_limit", None)
-    )
+    activation = _activation(
+        configured("gemm1_alpha", None), configured("gemm1_clamp_limit", None), configured("swiglu_limit", None),
+        configured("gate_up_interleaved", True),
+    )  # fmt: skip
     on_input = configured("apply_router_weight_on_input", False)
     scale = configured("routed_scaling_factor", 1.0)
     out = run(
@@ -94,6 +102,19 @@ def fused_experts(
     if on_input and scale != 1.0:
         out = out * scale
     return hidden_states.copy_(out) if configured("inplace", False) else out
+
+
+def _activation(alpha, limit, swiglu_limit, interleaved):
+    """SwiGLU with the clamp that these attributes of a configuration mean."""
+    if limit is not None and swiglu_limit is not None:
+        raise ValueError("gemm1_clamp_limit and swiglu_limit: one of them is accepted")
+    if alpha is not None:
+        if limit is None:
+            raise ValueError("gemm1_clamp_limit: got None with gemm1_alpha, a limit is accepted")
+        return Activation("gpt_oss", limit=float(limit), alpha=float(alpha), interleaved=bool(interleaved))
+    if limit is not None:
+        return Activation("post", limit=float(limit))
+    return Activation() if swiglu_limit is None else Activation("pre", limit=float(swiglu_limit))
 
 
 def grouped_topk_gpu(
@@ -110,7 +131,8 @@ def grouped_topk_gpu(
     apply_routed_scaling_factor_on_output: bool | None = False,
     scoring_func: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DeepSeek-V2's router: groups ranked by their largest score, scores outside the kept groups 0.
+    """DeepSeek-V2's router: groups ranked by their largest score; a slot for which the kept groups have no expert left
+    has weight 0.
 
     Args:
         hidden_states: ``[T, H]``; only T is read.
@@ -119,8 +141,9 @@ def grouped_topk_gpu(
         renormalize: divide by the sum of the routed weights.
         num_expert_group, topk_group: groups, and groups kept; None means one.
         num_fused_shared_experts: 0, or 1: the last slot is expert E, with the weight that a later product with
-            ``routed_scaling_factor`` makes 1 (as large as the routed ones' sum).
-        routed_scaling_factor: factor of the weights where ``apply_routed_scaling_factor_on_output``.
+            ``routed_scaling_factor`` makes 1 (the routed ones' sum, divided by that factor).
+        routed_scaling_factor: factor of the weights where ``renormalize`` and ``apply_routed_scaling_factor_on_output``
+            (with False of the two, SGLang leaves it to the experts). None means 1.
         num_token_non_padded: integer tensor of one element; later tokens get ids -1.
         scoring_func: "softmax" or "sigmoid".
 
@@ -137,7 +160,7 @@ def grouped_topk_gpu(
     return _grouped(
         hidden_states, gating_output, None, topk, renormalize, (num_expert_group, topk_group), num_fused_shared_experts,
         routed_scaling_factor, num_token_non_padded, expert_location_dispatch_info,
-        apply_routed_scaling_factor_on_output, {"scoring": scoring_func, "group_rank": "max", "group_fill": 0.0},
+        apply_routed_scaling_factor_on_output, {"scoring": scoring_func, "group_rank": "max"},
     )  # fmt: skip
 
 
@@ -168,7 +191,7 @@ def biased_grouped_topk(
         hidden_states, gating_output, correction_bias.float(), topk, renormalize, (num_expert_group, topk_group),
         num_fused_shared_experts, routed_scaling_factor, num_token_non_padded, expert_location_dispatch_info,
         apply_routed_scaling_factor_on_output,
-        {"scoring": "sigmoid", "group_rank": "top2_sum", "group_fill": float("-inf")},
+        {"scoring": "sigmoid", "group_rank": "top2_sum"},
     )  # fmt: skip
 
 

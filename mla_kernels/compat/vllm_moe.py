@@ -3,7 +3,7 @@
 import torch
 
 from mla_kernels.checks import check_choice, check_tensor
-from mla_kernels.compat.fused_experts import clamped, quantised_weights, run
+from mla_kernels.compat.fused_experts import quantised_weights, run
 from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.align import align_blocks
 from mla_kernels.moe.route import route
@@ -44,7 +44,8 @@ def fused_experts(
         ``[T, H]``.
 
     Raises:
-        NotImplementedError: other activations, 4-bit weights in vLLM's packing, static activation scales, zero points.
+        NotImplementedError: other activations, 4-bit weights in vLLM's packing, static activation scales, zero points,
+            a ``w1_bias`` with ``apply_router_weight_on_input``.
         ValueError, TypeError: shapes, dtypes, flags that contradict each other.
 
     Source: vLLM ``vllm/model_executor/layers/fused_moe/fused_moe.py``.
@@ -67,10 +68,12 @@ def fused_experts(
     )  # fmt: skip
     alpha, limit = configured("gemm1_alpha"), configured("gemm1_clamp_limit")
     if name == "swigluoai":
-        swiglu = Activation("gpt_oss", limit=7.0 if limit is None else float(limit), alpha=1.702 if alpha is None else
-                            float(alpha), interleaved=True)  # fmt: skip
+        limit, alpha = 7.0 if limit is None else limit, 1.702 if alpha is None else alpha
+        swiglu = Activation("gpt_oss", limit=float(limit), alpha=float(alpha), interleaved=True)
+    elif (alpha, limit) != (None, None):
+        raise NotImplementedError("gemm1_alpha, gemm1_clamp_limit: got numbers with 'silu', 'swigluoai' takes them")
     else:
-        swiglu = clamped(alpha, limit, None)
+        swiglu = Activation()
     return run(
         hidden_states, w1, w2, topk_weights, _local_ids(topk_ids, w1.shape[0], global_num_experts, expert_map),
         quantised=quantised, biases=biases, activation=swiglu,

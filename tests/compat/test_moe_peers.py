@@ -121,6 +121,16 @@ def test_clamps_and_biases(layer):
     exact = expected(layer, lambda gate, up: F.silu(gate.clamp(max=3)) * up.clamp(-3, 3))
     config = SimpleNamespace(swiglu_limit=3)
     close(sglang.fused_experts(layer.hidden, layer.w1, layer.w2, output, config), exact)
+    exact = expected(layer, lambda gate, up: F.silu(gate).clamp(max=3) * up.clamp(-3, 3))
+    config = SimpleNamespace(gemm1_clamp_limit=3)
+    close(sglang.fused_experts(layer.hidden, layer.w1, layer.w2, output, config), exact)
+    config = SimpleNamespace(gemm1_alpha=1.5, gemm1_clamp_limit=2.0, gate_up_interleaved=False)
+    exact = expected(layer, lambda gate, up: gpt_oss(gate, up, 1.5, 2.0))
+    close(sglang.fused_experts(layer.hidden, layer.w1, layer.w2, output, config), exact)
+    exact = expected(layer, lambda gate, up: gpt_oss(gate, up, 1.5, 2.0), interleaved=True)
+    quant = SimpleNamespace(gemm1_alpha=1.5, gemm1_clamp_limit=2.0)
+    out = vllm.fused_experts(layer.hidden, layer.w1, layer.w2, *output, activation="swigluoai", quant_config=quant)
+    close(out, exact)
 
 
 def test_ids_of_no_expert_are_skipped(layer):
@@ -208,7 +218,16 @@ def refused_calls(layer):
     yield call(SimpleNamespace(activation="gelu")), NotImplementedError, "activation 'gelu'"
     yield call(SimpleNamespace(is_gated=False)), NotImplementedError, "is_gated False"
     yield call(SimpleNamespace(no_combine=True)), NotImplementedError, "no_combine: got True"
-    yield call(SimpleNamespace(gemm1_alpha=1.7)), ValueError, "gemm1_limit: got None"
+    yield call(SimpleNamespace(gemm1_alpha=1.7)), ValueError, "gemm1_clamp_limit: got None"
+    limits = SimpleNamespace(gemm1_clamp_limit=7.0, swiglu_limit=7.0)
+    yield call(limits), ValueError, "gemm1_clamp_limit and swiglu_limit: one of them"
+    yield call(SimpleNamespace(custom_act_fn=F.gelu)), NotImplementedError, "custom_act_fn: got"
+    yield call(SimpleNamespace(gemm1_beta=0.5)), NotImplementedError, "gemm1_beta: got 0.5"
+    on_input = SimpleNamespace(apply_router_weight_on_input=True)
+    yield call(on_input, b1=torch.zeros(E, 2 * I)), NotImplementedError, "on_input: got True with a bias of w1"
+    yield call(block_shape=[128, 128]), ValueError, r"block_shape: got \[128, 128\] without a flag"
+    yield call(use_int8_w8a16=True, block_shape=[128, 128], **scales), NotImplementedError, "with use_int8_w8a16"
+    yield call(w1_zp=torch.ones(1)), NotImplementedError, "w1_zp, w2_zp: neighbouring columns"
     yield call(use_int4_w4a16=True, **scales), NotImplementedError, "use_int4_w4a16: neighbouring columns"
     yield call(use_fp8_w8a8=True, use_int8_w8a8=True), ValueError, "use_fp8_w8a8 and use_int8_w8a8: one of them"
     yield call(use_fp8_w8a8=True, **scales), NotImplementedError, "block_shape: got None"
@@ -226,6 +245,14 @@ def test_refusals(layer):
         vllm.fused_experts(layer.hidden, layer.w1, layer.w2, layer.weights, layer.ids, activation="gelu")
     with pytest.raises(ValueError, match="global_num_experts: got 9 without an expert_map"):
         vllm.fused_experts(layer.hidden, layer.w1, layer.w2, layer.weights, layer.ids, global_num_experts=9)
+    limited = SimpleNamespace(gemm1_clamp_limit=7.0)
+    with pytest.raises(NotImplementedError, match="gemm1_alpha, gemm1_clamp_limit: got numbers with 'silu'"):
+        vllm.fused_experts(layer.hidden, layer.w1, layer.w2, layer.weights, layer.ids, quant_config=limited)
+    with pytest.raises(ValueError, match="global_num_experts: got 9, -1 or 5 is accepted"):
+        vllm.fused_experts(
+            layer.hidden, layer.w1, layer.w2, layer.weights, layer.ids,
+            global_num_experts=9, expert_map=torch.arange(5),
+        )  # fmt: skip
 
 
 def plain_grouped(scores, bias, topk, groups, kept, fill):
@@ -265,6 +292,16 @@ def test_sglang_routers(renormalize, shared):
         else:
             actual = sglang.biased_grouped_topk(hidden, logits, bias, **options)
         same_choice(actual, weights, ids)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_sglang_slots_beyond_the_kept_groups_weigh_nothing(scoring):
+    logits = torch.randn(9, 32)
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    best = scores.unflatten(1, (8, 4)).amax(-1).argmax(-1)
+    kept = scores.unflatten(1, (8, 4))[torch.arange(9), best].sort(-1, descending=True).values
+    weights, _ = sglang.grouped_topk(torch.randn(9, 8), logits, 6, False, 8, 1, scoring_func=scoring)
+    torch.testing.assert_close(weights, F.pad(kept, (0, 2)))
 
 
 def test_sglang_padded_tokens_have_no_experts():
