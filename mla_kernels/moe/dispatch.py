@@ -146,7 +146,7 @@ INVERSE = Kernel(
     moe_inverse_kernel,
     arguments={"order": "*i32", "tokens": "*i32", "inverse": "*i32", "pairs": "i32", "top_k": "i32"},
     statics=(),
-    tiles={"BLOCK_P": (128, 256, 512, 1024), "num_warps": (1, 4)},
+    tiles={"BLOCK_P": (32, 64, 128, 256, 512, 1024), "num_warps": (1, 4)},
     rule=_inverse_rule,
     memory=_memory,
     cost=_inverse_cost,
