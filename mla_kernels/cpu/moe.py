@@ -58,10 +58,10 @@ def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None
     bounds = offsets.tolist()
     filled = bounds[-1]
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
-    x = hidden.index_select(0, tokens[:filled])
     copies = _packed_pair(experts.gate_up, experts.down)
     plain = experts.gate_up_bias is None and experts.down_bias is None
-    if copies is None and plain and _can_group(x, experts.gate_up, experts.down):
+    if copies is None and plain and filled and _can_group(hidden.dtype, experts.gate_up, experts.down):
+        x = hidden.index_select(0, tokens[:filled])
         both = F.grouped_mm(x, experts.gate_up.transpose(1, 2), offs=offsets[1:])
         if input_weight is not None:
             both *= input_weight[:filled]
@@ -73,7 +73,8 @@ def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
             factors = (None if weight is None else weight[first:last] for weight in (input_weight, inner_weight))
-            rows[first:last] = _expert(x[first:last], experts, expert, copies, *factors)
+            x = hidden.index_select(0, tokens[first:last])
+            rows[first:last] = _expert(x, experts, expert, copies, *factors)
     return rows
 
 
@@ -111,17 +112,16 @@ def activate(both: torch.Tensor, clamp: str, limit: float | None, alpha: float, 
     return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1.0))
 
 
-def _can_group(sorted_hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+def _can_group(dtype: torch.dtype, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether torch's grouped product takes these (torch 2.10 or newer, rows of whole 16 bytes) and is the fast one.
 
     In float32 and float16 `linear` is faster.
     """
     return (
         hasattr(F, "grouped_mm")
-        and sorted_hidden.dtype == torch.bfloat16
-        and sorted_hidden.shape[0] > 0
+        and dtype == torch.bfloat16
         and all(weight.is_contiguous() and weight.shape[2] % 8 == 0 for weight in (gate_up, down))
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (sorted_hidden, gate_up, down))
+        and all(weight.data_ptr() % 16 == 0 for weight in (gate_up, down))
     )
 
 

@@ -135,6 +135,7 @@ def test_v2_lite_layer(backend):
     assert_close(fused_moe(*problem.inputs()), small.exact(), small.baseline())
 
 
+@pytest.mark.slow
 def test_v3_layer_of_which_8_experts_are_here(backend):
     if backend == "interpret":
         pytest.skip("a layer of real size takes minutes in the interpreter")
