@@ -210,12 +210,9 @@ def _rule(products):
         if dtype == "fp32":
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
             stages = 2
-        elif (
-            rows_for(sizes, 128) == 128 and chip.dot_from_shared
-        ):  # in tensor memory there is room for half of gate_up's
-            m = 64 if chip.tensor_memory and products == 2 else 128  # it holds the sums of 64 rows, not of 128
-            tile = {"BLOCK_M": m, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
-        else:
+        elif rows_for(sizes, 128) == 128 and chip.dot_from_shared and not (chip.tensor_memory and products == 2):
+            tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
+        else:  # gate_up's two sums and decoded weights of a larger tile overflow tensor memory
             by_mma_sync = chip.vendor == "nvidia" and not chip.dot_from_shared  # both operands in registers
             m = rows_for(sizes, 32 if by_mma_sync and products == 2 else 64)
             tile = {"BLOCK_M": m, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}

@@ -15,6 +15,7 @@ from mla_kernels.moe.route import route
 from tests.moe.quantised_problems import FORMATS, quantised_layer
 
 OP = torch.ops.mla_kernels.quantised_moe.default
+SOME = [*(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "mxfp4", "int8_w8a8")), "int4", "fp8_block"]
 QUANTISED_KERNELS = [name for name in KERNELS if name.startswith(("wo_", "eb_"))]
 
 
@@ -30,12 +31,12 @@ def op_arguments(problem):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", SOME)
 def test_opcheck(form):
     torch.library.opcheck(OP, op_arguments(small(form, bias=True, dtype=torch.bfloat16)))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", SOME)
 def test_compiled_without_a_graph_break(form):
     problem = small(form)
 
