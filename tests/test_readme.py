@@ -13,12 +13,15 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     names: dict = {}
     with launch.on_cpu("torch"):
-        for block in blocks[:-1]:  # the last needs a model
+        for block in blocks:
+            if "enable(model)" in block or "ExpertParallel" in block:  # a model of transformers, a process group
+                continue
             exec(compile(block, "README.md", "exec"), names)
     assert names["out"].shape == (2, 1, 16, 512) and names["y"].shape == (100, 2048)
+    assert names["z"].shape == (100, 2048) and names["layer"].gate.weight.grad is not None
     assert names["sparse"].shape == (2, 1, 16, 512) and names["prefilled"].shape == (100, 16, 128)
     assert names["k_rope"].grad is not None and bool((names["picks"][0] >= 0).all())
     torch.testing.assert_close(names["merged"], names["out"])
