@@ -1,5 +1,7 @@
 """Load of the experts, its balance loss with the gradient, and the bias update, for CPU tensors."""
 
+import math
+
 import torch
 
 from mla_kernels.cpu.route import scores_of
@@ -58,13 +60,17 @@ def balance_loss_backward(
     """d loss / d logit = p (factor - sum of p factor), times 1 - score or the like: see `_log_slope`."""
     x, scores, probability = _probability(logits, scoring)
     factor = fractions * losses_grad.unsqueeze(1)
-    if cu_seqlens is not None:
-        factor = torch.cat((factor, factor.new_zeros(1, factor.shape[1])))[sequence_of(cu_seqlens, logits.shape[0])]
-    mean = (probability * factor).sum(1, keepdim=True)
-    gradient = (factor - mean).mul_(probability)
+    if cu_seqlens is None:
+        mean = (probability @ factor[0]).unsqueeze(1)
+        gradient = (factor - mean).mul_(probability)
+    else:
+        factor = torch.cat((factor, factor.new_zeros(1, factor.shape[1])))
+        factor = factor.index_select(0, sequence_of(cu_seqlens, logits.shape[0]))  # [T, E]
+        gradient = factor.sub_(torch.linalg.vecdot(probability, factor).unsqueeze(1)).mul_(probability)
     if scoring != "softmax":
-        gradient.mul_(_log_slope(x, scores, scoring))
-    return gradient.masked_fill_(probability == 0, 0.0).to(logits.dtype)
+        slope = _log_slope(x, scores, scoring)
+        gradient.mul_(slope.masked_fill_(probability == 0, 0.0))
+    return gradient.to(logits.dtype)
 
 
 def sequence_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -77,11 +83,14 @@ def sequence_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 def _probability(logits, scoring):
     """(logits, scores, scores over their sum), in fp32; scores of what is NaN are 0."""
     x = logits.float()
-    scores = scores_of(x, x.isnan(), scoring)
-    scores = scores.masked_fill(scores.isnan(), 0.0)
+    scores = scores_of(x, None, scoring)
+    total = scores.sum(1, keepdim=True)
+    if not math.isfinite(total.sum().item()):
+        scores = scores_of(x, x.isnan(), scoring)
+        scores = scores.masked_fill_(scores.isnan(), 0.0)
+        total = scores.sum(1, keepdim=True)
     if scoring == "softmax":
         return x, scores, scores
-    total = scores.sum(1, keepdim=True)
     return x, scores, scores / total.masked_fill_(total == 0, 1.0)
 
 

@@ -118,9 +118,9 @@ def _best(values: torch.Tensor, count: int) -> torch.Tensor:
     if values.shape[0] <= FEW:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     last = values.shape[1] - 1
-    keys = (bits.long() << 32) + torch.arange(last, -1, -1)
+    keys = bits.long().bitwise_left_shift_(32).add_(torch.arange(last, -1, -1))
     return last - (keys.topk(count, -1).values & 0xFFFFFFFF)
 
 
