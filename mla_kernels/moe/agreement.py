@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 MAX_CHUNKS = 16
 TEXT_BYTES = 4096
+MAX_VALUE = 200
 LOOK_SECONDS = 1.0
 """How often a waiting rank looks whether another one has reported a failure."""
 
@@ -46,10 +47,10 @@ class Agreement:
         Raises:
             ValueError: the ranks disagree. RuntimeError: one of them refused its arguments.
         """
-        text = json.dumps({name: str(value) for name, value in sizes.items()})
-        sent, received = self._exchange(zlib.crc32(text.encode()), counts)
+        values = {name: str(value) for name, value in sizes.items()}
+        sent, received = self._exchange(zlib.crc32(json.dumps(values).encode()), counts)
         if (received[:, 0] != sent[0, 0]).any():
-            self._compare(text, counts.device)
+            self._compare(json.dumps({name: _short(value) for name, value in values.items()}), counts.device)
         chunks = counts.shape[1]
         return sent[:, 1 : 1 + chunks].t().tolist(), received[:, 1 : 1 + chunks].t().tolist()
 
@@ -168,6 +169,13 @@ def _store():
 def _lenient():
     """The store is a courtesy: where it is gone, or torch has none, errors come without the other ranks' reasons."""
     return contextlib.suppress(AttributeError, RuntimeError)
+
+
+def _short(value: str) -> str:
+    """Few enough characters for several values in TEXT_BYTES; of different values still different ones."""
+    if len(value) <= MAX_VALUE:
+        return value
+    return f"{value[: MAX_VALUE - 30]}... (checksum {zlib.crc32(value.encode()):08x})"
 
 
 def _line(error: BaseException) -> str:

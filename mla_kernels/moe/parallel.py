@@ -183,8 +183,10 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The same exchange around any experts.
 
+        Raises what :meth:`fused_moe` raises, and ValueError where compute's result is not of its rows' shape and dtype.
+
         Args:
-            compute: ``compute(rows [N, H], weights [N, K], ids [N, K], *parameters) -> [N, H]`` in hidden's dtype, for
+            compute: ``compute(rows [N, H], weights [N, K], ids [N, K], *parameters) -> [N, H]`` in rows' dtype, for
                 the tokens that came to this rank; ids count this rank's experts, -1 is to be skipped. Not called
                 without tokens or experts. Rows may be views with gaps between them.
             hidden, weights, ids, chunks: as :meth:`fused_moe` takes them.
@@ -311,7 +313,7 @@ class ExpertParallel:
             arguments = rows, row_weights.contiguous(), ids.contiguous()
             idle = not len(rows) or not self.num_local  # what then goes back is not looked at
             if keep is None:
-                return _bytes(rows if idle else compute(*arguments, *parameters))
+                return _bytes(rows if idle else _checked(compute(*arguments, *parameters), rows).detach())
             kept.append(keep(*arguments, idle))
             return _bytes(kept[-1].out.detach())
 
@@ -381,7 +383,7 @@ class _Step:
         self.leaves = [rows.detach().requires_grad_(), weights.detach().requires_grad_()]
         self.parameters, self.idle = shared, idle
         with torch.enable_grad():
-            self.out = self.leaves[0] if idle else compute(*self.leaves, ids, *shared)
+            self.out = self.leaves[0] if idle else _checked(compute(*self.leaves, ids, *shared), rows)
 
     def backward(self, grad):
         """Gradients of rows and weights; those of the parameters are added to their ``grad``."""
@@ -446,6 +448,15 @@ def _views(buffer, *parts):
 def _ends(parts):
     """Where each part ends in a row of bytes; each begins at a multiple of 64, as the kernels' loads like it."""
     return list(accumulate(-(-columns * dtype.itemsize // 64) * 64 for columns, dtype in parts))
+
+
+def _checked(out, rows):
+    """compute's result, refused here where the other ranks could not make sense of its bytes."""
+    wanted = tuple(rows.shape), rows.dtype, rows.device
+    got = (tuple(out.shape), out.dtype, out.device) if isinstance(out, torch.Tensor) else type(out).__name__
+    if got != wanted:
+        raise ValueError(f"compute: its result was {got}, {wanted} is accepted (its rows' shape, dtype and device)")
+    return out
 
 
 def _bytes(rows):

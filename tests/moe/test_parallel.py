@@ -322,6 +322,8 @@ def _call(rank, size, changes, own_group=True):
     sizes = SIZES | changes.get(rank, {})
     group = dist.new_group() if own_group else None  # what a failed call leaves behind stays in it
     parallel = ExpertParallel(sizes["experts"], group, capacity=sizes["capacity"], timeout=sizes.get("timeout", WAIT))
+    if "experts_per_rank" in sizes:  # of more ranks than a test can have
+        parallel.experts_per_rank = sizes["experts_per_rank"]
     hidden = torch.randn(4, sizes["hidden"]).to(sizes["dtype"])
     if sizes.get("gradients"):
         hidden.requires_grad_()
@@ -331,7 +333,7 @@ def _call(rank, size, changes, own_group=True):
             raise ArithmeticError(sizes["fail"])
         if "end" in sizes:
             os._exit(1)
-        return rows
+        return {"double": rows.double(), "narrow": rows[:, 1:]}.get(sizes.get("result"), rows)
 
     if sizes.get("absent"):
         return None
@@ -378,6 +380,21 @@ def test_experts_that_fail_on_one_rank_stop_the_others_with_the_cause(pools):
     for kind, text, seconds in outcomes[:3]:
         assert kind == "RuntimeError" and "rank 3 failed: ArithmeticError: out of luck" in text
         assert seconds < SOON
+
+
+def test_a_result_of_another_dtype_or_shape_is_refused(pools):
+    for kind, (outcome, other) in {
+        "dtype": pools(2).run(_call, {0: {"result": "double"}}),
+        "shape": pools(2).run(_call, {0: {"result": "narrow", "gradients": True}, 1: {"gradients": True}}),
+    }.items():
+        assert outcome[0] == "ValueError" and "compute: its result was" in outcome[1], kind
+        assert "rank 0 failed: ValueError: compute" in other[1] and other[2] < SOON
+
+
+def test_long_sizes_are_told_apart(pools):
+    kind, text, _ = pools(2).run(_call, {0: {"experts_per_rank": [1] * 20000}, 1: {"experts_per_rank": [2] * 20000}})[0]
+    assert kind == "ValueError" and len(text) < 1000
+    assert re.search(r"experts_per_rank \(\[1, 1, .*\.\.\. \(checksum \w{8}\) on rank 0, \[2, 2,", text), text
 
 
 def test_a_rank_that_does_not_come_is_named(pools):
