@@ -72,13 +72,14 @@ def candidates(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping) -> Iter
 
 def best(problem: Problem, chip: Chip, fitting: Iterable[Tile], count: int) -> list[Tile]:
     """The ``count`` tiles that the model ranks best. Among tiles that it cannot tell apart the one nearest to the
-    rule's stands first: options that the model knows nothing of stay as the kernel's author set them."""
+    rule's stands first: options that the model knows nothing of stay as the kernel's author set them. GROUP_M, the
+    order of programs, is the rule's throughout, so that the ``count`` tiles differ in what the model does know."""
     rule = problem.kernel.rule(chip, problem.dtype, problem.statics, problem.sizes)
 
     def apart(tile: Tile) -> float:
         return sum(abs(math.log2(max(value, 0.5) / max(rule.get(name, value), 0.5))) for name, value in tile.items())
 
-    fitting = list(fitting)
+    fitting = [tile for tile in fitting if tile.get("GROUP_M") == rule.get("GROUP_M")]
     ranks = [(float(f"{one:.3g}"), apart(tile)) for one, tile in zip(seconds(problem, chip, fitting), fitting)]
     return [fitting[index] for index in sorted(range(len(fitting)), key=ranks.__getitem__)[:count]]
 

@@ -83,6 +83,15 @@ def test_a_flag_that_the_model_cannot_see_stays_as_the_rule_has_it():
     assert search.best(one, chip, tiles, 1) == [rule]
 
 
+def test_the_best_tiles_of_a_grouped_product_differ_in_more_than_the_order_of_programs():
+    kernel, chip = KERNELS["moe_down_kernel"], CHIPS["sm_90"]
+    case = kernel.cases[0]
+    one = search.Problem(kernel, "bf16", case.statics, case.sizes)
+    found = search.best(one, chip, search.candidates(kernel, chip, "bf16", case.statics), 16)
+    group = kernel.rule(chip, "bf16", case.statics, case.sizes)["GROUP_M"]
+    assert len(found) == 16 and {tile["GROUP_M"] for tile in found} == {group}
+
+
 def test_a_rule_that_does_not_compile_is_an_error(compiler):
     compiler.fails = lambda tile: True
     with pytest.raises(search.NoTile, match=r"scale_kernel on sm_90, fp32, {}: it overflows"):
