@@ -249,6 +249,17 @@ def test_configs():
         MoEConfig.from_hf(transformers.LlamaConfig())
     with pytest.raises(ValueError, match="shared_intermediate_size: got 24, a multiple of intermediate_size, 16"):
         MoEConfig(32, 16, 24)
+    one_group = {"num_groups": 1, "top_k_groups": 1}
+    with pytest.raises(ValueError, match="top_k: got 9, an integer from 1 to 8"):
+        MoEConfig(32, 16, 16, 8, 9, **one_group)
+    with pytest.raises(ValueError, match="scoring: got 'tanh'"):
+        MoEConfig(32, 16, 16, 8, 2, scoring="tanh", **one_group)
+    with pytest.raises(ValueError, match="num_groups: got 3, a divisor of 8 experts"):
+        MoEConfig(32, 16, 16, 8, 2, num_groups=3)
+    with pytest.raises(ValueError, match="top_k_groups: got 4, an integer from 1 to 2"):
+        MoEConfig(32, 16, 16, 8, 2, num_groups=2)
+    with pytest.raises(ValueError, match="num_groups: got 8 with hash_vocabulary"):
+        MoEConfig(32, 16, 16, 8, 2, hash_vocabulary=50)
     with pytest.raises(NotImplementedError, match="interleaved"):
         MoEConfig(32, 16, 16, activation=Activation(interleaved=True))
 

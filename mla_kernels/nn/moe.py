@@ -16,6 +16,7 @@ from mla_kernels.moe.hash_route import hash_route
 from mla_kernels.moe.parallel import ExpertParallel
 from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.route import route
+from mla_kernels.moe.scores import SCORINGS
 from mla_kernels.moe.weights import ExpertWeights
 from mla_kernels.nn.moe_state import merge_experts, split_experts
 
@@ -31,6 +32,10 @@ class MoEConfig:
         hash_vocabulary: number of token ids of a layer that chooses experts by token id (DeepSeek-V4's first layers);
             None for a layer that chooses them by score.
         activation: of the routed and the shared experts.
+
+    Raises:
+        ValueError: sizes or numbers of experts and groups that do not go together, groups with ``hash_vocabulary``.
+        NotImplementedError: an activation of interleaved rows.
     """
 
     hidden_size: int = 7168
@@ -47,10 +52,18 @@ class MoEConfig:
     activation: Activation = SWIGLU
 
     def __post_init__(self):
-        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
+        for name in ("hidden_size", "intermediate_size", "num_experts"):
             check_int(name, getattr(self, name), 1)
+        check_int("top_k", self.top_k, 1, self.num_experts)
+        check_choice("scoring", self.scoring, SCORINGS)
+        check_int("num_groups", self.num_groups, 1, self.num_experts)
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups: got {self.num_groups}, a divisor of {self.num_experts} experts is accepted")
+        check_int("top_k_groups", self.top_k_groups, 1, self.num_groups)
         if self.hash_vocabulary is not None:
             check_int("hash_vocabulary", self.hash_vocabulary, 1)
+            if self.num_groups != 1:
+                raise ValueError(f"num_groups: got {self.num_groups} with hash_vocabulary, 1 is accepted there")
         check_int("shared_intermediate_size", self.shared_intermediate_size, 0)
         if self.shared_intermediate_size % self.intermediate_size:
             raise ValueError(
@@ -97,7 +110,7 @@ class MoEConfig:
         grouped = not v2 or config.topk_method == "group_limited_greedy"
         return cls(
             **sizes,
-            shared_intermediate_size=config.moe_intermediate_size * config.n_shared_experts,
+            shared_intermediate_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
             scoring="softmax" if v2 else "sigmoid",
             num_groups=config.n_group if grouped else 1,
             top_k_groups=config.topk_group if grouped else 1,
