@@ -10,7 +10,7 @@ from mla_kernels.moe.dispatch import dispatch
 from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import fused_moe
 from mla_kernels.moe.route import route
-from tests.moe.problems import layer
+from tests.moe.problems import OPTIONS, layer, with_options
 
 OPS = torch.ops.mla_kernels
 MOE_KERNELS = [name for name in KERNELS if name.startswith(("route", "moe_"))]
@@ -32,6 +32,21 @@ def op_arguments(name, dtype):
 @pytest.mark.parametrize("name", ["route", "dispatch", "expert_ffn", "combine", "fused_moe"])
 def test_opcheck(name, dtype):
     torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, dtype))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_opcheck_with_options(name):
+    problem = with_options(layer(5, 4, 2, 32, 24), **OPTIONS[name])
+    biases = problem.options.get("gate_up_bias"), problem.options.get("down_bias")
+    activation = problem.options.get("activation", SWIGLU)
+    weight_at = problem.options.get("weight_at", "output")
+    torch.library.opcheck(OPS.fused_moe.default, (*problem.inputs(), *biases, *activation.arguments, weight_at))
+
+
+def test_compiled_with_options():
+    problem = with_options(layer(5, 4, 2, 32, 24), **OPTIONS["gpt_oss"])
+    compiled = torch.compile(lambda *inputs: fused_moe(*inputs, **problem.options), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*problem.inputs()), problem.run())
 
 
 def moe_in_parts(logits, hidden, gate_up, down):
