@@ -24,6 +24,7 @@ from mla_kernels.moe.quantised_parts import (
     store_pairs,
     upright,
 )
+from mla_kernels.moe.quantised_tiles import BLOCK as COLUMNS
 from mla_kernels.moe.quantised_tiles import FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.moe.schedule import rows_of_slot, tile_of_item
 from mla_kernels.quant.fp8 import decode_e4m3, quantise_e4m3
@@ -278,7 +279,7 @@ def statics_of(experts, form, bias, weighted, width):
         "FORMAT": form,
         "BIAS": bias,
         "WEIGHTED": weighted,
-        "EVEN_K": width % BLOCK.value == 0,
+        "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
     }
 

@@ -14,6 +14,7 @@ from mla_kernels.moe.quantised_parts import (
     store_pairs,
     upright,
 )
+from mla_kernels.moe.quantised_tiles import BLOCK as COLUMNS
 from mla_kernels.moe.quantised_tiles import FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.moe.schedule import rows_of_slot, tile_of_item
 from mla_kernels.quant.decode import e2m1_values, int4_values, int8_values, ue8m0_values
@@ -229,7 +230,7 @@ def statics_of(experts, form, group, zeros, bias, weighted, width):
         "ZEROS": zeros,
         "BIAS": bias,
         "WEIGHTED": weighted,
-        "EVEN_K": width % BLOCK.value == 0,
+        "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
     }
 
