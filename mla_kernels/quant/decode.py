@@ -36,10 +36,8 @@ def e2m1_values(packed, HIGH: tl.constexpr):
 
     The three low bits are moved under fp16's exponent, which reads them 2^14 too small: its bias is 15, not 1.
     """
-    if HIGH:
-        bits = ((packed & 0x80) << 8) | ((packed & 0x70) << 5)
-    else:
-        bits = ((packed & 0x8) << 12) | ((packed & 0x7) << 9)
+    high = ((packed & 0x80) << 8) | ((packed & 0x70) << 5)
+    bits = high if HIGH else ((packed & 0x8) << 12) | ((packed & 0x7) << 9)
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
 
