@@ -83,6 +83,7 @@ def test_other_names():
         "Clamp",
         "Dispatch",
         "ExpertParallel",
+        "ExpertWeights",
         "IndexerCache",
         "LatentCache",
         "PrologWeights",

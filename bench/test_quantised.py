@@ -1,0 +1,63 @@
+"""Experts with quantised weights against our own bfloat16 experts on the same values, at DeepSeek-V2-Lite's sizes.
+
+All experts hold the same weights, each in memory of its own: rounding 5e8 random numbers takes minutes.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from mla_kernels import ExpertWeights, fused_experts, fused_moe, route
+from mla_kernels.reference import quant as reference
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
+FORMATS = {
+    "int8": {},
+    "int8_w8a8": {},
+    "int4": {},
+    "mxfp4": {},
+    "fp8_block": {},
+}
+SAMPLE = 4
+
+
+@functools.lru_cache(maxsize=1)
+def layer(format):
+    """One expert; EXPERTS of it, in the format; and as plain bfloat16 weights."""
+    torch.manual_seed(0)
+    gate_up = (torch.randn(1, 2 * INTERMEDIATE, HIDDEN) * HIDDEN**-0.5).bfloat16()
+    down = (torch.randn(1, HIDDEN, INTERMEDIATE) * INTERMEDIATE**-0.5).bfloat16()
+    one = ExpertWeights.quantise(gate_up, down, format, **FORMATS[format])
+    tensors = {name: tensor.repeat(EXPERTS, *[1] * (tensor.dim() - 1)) for name, tensor in one.tensors().items()}
+    plain = [weight.repeat(EXPERTS, 1, 1) for weight in one.dequantise(torch.bfloat16)]
+    return one, ExpertWeights(format, **tensors, group_size=one.group_size), plain
+
+
+CASES = [(format, False) for format in FORMATS] + [("int4", True)]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 256, 1024])
+@pytest.mark.parametrize(
+    ("format", "prepacked"), CASES, ids=lambda value: {True: "prepacked", False: ""}.get(value, value)
+)
+def test_fused_experts(race, format, prepacked, tokens):
+    one, experts, plain = layer(format)
+    if prepacked:
+        experts = ExpertWeights.from_tensors(experts.tensors(), experts.metadata())
+        experts.prepack()
+    hidden = torch.randn(tokens, HIDDEN).bfloat16()
+    weights, ids = route(torch.randn(tokens, EXPERTS), TOP_K)
+    sample = slice(0, SAMPLE)
+    total = weights[sample].double().sum(1, keepdim=True)
+    first = torch.zeros(total.shape, dtype=torch.int32)
+    exact = reference.fused_experts(hidden[sample].double(), one, total, first)
+    bytes_of_weights = ids.unique().numel() * 3 * INTERMEDIATE * HIDDEN * experts.bytes_per_parameter
+    race(
+        lambda: fused_experts(hidden, experts, weights, ids),
+        {"our bf16": lambda: fused_moe(hidden, *plain, weights, ids)},
+        exact,
+        pick=lambda result: result[sample],
+        nbytes=bytes_of_weights + 2 * hidden.nbytes,
+        flops=6 * INTERMEDIATE * HIDDEN * tokens * TOP_K,
+    )
