@@ -101,6 +101,16 @@ def test_bfloat16(name):
         assert_close(out, block.float()(hidden.float()).double(), baseline)
 
 
+def test_autocast_leaves_the_router_in_fp32():
+    _, ours, config = _pair("v3")
+    hidden, _ = _inputs(config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        weights, out = ours.route(hidden)[0], ours(hidden)
+    with torch.no_grad():
+        assert torch.equal(weights, ours.route(hidden)[0])
+        assert torch.equal(out, ours(hidden))
+
+
 def test_compiles_without_breaks():
     _, ours, config = _pair("v4 hash")
     hidden, ids = _inputs(config)

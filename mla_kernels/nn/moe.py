@@ -1,5 +1,6 @@
 """Mixture of experts."""
 
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass
@@ -116,6 +117,13 @@ class MoEConfig:
             top_k_groups=config.topk_group if grouped else 1,
             renormalize=not v2 and config.norm_topk_prob,  # V2's models ignore norm_topk_prob
         )
+
+
+def _full_precision(device_type):
+    """Without autocast, which would round the router's product."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _v4(config, layer_idx):
@@ -249,7 +257,8 @@ class MoE(nn.Module):
         return self._route(self._tokens(hidden), input_ids, 0)
 
     def forward(self, hidden: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """``[..., hidden_size]`` to the same shape. The router runs in fp32, whatever the weights' dtype.
+        """``[..., hidden_size]`` to the same shape. The router runs in fp32, whatever the weights' dtype,
+        also under ``torch.autocast``, which changes nothing else here either.
 
         ``input_ids`` [...] int32 or int64 are the tokens' ids, which layers that choose experts by token id need;
         others do not look at them.
@@ -301,7 +310,8 @@ class MoE(nn.Module):
 
     def _route(self, tokens, input_ids, num_shared):
         config, gate = self.config, self.gate
-        logits = F.linear(tokens.float(), gate.weight.float())
+        with _full_precision(tokens.device.type):
+            logits = F.linear(tokens.float(), gate.weight.float())
         weighting = {
             "scoring": config.scoring,
             "renormalize": config.renormalize,
