@@ -24,11 +24,11 @@ COMPILED = 16
 """How many of the tiles that the model ranks best are compiled, beside the rule's."""
 
 RANKED = (
-    *model.GROUPED, "merge_states_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "moe_inverse_kernel",
-    "route_kernel",
+    "moe_gate_up_kernel", "moe_down_kernel", "moe_project_kernel", "merge_states_kernel", "moe_combine_kernel",
+    "moe_dispatch_kernel", "moe_inverse_kernel", "route_kernel",
 )  # fmt: skip
 """Kernels whose tiles the model may choose. The others keep their rule's until a device has timed their shortlist: the
-model sees no layouts."""
+model sees no layouts, and not what decoding quantised weights costs."""
 
 KEPT = 8
 """How many tiles a shortlist holds."""

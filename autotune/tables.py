@@ -28,10 +28,10 @@ SHIPPED = (
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
 
-COMPILED = 2
+COMPILED = 1
 """Tiles of a problem that are compiled beside the rule's: fewer than ``tune`` takes, for there are many problems."""
 
-KEPT = 3
+KEPT = 2
 """Tiles of a shipped shortlist."""
 
 

@@ -60,9 +60,9 @@ COMPOSED = {"convert_cache", "fused_experts", "quantisation_error"}
 """Functions that call several ops, one of several, or none."""
 
 REFERENCES = (
-    "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "prolog", "quant", "route", "sparse",
+    "prolog", "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "quant", "route", "sparse",
 )  # fmt: skip
-"""Modules of the references."""
+"""Modules of the references; prolog's ``absorb_query`` rotates, as the op does, before attention's, which does not."""
 
 
 def _plain(function) -> str:
