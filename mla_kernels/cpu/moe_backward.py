@@ -1,7 +1,6 @@
 """fused_moe for training, for CPU tensors: the forward pass that keeps gate_up's results, and the backward pass.
 
-Loops run over experts that have tokens, and each expert's rows go through all of its products while they are in the
-caches.
+Loops run over experts that have tokens.
 """
 
 from itertools import pairwise
@@ -9,7 +8,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.grouped import products as products_of
+from mla_kernels.cpu.grouped import weight_gradient
 from mla_kernels.cpu.moe import activate, combine, dispatch
 
 
@@ -18,23 +18,25 @@ def keeping(
 ):  # fmt: skip
     """fused_moe's result, and gate_up's results [P, 2I] in expert order without weight or bias."""
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
-    products = hidden.new_empty(order.shape[0], gate_up.shape[1])
-    rows = hidden.new_empty(order.shape[0], hidden.shape[1])
+    bounds = offsets.tolist()
+    products = products_of(hidden.index_select(0, tokens), gate_up, bounds)
+    inner = hidden.new_empty(order.shape[0], down.shape[2])
     of_rows = weights.reshape(-1, 1).index_select(0, order)
-    for expert, (first, last) in enumerate(pairwise(offsets.tolist())):
+    for expert, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
-        products[first:last] = linear(hidden.index_select(0, tokens[first:last]), gate_up[expert])
         both, weight = products[first:last], of_rows[first:last]
         if weight_at == "input":
             both = (both * weight).to(hidden.dtype)
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
-        inner = activate(both, clamp, limit, alpha, interleaved)
+        inner[first:last] = activate(both, clamp, limit, alpha, interleaved)
         if weight_at == "activation":
-            inner *= weight
-        y = linear(inner, down[expert])
-        rows[first:last] = y if down_bias is None else y.add_(down_bias[expert])
+            inner[first:last] *= weight
+    rows = products_of(inner, down, bounds)
+    if down_bias is not None:
+        for expert, (first, last) in enumerate(pairwise(bounds)):
+            rows[first:last] += down_bias[expert]
     return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), inverse, offsets), products
 
 
@@ -47,44 +49,42 @@ def backward(
     filled = bounds[-1]
     at_input, at_output = weight_at == "input", weight_at == "output"
     of_rows = weights.reshape(-1, 1).index_select(0, order)  # [P, 1]
-    rows_grad = hidden.new_empty(order.shape[0], hidden.shape[1]) if wanted[0] else None
-    gate_up_grad = _like(gate_up) if wanted[1] else hidden.new_empty(0)
-    down_grad = _like(down) if wanted[2] else hidden.new_empty(0)
+    x, g = (tensor.index_select(0, tokens) for tensor in (hidden, out_grad))
+    if products is None:
+        products = products_of(x, gate_up, bounds)
+    y_grads = products_of(g, down.transpose(1, 2), bounds)  # but for the weight
+    inners, both_grads = torch.empty_like(y_grads), torch.empty_like(products)
     weight_rows = weights.new_zeros(order.shape[0])
     gate_up_bias_grad = torch.zeros_like(gate_up_bias) if wanted[4] else hidden.new_empty(0)
     down_bias_grad = torch.zeros_like(down_bias) if wanted[5] else hidden.new_empty(0)
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
-            for grad in (gate_up_grad, down_grad):
-                if grad.numel():
-                    grad[expert].zero_()
             continue
-        weight, mine = of_rows[first:last], tokens[first:last]
-        x, g = hidden.index_select(0, mine), out_grad.index_select(0, mine)
-        plain = linear(x, gate_up[expert]) if products is None else products[first:last]
+        mine = slice(first, last)
+        weight, plain, y_grad = of_rows[mine], products[mine], y_grads[mine]
         both = plain * weight if at_input else plain  # in fp32, which the weights' gradient needs there
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
-        y_grad = linear(g, down[expert].t())  # but for the weight
         weighted = y_grad if at_input else (y_grad * weight).to(y_grad.dtype)
         inner, both_grad = _through_activation(both, weighted, clamp, limit, alpha, interleaved)
         if wanted[3]:
             pair = (both_grad, plain) if at_input else (inner, y_grad)
-            weight_rows[first:last] = _dots(*pair)
+            weight_rows[mine] = _dots(*pair)
             if at_output and down_bias is not None:
-                weight_rows[first:last] += g.float() @ down_bias[expert].float()
-        inner, both_grad = inner.to(hidden.dtype), both_grad.to(hidden.dtype)
-        if wanted[2]:
-            _product_into(down_grad[expert], g.t(), inner if at_input else (inner * weight).to(inner.dtype))
-        if wanted[1]:
-            _product_into(gate_up_grad[expert], both_grad.t(), (x * weight).to(x.dtype) if at_input else x)
-        if wanted[0]:
-            rows_grad[first:last] = linear(both_grad, gate_up[expert].t())
+                weight_rows[mine] += g[mine].float() @ down_bias[expert].float()
+        inners[mine] = inner if at_input else inner * weight
+        both_grads[mine] = both_grad
         if wanted[4]:
-            gate_up_bias_grad[expert] = both_grad.sum(0, dtype=torch.float32)
+            gate_up_bias_grad[expert] = both_grad.to(hidden.dtype).sum(0, dtype=torch.float32)
         if wanted[5]:
-            scaled = g * weight if at_output else g
+            scaled = g[mine] * weight if at_output else g[mine]
             down_bias_grad[expert] = scaled.sum(0, dtype=torch.float32)
+    down_grad = weight_gradient(down, g, inners, bounds) if wanted[2] else hidden.new_empty(0)
+    del g, inners, y_grads
+    rows_grad = products_of(both_grads, gate_up.transpose(1, 2), bounds) if wanted[0] else None
+    gate_up_grad = hidden.new_empty(0)
+    if wanted[1]:
+        gate_up_grad = weight_gradient(gate_up, both_grads, (x * of_rows).to(x.dtype) if at_input else x, bounds)
     hidden_grad, weights_grad = hidden.new_empty(0), weights.new_empty(0)
     if wanted[0]:
         hidden_grad = combine(rows_grad, weights if at_input else torch.ones_like(weights), inverse, offsets)
@@ -92,21 +92,6 @@ def backward(
         weight_rows[filled:] = 0.0
         weights_grad = torch.empty_like(weight_rows).scatter_(0, order.long(), weight_rows).view(weights.shape)
     return hidden_grad, gate_up_grad, down_grad, weights_grad, gate_up_bias_grad, down_bias_grad
-
-
-def _like(weight):
-    """An empty gradient of a weight [E, out, in], stored as the weight is."""
-    if weight.stride(2) != 1 and weight.shape[2] > 1:
-        return weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
-    return weight.new_empty(weight.shape)
-
-
-def _product_into(out, a, b):
-    """out = a @ b."""
-    if out.dtype == torch.bfloat16:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(linear(a, b.t()))
 
 
 def _dots(a, b):

@@ -1,0 +1,107 @@
+"""Products of every expert with its own rows, for training on CPU tensors: rows [P, .] in expert order, bounds [E + 1].
+
+In bfloat16, oneDNN multiplies a batch of matrices up to eight times as fast as one after another; in float32 the same
+holds for the gradients of weights. So up to eight experts that follow one another share a call, padded to the longest.
+"""
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+
+from mla_kernels.cpu.gemm import linear
+
+_EXPERTS = 8  # of a call
+_HUGE_PAGES = 14  # MADV_HUGEPAGE
+_HUGE_BYTES = 64 << 20
+_PAGE = 4096
+
+
+def products(rows: torch.Tensor, weights: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """rows [P, depth] times their experts' weights [E, columns, depth] transposed; past bounds[-1]: anything."""
+    out = rows.new_empty(rows.shape[0], weights.shape[1])
+    for run, longest in _runs(bounds, _EXPERTS if rows.dtype == torch.bfloat16 else 1):
+        if len(run) == 1:
+            mine = slice(bounds[run.start], bounds[run.stop])
+            if longest:
+                out[mine] = linear(rows[mine], weights[run.start])
+        elif longest:
+            results = torch.bmm(_padded(rows, bounds, run, longest), weights[run.start : run.stop].transpose(1, 2))
+            for result, expert in zip(results, run):
+                mine = slice(bounds[expert], bounds[expert + 1])
+                out[mine] = result[: mine.stop - mine.start]
+    return out
+
+
+def weight_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """left [P, out] transposed times right [P, in] for each expert: [E, out, in], stored as ``weight`` is."""
+    grad = _like(weight)
+    for run, longest in _runs(bounds, 1 if grad.dtype == torch.float16 else _EXPERTS):
+        target, mine = grad[run.start : run.stop], slice(bounds[run.start], bounds[run.stop])
+        if not longest:
+            target.zero_()
+        elif len(run) == 1 and grad.dtype == torch.bfloat16:
+            torch.mm(left[mine].t(), right[mine], out=target[0])
+        elif len(run) == 1:
+            target[0].copy_(linear(left[mine].t(), right[mine].t()))
+        else:
+            a, b = _padded(left, bounds, run, longest), _padded(right, bounds, run, longest)
+            if not target.is_contiguous():
+                a, b, target = b, a, target.transpose(1, 2)
+            torch.bmm(a.transpose(1, 2), b, out=target)
+    return grad
+
+
+def _runs(bounds: list[int], most: int) -> Iterator[tuple[range, int]]:
+    """Consecutive experts and the rows of the longest: all experts in order, ``most`` at a time, fewer where padding
+    would more than double the rows (64 of them aside)."""
+    first, longest = 0, 0
+    for expert in range(len(bounds) - 1):
+        rows = bounds[expert + 1] - bounds[expert]
+        taller = max(longest, rows)
+        count = expert + 1 - first
+        if count > most or (count > 1 and count * taller > 2 * (bounds[expert + 1] - bounds[first]) + 64):
+            yield range(first, expert), longest
+            first, taller = expert, rows
+        longest = taller
+    if len(bounds) > 1:
+        yield range(first, len(bounds) - 1), longest
+
+
+def _padded(rows, bounds, run, longest):
+    """Rows of each expert of the run, zeros below: [experts, longest, depth]."""
+    batch = rows.new_zeros(len(run), longest, rows.shape[1])
+    for padded, expert in zip(batch, run):
+        mine = rows[bounds[expert] : bounds[expert + 1]]
+        padded[: mine.shape[0]] = mine
+    return batch
+
+
+def _like(weight):
+    """An empty gradient of a weight [E, out, in], stored as the weight is."""
+    if weight.stride(2) != 1 and weight.shape[2] > 1:
+        return _empty(weight, weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
+    return _empty(weight, *weight.shape)
+
+
+def _empty(like, *shape):
+    """An empty tensor; if large, in huge pages where the system has them: page by page, its first use costs as much
+    as filling it with a product."""
+    tensor = like.new_empty(shape)
+    if type(tensor) is torch.Tensor and tensor.nbytes >= _HUGE_BYTES:
+        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+        size = (tensor.data_ptr() + tensor.nbytes - start) // _PAGE * _PAGE
+        advise = _madvise()
+        if advise is not None:
+            advise(start, size, _HUGE_PAGES)  # a hint: systems without huge pages refuse it
+    return tensor
+
+
+def _madvise():
+    """Linux's madvise, or None."""
+    try:
+        advise = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return advise
