@@ -16,7 +16,7 @@ import tests.launch.cuda_recorder  # noqa: F401  (puts the stub driver under Tri
 from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of, on_cpu
 
 POINTERS, INTEGERS, CONSTANTS = 8, 16, 16
-CALLS, ROUNDS = 500, 15
+CALLS, ROUNDS = 40, 200
 
 
 @triton.jit
