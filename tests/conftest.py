@@ -69,6 +69,12 @@ def device(backend):
     return torch.device(backend if backend in ("cuda", "npu") else "cpu")
 
 
+@pytest.fixture
+def thorough(request):
+    """Whether to run on every backend what costs it much and asks little more of it: with --slow."""
+    return request.config.getoption("--slow")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_store_of_the_user(tmp_path_factory):
     """Tiles that somebody tuned on this machine change no test."""

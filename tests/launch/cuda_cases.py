@@ -265,6 +265,31 @@ def test_fused_moe(tokens):
     assert launches[2].arguments["weight_stride"] == down.stride(1)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_of_fused_moe(recompute):
+    hidden, weights, ids = torch.randn(7, 256).to(BF16), torch.rand(7, 2), torch.randint(0, 8, (7, 2), dtype=I32)
+    gate_up, down = torch.randn(8, 256, 256).to(BF16), torch.randn(8, 256, 128).to(BF16)
+    leaves, out_grad = [tensor.requires_grad_() for tensor in (hidden, gate_up, down, weights)], torch.randn(7, 256)
+    out_grad = out_grad.to(BF16)
+    with record() as launches:
+        out = mla_kernels.fused_moe(*leaves, ids, recompute=recompute)
+        forward = len(launches)
+        grads = torch.autograd.grad(out, leaves, out_grad)
+    first = ["moe_dispatch_kernel", *(["moe_project_kernel"] if recompute else [])]
+    assert [launch.kernel for launch in launches[forward:]] == [
+        *first, "moe_activation_gradient_kernel", "moe_down_kernel", "moe_combine_kernel",
+        "moe_weight_gradient_kernel", "moe_weight_gradient_kernel", "moe_weight_parts_kernel",
+    ]  # fmt: skip
+    given = [set(pointers(launch).values()) for launch in launches[forward:]]
+    assert ids.data_ptr() in given[0]
+    *project, activation, to_rows, combine, one, other, parts = given[1:]
+    assert all({hidden.data_ptr(), gate_up.data_ptr()} <= launch for launch in project)
+    assert {out_grad.data_ptr(), down.data_ptr()} <= activation and gate_up.data_ptr() in to_rows
+    hidden_grad, gate_up_grad, down_grad, weight_grad = (grad.data_ptr() for grad in grads)
+    assert hidden_grad in combine and weight_grad in parts
+    assert {gate_up_grad, down_grad} <= one | other and {hidden.data_ptr(), out_grad.data_ptr()} <= one | other
+
+
 @pytest.mark.parametrize("form", ["int8", "mxfp4", "fp8_block", "int8_w8a8"])
 def test_fused_experts(form):
     hidden, ids, weights = torch.randn(5, 256).to(BF16), torch.randint(0, 8, (5, 2), dtype=I32), torch.rand(5, 2)

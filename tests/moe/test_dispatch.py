@@ -33,6 +33,13 @@ def test_parity(backend, tokens, experts, top_k):
     assert_same(dispatch(ids, experts), reference.dispatch(ids, experts))
 
 
+@pytest.mark.parametrize("mode", ["torch", pytest.param("npu-emulated", marks=pytest.mark.slow)])
+def test_a_million_pairs_to_1024_experts(mode):
+    ids = random_ids(1 << 17, 1024, 8)
+    with launch.on_cpu(mode):
+        assert_same(dispatch(ids, 1024), reference.dispatch(ids, 1024))
+
+
 def test_documented_example(backend):
     order, tokens, inverse, offsets = dispatch(torch.tensor([[2, 0], [0, -1], [2, 1]], dtype=torch.int32), 3)
     assert order.tolist() == [1, 2, 5, 0, 4, 3]

@@ -20,7 +20,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_parity(backend, name, dtype):
+def test_parity(backend, name, dtype, thorough):
+    if backend != "cpu" and dtype != torch.float32 and name != "gpt_oss" and not thorough:
+        pytest.skip("with --slow")
     problem = with_options(layer(17, 8, 3, 80, 72, dtype), **OPTIONS[name])
     problem.ids[3, 1], problem.ids[7] = -1, 8
     assert_close(problem.run(), problem.exact(), problem.baseline())
@@ -122,7 +124,7 @@ def test_no_access_outside_the_tensors(name):
 
 
 def test_repeats_give_the_same_bits(backend):
-    problem = with_options(layer(17, 8, 3, 80, 72), **OPTIONS["gpt_oss"])
+    problem = with_options(layer(5, 4, 2, 40, 24), **OPTIONS["gpt_oss"])
     first = problem.run()
     for _ in range(1 if backend == "interpret" else 20):
         assert torch.equal(first, problem.run())

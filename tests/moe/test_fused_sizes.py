@@ -21,7 +21,7 @@ def check(tokens, experts, top_k, hidden, intermediate, dtype):
     assert_close(problem.run(), problem.exact(), problem.baseline())
 
 
-@pytest.mark.parametrize("tokens, experts, top_k, hidden, intermediate", random.Random(7).sample(SMALL, 4))
+@pytest.mark.parametrize("tokens, experts, top_k, hidden, intermediate", random.Random(7).sample(SMALL, 3))
 def test_sampled_sizes(backend, tokens, experts, top_k, hidden, intermediate):
     check(tokens, experts, top_k, hidden, intermediate, torch.float32)
 

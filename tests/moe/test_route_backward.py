@@ -46,7 +46,9 @@ def gradients(logits, options, toward, function=route):
 
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_parity(backend, name, tokens):
+def test_parity(backend, name, tokens, thorough):
+    if backend == "npu-emulated" and tokens == 1 and name != "sigmoid, V3" and not thorough:
+        pytest.skip("with --slow")
     logits, options = problem(name, tokens)
     toward = torch.randn(tokens, options["top_k"] + options.get("num_shared", 0))
     exact = gradients(logits.double(), options, toward, reference.route)
@@ -57,7 +59,9 @@ def test_parity(backend, name, tokens):
 
 @pytest.mark.parametrize("name", ["sigmoid, V3", "softmax, V2", "sqrt_softplus, V4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parity_of_16_bit_logits(backend, name, dtype):
+def test_parity_of_16_bit_logits(backend, name, dtype, thorough):
+    if backend == "npu-emulated" and dtype == torch.float16 and name != "sigmoid, V3" and not thorough:
+        pytest.skip("with --slow")
     logits, options = problem(name, 5, dtype)
     toward = torch.randn(5, options["top_k"] + options.get("num_shared", 0))
     exact = gradients(logits.double(), options, toward, reference.route)

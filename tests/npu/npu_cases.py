@@ -164,6 +164,24 @@ def test_route_and_fused_moe():
     assert_close(out.cpu(), exact)
 
 
+def test_gradients_of_fused_moe():
+    hidden, weights, ids = torch.randn(7, 64), torch.rand(7, 3), torch.randint(-1, 9, (7, 3), dtype=torch.int32)
+    gate_up, down, out_grad = torch.randn(8, 96, 64) / 8, torch.randn(8, 64, 48) / 7, torch.randn(7, 64)
+    leaves = [tensor.requires_grad_() for tensor in npu(hidden, gate_up, down, weights)]
+    out = mla_kernels.fused_moe(*leaves, npu(ids))
+    fake_npu.launches.clear()
+    grads = torch.autograd.grad(out, leaves, npu(out_grad))
+    assert fake_npu.launches == [
+        "moe_dispatch_kernel", "moe_activation_gradient_kernel", "moe_down_kernel", "moe_combine_kernel",
+        "moe_weight_gradient_kernel", "moe_weight_gradient_kernel", "moe_weight_parts_kernel",
+    ]  # fmt: skip
+    exact_leaves = [tensor.double().requires_grad_() for tensor in (hidden, gate_up, down, weights)]
+    exact = torch.autograd.grad(moe.fused_moe(*exact_leaves, ids), exact_leaves, out_grad.double())
+    for grad, want in zip(grads, exact):
+        assert grad.device.type == "npu"
+        assert_close(grad.cpu(), want)
+
+
 def test_routers_and_balance():
     logits, table, token_ids = torch.randn(7, 16), torch.randint(0, 16, (30, 3)), torch.randint(0, 30, (7,))
     weights, ids = mla_kernels.hash_route(*npu(logits, table, token_ids))
