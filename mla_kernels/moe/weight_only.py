@@ -204,6 +204,7 @@ def _rule(products):
     FMA units. On Ascend vector memory, which holds the decoded weights of a step, limits BLOCK_N."""
 
     def rule(chip, dtype, statics, sizes):
+        crowded = chip.tensor_memory and (products == 2 or statics["GROUP"] == 32)  # see below
         if chip.vendor == "ascend":
             tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64 if dtype == "fp32" else 128, "SWAP": 0}
             return tile | {"BLOCK_K": 128, "num_warps": 4, "num_stages": 2, "GROUP_M": 8}
@@ -211,9 +212,9 @@ def _rule(products):
         if dtype == "fp32":
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
             stages = 2
-        elif rows_for(sizes, 128) == 128 and chip.dot_from_shared and not (chip.tensor_memory and products == 2):
+        elif rows_for(sizes, 128) == 128 and chip.dot_from_shared and not crowded:
             tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
-        else:  # gate_up's two sums and decoded weights of a larger tile overflow tensor memory
+        else:  # a larger tile's decoded weights overflow tensor memory with two sums, or with a scale every 32 columns
             by_mma_sync = chip.vendor == "nvidia" and not chip.dot_from_shared  # both operands in registers
             m = rows_for(sizes, 32 if by_mma_sync and products == 2 else 64)
             tile = {"BLOCK_M": m, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4}
