@@ -89,7 +89,6 @@ def test_infinite_logits():
     "message, top_k, options",
     [
         ("scoring", 2, {"scoring": "relu"}),
-        ("bias", 2, {"scoring": "softmax", "bias": torch.zeros(8)}),
         ("top_k 9", 9, {}),
         ("top_k 0", 0, {}),
         ("num_groups 3", 2, {"num_groups": 3}),
