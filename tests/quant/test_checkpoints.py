@@ -148,7 +148,8 @@ def test_awq_packs_rows_in_its_order():
 
 
 def test_mxfp4_of_gpt_oss():
-    judge = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors as judge
+
     shapes = {"gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
     tensors, exact = [], []
     for rows, columns in shapes.values():
@@ -164,7 +165,8 @@ def test_mxfp4_of_gpt_oss():
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_fp8_of_deepseek_v3(scale_dtype):
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    from transformers.integrations import finegrained_fp8 as fp8
+
     tensors = [fp8_expert() for _ in range(EXPERTS)]
     for expert in tensors:
         for name in SHAPES:
@@ -187,8 +189,9 @@ def test_fp8_of_deepseek_v3(scale_dtype):
 
 def test_rounding_to_fp8_is_that_of_transformers():
     """Codes and scales of its Fp8Quantize, up to how often it rounds a scale."""
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     from types import SimpleNamespace
+
+    from transformers.integrations import finegrained_fp8 as fp8
 
     for power_of_two in (False, True):
         scale_format = "ue8m0" if power_of_two else "float"
@@ -202,7 +205,8 @@ def test_rounding_to_fp8_is_that_of_transformers():
 
 
 def test_numbers_of_mxfp4_are_those_of_transformers():
-    table = pytest.importorskip("transformers.integrations.mxfp4").FP4_VALUES
+    from transformers.integrations.mxfp4 import FP4_VALUES as table
+
     values = reference.decode_e2m1(torch.arange(16))
     assert values.tolist() == table
     assert torch.equal(reference.encode_e2m1(values), torch.arange(16, dtype=torch.uint8))
