@@ -253,14 +253,10 @@ class Session:
         """The shortlist in the store or, for timing, in the table that ships, if it has more than one tile."""
         if self.options.again and self.timer is None:
             return ()
-        entry = held.get(_problem_key(problem))
+        key = _problem_key(problem)
+        entry = held.get(key)
         if entry is None and self.timer is not None:
-            path = tile_files.table_path(self.chip.device)
-            shipped = tile_files.read_table(path, self.chip.device) if path.exists() else []
-            matching = (
-                e for e in shipped if _key(e) == _problem_key(problem) and e.source == problem.kernel.source_hash
-            )
-            entry = next(matching, None)
+            entry = self._shipped.get(key)
         return entry.shortlist if entry is not None and len(entry.shortlist) > 1 else ()
 
     def _online(self, wanted: list[Task], lists: dict[tuple, tuple], bar) -> list[Task]:
