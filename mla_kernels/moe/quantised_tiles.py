@@ -48,7 +48,7 @@ def cases(chosen, statics):
     for form, model, tokens in chosen:
         experts, top_k, hidden, intermediate = MODELS[model]
         sizes = sizes_of(tokens, top_k, experts, hidden, intermediate)
-        made.append(Case(f"{form}_{model}_{tokens}", statics(form, sizes), sizes, dtypes=("bf16",)))
+        made.append(Case(f"{form}_{model}_{tokens}", statics(form, sizes), sizes))
     return tuple(made)
 
 

@@ -201,7 +201,8 @@ def wo_down_kernel(
 
 def _rule(products):
     """Tile rule. On GPUs weights are the first operand and stay in registers once decoded; fp32 is multiplied on their
-    FMA units. On Ascend vector memory, which holds the decoded weights of a step, limits BLOCK_N."""
+    FMA units, where a larger tile's decoded weights leave no registers on NVIDIA. On Ascend vector memory, which holds
+    the decoded weights of a step, limits BLOCK_N."""
 
     def rule(chip, dtype, statics, sizes):
         crowded = chip.tensor_memory and (products == 2 or statics["GROUP"] == 32)  # see below
@@ -209,9 +210,12 @@ def _rule(products):
             tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64 if dtype == "fp32" else 128, "SWAP": 0}
             return tile | {"BLOCK_K": 128, "num_warps": 4, "num_stages": 2, "GROUP_M": 8}
         stages = 2 if chip.vendor == "amd" else 3
-        if dtype == "fp32":
+        if dtype == "fp32" and chip.vendor == "nvidia":
+            columns = 64 if statics["FORMAT"] == "int8" else 128
+            tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SWAP": 1, "num_warps": 8}
+            return tile | {"BLOCK_K": columns, "num_stages": 2, "GROUP_M": 8}
+        elif dtype == "fp32":
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
-            stages = 2
         elif rows_for(sizes, 128) == 128 and chip.dot_from_shared and not crowded:
             tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
         else:  # a larger tile's decoded weights overflow tensor memory with two sums, or with a scale every 32 columns
@@ -251,7 +255,7 @@ _CASES = (("int4", "v3", 16), ("int8", "v2_lite", 256), ("mxfp4", "v3_tp8", 2048
 _STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "WEIGHTED", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64, 128),
-    "BLOCK_N": (32, 64, 128),
+    "BLOCK_N": (16, 32, 64, 128),
     "BLOCK_K": (64, 128),
     "GROUP_M": (1, 8, 16),
     "SWAP": (0, 1),
