@@ -48,6 +48,26 @@ def test_int8_on_hopper_is_multiplied_as_it_is(rows):
         assert report.detail["async_copy"]
 
 
+@pytest.mark.parametrize(
+    "chip, form, group, bias, even",
+    [
+        ("sm_90", "int8", 0, True, True), ("sm_90", "int8", 0, False, False), ("sm_90", "int8", 0, True, False),
+        ("sm_100", "int4", 32, False, True), ("sm_100", "mxfp4", 32, True, False), ("gfx942", "int4", 64, True, False),
+        ("ascend910b", "int8", 0, True, False), ("ascend950", "int4", 32, True, True),
+    ],
+)  # fmt: skip
+def test_options_that_no_case_declares_compile_within_limits(chip, form, group, bias, even):
+    """Large tiles with a bias, with rows that no step divides, and with small groups."""
+    wanted = []
+    for kernel in (weight_only.GATE_UP, weight_only.DOWN):
+        case = kernel.cases[-1]
+        options = {"FORMAT": form, "GROUP": group, "ZEROS": form == "int4", "BIAS": bias, "WEIGHTED": bias}
+        statics = dict(case.statics) | options | {"EVEN_K": even}
+        tile = kernel.rule(CHIPS[chip], "bf16", statics, case.sizes)
+        wanted.append((kernel, CHIPS[chip], "bf16", statics, tile, case.name))
+    assert [report.problem for report in compile_many(wanted)] == ["", ""]
+
+
 @pytest.mark.parametrize("form, group", [("int8", 0), ("int4", 128), ("mxfp4", 32)])
 @pytest.mark.parametrize("rows", [16, 128])
 def test_weights_on_hopper_are_decoded_in_registers(form, group, rows):
