@@ -8,9 +8,18 @@ import torch
 from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_range, check_tensor
 from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_scores
+from mla_kernels.moe.scores import (
+    SCORINGS,
+    finished_slots,
+    near_rows,
+    router_memory,
+    router_rule,
+    router_scores,
+    router_statics,
+    router_work,
+)
 from mla_kernels.shim import define_op
 
 
@@ -73,42 +82,12 @@ def hash_route_kernel(
         tl.store(ids + out, chosen.to(tl.int32), mask=inside)
 
 
-def _rule(chip, dtype, statics, sizes):
-    """About 1024 scores a program."""
-    block_t = max(1, 1024 // statics["BLOCK_E"])
-    return {"BLOCK_T": min(block_t, max(1, 1 << (sizes["tokens"] - 1).bit_length())), "num_warps": 4}
-
-
-def _memory(chip, dtype, statics, tile):
-    tile_bytes = tile["BLOCK_T"] * statics["BLOCK_E"] * 4
-    return {"shared": 4 * tile["num_warps"] * tile["BLOCK_T"] * 4} if chip.is_gpu else {"UB": 20 * tile_bytes}
-
-
 def _cost(dtype, statics, sizes):
     tokens, experts, top_k = sizes["tokens"], statics["EXPERTS"], statics["TOP_K"]
     slots = 8 * (top_k + statics["SHARED"])
     return Cost(
         flops=tokens * experts * (8 + 2 * top_k), bytes=tokens * (experts * DTYPE_BYTES[dtype] + 8 + 8 * top_k + slots)
     )
-
-
-def _work(dtype, statics, sizes, tile):
-    programs = -(-sizes["tokens"] // tile["BLOCK_T"])
-    whole = _cost(dtype, statics, sizes)
-    padding = statics["BLOCK_E"] / statics["EXPERTS"] * programs * tile["BLOCK_T"] / max(sizes["tokens"], 1)
-    return Work(programs, padding * whole.flops / max(programs, 1), whole.bytes / max(programs, 1))
-
-
-def _statics(experts, top_k, shared, scoring, renormalize):
-    return {
-        "EXPERTS": experts,
-        "TOP_K": top_k,
-        "SHARED": shared,
-        "SCORING": scoring,
-        "RENORMALIZE": renormalize,
-        "BLOCK_E": max(16, 1 << (experts - 1).bit_length()),
-        "BLOCK_K": max(8, 1 << (top_k + shared - 1).bit_length()),
-    }
 
 
 HASH_ROUTE = Kernel(
@@ -125,15 +104,15 @@ HASH_ROUTE = Kernel(
         "table_stride": "i32",
         "routed_scale": "fp32",
     },
-    statics=tuple(_statics(8, 1, 0, "sigmoid", True)),
+    statics=tuple(router_statics(8, 1, 0, "sigmoid", True, 1)),
     tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
-    rule=_rule,
-    memory=_memory,
+    rule=router_rule,
+    memory=router_memory,
     cost=_cost,
-    work=_work,
+    work=router_work(_cost),
     cases=(
-        Case("v4_1", _statics(256, 6, 0, "sqrt_softplus", True), {"tokens": 1}, dtypes=("bf16",)),
-        Case("v4_4096", _statics(256, 6, 1, "sqrt_softplus", True), {"tokens": 4096}),
+        Case("v4_1", router_statics(256, 6, 0, "sqrt_softplus", True, 6), {"tokens": 1}, dtypes=("bf16",)),
+        Case("v4_4096", router_statics(256, 6, 1, "sqrt_softplus", True, 7), {"tokens": 4096}),
     ),
     uses_dot=False,
 )
@@ -148,7 +127,7 @@ def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_sh
     tokens, experts = logits.shape
     vocabulary, top_k = table.shape
     weights, ids = _outputs(logits, table, num_shared)
-    statics = _statics(experts, top_k, num_shared, scoring, renormalize)
+    statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k + num_shared)
     chip = chip_of(logits.device)
     tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
     logits = near_rows(logits)

@@ -10,7 +10,7 @@ from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_scores
+from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_memory, router_scores
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
@@ -118,11 +118,6 @@ def _rule(chip, dtype, statics, sizes):
     return {"BLOCK_T": min(block_t, 1 << (sizes["tokens"] - 1).bit_length()), "num_warps": 4}
 
 
-def _memory(chip, dtype, statics, tile):
-    tile_bytes = tile["BLOCK_T"] * statics["BLOCK_E"] * 4
-    return {"shared": 4 * tile["num_warps"] * tile["BLOCK_T"] * 4} if chip.is_gpu else {"UB": 20 * tile_bytes}
-
-
 def _cost(dtype, statics, sizes):
     tokens, experts, top_k = sizes["tokens"], statics["EXPERTS"], statics["TOP_K"]
     passes = 8 + 4 * top_k + (8 * statics["GROUPS"] if statics["TOP_GROUPS"] < statics["GROUPS"] else 0)
@@ -193,7 +188,7 @@ ROUTE = Kernel(
     statics=tuple(_statics(8, 1)),
     tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
     rule=_rule,
-    memory=_memory,
+    memory=router_memory,
     cost=_cost,
     work=_work,
     cases=tuple(

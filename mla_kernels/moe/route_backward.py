@@ -5,8 +5,16 @@ Symbols: T tokens, E experts, K = top_k, S = num_shared.
 
 from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.moe.scores import near_rows, router_scores, score_slopes
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
+from mla_kernels.moe.scores import (
+    near_rows,
+    router_memory,
+    router_rule,
+    router_scores,
+    router_statics,
+    router_work,
+    score_slopes,
+)
 from mla_kernels.shim import define_op
 
 
@@ -76,40 +84,10 @@ def route_backward_kernel(
         tl.store(out, gradient.to(logits_grad.dtype.element_ty), mask=inside)
 
 
-def _rule(chip, dtype, statics, sizes):
-    """About 1024 scores a program; on Ascend what the live rows of a token leave room for in UB."""
-    block_t = max(1, 1024 // statics["BLOCK_E"])
-    return {"BLOCK_T": min(block_t, max(1, 1 << (sizes["tokens"] - 1).bit_length())), "num_warps": 4}
-
-
-def _memory(chip, dtype, statics, tile):
-    tile_bytes = tile["BLOCK_T"] * statics["BLOCK_E"] * 4
-    return {"shared": 4 * tile["num_warps"] * tile["BLOCK_T"] * 4} if chip.is_gpu else {"UB": 20 * tile_bytes}
-
-
 def _cost(dtype, statics, sizes):
     tokens, experts, top_k = sizes["tokens"], statics["EXPERTS"], statics["TOP_K"]
     size = DTYPE_BYTES[dtype]
     return Cost(flops=tokens * experts * (16 + 4 * top_k), bytes=tokens * (2 * experts * size + 12 * top_k))
-
-
-def _work(dtype, statics, sizes, tile):
-    programs = -(-sizes["tokens"] // tile["BLOCK_T"])
-    whole = _cost(dtype, statics, sizes)
-    padding = statics["BLOCK_E"] / statics["EXPERTS"] * programs * tile["BLOCK_T"] / max(sizes["tokens"], 1)
-    return Work(programs, padding * whole.flops / max(programs, 1), whole.bytes / max(programs, 1))
-
-
-def _statics(experts, top_k, shared, scoring, renormalize):
-    return {
-        "EXPERTS": experts,
-        "TOP_K": top_k,
-        "SHARED": shared,
-        "SCORING": scoring,
-        "RENORMALIZE": renormalize,
-        "BLOCK_E": max(16, 1 << (experts - 1).bit_length()),
-        "BLOCK_K": max(8, 1 << (top_k - 1).bit_length()),
-    }
 
 
 ROUTE_BACKWARD = Kernel(
@@ -125,16 +103,16 @@ ROUTE_BACKWARD = Kernel(
         "grad_stride": "i32",
         "routed_scale": "fp32",
     },
-    statics=tuple(_statics(8, 1, 0, "sigmoid", True)),
+    statics=tuple(router_statics(8, 1, 0, "sigmoid", True, 1)),
     tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
-    rule=_rule,
-    memory=_memory,
+    rule=router_rule,
+    memory=router_memory,
     cost=_cost,
-    work=_work,
+    work=router_work(_cost),
     cases=(
-        Case("v3", _statics(256, 8, 0, "sigmoid", True), {"tokens": 4096}),
-        Case("v2", _statics(160, 6, 0, "softmax", False), {"tokens": 4096}, dtypes=("bf16",)),
-        Case("v4", _statics(384, 6, 1, "sqrt_softplus", True), {"tokens": 4096}, dtypes=("bf16",)),
+        Case("v3", router_statics(256, 8, 0, "sigmoid", True, 8), {"tokens": 4096}),
+        Case("v2", router_statics(160, 6, 0, "softmax", False, 6), {"tokens": 4096}, dtypes=("bf16",)),
+        Case("v4", router_statics(384, 6, 1, "sqrt_softplus", True, 6), {"tokens": 4096}, dtypes=("bf16",)),
     ),
     uses_dot=False,
 )
@@ -145,7 +123,8 @@ def _launch(weights_grad, logits, weights, ids, scoring, renormalize, routed_sca
         weights_grad = weights_grad.contiguous()
     tokens, experts = logits.shape
     logits_grad = logits.new_empty(logits.shape)
-    statics = _statics(experts, ids.shape[1] - num_shared, num_shared, scoring, renormalize)
+    top_k = ids.shape[1] - num_shared
+    statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k)
     chip = chip_of(logits.device)
     tile = ROUTE_BACKWARD.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
     logits, weights_grad = near_rows(logits), near_rows(weights_grad)

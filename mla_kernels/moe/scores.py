@@ -1,6 +1,8 @@
-"""What the routers' kernels share: scores of logits, their slopes, and the slots that a token ends with."""
+"""What the routers' kernels share: scores of logits, their slopes, the slots that a token ends with, and the parts of
+their declarations."""
 
 from mla_kernels.language import tl, triton
+from mla_kernels.launch import Work
 
 MAX_STRIDE = 1 << 26  # elements between two rows, so that offsets within a tile of up to 16 fit 32 bits
 SCORINGS = ("sigmoid", "softmax", "sqrt_softplus")
@@ -69,3 +71,40 @@ def finished_slots(
 def near_rows(x):
     """``x``, copied where its rows lie too far apart for a tile's offsets."""
     return x.contiguous() if x.stride(0) > MAX_STRIDE else x
+
+
+def router_statics(experts, top_k, shared, scoring, renormalize, slots):
+    """Constants of a kernel that reads a token's logits and ``slots`` of its slots."""
+    return {
+        "EXPERTS": experts,
+        "TOP_K": top_k,
+        "SHARED": shared,
+        "SCORING": scoring,
+        "RENORMALIZE": renormalize,
+        "BLOCK_E": max(16, 1 << (experts - 1).bit_length()),  # reductions narrower than 8 lose lanes on Ascend
+        "BLOCK_K": max(8, 1 << (slots - 1).bit_length()),
+    }
+
+
+def router_rule(chip, dtype, statics, sizes):
+    """About 1024 scores a program."""
+    block_t = max(1, 1024 // statics["BLOCK_E"])
+    return {"BLOCK_T": min(block_t, max(1, 1 << (sizes["tokens"] - 1).bit_length())), "num_warps": 4}
+
+
+def router_memory(chip, dtype, statics, tile):
+    """On Ascend the rows of a token that live at a time."""
+    tile_bytes = tile["BLOCK_T"] * statics["BLOCK_E"] * 4
+    return {"shared": 4 * tile["num_warps"] * tile["BLOCK_T"] * 4} if chip.is_gpu else {"UB": 20 * tile_bytes}
+
+
+def router_work(cost):
+    """Work of a kernel of this cost whose programs take BLOCK_T tokens each."""
+
+    def work(dtype, statics, sizes, tile):
+        programs = -(-sizes["tokens"] // tile["BLOCK_T"])
+        whole = cost(dtype, statics, sizes)
+        padding = statics["BLOCK_E"] / statics["EXPERTS"] * programs * tile["BLOCK_T"] / max(sizes["tokens"], 1)
+        return Work(programs, padding * whole.flops / max(programs, 1), whole.bytes / max(programs, 1))
+
+    return work
