@@ -1,9 +1,13 @@
 # make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
+# make test-versions: what depends on the versions of torch, Triton and transformers, on older ones (tests/versions).
 # make tables: choose the tiles that ship.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_WORKERS ?= 2
-.PHONY: demo test test-slow bench lint tables wheel clean
+VERSIONS = torch-2.11 torch-2.13
+PYTHONS_torch-2.11 = 3.12
+PYTHONS_torch-2.13 = 3.11 3.10 3.12 3.13
+.PHONY: demo test test-slow test-versions $(VERSIONS:%=test-%) bench lint tables wheel clean
 
 demo: .venv/.demo
 	.venv/bin/python -m mla_kernels demo
@@ -13,6 +17,13 @@ test: .venv/.dev .venv-ascend/.ready
 
 test-slow: .venv/.dev .venv-ascend/.ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --slow --timeout 3600
+
+# The NPU emulator and the tuner do not depend on these versions.
+test-versions: $(VERSIONS:%=test-%)
+
+$(VERSIONS:%=test-%): test-%: .venv-%/.ready .venv-ascend/.ready
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --backend cpu,interpret \
+	    --ignore tests/npu --ignore tests/autotune
 
 bench: .venv/.dev
 	OMP_NUM_THREADS=2 .venv/bin/python -m pytest bench --benchmark-enable --benchmark-only -s
@@ -39,15 +50,26 @@ wheel: .venv/.dev
 	.venv/bin/python $(PIP) --editable ".[dev,transformers]"
 	touch $@
 
-# triton-ascend's package is called triton, too: hence an environment of its own. Its wheels are for Python 3.9 to 3.11;
-# where only a newer Python is found, uv brings one.
+# $(call environment,FOLDER,VERSIONS): a virtual environment of the first Python of these versions that is found; where none
+# is, uv brings the first of them.
+define environment
+@python=$$(for p in $(PYTHON) $(foreach version,$(2),python$(version)); do \
+    $$p -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(2)".split())' 2>/dev/null && echo $$p && break; \
+    done); \
+if [ -n "$$python" ]; then $$python -m venv $(1); \
+else .venv/bin/python $(PIP) uv && .venv/bin/uv venv --seed --python $(firstword $(2)) $(1); fi
+endef
+
+# triton-ascend's package is called triton, too: hence an environment of its own. Its wheels are for these Pythons.
 .venv-ascend/.ready: constraints.txt .venv/.created
-	@python=$$(for p in $(PYTHON) python3.11 python3.10 python3.9; do \
-	    $$p -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done); \
-	if [ -n "$$python" ]; then $$python -m venv .venv-ascend; \
-	else .venv/bin/python $(PIP) uv && .venv/bin/uv venv --seed --python 3.11 .venv-ascend; fi
+	$(call environment,.venv-ascend,3.11 3.10 3.9)
 	.venv-ascend/bin/python $(PIP) triton-ascend ascendnpu-ir numpy pybind11
 	touch $@
 
+$(VERSIONS:%=.venv-%/.ready): .venv-%/.ready: tests/versions/%.txt pyproject.toml .venv/.created
+	$(call environment,.venv-$*,$(PYTHONS_$*))
+	.venv-$*/bin/python $(PIP:constraints.txt=$<) --editable ".[dev,transformers]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-ascend build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
