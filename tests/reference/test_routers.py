@@ -157,7 +157,7 @@ def test_longcat_flash(routers, spread):
     assert len(bias) == 768
     logits = spread * torch.randn(ROWS, 768)
     bias.mul_(0.01)  # the size of its scores
-    _, *expected = router(logits)
+    expected = router(logits)[-2:]  # transformers 5.19 and newer give the logits before them
     options = {"scoring": "softmax", "renormalize": False, "routed_scale": 2.5}
     assert_same_choice(*routers[0](logits, 12, bias=bias, **options), *expected)
 
