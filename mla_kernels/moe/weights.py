@@ -14,12 +14,12 @@ import torch
 from mla_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from mla_kernels.cpu.packed import prepack
 from mla_kernels.cpu.quantised import prepack as prepack_int4
-from mla_kernels.moe.convert import awq_projection, fp8_projection, gptq_projection, join_rows, mxfp4_projection
+from mla_kernels.moe.convert import PUBLISHED, check_format, mxfp4_projection, stack_experts
 from mla_kernels.moe.formats import FORMATS, WeightFormat, dequantise_weight, quantise_weight, weight_shape
 from mla_kernels.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO
 from mla_kernels.quant.mxfp4 import GROUP
+from mla_kernels.quant.stored import read_awq, read_compressed_tensors, read_fp8, read_gptq, read_mxfp4
 
-_GATE, _UP, _DOWN = "gate_proj", "up_proj", "down_proj"
 _TENSORS = (
     "gate_up", "down", "gate_up_scale", "down_scale", "gate_up_zero", "down_zero", "gate_up_bias", "down_bias",
 )  # fmt: skip
@@ -30,7 +30,8 @@ class ExpertWeights:
     """The weights of E experts, gate_up [2I, H] and down [H, I] each, for :func:`mla_kernels.fused_experts`.
 
     Make one with :meth:`plain`, :meth:`quantise`, or from a checkpoint's tensors with :meth:`from_fp8`,
-    :meth:`from_mxfp4`, :meth:`from_gptq`, :meth:`from_awq`; or pass tensors that have the format's layout already:
+    :meth:`from_compressed_tensors`, :meth:`from_mxfp4`, :meth:`from_mxfp4_experts`, :meth:`from_gptq`,
+    :meth:`from_awq`; or pass tensors that have the format's layout already:
 
     ============= ============================== ====================================== ============================
     format        codes: gate_up, down           scales                                 value
@@ -56,7 +57,7 @@ class ExpertWeights:
         format: a :class:`WeightFormat` or its value.
         gate_up, down: codes. A plain weight may be a transposed view ([E, K, N] in memory); all other tensors are
             contiguous. float8_e4m3fn codes are taken as bytes.
-        gate_up_scale, down_scale: scales.
+        gate_up_scale, down_scale: scales. float8_e8m0fnu is taken as bytes in mxfp4, as fp32 in fp8_block.
         gate_up_zero, down_zero: int4 only, uint8 [E, N, K / group_size], 0 to 15; None means 8 everywhere.
         gate_up_bias, down_bias: None, or [E, 2I] and [E, H] in the activations' dtype.
         group_size: columns that share a scale: 32, 64 or 128 with int4, 32 or None with mxfp4, else None.
@@ -82,7 +83,7 @@ class ExpertWeights:
         object.__setattr__(self, "format", WeightFormat(self.format))
         object.__setattr__(self, "group_size", _group_size(self.format, self.group_size))
         for name in _TENSORS[:4]:
-            object.__setattr__(self, name, _as_bytes(name, getattr(self, name)))
+            object.__setattr__(self, name, _as_stored(name, getattr(self, name), self.format))
         _check(self)
 
     @property
@@ -186,18 +187,43 @@ class ExpertWeights:
 
     @classmethod
     def from_fp8(cls, experts: Sequence[Mapping[str, torch.Tensor]]) -> ExpertWeights:
-        """Format fp8_block from a checkpoint of DeepSeek-V3's kind, one mapping an expert.
+        """Format fp8_block from checkpoints of DeepSeek-V3 to V4, Kimi-K2 and GLM-5, one mapping an expert.
 
         Each maps gate_proj.weight, up_proj.weight [I, H] and down_proj.weight [H, I] (float8_e4m3fn or uint8) and, for
-        each, .weight_scale_inv [ceil(N/128), ceil(K/128)] (fp32 or bf16): the names of a state dict after
-        ``experts.{e}.``. A mapping may load a tensor when it is asked for one. What transformers has fused,
-        gate_up_proj [E, 2I, H] with gate_up_proj_scale_inv, is in this layout and goes to the constructor.
+        each, .weight_scale_inv [ceil(N/128), ceil(K/128)] (fp32, bf16, fp16 or float8_e8m0fnu): the names of a state
+        dict after ``experts.{e}.``. V4's w1.weight, w1.scale and so on are taken, too. A mapping may load a tensor when
+        it is asked for one. What transformers has fused, gate_up_proj [E, 2I, H] with gate_up_proj_scale_inv, is in
+        this layout and goes to the constructor.
 
         Raises:
-            KeyError: a missing name. ValueError: shapes that do not fit, NaN codes. NotImplementedError: 128 does not
-            divide I, so that gate's blocks of scales cannot be followed by up's.
+            KeyError: a missing name. ValueError: shapes that do not fit, NaN codes, scales that are not finite.
+            NotImplementedError: 128 does not divide I, so that gate's blocks of scales cannot be followed by up's.
         """
-        return cls._from_projections(WeightFormat.FP8_BLOCK, experts, fp8_projection)
+        return cls._from_projections(WeightFormat.FP8_BLOCK, experts, read_fp8)
+
+    @classmethod
+    def from_compressed_tensors(
+        cls, experts: Sequence[Mapping[str, torch.Tensor]], *, format: WeightFormat | str = WeightFormat.INT4
+    ) -> ExpertWeights:
+        """Format int4, or int8, from compressed-tensors' integer weights, one mapping an expert: Kimi-K2-Thinking's.
+
+        Each maps, for each of gate_proj, up_proj and down_proj [N, K] ("pack-quantized"): .weight_packed int32, of 4
+        bits [N, K/8] (column 8 w + i in bits 4 i of word w) or of 8 bits [N, K/4], codes less their least value;
+        .weight_scale [N, K/group], group 32, 64 or 128, or [N, 1] for whole rows; .weight_shape (N, K); and, where
+        zeros are not 0, .weight_zero_point int32 [N/8, K/group], eight rows a word. Or ("int-quantized") .weight int8
+        [N, K] and .weight_scale [N, 1]. A scale of a whole 4-bit row is repeated for each of its groups.
+
+        Args:
+            format: "int4" for 4 bits; "int8" for 8 bits, or "int8_w8a8", which quantises activations too.
+
+        Raises:
+            KeyError: a missing name. ValueError: shapes that do not fit, bits of another format, a group size that is
+            not 32, 64 or 128. NotImplementedError: columns in act-order (weight_g_idx not ascending by groups); 8 bits
+            in groups or with zeros.
+        """
+        accepted = (WeightFormat.INT4.value, WeightFormat.INT8.value, WeightFormat.INT8_W8A8.value)
+        check_choice("format", format, accepted)
+        return cls._from_projections(WeightFormat(format), experts, read_compressed_tensors)
 
     @classmethod
     def from_mxfp4(
@@ -226,6 +252,19 @@ class ExpertWeights:
         )
 
     @classmethod
+    def from_mxfp4_experts(cls, experts: Sequence[Mapping[str, torch.Tensor]]) -> ExpertWeights:
+        """Format mxfp4 from one mapping an expert, as DeepSeek-V4 publishes them.
+
+        Each maps w1.weight, w3.weight (gate and up, int8 [I, H/2]) and w2.weight (int8 [H, I/2]), an even column in a
+        byte's low nibble and the next in its high one, and w1.scale [I, H/32] and so on (float8_e8m0fnu or uint8).
+        gate_proj, up_proj and down_proj are taken, too.
+
+        Raises:
+            KeyError: a missing name. ValueError: shapes that do not fit, H or I below 128. TypeError: a wrong dtype.
+        """
+        return cls._from_projections(WeightFormat.MXFP4, experts, read_mxfp4)
+
+    @classmethod
     def from_gptq(cls, experts: Sequence[Mapping[str, torch.Tensor]], *, version: int = 1) -> ExpertWeights:
         """Format int4 from GPTQ checkpoints of 4 bits, one mapping an expert.
 
@@ -234,8 +273,8 @@ class ExpertWeights:
         the group of each column.
 
         Args:
-            version: 1 stores zeros less one, 0 as 15 (``checkpoint_format`` "gptq", what AutoGPTQ writes), 2 as they
-                are ("gptq_v2").
+            version: 1 stores each word of eight zeros less 0x11111111, so that a zero of 0 borrows from the next
+                (``checkpoint_format`` "gptq", as gptqmodel writes it), 2 stores them as they are ("gptq_v2").
 
         Raises:
             KeyError: a missing name. ValueError: shapes that do not fit, a group size that is not 32, 64 or 128.
@@ -243,7 +282,7 @@ class ExpertWeights:
             neighbours.
         """
         check_choice("version", version, (1, 2))
-        return cls._from_projections(WeightFormat.INT4, experts, gptq_projection, version)
+        return cls._from_projections(WeightFormat.INT4, experts, read_gptq, version)
 
     @classmethod
     def from_awq(cls, experts: Sequence[Mapping[str, torch.Tensor]]) -> ExpertWeights:
@@ -255,35 +294,24 @@ class ExpertWeights:
         Raises:
             KeyError: a missing name. ValueError: shapes that do not fit, a group size that is not 32, 64 or 128.
         """
-        return cls._from_projections(WeightFormat.INT4, experts, awq_projection)
+        return cls._from_projections(WeightFormat.INT4, experts, read_awq)
 
     @classmethod
-    def _from_projections(cls, format, experts, convert, *arguments):
-        """Every expert's three projections converted and written to their places."""
+    def _from_projections(cls, format, experts, read, *arguments):
+        """Every expert's three projections read and written to their places, one expert in memory at a time."""
         if not isinstance(experts, Sequence) or not experts:
             raise TypeError(f"experts: got {type(experts).__name__}, a sequence of at least one mapping is accepted")
-        parts = {}
-        for number, tensors in enumerate(experts):
-            halves = [convert(f"experts[{number}]: {name}", tensors, name, *arguments) for name in (_GATE, _UP)]
-            pairs = {
-                "gate_up": join_rows(f"experts[{number}]", *halves),
-                "down": convert(f"experts[{number}]: {_DOWN}", tensors, _DOWN, *arguments),
-            }
-            for name, converted in pairs.items():
-                for suffix, tensor in zip(("", "_scale", "_zero"), converted):
-                    if tensor is None:
-                        continue
-                    if number == 0:
-                        parts[name + suffix] = tensor.new_empty(len(experts), *tensor.shape)
-                    place = parts[name + suffix][number]
-                    check_tensor(f"experts[{number}]: {name}{suffix}", tensor, shape=tuple(place.shape), like=place)
-                    place.copy_(tensor)
-        if format is not WeightFormat.INT4:
-            return cls(format, **parts)
-        zeros = [parts[f"{name}_zero"] for name in ("gate_up", "down")]
-        if all((zero == SYMMETRIC_ZERO).all() for zero in zeros):
-            parts = {name: tensor for name, tensor in parts.items() if not name.endswith("zero")}
-        return cls(format, **parts, group_size=parts["down"].shape[1] // parts["gate_up_scale"].shape[2])
+
+        def projections():
+            for number, tensors in enumerate(experts):
+                where, stored = f"experts[{number}]", {}
+                for published, name in PUBLISHED.items():
+                    own = published if f"{published}.weight" in tensors else name
+                    stored[name] = read(f"{where}: {name}", tensors, own, *arguments)
+                    check_format(f"{where}: {name}", stored[name], format)
+                yield where, stored
+
+        return from_parts(format, stack_experts(len(experts), projections()))
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """gate_up [E, 2I, H] and down [E, H, I] in ``dtype`` (a float dtype), each value rounded once."""
@@ -348,14 +376,29 @@ class ExpertWeights:
         return self if all(moved[name] is getattr(self, name) for name in moved) else replace(self, **moved)
 
 
-def _as_bytes(name, tensor):
-    """Eight-bit floats as uint8, whatever else as it is."""
-    if isinstance(tensor, torch.Tensor) and tensor.dtype.is_floating_point and tensor.element_size() == 1:
-        accepted = "float8_e8m0fnu" if name.endswith("scale") else "float8_e4m3fn"
-        if tensor.dtype != getattr(torch, accepted, None):
-            raise TypeError(f"{name}: got {tensor.dtype}, of eight-bit floats torch.{accepted} is accepted")
-        return tensor.view(torch.uint8)
-    return tensor
+def from_parts(format: WeightFormat, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
+    """From tensors by attribute whose shapes tell the group size; zeros that are 8 everywhere are left out."""
+    group_size = None
+    if format is WeightFormat.INT4:
+        zeros = {name: parts[name] for name in ("gate_up_zero", "down_zero") if name in parts}
+        parts = {name: tensor for name, tensor in parts.items() if name not in zeros}
+        if any((zero != SYMMETRIC_ZERO).any() for zero in zeros.values()):
+            for name in ("gate_up", "down"):
+                scale = parts[f"{name}_scale"]
+                symmetric = torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8)
+                parts[f"{name}_zero"] = zeros.get(f"{name}_zero", symmetric)
+        group_size = parts["down"].shape[1] // max(parts["gate_up_scale"].shape[-1], 1)
+    return ExpertWeights(format, **parts, group_size=group_size)
+
+
+def _as_stored(name, tensor, format):
+    """Eight-bit floats as the format has them: codes and ue8m0 scales as bytes, those of fp8_block in fp32."""
+    dtype = getattr(tensor, "dtype", None)
+    if dtype == torch.float8_e8m0fnu and name.endswith("scale") and format is WeightFormat.FP8_BLOCK:
+        return tensor.float()
+    own = torch.float8_e8m0fnu if name.endswith("scale") else torch.float8_e4m3fn
+    byte_wide = WeightFormat.MXFP4 if name.endswith("scale") else WeightFormat.FP8_BLOCK
+    return tensor.view(torch.uint8) if dtype == own and format is byte_wide else tensor
 
 
 def _group_size(format: WeightFormat, group_size: int | None) -> int | None:

@@ -20,11 +20,11 @@ def random_words(*shape):
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
 
 
-def autogptq_weight(qweight, scales, qzeros, g_idx, wrap=True):
-    """[K, N] as AutoGPTQ's QuantLinear.forward restores it (nn_modules/qlinear/qlinear_cuda_old.py), 4 bits."""
+def gptq_weight(qweight, scales, qzeros, g_idx):
+    """[K, N] as gptqmodel's PackableQuantLinear restores it from version 2 (nn_modules/qlinear/__init__.py), 4 bits."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)[None]
     zeros = torch.bitwise_right_shift(qzeros[:, :, None].expand(-1, -1, 8), shifts[None]).to(torch.int8) & 15
-    zeros = ((zeros + 1) & 15 if wrap else zeros).reshape(scales.shape)
+    zeros = zeros.reshape(scales.shape)
     weight = torch.bitwise_right_shift(qweight[:, None].expand(-1, 8, -1), shifts[..., None]).to(torch.int8) & 15
     weight = weight.reshape(-1, qweight.shape[1])
     return scales[g_idx.long()].double() * (weight - zeros[g_idx.long()])
@@ -70,14 +70,14 @@ def awq_expert(group_size):
     return tensors
 
 
-def fp8_expert(intermediate=256):
+def fp8_expert(intermediate=256, power_of_two=False):
     tensors = {}
     for name, (rows, columns) in {
         "gate_proj": (intermediate, 192),
         "up_proj": (intermediate, 192),
         "down_proj": (192, intermediate),
     }.items():
-        codes, scales = reference.quantise_fp8_block(torch.randn(rows, columns))
+        codes, scales = reference.quantise_fp8_block(torch.randn(rows, columns), power_of_two=power_of_two)
         tensors |= {f"{name}.weight": codes.view(torch.float8_e4m3fn), f"{name}.weight_scale_inv": scales}
     return tensors
 
@@ -93,15 +93,23 @@ def assert_restores(experts, weights):
         assert torch.equal(got, exact)
 
 
+def to_version_1(expert):
+    """gptqmodel's convert_gptq_v2_to_v1_format_module (utils/model.py), 4 bits: one subtraction a word."""
+    return {
+        name: tensor - 0b00010001000100010001000100010001 if name.endswith("qzeros") else tensor
+        for name, tensor in expert.items()
+    }
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("with_g_idx", [True, False])
 def test_gptq(version, with_g_idx):
+    """Random zeros: in half of the words at least one is 0, which borrows in version 1."""
     tensors = [gptq_expert(32) for _ in range(EXPERTS)]
-    weights = [
-        {name: autogptq_weight(*(expert[f"{name}.{part}"] for part in ("qweight", "scales", "qzeros", "g_idx")),
-                               wrap=version == 1).T for name in SHAPES}
-        for expert in tensors
-    ]  # fmt: skip
+    parts = ("qweight", "scales", "qzeros", "g_idx")
+    weights = [{name: gptq_weight(*(expert[f"{name}.{part}"] for part in parts)).T for name in SHAPES}
+               for expert in tensors]  # fmt: skip
+    tensors = [to_version_1(expert) if version == 1 else expert for expert in tensors]
     if not with_g_idx:
         tensors = [{name: tensor for name, tensor in expert.items() if "g_idx" not in name} for expert in tensors]
     experts = ExpertWeights.from_gptq(tensors, version=version)
@@ -109,15 +117,32 @@ def test_gptq(version, with_g_idx):
     assert_restores(experts, weights)
 
 
-def test_gptq_without_zeros_of_its_own():
-    """Symmetric checkpoints store 7 for 8 everywhere, which needs no tensor here."""
-    tensors = [gptq_expert(32, zeros=0x77777777)]
-    experts = ExpertWeights.from_gptq(tensors)
-    assert experts.gate_up_zero is None and experts.down_zero is None
+@pytest.mark.parametrize(
+    ("zeros", "word"),
+    [
+        ((8,) * 8, 0x77777777),
+        ((0,) * 8, 0xEEEEEEEF),
+        ((15,) * 8, 0xEEEEEEEE),
+        ((0, 8, 8, 8, 8, 8, 8, 8), 0x7777776F),
+        ((8, 8, 8, 8, 8, 8, 8, 0), 0xF7777777),
+        ((3, 0, 0, 9, 15, 0, 1, 0), 0xEFFE7EF2),
+    ],
+)
+def test_gptq_zeros_of_version_1_by_hand(zeros, word):
+    """A zero of 0 becomes 15 and borrows 1 from the next nibble, and so on through the word."""
+    packed = sum(zero << 4 * place for place, zero in enumerate(zeros))
+    assert (packed - 0x11111111) % 2**32 == word
+    tensors = gptq_expert(32, zeros=word - (word >> 31 << 32))
+    experts = ExpertWeights.from_gptq([tensors])
+    if zeros == (8,) * 8:  # needs no tensor here
+        assert experts.gate_up_zero is None and experts.down_zero is None
+    else:
+        assert experts.down_zero[0, :, 0].tolist() == list(zeros) * (HIDDEN // 8)
+    exact = gptq_expert(32, zeros=packed - (packed >> 31 << 32)) | {
+        name: tensor for name, tensor in tensors.items() if "qzeros" not in name
+    }
     parts = ("qweight", "scales", "qzeros", "g_idx")
-    assert_restores(
-        experts, [{name: autogptq_weight(*(tensors[0][f"{name}.{part}"] for part in parts)).T for name in SHAPES}]
-    )
+    assert_restores(experts, [{name: gptq_weight(*(exact[f"{name}.{part}"] for part in parts)).T for name in SHAPES}])
 
 
 def test_gptq_in_act_order_is_refused():
@@ -163,11 +188,11 @@ def test_mxfp4_of_gpt_oss():
     assert torch.equal(ExpertWeights.from_mxfp4(*flat).gate_up, experts.gate_up)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 def test_fp8_of_deepseek_v3(scale_dtype):
     from transformers.integrations import finegrained_fp8 as fp8
 
-    tensors = [fp8_expert() for _ in range(EXPERTS)]
+    tensors = [fp8_expert(power_of_two=scale_dtype == torch.float8_e8m0fnu) for _ in range(EXPERTS)]
     for expert in tensors:
         for name in SHAPES:
             expert[f"{name}.weight_scale_inv"] = expert[f"{name}.weight_scale_inv"].to(scale_dtype)
@@ -185,6 +210,49 @@ def test_fp8_of_deepseek_v3(scale_dtype):
         weights.append(restored)
     for got, exact in zip(experts.dequantise(), joined(weights)):
         assert torch.equal(got, exact)
+
+
+def under_v4_names(expert):
+    """DeepSeek-V4's own: w1, w3 and w2, and scale."""
+    for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        expert = {name.replace(f"{ours}.", f"{theirs}."): tensor for name, tensor in expert.items()}
+    return {name.replace("weight_scale_inv", "scale"): tensor for name, tensor in expert.items()}
+
+
+def test_fp8_of_deepseek_v4():
+    tensors = [fp8_expert(power_of_two=True) for _ in range(EXPERTS)]
+    published = [
+        {
+            name: x.to(torch.float8_e8m0fnu) if name.endswith("scale") else x
+            for name, x in under_v4_names(expert).items()
+        }
+        for expert in tensors
+    ]
+    assert sorted(published[0]) == [f"w{number}.{part}" for number in (1, 2, 3) for part in ("scale", "weight")]
+    expected = ExpertWeights.from_fp8(tensors).tensors()
+    for name, tensor in ExpertWeights.from_fp8(published).tensors().items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.uint8, torch.float4_e2m1fn_x2])
+def test_mxfp4_of_deepseek_v4(codes):
+    """One tensor a projection and expert, the even column in a byte's low nibble."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors as judge
+
+    experts, weights = [], []
+    for _ in range(EXPERTS):
+        expert, weight = {}, {}
+        for name, (rows, columns) in SHAPES.items():
+            pairs = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+            scales = torch.randint(110, 140, (rows, columns // 32), dtype=torch.uint8)
+            expert |= {f"{name}.weight": pairs.view(codes), f"{name}.scale": scales.view(torch.float8_e8m0fnu)}
+            weight[name] = judge(pairs.view(1, rows, -1, 16), scales[None], dtype=torch.float32)[0].T.double()
+        experts.append(under_v4_names(expert))
+        weights.append(weight)
+    assert_restores(ExpertWeights.from_mxfp4_experts(experts), weights)
+    del experts[1]["w3.scale"]
+    with pytest.raises(KeyError, match=r"experts\[1\]: up_proj: got no tensor named 'w3.scale'"):
+        ExpertWeights.from_mxfp4_experts(experts)
 
 
 def test_rounding_to_fp8_is_that_of_transformers():
@@ -237,6 +305,7 @@ def test_refusals():
     halves, wide = {"up_proj.scales": torch.zeros(6, 164)}, {"down_proj.scales": torch.rand(5, 192)}
     nan = {"up_proj.weight": torch.full((256, 192), 0xFF, dtype=torch.uint8)}
     flat = {"up_proj.weight_scale_inv": torch.ones(2)}
+    infinite = {"up_proj.weight_scale_inv": torch.full((2, 2), 255, dtype=torch.uint8).view(torch.float8_e8m0fnu)}
     small = {name: tensor[:1] if "scales" in name or "zeros" in name else tensor for name, tensor in gptq.items()}
     cases = [
         ("gptq", [], TypeError, r"experts: got list, a sequence of at least one"),
@@ -251,6 +320,7 @@ def test_refusals():
         ("fp8", [fp8_expert(160)], NotImplementedError, r"got an intermediate size of 160, multiples of 128"),
         ("fp8", [fp8 | nan], ValueError, r"up_proj.weight: got NaN"),
         ("fp8", [fp8 | flat], ValueError, r"up_proj.weight_scale_inv: got shape \(2,\)"),
+        ("fp8", [fp8 | infinite], ValueError, r"up_proj.weight_scale_inv: got scales that are not finite"),
     ]
     for format, experts, error, message in cases:
         with pytest.raises(error, match=message):

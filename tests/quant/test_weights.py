@@ -179,6 +179,21 @@ def test_eight_bit_floats_are_taken_as_bytes():
     assert torch.equal(ExpertWeights("fp8_block", **tensors).gate_up, experts.gate_up)
     with pytest.raises(TypeError, match=r"gate_up: got torch.float8_e5m2"):
         ExpertWeights("fp8_block", **experts.tensors() | {"gate_up": experts.gate_up.view(torch.float8_e5m2)})
+    with pytest.raises(TypeError, match=r"gate_up: got torch.float8_e4m3fn, format 'plain' has codes"):
+        ExpertWeights.plain(tensors["gate_up"], tensors["down"])
+    with pytest.raises(TypeError, match=r"gate_up: got torch.float8_e4m3fn, format 'mxfp4' has codes"):
+        ExpertWeights("mxfp4", **quantised("mxfp4").tensors() | {"gate_up": tensors["gate_up"]})
+
+
+def test_scales_that_are_powers_of_two_in_a_byte():
+    experts = quantised("fp8_block, powers of two")
+    names = ("gate_up_scale", "down_scale")
+    scales = {name: getattr(experts, name).to(torch.float8_e8m0fnu) for name in names}
+    again = ExpertWeights("fp8_block", **experts.tensors() | scales)
+    assert torch.equal(again.gate_up_scale, experts.gate_up_scale) and again.gate_up_scale.dtype == torch.float32
+    codes = quantised("int8").tensors()
+    with pytest.raises(TypeError, match="gate_up_scale of format 'int8': got dtype float8_e8m0fnu"):
+        ExpertWeights("int8", **codes | {name: codes[name].to(torch.float8_e8m0fnu) for name in names})
 
 
 def test_weights_larger_than_a_working_set_are_rounded_in_parts():
