@@ -1,7 +1,10 @@
 """LatentAttention against transformers' own, at 1e-4 in fp32."""
 
+import math
+
 import pytest
 import torch
+import transformers
 
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.nn import AttentionConfig, LatentAttention, apply_rope, rope_tables, softmax_scale
@@ -102,10 +105,30 @@ def test_rope_pairs_and_places():
     assert apply_rope(x, *quarter, "half").tolist() == [-3, -4, 1, 2]
 
 
+def test_the_configuration_of_kimi_k2():
+    """Its own model_type, with the fields of DeepSeek-V3 and scores scaled for 64 times the context."""
+    config = transformers.DeepseekV3Config(
+        model_type="kimi_k2", num_attention_heads=64, rope_theta=5e4,
+        rope_parameters=YARN | {"factor": 64.0, "mscale_all_dim": 1.0},
+    )  # fmt: skip
+    ours = AttentionConfig.from_hf(config)
+    assert (ours.num_heads, ours.rope, ours.nope_dim) == (64, "interleaved_to_half", 128)
+    assert ours.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(64) + 1) ** 2)
+
+
 def test_softmax_scale():
     assert softmax_scale(64) == 0.125
     assert softmax_scale(64, {"rope_type": "yarn", "factor": 1.0, "mscale_all_dim": 1.0}) == 0.125
     assert softmax_scale(64, {"rope_type": "yarn", "factor": 40.0}) == 0.125
+
+
+def test_the_old_name_of_a_rope_type():
+    """Published files' rope_scaling says ``type``, and has rope_theta beside it."""
+    old = {key: value for key, value in YARN.items() if key != "rope_type"} | {"type": "yarn"}
+    assert softmax_scale(64, old) == softmax_scale(64, YARN) != 0.125
+    assert all(torch.equal(one, other) for one, other in zip(rope_tables(16, 9, old), rope_tables(16, 9, YARN)))
+    with pytest.raises(ValueError, match="rope_type: got 'longrope'"):
+        rope_tables(16, 9, old | {"type": "longrope"})
 
 
 def test_refusals_name_the_argument():
@@ -113,6 +136,8 @@ def test_refusals_name_the_argument():
         AttentionConfig(rope="spiral")
     with pytest.raises(ValueError, match="rope_type: got 'longrope'"):
         rope_tables(16, 8, {"rope_theta": 1e4, "rope_type": "longrope"})
+    with pytest.raises(ValueError, match=r"config.model_type: got 'glm4_moe', accepted: 'deepseek_v2', .*'kimi_k2'"):
+        AttentionConfig.from_hf(transformers.Glm4MoeConfig())
     with pytest.raises(ValueError, match="rope_dim: got 15"):
         rope_tables(15, 8, {"rope_theta": 1e4})
     attention = LatentAttention(AttentionConfig(64, 4, None, 32, 32, 16, 24))

@@ -25,6 +25,7 @@ VARIANTS = {
     "v3.2": ("DeepseekV32", SPARSE),
     "v3.2 yarn bias": ("DeepseekV32", SPARSE | {"rope_parameters": YARN, "attention_bias": True}),
     "glm": ("GlmMoeDsa", SPARSE | {"indexer_types": ["full"] * 3}),
+    "glm-4.7-flash": ("Glm4MoeLite", {}),
 }
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 

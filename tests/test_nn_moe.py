@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from mla_kernels import launch
 from mla_kernels.cpu.packed import packed
@@ -26,6 +27,9 @@ MODELS = {
     "v3 not renormalised": ("DeepseekV3", {"norm_topk_prob": False}),
     "v3 three shared": ("DeepseekV3", {"n_shared_experts": 3}),
     "v3.2": ("DeepseekV32", {}),
+    "glm-5": ("GlmMoeDsa", {}),
+    "glm-4.7-flash": ("Glm4MoeLite", {"norm_topk_prob": False}),
+    "glm-4.5": ("Glm4Moe", {}),
     "v4 hash": ("DeepseekV4", 0),
     "v4": ("DeepseekV4", 3),
 }
@@ -45,15 +49,15 @@ def _v4_config(**changes):
     return transformers.DeepseekV4Config(**sizes | changes)
 
 
-def _v4_block(config, layer):
-    """Weights so large that the clamp cuts."""
-    block = DeepseekV4SparseMoeBlock(config, layer)
+def _filled(block):
+    """With weights so large that V4's clamp cuts."""
     with torch.no_grad():
         for tensor in [*block.parameters(), *block.buffers()]:
             if tensor.is_floating_point():
                 tensor.normal_(0, 0.3)
             else:
-                tensor.copy_(torch.rand(tensor.shape[0], config.n_routed_experts).argsort(1)[:, : tensor.shape[1]])
+                experts = block.experts.num_experts
+                tensor.copy_(torch.rand(tensor.shape[0], experts).argsort(1)[:, : tensor.shape[1]])
     return block
 
 
@@ -62,7 +66,10 @@ def _pair(name):
     family, changes = MODELS[name]
     if family == "DeepseekV4":
         config, layer = _v4_config(), changes
-        block = _v4_block(config, layer)
+        block = _filled(DeepseekV4SparseMoeBlock(config, layer))
+    elif family == "Glm4Moe":  # has no latent attention
+        config, layer = transformers.Glm4MoeConfig(**EXPERTS, hidden_size=64, experts_implementation="eager"), 1
+        block = _filled(Glm4MoeMoE(config))
     else:
         model, layer = tiny(family, **changes), 1
         config, block = model.config, model.model.layers[layer].mlp.requires_grad_()
@@ -93,7 +100,9 @@ def test_outputs_are_those_of_transformers(name):
 @pytest.mark.parametrize("name", ["v2 two shared", "v3"])  # their routers are fp32 in transformers, too
 def test_bfloat16(name):
     block, ours, config = _pair(name)
+    router = copy.deepcopy(block.gate)
     block, ours = block.bfloat16(), ours.bfloat16()
+    block.gate = router
     hidden = torch.randn(2, 19, config.hidden_size).bfloat16()
     with torch.no_grad():
         out, baseline = ours(hidden), block(hidden)
@@ -255,8 +264,22 @@ def test_configs():
     v3 = transformers.DeepseekV3Config(**EXPERTS, num_hidden_layers=3, first_k_dense_replace=1)
     with pytest.raises(ValueError, match="layer_idx: got 0, a dense layer"):
         MoEConfig.from_hf(v3, 0)
-    with pytest.raises(ValueError, match=r"config.model_type: got 'llama'"):
-        MoEConfig.from_hf(transformers.LlamaConfig())
+    glm = transformers.GlmMoeDsaConfig(num_hidden_layers=5, mlp_layer_types=["dense", "sparse"] * 2 + ["sparse"])
+    assert MoEConfig.from_hf(glm, 1) == MoEConfig.from_hf(glm) == MoEConfig(6144, num_groups=1, top_k_groups=1)
+    with pytest.raises(ValueError, match="layer_idx: got 2, a dense layer; 1 is the first MoE"):
+        MoEConfig.from_hf(glm, 2)
+    kimi = transformers.DeepseekV3Config(
+        model_type="kimi_k2", n_routed_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+        first_k_dense_replace=1, num_hidden_layers=61, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
+    )  # fmt: skip
+    wanted = MoEConfig(num_experts=384, num_groups=1, top_k_groups=1, routed_scale=2.827)
+    assert MoEConfig.from_hf(kimi, 1) == wanted
+    for change in ({"topk_method": "greedy"}, {"scoring_func": "softmax"}, {"moe_layer_freq": 2}):
+        with pytest.raises(ValueError, match=f"config.{min(change)}: got"):
+            MoEConfig.from_hf(transformers.DeepseekV3Config(**change))
+    for other in ("LlamaConfig", "LongcatFlashConfig", "KimiLinearConfig", "Mistral4Config", "GptOssConfig"):
+        with pytest.raises(ValueError, match=r"config.model_type: got '.*', accepted: 'deepseek_v2', .*'kimi_k2'"):
+            MoEConfig.from_hf(getattr(transformers, other)())
     with pytest.raises(ValueError, match="shared_intermediate_size: got 24, a multiple of intermediate_size, 16"):
         MoEConfig(32, 16, 24)
     one_group = {"num_groups": 1, "top_k_groups": 1}
@@ -305,13 +328,13 @@ def test_to_quantized(format):
     before = {name: value.dtype for name, value in quantized.experts.named_buffers()}
     quantized.bfloat16()
     assert {name: value.dtype for name, value in quantized.experts.named_buffers()} == before
-    assert quantized.gate.weight.dtype == torch.bfloat16 and not list(quantized.experts.parameters())
-    other = moe.to_quantized(format, **options)
-    other.load_state_dict(quantized.state_dict())
+    assert not list(quantized.experts.parameters())
     with pytest.raises(ValueError, match="format"):
         moe.to_quantized("int3")
     with pytest.raises(NotImplementedError, match="quantised experts"):
         quantized.prepack()
+    with pytest.raises(NotImplementedError, match="in codes already"):
+        quantized.to_quantized(format)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mla_kernels.checks import check_tensor
-from mla_kernels.moe.formats import WeightFormat
+from mla_kernels.moe.formats import FORMATS, WeightFormat
 from mla_kernels.quant.fp8_block import BLOCK as SCALE_BLOCK
 from mla_kernels.quant.int4 import SYMMETRIC_ZERO
 from mla_kernels.quant.mxfp4 import GROUP
@@ -19,40 +19,87 @@ PUBLISHED = {"w1": GATE, "w2": DOWN, "w3": UP}
 """DeepSeek-V4's own names of an expert's projections, and Hugging Face's."""
 _ROWS = 512
 
-Converted = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
 
 def stack_experts(
-    number: int,
-    experts: Iterable[tuple[str, Mapping[str, StoredWeight]]],
-    out: Mapping[str, torch.Tensor] | None = None,
+    format: WeightFormat, number: int, experts: Iterable[tuple[str, Mapping[str, StoredWeight]]]
 ) -> dict[str, torch.Tensor]:
     """Codes, scales and zeros of ``number`` experts, by the names of ExpertWeights' attributes.
 
-    Args:
-        experts: (how errors call it, its gate_proj, up_proj and down_proj) of each expert, in order.
-        out: tensors to fill where dtype and shape are those of a result; the others are made.
+    ``experts`` gives, in order, how errors call each and its gate_proj, up_proj and down_proj.
     """
     parts: dict[str, torch.Tensor] = {}
     for index, (where, projections) in enumerate(experts):
-        gate, up, down = (projections[name].packed(f"{where}: {name}") for name in (GATE, UP, DOWN))
-        for name, converted in (("gate_up", join_rows(where, gate, up)), ("down", down)):
-            for suffix, tensor in zip(("", "_scale", "_zero"), converted):
-                key = name + suffix
-                if key not in parts:
-                    if tensor is None:
-                        continue
-                    parts[key] = _place(number, tensor, (out or {}).get(key))
-                    if index:  # zeros, which the experts before had not: they are symmetric
-                        parts[key][:index] = SYMMETRIC_ZERO
-                place = parts[key][index]
-                if tensor is None:
-                    place.fill_(SYMMETRIC_ZERO)
-                    continue
-                wanted = {"shape": tuple(place.shape), "dtypes": (place.dtype,)}
-                check_tensor(f"{where}: {key}", tensor, **wanted)
-                place.copy_(tensor)
+        gate, up, down = (projections[name] for name in (GATE, UP, DOWN))
+        for name, stored in projections.items():
+            check_format(f"{where}: {name}", stored, format)
+        if gate.shape != up.shape or down.shape != gate.shape[::-1]:
+            raise ValueError(
+                f"{where}: got gate_proj of shape {gate.shape}, up_proj of {up.shape} and down_proj of {down.shape}; "
+                "(I, H), (I, H) and (H, I) are accepted"
+            )
+        if not parts:
+            group_size = gate.shape[1] // gate.scales.shape[1] if format is WeightFormat.INT4 else None
+            options = {"scale_dtype": gate.scales.dtype, "group_size": group_size, "device": gate.scales.device}
+            parts = empty_parts(format, number, down.shape, **options)
+        if any(stored.zeros is not None for stored in projections.values()) and "gate_up_zero" not in parts:
+            add_zeros(parts)
+        for name, stored in projections.items():
+            write_projection(where, parts, index, name, stored)
     return parts
+
+
+def empty_parts(
+    format: WeightFormat,
+    number: int,
+    shape: tuple[int, int],
+    *,
+    scale_dtype: torch.dtype | None = None,
+    group_size: int | None = None,
+    device: torch.device | None = None,
+) -> dict[str, torch.Tensor]:
+    """Codes and scales of ``number`` experts of down's ``shape`` (H, I), all zero: every weight is 0.
+
+    ``scale_dtype`` and ``group_size`` are int4's.
+    """
+    layout, (hidden, inner), parts = FORMATS[format], shape, {}
+    for name, rows, columns in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+        layout.check_columns(name, columns, group_size or GROUP)
+        scale_shape = layout.scale_shape(rows, columns, group_size or GROUP)
+        codes = number, rows, layout.row_length(columns)
+        parts[name] = torch.zeros(codes, dtype=layout.codes[0], device=device)
+        dtype = scale_dtype if format is WeightFormat.INT4 else layout.scales[0]
+        parts[f"{name}_scale"] = torch.zeros(number, *scale_shape, dtype=dtype, device=device)
+    return parts
+
+
+def add_zeros(parts: dict[str, torch.Tensor]) -> None:
+    """Zeros of 8, which is symmetric, beside int4's scales."""
+    for name in ("gate_up", "down"):
+        parts[f"{name}_zero"] = torch.full_like(parts[f"{name}_scale"], SYMMETRIC_ZERO, dtype=torch.uint8)
+
+
+def write_projection(where: str, parts: dict[str, torch.Tensor], index: int, name: str, stored: StoredWeight) -> None:
+    """Write gate_proj, up_proj or down_proj of one expert to its rows in ``parts``."""
+    both = "down" if name == DOWN else "gate_up"
+    codes, scales, zeros = stored.packed(f"{where}: {name}")
+    if name != DOWN and stored.format == "fp8_block" and stored.shape[0] % SCALE_BLOCK:
+        raise NotImplementedError(
+            f"{where}: got an intermediate size of {stored.shape[0]}, multiples of {SCALE_BLOCK} are accepted: a block "
+            "of scales would hold rows of gate_proj and of up_proj"
+        )
+    for suffix, value in (("", codes), ("_scale", scales), ("_zero", zeros)):
+        if f"{both}{suffix}" not in parts:
+            if value is not None:
+                raise ValueError(f"{where}: {name}: got zeros, a weight without is accepted by symmetric experts")
+            continue
+        place = parts[f"{both}{suffix}"][index]
+        if name != DOWN:
+            place = place.chunk(2)[name == UP]
+        if value is None:
+            place.fill_(SYMMETRIC_ZERO)
+            continue
+        check_tensor(f"{where}: {both}{suffix}", value, shape=tuple(place.shape), dtypes=(place.dtype,))
+        place.copy_(value)
 
 
 def check_format(where: str, stored: StoredWeight, format: WeightFormat) -> None:
@@ -61,33 +108,6 @@ def check_format(where: str, stored: StoredWeight, format: WeightFormat) -> None
     if stored.format != wanted.value:
         kind = "e4m3 with a scale for each row" if stored.format == "fp8_row" else f"format {stored.format!r}"
         raise ValueError(f"{where}: got {kind}, experts of format {format.value!r} are accepted here")
-
-
-def _place(number, like, given):
-    """[number, *like.shape]: ``given`` if it is that, else a new tensor where that was, or where ``like`` is."""
-    shape = (number, *like.shape)
-    if given is not None and given.shape == shape and given.dtype == like.dtype:
-        return given
-    return like.new_empty(shape, device=like.device if given is None else given.device)
-
-
-def join_rows(where: str, gate: Converted, up: Converted) -> Converted:
-    """gate's rows, then up's."""
-    if gate[0].shape != up[0].shape or gate[1].shape != up[1].shape:
-        raise ValueError(
-            f"{where}: got gate_proj of {tuple(gate[0].shape)} codes and {tuple(gate[1].shape)} scales, up_proj of "
-            f"{tuple(up[0].shape)} and {tuple(up[1].shape)}; equal shapes are accepted"
-        )
-    rows, scale_rows = gate[0].shape[0], gate[1].shape[0]
-    if scale_rows != rows and rows % SCALE_BLOCK:
-        raise NotImplementedError(
-            f"{where}: got an intermediate size of {rows}, multiples of {SCALE_BLOCK} are accepted: a block of scales "
-            "would hold rows of gate_proj and of up_proj"
-        )
-    zeros, like = None, gate[2] if up[2] is None else up[2]
-    if like is not None:  # None beside it is symmetric
-        zeros = torch.cat([torch.full_like(like, SYMMETRIC_ZERO) if x is None else x for x in (gate[2], up[2])])
-    return torch.cat([gate[0], up[0]]), torch.cat([gate[1], up[1]]), zeros
 
 
 def mxfp4_projection(name: str, blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

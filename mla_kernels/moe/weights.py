@@ -14,7 +14,7 @@ import torch
 from mla_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from mla_kernels.cpu.packed import prepack
 from mla_kernels.cpu.quantised import prepack as prepack_int4
-from mla_kernels.moe.convert import PUBLISHED, check_format, mxfp4_projection, stack_experts
+from mla_kernels.moe.convert import PUBLISHED, mxfp4_projection, stack_experts
 from mla_kernels.moe.formats import FORMATS, WeightFormat, dequantise_weight, quantise_weight, weight_shape
 from mla_kernels.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO
 from mla_kernels.quant.mxfp4 import GROUP
@@ -83,7 +83,7 @@ class ExpertWeights:
         object.__setattr__(self, "format", WeightFormat(self.format))
         object.__setattr__(self, "group_size", _group_size(self.format, self.group_size))
         for name in _TENSORS[:4]:
-            object.__setattr__(self, name, _as_stored(name, getattr(self, name), self.format))
+            object.__setattr__(self, name, as_stored(name, getattr(self, name), self.format))
         _check(self)
 
     @property
@@ -308,10 +308,9 @@ class ExpertWeights:
                 for published, name in PUBLISHED.items():
                     own = published if f"{published}.weight" in tensors else name
                     stored[name] = read(f"{where}: {name}", tensors, own, *arguments)
-                    check_format(f"{where}: {name}", stored[name], format)
                 yield where, stored
 
-        return from_parts(format, stack_experts(len(experts), projections()))
+        return from_parts(format, stack_experts(format, len(experts), projections()))
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """gate_up [E, 2I, H] and down [E, H, I] in ``dtype`` (a float dtype), each value rounded once."""
@@ -380,19 +379,15 @@ def from_parts(format: WeightFormat, parts: Mapping[str, torch.Tensor]) -> Exper
     """From tensors by attribute whose shapes tell the group size; zeros that are 8 everywhere are left out."""
     group_size = None
     if format is WeightFormat.INT4:
-        zeros = {name: parts[name] for name in ("gate_up_zero", "down_zero") if name in parts}
-        parts = {name: tensor for name, tensor in parts.items() if name not in zeros}
-        if any((zero != SYMMETRIC_ZERO).any() for zero in zeros.values()):
-            for name in ("gate_up", "down"):
-                scale = parts[f"{name}_scale"]
-                symmetric = torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8)
-                parts[f"{name}_zero"] = zeros.get(f"{name}_zero", symmetric)
+        zeros = {name: tensor for name, tensor in parts.items() if name.endswith("_zero")}
+        if all((zero == SYMMETRIC_ZERO).all() for zero in zeros.values()):
+            parts = {name: tensor for name, tensor in parts.items() if name not in zeros}
         group_size = parts["down"].shape[1] // max(parts["gate_up_scale"].shape[-1], 1)
     return ExpertWeights(format, **parts, group_size=group_size)
 
 
-def _as_stored(name, tensor, format):
-    """Eight-bit floats as the format has them: codes and ue8m0 scales as bytes, those of fp8_block in fp32."""
+def as_stored(name, tensor, format):
+    """Eight-bit floats as the format has them: bytes, but for ue8m0 scales of fp8_block, which become fp32."""
     dtype = getattr(tensor, "dtype", None)
     if dtype == torch.float8_e8m0fnu and name.endswith("scale") and format is WeightFormat.FP8_BLOCK:
         return tensor.float()

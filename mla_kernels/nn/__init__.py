@@ -7,7 +7,8 @@ V3.2 and V4. Both train.
 
 from mla_kernels.nn.attention import LatentAttention
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, absorb_query, expand_output
-from mla_kernels.nn.moe import MoE, MoEConfig, SwiGLU
+from mla_kernels.nn.moe import MoE, SwiGLU
+from mla_kernels.nn.moe_config import MoEConfig
 from mla_kernels.nn.rope import apply_rope, rope_tables, softmax_scale, yarn_mscale
 
 __all__ = [

@@ -1,7 +1,5 @@
 """LatentAttention: one attention layer of DeepSeek-V2, V3, V3.2 or GLM-5 over the ops, for inference and training."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +16,7 @@ from mla_kernels.latent.gather import gather_tokens
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.write import write_latent
+from mla_kernels.nn.batch import Span, Tokens, causal_rows
 from mla_kernels.nn.indexer import Indexer
 from mla_kernels.nn.layers import (
     INNER_EPS,
@@ -30,6 +29,7 @@ from mla_kernels.nn.layers import (
     readable,
     value_width,
 )
+from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.rope import apply_rope
 
 CONTEXT_BLOCK = 4096
@@ -37,47 +37,6 @@ CONTEXT_BLOCK = 4096
 
 SPARSE_TOKENS = 64
 """Tokens of a sequence that attend to a quantised cache at a time in chunked sparse prefill."""
-
-
-class _Tokens(NamedTuple):
-    """A batch laid end to end."""
-
-    hidden: torch.Tensor  # [tokens, hidden_size]
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor  # [tokens]
-
-    @property
-    def tables(self) -> tuple[torch.Tensor, ...]:
-        return self.cos, self.sin, self.positions
-
-    @property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each token, [tokens, rope / 2]; positions outside the tables take their ends, as in ops."""
-        place = self.positions.long().clamp(0, self.cos.shape[0] - 1)
-        return self.cos[place], self.sin[place]
-
-
-class _Span(NamedTuple):
-    """Where the tokens of each row of a padded batch stand: [leading, leading + real), int32 [batch] both."""
-
-    leading: torch.Tensor
-    real: torch.Tensor
-
-    @classmethod
-    def of(cls, slot_mapping: torch.Tensor) -> "_Span":
-        real = slot_mapping >= 0  # [batch, tokens]
-        leading = (real.cumsum(1) == 0).sum(1)
-        return cls(leading.to(torch.int32), real.sum(1).to(torch.int32))
-
-    def bounds(self, first: torch.Tensor, second: torch.Tensor, width: int) -> torch.Tensor:
-        """cu_seqlens of three sequences a row: ``first`` tokens, ``second`` tokens, and the rest of ``width``.
-
-        So padding attends to padding, and nothing is moved, nor any length read back: rows of 4 tokens with
-        first = [1, 0] and second = [3, 2] have the sequences [0, 1), [1, 4), [4, 4), [4, 4), [4, 6), [6, 8).
-        """
-        lengths = torch.stack((first, second, width - first - second), 1).flatten()
-        return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 class LatentAttention(nn.Module):
@@ -93,6 +52,11 @@ class LatentAttention(nn.Module):
     gradient: the indexer's weights get none.
 
     ``w_uk`` and ``w_uv`` are views of ``kv_b_proj``: absorbing them costs no memory.
+
+    ``load_state_dict`` takes published files. Weights in codes (DeepSeek's e4m3 with ``weight_scale_inv``) become
+    numbers of the parameters' dtype, codes without scales are refused, and ``rotary_emb.inv_freq``, which Kimi's files
+    carry, is left out: positions come from the caller's tables. The indexer's ``weights_proj`` and ``k_norm`` stay in
+    float32 in ``to(torch.bfloat16)`` and the like; wider dtypes and devices are followed.
     """
 
     def __init__(self, config: AttentionConfig):
@@ -111,6 +75,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_dim, config.hidden_size, bias=config.bias)
         if config.index_top_k is not None:
             self.indexer = Indexer(config)
+        self.register_load_state_dict_pre_hook(_take_published)
         self._weights: tuple = ((), None)
 
     @property
@@ -183,21 +148,21 @@ class LatentAttention(nn.Module):
         norms = self.kv_a_layernorm.weight, self.q_a_layernorm.weight
         return PrologWeights(down, norms[0], self.q_b_proj.weight, self.w_uk, norms[1], bias)
 
-    def _tokens(self, hidden, cos, sin, positions) -> _Tokens:
-        return _Tokens(hidden.flatten(0, -2), cos, sin, positions.flatten().contiguous())
+    def _tokens(self, hidden, cos, sin, positions) -> Tokens:
+        return Tokens(hidden.flatten(0, -2), cos, sin, positions.flatten().contiguous())
 
-    def _queries(self, tokens: _Tokens, q_latent: torch.Tensor | None) -> torch.Tensor:
+    def _queries(self, tokens: Tokens, q_latent: torch.Tensor | None) -> torch.Tensor:
         """[tokens, heads, nope + rope], not rotated."""
         q = project(self.q_proj, tokens.hidden) if q_latent is None else project(self.q_b_proj, q_latent)
         return q.unflatten(-1, (self.config.num_heads, -1))
 
-    def _rotate_queries(self, q: torch.Tensor, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotate_queries(self, q: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The nope part of q as it is, its rope part rotated."""
         q_nope, q_rope = q.split((self.config.nope_dim, self.config.rope_dim), -1)
         cos, sin = (rows[:, None] for rows in tokens.rows)
         return q_nope, apply_rope(q_rope, cos, sin, self.config.rope)
 
-    def _latents(self, kv_a: torch.Tensor, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _latents(self, kv_a: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents [tokens, latent] and rotated keys [tokens, rope] of the projected tokens."""
         latent, key = kv_a.split((self.config.kv_lora_rank, self.config.rope_dim), -1)
         return self.kv_a_layernorm(latent), apply_rope(key, *tokens.rows, self.config.rope)
@@ -221,7 +186,7 @@ class LatentAttention(nn.Module):
         )  # fmt: skip
         return out[..., : self.config.v_dim], lse
 
-    def _over_context(self, out, lse, q, span: _Span, tokens: int, cache, block_table, context_lens, longest: int):
+    def _over_context(self, out, lse, q, span: Span, tokens: int, cache, block_table, context_lens, longest: int):
         """Merge attention over cached contexts, CONTEXT_BLOCK keys of each at a time, into that over the chunks."""
         page = cache.page_size
         bounds_q = span.bounds(span.leading, span.real, tokens)
@@ -353,7 +318,7 @@ class LatentAttention(nn.Module):
         if (block_table is None) != (context_lens is None):
             missing = "context_lens" if context_lens is None else "block_table"
             raise ValueError(f"{missing}: got None, block_table and context_lens are accepted together")
-        (batch, width), span = hidden.shape[:2], _Span.of(slot_mapping)
+        (batch, width), span = hidden.shape[:2], Span.of(slot_mapping)
         longest = 0
         if block_table is not None:
             check_tensor("block_table", block_table, shape=(batch, None), dtypes=(torch.int32,), device=hidden.device)
@@ -398,7 +363,7 @@ class LatentAttention(nn.Module):
             return project(self.o_proj, values).unflatten(0, (batch, width))[rows, back]
         latent, k_rope = self._latents(kv_a, tokens)
         if sparse:
-            starts, ends = _causal_rows(span, width)
+            starts, ends = causal_rows(span, width)
             chosen = self.indexer.select_rows(tokens.hidden, q_latent, tokens.tables, starts, ends)
             q = absorb.absorb_query(q, self.w_uk, *tokens.tables, rope=self.config.rope)
             out, _ = sparse_mla_prefill(
@@ -481,18 +446,15 @@ class LatentAttention(nn.Module):
         return project(self.o_proj, out.flatten(1)).view(hidden.shape)
 
 
+def _take_published(module: LatentAttention, state_dict: dict, prefix: str, *rest) -> None:
+    """Before ``load_state_dict``: codes become numbers, a table of frequencies goes."""
+    state_dict.pop(f"{prefix}rotary_emb.inv_freq", None)
+    dequantise_state(module, state_dict, prefix, *rest)
+
+
 def _stacked(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether ``other`` lies right behind ``one`` in one storage."""
     if torch.compiler.is_compiling() or not (one.is_contiguous() and other.is_contiguous()):
         return False
     same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.dtype == other.dtype
     return same and other.storage_offset() == one.storage_offset() + one.numel()
-
-
-def _causal_rows(span: _Span, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(starts, ends) int32 [batch * width]: the rows of a flattened padded batch that each of its tokens sees."""
-    place = torch.arange(width, dtype=torch.int32, device=span.leading.device)
-    row = torch.arange(len(span.leading), dtype=torch.int32, device=place.device)[:, None] * width
-    inside = (place >= span.leading[:, None]) & (place < (span.leading + span.real)[:, None])  # [batch, width]
-    starts = (row + span.leading[:, None]).expand_as(inside)
-    return starts.flatten(), torch.where(inside, row + place + 1, starts).flatten()

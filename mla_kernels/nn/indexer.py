@@ -7,6 +7,8 @@ from mla_kernels.attention.indexer_select import select_keys, select_slots
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, project
+from mla_kernels.nn.loading import dequantise_state
+from mla_kernels.nn.precision import Float32LayerNorm, Float32Linear
 
 
 class Indexer(nn.Module):
@@ -14,6 +16,9 @@ class Indexer(nn.Module):
 
     ``score = sum_h weights_h relu(q_h . k)``, with ``head_dim ** -0.5`` and ``heads ** -0.5`` folded into the weights,
     which are computed in fp32. The best ``top_k`` keys are attended to. Nothing here has a gradient.
+
+    ``weights_proj`` and ``k_norm`` stay in float32 in ``to(torch.bfloat16)`` and the like, as DeepSeek's own code has
+    them.
 
     Queries and keys for an fp8 cache go through the Hadamard transform first, as in DeepSeek's own code: it spreads
     outliers before keys are rounded and changes no score.
@@ -25,13 +30,14 @@ class Indexer(nn.Module):
         self.rotation = {"rope_dim": config.rope_dim, "rope": config.index_rope}
         self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=INNER_EPS)
-        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.k_norm = Float32LayerNorm(self.head_dim, eps=INNER_EPS)
+        self.weights_proj = Float32Linear(config.hidden_size, self.heads)
+        self.register_load_state_dict_pre_hook(dequantise_state)
 
     def _query(self, hidden, q_latent, tables, *, hadamard: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [tokens, heads, head_dim] and their weights [tokens, heads] in fp32."""
         q = project(self.wq_b, q_latent).unflatten(-1, (self.heads, self.head_dim))
-        weights = project(self.weights_proj, hidden.to(self.weights_proj.weight.dtype)).float()
+        weights = project(self.weights_proj, hidden.to(self.weights_proj.weight.dtype))
         q = rotate_indexer_query(q, *tables, **self.rotation, hadamard=hadamard)
         return q, weights * (self.heads * self.head_dim) ** -0.5
 

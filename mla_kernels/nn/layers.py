@@ -8,12 +8,14 @@ from torch import nn
 from mla_kernels.checks import check_choice, check_int
 from mla_kernels.cpu.packed import multiply, packed
 from mla_kernels.latent.write import ROPE_MODES
+from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.rope import softmax_scale
 
 INNER_EPS = 1e-6
 """Epsilon of the norms inside the attention, whatever the model's ``rms_norm_eps`` says."""
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2")
+"""``model_type`` of the configurations that :meth:`AttentionConfig.from_hf` takes."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class AttentionConfig:
 
     @classmethod
     def from_hf(cls, config, layer: int = 0) -> "AttentionConfig":
-        """From a ``DeepseekV2Config``, ``DeepseekV3Config``, ``DeepseekV32Config`` or ``GlmMoeDsaConfig`` of
-        transformers.
+        """From a configuration of transformers whose ``model_type`` is in :data:`FAMILIES`: DeepSeek-V2, V3 and R1,
+        V3.2, Kimi-K2 (deepseek_v3 or kimi_k2), GLM-4.7-Flash (glm4_moe_lite), GLM-5 (glm_moe_dsa).
 
         Raises:
             ValueError: another ``model_type``.
@@ -60,7 +62,7 @@ class AttentionConfig:
         family = config.model_type
         check_choice("config.model_type", family, FAMILIES)
         rope = "interleaved" if family == "deepseek_v2" else "interleaved_to_half"
-        if family == "deepseek_v3" and not config.rope_interleave:
+        if family in ("deepseek_v3", "glm4_moe_lite", "kimi_k2") and not getattr(config, "rope_interleave", True):
             rope = "half"
         indexer = {}
         if family in ("deepseek_v32", "glm_moe_dsa"):
@@ -95,6 +97,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.register_load_state_dict_pre_hook(dequantise_state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = x.float()

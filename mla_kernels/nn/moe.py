@@ -2,206 +2,54 @@
 
 import contextlib
 import copy
-import dataclasses
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_kernels.checks import check_choice, check_int, check_tensor
+from mla_kernels.checks import check_choice, check_tensor
 from mla_kernels.cpu.packed import prepack
-from mla_kernels.moe.activation import SWIGLU, Activation
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.formats import WeightFormat
 from mla_kernels.moe.hash_route import hash_route
 from mla_kernels.moe.parallel import ExpertParallel
-from mla_kernels.moe.quantised import fused_experts
 from mla_kernels.moe.route import route
-from mla_kernels.moe.scores import SCORINGS
 from mla_kernels.moe.weights import ExpertWeights
+from mla_kernels.nn.experts import OPTIONS, Experts, QuantizedExperts
+from mla_kernels.nn.loading import dequantise_state
+from mla_kernels.nn.moe_config import MoEConfig
 from mla_kernels.nn.moe_state import merge_experts, split_experts
+from mla_kernels.nn.precision import KeepsFloat32
 
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Sizes and routing of one mixture-of-experts layer; the defaults are DeepSeek-V3's.
-
-    Args:
-        shared_intermediate_size: of all shared experts together, a multiple of ``intermediate_size``; 0 for none.
-        scoring, num_groups, top_k_groups, renormalize, routed_scale: as :func:`mla_kernels.route` takes them. With
-            scores other than "softmax" the router has a bias that steers the choice.
-        hash_vocabulary: number of token ids of a layer that chooses experts by token id (DeepSeek-V4's first layers);
-            None for a layer that chooses them by score.
-        activation: of the routed and the shared experts.
-
-    Raises:
-        ValueError: sizes or numbers of experts and groups that do not go together, groups with ``hash_vocabulary``.
-        NotImplementedError: an activation of interleaved rows.
-    """
-
-    hidden_size: int = 7168
-    intermediate_size: int = 2048
-    shared_intermediate_size: int = 2048
-    num_experts: int = 256
-    top_k: int = 8
-    scoring: str = "sigmoid"
-    num_groups: int = 8
-    top_k_groups: int = 4
-    renormalize: bool = True
-    routed_scale: float = 2.5
-    hash_vocabulary: int | None = None
-    activation: Activation = SWIGLU
-
-    def __post_init__(self):
-        for name in ("hidden_size", "intermediate_size", "num_experts"):
-            check_int(name, getattr(self, name), 1)
-        check_int("top_k", self.top_k, 1, self.num_experts)
-        check_choice("scoring", self.scoring, SCORINGS)
-        check_int("num_groups", self.num_groups, 1, self.num_experts)
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"num_groups: got {self.num_groups}, a divisor of {self.num_experts} experts is accepted")
-        check_int("top_k_groups", self.top_k_groups, 1, self.num_groups)
-        if self.hash_vocabulary is not None:
-            check_int("hash_vocabulary", self.hash_vocabulary, 1)
-            if self.num_groups != 1:
-                raise ValueError(f"num_groups: got {self.num_groups} with hash_vocabulary, 1 is accepted there")
-        check_int("shared_intermediate_size", self.shared_intermediate_size, 0)
-        if self.shared_intermediate_size % self.intermediate_size:
-            raise ValueError(
-                f"shared_intermediate_size: got {self.shared_intermediate_size}, a multiple of intermediate_size, "
-                f"{self.intermediate_size}, is accepted"
-            )
-        if self.activation.interleaved:
-            raise NotImplementedError("activation: got interleaved rows, the gate's rows before up's are accepted")
-
-    @property
-    def num_shared(self) -> int:
-        """Shared experts, each of ``intermediate_size``."""
-        return self.shared_intermediate_size // self.intermediate_size
-
-    @classmethod
-    def from_hf(cls, config, layer_idx: int | None = None) -> "MoEConfig":
-        """From a ``DeepseekV2Config``, ``DeepseekV3Config``, ``DeepseekV32Config`` or ``DeepseekV4Config``.
-
-        ``layer_idx`` is needed for V4, whose first layers choose experts by token id; with the others it only refuses a
-        dense layer.
-        """
-        models = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
-        check_choice("config.model_type", config.model_type, models)
-        check_choice("config.hidden_act", config.hidden_act, ("silu",))
-        check_choice("config.mlp_bias", getattr(config, "mlp_bias", False), (False,))
-        if layer_idx is not None:
-            check_int("layer_idx", layer_idx, 0, config.num_hidden_layers - 1)
-        sizes = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.moe_intermediate_size,
-            "num_experts": config.n_routed_experts,
-            "top_k": config.num_experts_per_tok,
-            "routed_scale": config.routed_scaling_factor,
-        }
-        if config.model_type == "deepseek_v4":
-            return cls(**sizes, **_v4(config, layer_idx))
-        if layer_idx is not None and layer_idx < config.first_k_dense_replace:
-            raise ValueError(
-                f"layer_idx: got {layer_idx}, a dense layer; {config.first_k_dense_replace} is the first MoE"
-            )
-        v2 = config.model_type == "deepseek_v2"
-        if v2:
-            check_choice("config.topk_method", config.topk_method, ("greedy", "group_limited_greedy"))
-        grouped = not v2 or config.topk_method == "group_limited_greedy"
-        return cls(
-            **sizes,
-            shared_intermediate_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
-            scoring="softmax" if v2 else "sigmoid",
-            num_groups=config.n_group if grouped else 1,
-            top_k_groups=config.topk_group if grouped else 1,
-            renormalize=not v2 and config.norm_topk_prob,  # V2's models ignore norm_topk_prob
-        )
+FORMATS = tuple(format.value for format in WeightFormat if format is not WeightFormat.PLAIN)
+"""Weight formats of quantised experts."""
 
 
 def _full_precision(device_type):
     """Without autocast, which would round the router's product."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
-def _v4(config, layer_idx):
-    """What DeepSeek-V4 has of its own: one shared expert, no groups, normalised weights, a clamp, hash layers."""
-    check_choice("config.scoring_func", config.scoring_func, ("sqrtsoftplus", "sigmoid"))
-    if layer_idx is None:
-        raise ValueError("layer_idx: got None, the layer's number is needed (DeepSeek-V4's layers differ in routing)")
-    return {
-        "shared_intermediate_size": config.moe_intermediate_size,
-        "scoring": {"sqrtsoftplus": "sqrt_softplus"}.get(config.scoring_func, config.scoring_func),
-        "num_groups": 1,
-        "top_k_groups": 1,
-        "renormalize": True,
-        "hash_vocabulary": config.vocab_size if config.mlp_layer_types[layer_idx] == "hash_moe" else None,
-        "activation": Activation("pre", config.swiglu_limit),
-    }
-
-
-class _Gate(nn.Module):
+class _Gate(KeepsFloat32):
     """The router: its weight, and the bias that steers the choice only, or the table of experts by token id."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size).normal_(0, 0.02))
+        weight = torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32)
+        self.weight = nn.Parameter(weight.normal_(0, 0.02))
         if config.hash_vocabulary is not None:
             table = torch.zeros(config.hash_vocabulary, config.top_k, dtype=torch.int64)
             self.register_buffer("tid2eid", table)
         elif config.scoring != "softmax":
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
 
-class _Experts(nn.Module):
-    """The experts' stacked weights, gate rows before up rows, the shared experts behind the routed ones."""
-
-    def __init__(self, config: MoEConfig, num_experts: int):
-        super().__init__()
-        self.activation = config.activation
-        experts, inner, hidden = num_experts + config.num_shared, config.intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden).normal_(0, 0.02))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner).normal_(0, 0.02))
-
-    def compute(self, tokens, weights, ids, gate_up, down):
-        return fused_moe(tokens, gate_up, down, weights, ids, activation=self.activation)
-
-    def forward(self, tokens, weights, ids):
-        return self.compute(tokens, weights, ids, *self.parameters())
-
-
-class _QuantizedExperts(nn.Module):
-    """The same experts in another weight format, as buffers: codes, scales and zeros keep their dtypes in ``to``."""
-
-    def __init__(self, config: MoEConfig, weights: ExpertWeights):
-        super().__init__()
-        self.activation, self._weights = config.activation, weights
-        for name, value in weights.tensors().items():
-            self.register_buffer(name, value)
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """The buffers, in their format."""
-        buffers = dict(self.named_buffers())
-        known = self._weights.tensors()
-        if any(known[name] is not value for name, value in buffers.items()):  # moved, or assigned by load_state_dict
-            self._weights = dataclasses.replace(self._weights, **buffers)
-        return self._weights
-
-    def compute(self, tokens, weights, ids):
-        return fused_experts(tokens, self.weights, weights, ids, activation=self.activation)
-
-    def forward(self, tokens, weights, ids):
-        return self.compute(tokens, weights, ids)
-
-    def _apply(self, function, recurse=True):
-        def moved(tensor):
-            result = function(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
+def _make_experts(config, number, format, options):
+    sizes = number, config.hidden_size, config.intermediate_size, config.activation
+    if format in (None, "plain"):
+        return Experts(*sizes)
+    return QuantizedExperts.empty(*sizes, format, **options if format == "int4" else {})
 
 
 class SwiGLU(nn.Module):
@@ -212,6 +60,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.register_load_state_dict_pre_hook(dequantise_state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -224,7 +73,14 @@ class MoE(nn.Module):
     with weight 1; the two sums are the same. So ``experts.gate_up_proj`` and ``experts.down_proj`` hold
     ``num_experts + num_shared`` experts. State dicts have Hugging Face's names and shapes all the same, both ways:
     ``experts.gate_up_proj`` of the routed experts, ``shared_experts.gate_proj.weight`` and so on. Loading also takes
-    the names of DeepSeek's published files (``experts.0.gate_proj.weight``, or V4's ``experts.0.w1.weight``).
+    the names of published files (``experts.0.gate_proj.weight``, or V4's ``experts.0.w1.weight``).
+
+    Weights that a file stores in codes (DeepSeek's and Kimi-K2's e4m3 with ``weight_scale_inv``, V4's e4m3 and MXFP4
+    with ``scale``, compressed-tensors' int4 and int8) become numbers of the parameters' dtype. With ``expert_format``
+    the experts keep codes of that format. Codes without their scales are refused.
+
+    The router's weight and bias stay in float32 in ``to(torch.bfloat16)``, ``half()`` and the like, and are widened
+    when they are loaded: rounding them would change which experts are chosen. ``double()`` widens them too.
 
     Args:
         config: sizes and routing.
@@ -233,17 +89,48 @@ class MoE(nn.Module):
             of the router; gradients of these copies are this rank's tokens' only, to be summed over the ranks by the
             caller.
         chunks: as :meth:`ExpertParallel.fused_moe` takes it, with ``parallel`` only.
+        expert_format: a ``WeightFormat`` of :class:`mla_kernels.ExpertWeights` other than "plain", for experts that are
+            0 until ``load_state_dict`` fills them with a file's codes, or with the state dict of such a module, or of
+            what :meth:`to_quantized` returns. They have no gradients.
+        shared_format: with ``expert_format``, for files whose shared experts are stored otherwise: "plain", or another
+            format. They are a second call then, ``shared_experts``.
+        options: of "int4", what the file has: ``group_size`` (128 by default), ``symmetric`` (True), ``scale_dtype``
+            (``torch.bfloat16``).
+
+    Raises:
+        ValueError: arguments that do not go together, sizes that a format cannot hold.
     """
 
-    def __init__(self, config: MoEConfig, *, parallel: ExpertParallel | None = None, chunks: int = 1):
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        parallel: ExpertParallel | None = None,
+        chunks: int = 1,
+        expert_format: str | None = None,
+        shared_format: str | None = None,
+        **options,
+    ):
         super().__init__()
         if parallel is not None and parallel.num_experts != config.num_experts:
             raise ValueError(f"parallel: got one of {parallel.num_experts} experts, {config.num_experts} are accepted")
         if parallel is None and chunks != 1:
             raise ValueError(f"chunks: got {chunks} without parallel, 1 is accepted there")
+        check_choice("expert_format", expert_format, (None, *FORMATS))
+        check_choice("shared_format", shared_format, (None, "plain", *FORMATS))
+        if shared_format is not None and (expert_format is None or not config.num_shared):
+            missing = "expert_format" if expert_format is None else "shared experts"
+            raise ValueError(f"shared_format: got {shared_format!r} without {missing}, None is accepted there")
+        unused = options.keys() - (OPTIONS if "int4" in (expert_format, shared_format) else {})
+        if unused:
+            raise TypeError(f"{min(unused)}: got an option that only experts of format 'int4' have, or that is unknown")
         self.config, self.parallel, self.chunks = config, parallel, chunks
+        self.shared_apart = shared_format is not None
         self.gate = _Gate(config)
-        self.experts = _Experts(config, self.num_local)
+        together = 0 if self.shared_apart else config.num_shared
+        self.experts = _make_experts(config, self.num_local + together, expert_format, options)
+        if self.shared_apart:
+            self.shared_experts = _make_experts(config, config.num_shared, shared_format, options)
         self.register_state_dict_post_hook(split_experts)
         self.register_load_state_dict_pre_hook(merge_experts)
 
@@ -263,17 +150,20 @@ class MoE(nn.Module):
         ``input_ids`` [...] int32 or int64 are the tokens' ids, which layers that choose experts by token id need;
         others do not look at them.
         """
-        tokens = self._tokens(hidden)
-        if self.parallel is None:
-            return self.experts(tokens, *self._route(tokens, input_ids, self.config.num_shared)).view(hidden.shape)
+        tokens, shared = self._tokens(hidden), self.config.num_shared
+        if self.parallel is None and not self.shared_apart:
+            return self.experts(tokens, *self._route(tokens, input_ids, shared)).view(hidden.shape)
         weights, ids = self._route(tokens, input_ids, 0)
-        out = self.parallel.run(
-            self.experts.compute, tokens, weights, ids, parameters=tuple(self.experts.parameters()), chunks=self.chunks
-        )
-        if self.config.num_shared:
-            shape = tokens.shape[0], self.config.num_shared
-            shared = torch.arange(self.config.num_shared, dtype=torch.int32, device=ids.device) + self.num_local
-            out = out + self.experts(tokens, weights.new_ones(shape), shared.expand(shape).contiguous())
+        if self.parallel is None:
+            out = self.experts(tokens, weights, ids)
+        else:
+            own = tuple(self.experts.parameters())
+            out = self.parallel.run(self.experts.compute, tokens, weights, ids, parameters=own, chunks=self.chunks)
+        if shared:
+            experts, first = (self.shared_experts, 0) if self.shared_apart else (self.experts, self.num_local)
+            shape = tokens.shape[0], shared
+            chosen = torch.arange(first, first + shared, dtype=torch.int32, device=ids.device)
+            out = out + experts(tokens, weights.new_ones(shape), chosen.expand(shape).contiguous())
         return out.view(hidden.shape)
 
     def prepack(self) -> int:
@@ -281,7 +171,7 @@ class MoE(nn.Module):
 
         :meth:`forward` then multiplies by the copies, without gradients: see :func:`mla_kernels.cpu.prepack`.
         """
-        if isinstance(self.experts, _QuantizedExperts):
+        if isinstance(self.experts, QuantizedExperts):
             raise NotImplementedError("prepack: quantised experts have no such copies")
         return prepack(gate_up=self.experts.gate_up_proj, down=self.experts.down_proj)
 
@@ -294,13 +184,21 @@ class MoE(nn.Module):
             options: what ``ExpertWeights.quantise`` takes, as ``group_size=64``.
 
         Returns:
-            a new module, the router copied. Its ``experts`` hold the format's tensors as buffers.
+            a new module, the router copied. Its ``experts`` hold the format's tensors as buffers, and so does its state
+            dict, which ``MoE(config, expert_format=format)`` loads, given int4's options.
+
+        Raises:
+            ValueError: an unknown format, or one that cannot hold these sizes. NotImplementedError: the experts are in
+            codes already.
         """
+        if isinstance(self.experts, QuantizedExperts):
+            raise NotImplementedError("to_quantized: these experts are in codes already")
+        gate_up, down = (parameter.detach() for parameter in self.experts.parameters())
+        weights = ExpertWeights.quantise(gate_up, down, format, **options)
         with torch.device("meta"):
             quantized = MoE(self.config, parallel=self.parallel, chunks=self.chunks)
-        gate_up, down = (parameter.detach() for parameter in self.experts.parameters())
         quantized.gate = copy.deepcopy(self.gate)
-        quantized.experts = _QuantizedExperts(self.config, ExpertWeights.quantise(gate_up, down, format, **options))
+        quantized.experts = QuantizedExperts(weights, self.config.activation)
         return quantized.train(self.training)
 
     def _tokens(self, hidden):

@@ -17,10 +17,13 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def softmax_scale(head_dim: int, rope_parameters: Mapping | None = None) -> float:
-    """``head_dim ** -0.5``, times m^2 with m = 0.1 mscale_all_dim ln(factor) + 1 under an extended context."""
+    """``head_dim ** -0.5``, times m^2 with m = 0.1 mscale_all_dim ln(factor) + 1 under an extended context.
+
+    ``rope_parameters`` as :func:`rope_tables` takes them.
+    """
     scale = head_dim**-0.5
     parameters = rope_parameters or {}
-    if parameters.get("rope_type", "default") != "default" and parameters.get("mscale_all_dim"):
+    if _kind(parameters) != "default" and parameters.get("mscale_all_dim"):
         scale *= yarn_mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
     return scale
 
@@ -36,6 +39,7 @@ def rope_tables(
         rope_parameters: ``{"rope_theta": 1e4}``, and for YaRN (arXiv 2309.00071) ``rope_type`` "yarn" with ``factor``,
             ``original_max_position_embeddings`` and optionally ``beta_fast``, ``beta_slow``, ``mscale``,
             ``mscale_all_dim``, ``attention_factor``, ``truncate``: a transformers config's ``rope_parameters``.
+            ``type`` is another name of ``rope_type``, as in published files' ``rope_scaling``.
 
     Raises:
         ValueError: another rope_type, an odd rope_dim, or a parameter that is missing.
@@ -44,7 +48,7 @@ def rope_tables(
     check_int("positions", positions, 0)
     if rope_dim % 2:
         raise ValueError(f"rope_dim: got {rope_dim}, an even width is accepted")
-    kind = rope_parameters.get("rope_type", "default")
+    kind = _kind(rope_parameters)
     check_choice("rope_type", kind, ("default", "yarn"))
     needed = ("rope_theta",) if kind == "default" else ("rope_theta", "factor", "original_max_position_embeddings")
     missing = [name for name in needed if rope_parameters.get(name) is None]
@@ -68,6 +72,10 @@ def rope_tables(
         torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
     )  # [positions, rope_dim / 2]
     return (angles.cos() * magnitude).to(device), (angles.sin() * magnitude).to(device)
+
+
+def _kind(parameters: Mapping) -> str:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
 def _yarn_kept(rope_dim: int, theta: float, parameters: Mapping) -> torch.Tensor:

@@ -34,7 +34,10 @@ WORD = 8  # four-bit codes of an int32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight rows a word's nibbles hold, from the lowest bits up
 GPTQ_ONES = 0x11111111  # one in each of a word's eight nibbles
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
-_NUMBERS = (*FLOATS, torch.float64)
+_PARTS = (
+    "weight", *SCALE_NAMES, "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"
+)  # fmt: skip
+NUMBERS = (*FLOATS, torch.float64)
 _SCALES = (*FLOATS, torch.float8_e8m0fnu)
 _ROWS = 512  # rows that are turned into numbers at a time: bounds the memory of intermediate results
 
@@ -114,6 +117,11 @@ class StoredWeight:
         return StoredWeight(self.format, shape, own.contiguous(), zeros, lambda: self.unpack()[rows, columns])
 
 
+def names_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[str, ...]:
+    """Which names in ``tensors`` belong to the weight called ``name``."""
+    return tuple(_key(name, part) for part in _PARTS if _key(name, part) in tensors)
+
+
 def read_weight(
     where: str, tensors: Mapping[str, torch.Tensor], name: str
 ) -> tuple[torch.Tensor | StoredWeight | None, tuple[str, ...]]:
@@ -126,34 +134,32 @@ def read_weight(
         ValueError: tensors that are missing or do not fit. NotImplementedError: GPTQ or AWQ, whose names do not say
         which it is; columns in act-order.
     """
-    if f"{name}.qweight" in tensors:
+    if _key(name, "qweight") in tensors:
         raise NotImplementedError(
             f"{where}.qweight: got a weight of GPTQ or AWQ, which load_state_dict cannot tell apart; "
             "ExpertWeights.from_gptq and from_awq take experts of these formats"
         )
-    if f"{name}.weight_packed" in tensors:
-        own = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-        used = tuple(f"{name}.{part}" for part in own if f"{name}.{part}" in tensors)
-        return read_compressed_tensors(where, tensors, name), used
-    weight = tensors.get(f"{name}.weight")
+    if _key(name, "weight_packed") in tensors:
+        return read_compressed_tensors(where, tensors, name), names_of(tensors, name)
+    weight = tensors.get(_key(name, "weight"))
     if weight is None:
         return None, ()
-    scales = [part for part in SCALE_NAMES if f"{name}.{part}" in tensors]
-    if weight.dtype in _NUMBERS:
+    scales = [part for part in SCALE_NAMES if _key(name, part) in tensors]
+    if weight.dtype in NUMBERS:
         if scales:
             raise TypeError(
                 f"{where}.{scales[0]}: got scales for a weight of {weight.dtype}, codes (float8_e4m3fn, int8) are "
                 "accepted with them; are these codes that were cast, and not dequantised?"
             )
-        return weight, (f"{name}.weight",)
+        return weight, (_key(name, "weight"),)
     if not scales:
         raise TypeError(
             f"{where}.weight: got codes ({weight.dtype}) without scales ({', '.join(SCALE_NAMES)}); codes are no "
             "numbers: pass the scales with them, or dequantise the weight first"
         )
-    part = scales[0]
-    stored = read_codes(f"{where}.weight", weight, f"{where}.{part}", tensors[f"{name}.{part}"])
-    return stored, (f"{name}.weight", f"{name}.{part}")
+    part = _key(name, scales[0])
+    stored = read_codes(f"{where}.weight", weight, f"{where}.{scales[0]}", tensors[part])
+    return stored, (_key(name, "weight"), part)
 
 
 def read_codes(where: str, weight: torch.Tensor, where_scales: str, scales: torch.Tensor) -> StoredWeight:
@@ -171,10 +177,10 @@ def read_codes(where: str, weight: torch.Tensor, where_scales: str, scales: torc
 
 def read_fp8(where: str, tensors: Mapping[str, torch.Tensor], name: str) -> StoredWeight:
     """DeepSeek's e4m3 weight, float8_e4m3fn or its bytes, and weight_scale_inv (V4: scale) of 128 x 128 blocks."""
-    weight, part = _get(where, tensors, f"{name}.weight"), "weight_scale_inv"
-    if f"{name}.{part}" not in tensors and f"{name}.scale" in tensors:
+    weight, part = _get(where, tensors, _key(name, "weight")), "weight_scale_inv"
+    if _key(name, part) not in tensors and _key(name, "scale") in tensors:
         part = "scale"
-    scales = _get(where, tensors, f"{name}.{part}")
+    scales = _get(where, tensors, _key(name, part))
     check_tensor(f"{where}.weight", weight, rank=2, dtypes=(torch.float8_e4m3fn, torch.uint8))
     check_tensor(f"{where}.{part}", scales, shape=_blocks(*weight.shape), dtypes=_SCALES, device=weight.device)
     return _read_fp8(f"{where}.weight", weight, f"{where}.{part}", scales)
@@ -182,7 +188,7 @@ def read_fp8(where: str, tensors: Mapping[str, torch.Tensor], name: str) -> Stor
 
 def read_mxfp4(where: str, tensors: Mapping[str, torch.Tensor], name: str) -> StoredWeight:
     """DeepSeek-V4's weight int8 [N, K/2], the even column in the low nibble, and scale ue8m0 [N, K/32]."""
-    weight, scales = (_get(where, tensors, f"{name}.{part}") for part in ("weight", "scale"))
+    weight, scales = (_get(where, tensors, _key(name, part)) for part in ("weight", "scale"))
     return _read_mxfp4(f"{where}.weight", weight, f"{where}.scale", scales)
 
 
@@ -193,14 +199,14 @@ def read_compressed_tensors(where: str, tensors: Mapping[str, torch.Tensor], nam
     value + 2^(bits - 1). weight_scale [N, K/group], or [N, 1] for a whole row; weight_shape (N, K); with zeros
     weight_zero_point int32 [N/8, K/group], packed likewise along the rows.
     """
-    scale = _get(where, tensors, f"{name}.weight_scale")
-    if f"{name}.weight_packed" not in tensors and f"{name}.weight" in tensors:
-        weight = tensors[f"{name}.weight"]
+    scale = _get(where, tensors, _key(name, "weight_scale"))
+    if _key(name, "weight_packed") not in tensors and _key(name, "weight") in tensors:
+        weight = tensors[_key(name, "weight")]
         check_tensor(f"{where}.weight", weight, rank=2, dtypes=(torch.int8,))
-        if f"{name}.weight_zero_point" in tensors:
+        if _key(name, "weight_zero_point") in tensors:
             raise NotImplementedError(f"{where}.weight_zero_point: got a tensor, 8 bits are accepted without zeros")
         return read_codes(f"{where}.weight", weight, f"{where}.weight_scale", scale)
-    packed, shape = (_get(where, tensors, f"{name}.{part}") for part in ("weight_packed", "weight_shape"))
+    packed, shape = (_get(where, tensors, _key(name, part)) for part in ("weight_packed", "weight_shape"))
     check_tensor(f"{where}.weight_packed", packed, rank=2, dtypes=(torch.int32,))
     check_tensor(f"{where}.weight_shape", shape, shape=(2,), dtypes=(torch.int32, torch.int64))
     rows, columns = shape.tolist()
@@ -210,7 +216,7 @@ def read_compressed_tensors(where: str, tensors: Mapping[str, torch.Tensor], nam
             f"{where}.weight_packed: got shape {tuple(packed.shape)}, with weight_shape ({rows}, {columns}) "
             f"({rows}, {-(-columns // WORD)}) for 4 bits and ({rows}, {-(-columns // 4)}) for 8 are accepted"
         )
-    zeros = tensors.get(f"{name}.weight_zero_point")
+    zeros = tensors.get(_key(name, "weight_zero_point"))
     if widths[packed.shape[1]] == 8:
         if zeros is not None:
             raise NotImplementedError(f"{where}.weight_zero_point: got a tensor, 8 bits are accepted without zeros")
@@ -228,7 +234,7 @@ def read_compressed_tensors(where: str, tensors: Mapping[str, torch.Tensor], nam
             f"{where}.weight_scale: got {groups} scales a row of {columns} columns; one, or one for each group of "
             f"{', '.join(map(str, GROUP_SIZES))} columns, is accepted"
         )
-    _check_order(f"{where}.weight_g_idx", tensors.get(f"{name}.weight_g_idx"), columns, group_size)
+    _check_order(f"{where}.weight_g_idx", tensors.get(_key(name, "weight_g_idx")), columns, group_size)
     if zeros is not None:
         check_tensor(f"{where}.weight_zero_point", zeros, shape=(-(-rows // WORD), groups), dtypes=(torch.int32,))
         zeros = _nibbles(zeros.t())[:, :rows].t().expand(rows, groups)
@@ -243,11 +249,11 @@ def read_gptq(where: str, tensors: Mapping[str, torch.Tensor], name: str, versio
     Version 1 stores a word of eight zeros less 0x11111111. A zero of 0 so borrows from its neighbours, and only the
     sum of whole words gives them back.
     """
-    qweight, qzeros, scales = (_get(where, tensors, f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = (_get(where, tensors, _key(name, part)) for part in ("qweight", "qzeros", "scales"))
     check_tensor(f"{where}.qweight", qweight, rank=2, dtypes=(torch.int32,))
     columns, rows = qweight.shape[0] * WORD, qweight.shape[1]
     group_size = _check_groups(where, rows, columns, qzeros, scales)
-    _check_order(f"{where}.g_idx", tensors.get(f"{name}.g_idx"), columns, group_size)
+    _check_order(f"{where}.g_idx", tensors.get(_key(name, "g_idx")), columns, group_size)
     zeros = _nibbles(qzeros + GPTQ_ONES if version == 1 else qzeros).t()  # [N, G]; int32 wraps
     return StoredWeight(
         "int4", (rows, columns), scales.t().contiguous(), zeros.contiguous(), lambda: _nibbles(qweight.t())
@@ -256,7 +262,7 @@ def read_gptq(where: str, tensors: Mapping[str, torch.Tensor], name: str, versio
 
 def read_awq(where: str, tensors: Mapping[str, torch.Tensor], name: str) -> StoredWeight:
     """AWQ's qweight int32 [K, N/8] and qzeros int32 [G, N/8], rows in AWQ_ORDER, and scales [G, N]."""
-    qweight, qzeros, scales = (_get(where, tensors, f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = (_get(where, tensors, _key(name, part)) for part in ("qweight", "qzeros", "scales"))
     check_tensor(f"{where}.qweight", qweight, rank=2, dtypes=(torch.int32,))
     columns, rows = qweight.shape[0], qweight.shape[1] * WORD
     _check_groups(where, rows, columns, qzeros, scales)
@@ -274,7 +280,7 @@ _PAIRS = (torch.int8, torch.uint8, torch.float4_e2m1fn_x2)
 def _read_fp8(where, weight, where_scales, scales):
     check_tensor(where, weight, rank=2, dtypes=(torch.float8_e4m3fn, torch.uint8))
     codes = weight.view(torch.uint8)
-    if ((codes & 0x7F) == 0x7F).any():
+    if codes.numel() and (codes.max() == 0xFF or codes.view(torch.int8).max() == 0x7F):  # the greatest of either order
         raise ValueError(f"{where}: got NaN, numbers are accepted")
     rows, columns = weight.shape
     check_tensor(where_scales, scales, dtypes=_SCALES, device=weight.device)
@@ -326,9 +332,13 @@ def _to_groups(values, groups):
 def _common_group(tensors, name, columns):
     """The widest group that divides the columns of all projections of an expert, which share one size."""
     before = name.rpartition(".")[0]
-    shapes = (tensors.get(f"{before}.{other}.weight_shape".lstrip(".")) for other in ("gate_proj", "down_proj"))
+    shapes = (tensors.get(_key(before, f"{other}.weight_shape")) for other in ("gate_proj", "down_proj"))
     sizes = [columns, *(int(shape[1]) for shape in shapes if shape is not None)]
     return next((size for size in reversed(GROUP_SIZES) if all(number % size == 0 for number in sizes)), 0)
+
+
+def _key(name, part):
+    return f"{name}.{part}" if name else part
 
 
 def _get(where, tensors, name):

@@ -34,3 +34,18 @@ def infer_quantised(rank, size, config, state, hidden, format):
     moe.load_state_dict(state)
     with torch.no_grad():
         return moe.to_quantized(format)(hidden.tensor_split(size)[rank])
+
+
+def load_codes(rank, size, config, state, hidden, options):
+    """This rank's experts from a file of codes, whose e4m3 comes as bytes, in float32, and its outputs."""
+    parallel = ExpertParallel(config.num_experts, experts_per_rank=EXPERTS_PER_RANK, timeout=90)
+    moe = MoE(config, parallel=parallel, **options)
+    e4m3 = {key: value.view(torch.float8_e4m3fn) for key, value in state.items() if value.dtype == torch.uint8}
+    moe.load_state_dict(state | e4m3)
+    parts = []
+    for experts in (moe.experts, moe.shared_experts) if moe.shared_apart else (moe.experts,):
+        plain = not hasattr(experts, "weights")
+        parts.append((experts.gate_up_proj, experts.down_proj) if plain else experts.weights.dequantise())
+    with torch.no_grad():
+        out = moe(hidden.tensor_split(size)[rank])
+    return *(torch.cat(both).detach() for both in zip(*parts)), out
