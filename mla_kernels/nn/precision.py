@@ -6,7 +6,7 @@ from torch import nn
 
 
 class KeepsFloat32(nn.Module):
-    """Its own floating-point tensors are float32 at least.
+    """Its own floating-point tensors are float32 at least, its integers stay integers.
 
     ``to(torch.bfloat16)``, ``half()`` and the like, of it or of a module around it, leave them in float32; devices and
     wider dtypes (``double()``) are followed. So do state dicts: narrower tensors are widened, with ``assign=True`` too.
@@ -16,6 +16,8 @@ class KeepsFloat32(nn.Module):
     def _apply(self, fn, recurse=True):
         def kept(tensor):
             result = fn(tensor)
+            if result.dtype != tensor.dtype and not tensor.is_floating_point():
+                return tensor.to(result.device)
             return tensor.to(result.device, torch.float32) if _is_narrow(result) else result
 
         return super()._apply(kept, recurse)
