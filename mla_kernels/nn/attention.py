@@ -23,6 +23,7 @@ from mla_kernels.nn.layers import (
     AttentionConfig,
     RMSNorm,
     absorb_query,
+    can_exceed,
     expand_output,
     key_width,
     project,
@@ -415,12 +416,12 @@ class LatentAttention(nn.Module):
             check_tensor(name, table, shape=shape, dtypes=(torch.float32,), device=hidden.device)
         if readable(positions):
             check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
-        count = hidden.shape[:-1].numel()
+        count = positions.numel()
         if dense_batch:
             if max_seqlen is not None:
                 raise ValueError("max_seqlen: got an integer without cu_seqlens, both or none are accepted")
             longest = hidden.shape[1]
-            cu_seqlens = torch.arange(0, count + 1, max(longest, 1), dtype=torch.int32, device=hidden.device)
+            cu_seqlens = torch.arange(hidden.shape[0] + 1, dtype=torch.int32, device=hidden.device) * longest
         else:
             check_tensor("cu_seqlens", cu_seqlens, rank=1, dtypes=(torch.int32,), device=hidden.device)
             if max_seqlen is not None:
@@ -432,7 +433,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self._latents(project(self.kv_a_proj_with_mqa, tokens.hidden), tokens)
         q = self._rotate_queries(self._queries(tokens, q_latent), tokens)
         top_k = self.config.index_top_k
-        if top_k is not None and longest > top_k and count:
+        if top_k is not None and can_exceed(longest, top_k) and count:
             row = torch.arange(count, dtype=torch.int32, device=hidden.device)
             sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
             chosen = self.indexer.select_rows(tokens.hidden, q_latent, tokens.tables, cu_seqlens[sequence], row + 1)

@@ -142,6 +142,15 @@ def readable(values: torch.Tensor) -> bool:
     return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()
 
 
+def can_exceed(length: int, limit: int) -> bool:
+    """Whether ``length`` is above ``limit``; while torch.export traces any length, whether one may be."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second
+
+        return not statically_known_true(length <= limit)
+    return length > limit
+
+
 def _power_of_two(value: int) -> int:
     return max(16, 1 << (value - 1).bit_length())
 
