@@ -100,9 +100,10 @@ class Layer:
         return self.slots[:, start:stop] >= 0
 
 
+@pytest.mark.parametrize("leading", [(5, 0), (0,), (3,)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prefill_a_chunk_then_decode(variant):
-    layer = Layer(variant)
+def test_prefill_a_chunk_then_decode(variant, leading):
+    layer = Layer(variant, leading=leading)
     expected = layer.expected()
     for start, stop in ((0, 9), (9, 17)):
         real = layer.real(start, stop)

@@ -92,4 +92,4 @@ def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
         values = torch.bmm(w_uv, out.permute(1, 2, 0)).permute(2, 0, 1)
     else:
         values = torch.bmm(out.transpose(0, 1).to(wide), w_uv.transpose(1, 2).to(wide)).transpose(0, 1)
-    return values.flatten(1).to(out.dtype)
+    return values.flatten(1).to(out.dtype).contiguous()  # as compilers are told that it is

@@ -52,5 +52,5 @@ def causal_rows(span: Span, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     place = torch.arange(width, dtype=torch.int32, device=span.leading.device)
     row = torch.arange(len(span.leading), dtype=torch.int32, device=place.device)[:, None] * width
     inside = (place >= span.leading[:, None]) & (place < (span.leading + span.real)[:, None])  # [batch, width]
-    starts = (row + span.leading[:, None]).expand_as(inside)
+    starts = (row + span.leading[:, None]).expand_as(inside).contiguous()  # of one row, flatten would keep stride 0
     return starts.flatten(), torch.where(inside, row + place + 1, starts).flatten()
