@@ -122,6 +122,12 @@ def test_softmax_scale():
     assert softmax_scale(64, {"rope_type": "yarn", "factor": 40.0}) == 0.125
 
 
+def test_the_scale_of_a_configuration_follows_its_widths():
+    assert AttentionConfig().softmax_scale == 192**-0.5
+    assert AttentionConfig(nope_dim=48, rope_dim=16).softmax_scale == 0.125
+    assert AttentionConfig(nope_dim=48, rope_dim=16, softmax_scale=0.5).softmax_scale == 0.5
+
+
 def test_the_old_name_of_a_rope_type():
     """Published files' rope_scaling says ``type``, and has rope_theta beside it."""
     old = {key: value for key, value in YARN.items() if key != "rope_type"} | {"type": "yarn"}

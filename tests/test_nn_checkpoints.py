@@ -172,6 +172,10 @@ def test_what_transformers_has_fused():
         moe = MoE(config, **given)
         inside(moe, prefix).load_state_dict(fused)
         assert all(torch.equal(got, exact.float()) for got, exact in zip(weights_of(moe), true))
+        broken = {key: value.clone() for key, value in fused.items()}
+        broken[f"{prefix}experts.down_proj"].view(torch.uint8)[3, 0, 0] = 0x7F
+        with pytest.raises(ValueError, match=r"mlp.experts.down_proj\[3\]: got NaN"):
+            inside(MoE(config, **given), prefix).load_state_dict(broken)
         without = {key: value for key, value in fused.items() if not key.endswith("down_proj_scale_inv")}
         with pytest.raises(TypeError, match=r"mlp.experts.down_proj: got codes \(torch.float8_e4m3fn\) without scales"):
             inside(moe, prefix).load_state_dict(without, strict=False)

@@ -1,8 +1,9 @@
 """LatentAttention and MoE: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
 
 ``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
-V2, V3.2 and GLM-5; ``MoE(MoEConfig.from_hf(config, layer))`` takes ``DeepseekV3MoE.state_dict()``, and those of V2,
-V3.2 and V4. Both train.
+V2, V3.2, GLM-4.7-Flash and GLM-5; ``MoE(MoEConfig.from_hf(config, layer))`` takes ``DeepseekV3MoE.state_dict()``, and
+those of V2, V3.2, V4, GLM-4.5, GLM-4.7-Flash and GLM-5. Both take published files, too, in bfloat16, fp8, MXFP4 and
+int4, and both train.
 """
 
 from mla_kernels.nn.attention import LatentAttention

@@ -20,7 +20,10 @@ FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Sizes and constants of one latent attention layer; the defaults are DeepSeek-V3's.
+    """Sizes and constants of one latent attention layer; the defaults are DeepSeek-V3's sizes.
+
+    ``softmax_scale`` None becomes ``(nope_dim + rope_dim) ** -0.5``; a model of an extended context has another, see
+    :func:`softmax_scale`, which :meth:`from_hf` takes.
 
     ``index_top_k`` None is dense attention. Otherwise a lightning indexer with ``index_heads`` heads of
     ``index_head_dim`` chooses so many keys for each token (DeepSeek-V3.2); ``index_rope`` says where the pairs of its
@@ -35,7 +38,7 @@ class AttentionConfig:
     rope_dim: int = 64
     v_dim: int = 128
     rope: str = "interleaved_to_half"
-    softmax_scale: float = 192**-0.5
+    softmax_scale: float | None = None
     bias: bool = False
     index_top_k: int | None = None
     index_heads: int = 64
@@ -43,6 +46,8 @@ class AttentionConfig:
     index_rope: str = "half"
 
     def __post_init__(self):
+        if self.softmax_scale is None:
+            object.__setattr__(self, "softmax_scale", softmax_scale(self.nope_dim + self.rope_dim))
         check_choice("rope", self.rope, ROPE_MODES)
         check_choice("index_rope", self.index_rope, ROPE_MODES)
         if self.index_top_k is not None:

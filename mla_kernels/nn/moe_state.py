@@ -146,8 +146,13 @@ class _Place:
     cells: list[_Cell]
 
     def check(self, where, value) -> None:
-        """Refuse what quantised experts do not hold."""
-        if not self.stack.quantised or value is None or tuple(value.shape) != self.accepts:
+        """Refuse stacked codes that do not fit, and what quantised experts do not hold."""
+        if value is None or tuple(value.shape) != self.accepts:
+            return
+        if isinstance(value, _StackedCodes):
+            for expert in {cell.source for cell in self.cells}:
+                value[expert]
+        if not self.stack.quantised:
             return
         format = self.stack.format
         if isinstance(value, torch.Tensor):
