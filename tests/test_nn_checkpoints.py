@@ -301,6 +301,13 @@ def test_other_codes_are_refused():
         ({f"{name}.weight": (bytes_ | 0x7F).view(torch.float8_e4m3fn)}, ValueError, rf"{name}.weight: got NaN"),
         ({f"{name}.weight_scale_inv": torch.ones(2, 2)}, ValueError, rf"{name}.weight_scale_inv: got shape \(2, 2\)"),
         ({f"{name}.weight_scale_inv": torch.full((1, 2), torch.inf)}, ValueError, "scales that are not finite"),
+        (
+            {f"{name}.weight_scale": torch.ones(1)},
+            NotImplementedError,
+            rf"{name}.weight_scale: got a tensor, codes are",
+        ),
+        ({f"{name}.weight_scale_2": torch.ones(1)}, NotImplementedError, rf"{name}.weight_scale_2: got a tensor"),
+        ({f"{name}.weight_zero_point": bytes_}, NotImplementedError, rf"{name}.weight_zero_point: got a tensor"),
         ({f"{name}.qweight": bytes_}, NotImplementedError, rf"{name}.qweight: got a weight of GPTQ or AWQ.*from_gptq"),
         ({"gate.weight": torch.zeros(4, 256, dtype=torch.int8)}, TypeError, r"gate.weight: got codes \(torch.int8\)"),
         ({"gate.e_score_correction_bias": torch.zeros(4).to(torch.float8_e4m3fn)}, TypeError, "numbers are accepted"),

@@ -37,6 +37,7 @@ SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 _PARTS = (
     "weight", *SCALE_NAMES, "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"
 )  # fmt: skip
+_UNREAD = ("weight_zero_point", "weight_g_idx", "weight_scale_2", "weight_global_scale")  # not with plain codes
 NUMBERS = (*FLOATS, torch.float64)
 _SCALES = (*FLOATS, torch.float8_e8m0fnu)
 _ROWS = 512  # rows that are turned into numbers at a time: bounds the memory of intermediate results
@@ -152,6 +153,11 @@ def read_weight(
                 "accepted with them; are these codes that were cast, and not dequantised?"
             )
         return weight, (_key(name, "weight"),)
+    others = [part for part in (*scales[1:], *_UNREAD) if _key(name, part) in tensors]
+    if others:
+        raise NotImplementedError(
+            f"{where}.{others[0]}: got a tensor, codes are accepted with one tensor of scales and nothing else"
+        )
     if not scales:
         raise TypeError(
             f"{where}.weight: got codes ({weight.dtype}) without scales ({', '.join(SCALE_NAMES)}); codes are no "
@@ -298,11 +304,14 @@ def _read_mxfp4(where, weight, where_scales, scales):
     check_tensor(where_scales, scales, shape=(rows, columns // GROUP), dtypes=e8m0, device=weight.device)
     if columns % GROUP:
         raise ValueError(f"{where}: got {columns} columns, whole groups of {GROUP} are accepted")
+    scales = scales.contiguous().view(torch.uint8)
+    if scales.numel() and scales.max() == 0xFF:
+        raise ValueError(f"{where_scales}: got scales that are not finite, finite ones are accepted")
 
     def codes():
         return torch.stack([pairs & 0xF, pairs >> 4], -1).flatten(1)
 
-    return StoredWeight("mxfp4", (rows, columns), scales.contiguous().view(torch.uint8), None, codes)
+    return StoredWeight("mxfp4", (rows, columns), scales, None, codes)
 
 
 def _blocks(rows, columns):

@@ -250,6 +250,9 @@ def test_mxfp4_of_deepseek_v4(codes):
         experts.append(under_v4_names(expert))
         weights.append(weight)
     assert_restores(ExpertWeights.from_mxfp4_experts(experts), weights)
+    nan = {"w3.scale": torch.full((INTERMEDIATE, HIDDEN // 32), 255, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=r"up_proj.scale: got scales that are not finite"):
+        ExpertWeights.from_mxfp4_experts([experts[0] | nan])
     del experts[1]["w3.scale"]
     with pytest.raises(KeyError, match=r"experts\[1\]: up_proj: got no tensor named 'w3.scale'"):
         ExpertWeights.from_mxfp4_experts(experts)
