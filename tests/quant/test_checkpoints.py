@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import ExpertWeights
+from mla_kernels import Activation, ExpertWeights, fused_experts, launch
 from mla_kernels.reference import quant as reference
 
 EXPERTS, HIDDEN, INTERMEDIATE = 2, 192, 160
@@ -186,6 +186,38 @@ def test_mxfp4_of_gpt_oss():
     assert all(torch.equal(got, weight) for got, weight in zip(experts.dequantise(), exact))
     flat = [tensor.flatten(2).view(torch.int8) if tensor.dim() == 4 else tensor for tensor in tensors]
     assert torch.equal(ExpertWeights.from_mxfp4(*flat).gate_up, experts.gate_up)
+
+
+def test_gpt_oss_by_the_names_of_its_files():
+    """model.layers.0.mlp.experts.gate_up_proj_blocks and so on: gate's rows are the even ones."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors as judge
+
+    prefix, file = "model.layers.0.mlp.experts.", {}
+    for name, rows, columns in (("gate_up_proj", 2 * INTERMEDIATE, HIDDEN), ("down_proj", HIDDEN, INTERMEDIATE)):
+        file |= {
+            f"{prefix}{name}_blocks": torch.randint(0, 256, (EXPERTS, rows, columns // 32, 16), dtype=torch.uint8),
+            f"{prefix}{name}_scales": torch.randint(118, 123, (EXPERTS, rows, columns // 32), dtype=torch.uint8),
+            f"{prefix}{name}_bias": torch.randn(EXPERTS, rows).bfloat16(),
+        }
+    parts = ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales", "gate_up_proj_bias",
+             "down_proj_bias")  # fmt: skip
+    experts = ExpertWeights.from_mxfp4(*(file[prefix + part] for part in parts))
+    gate_up, down = (
+        judge(file[f"{prefix}{name}_blocks"], file[f"{prefix}{name}_scales"], dtype=torch.float32).double()
+        for name in ("gate_up_proj", "down_proj")
+    )  # [E, K, N]
+    biases = [file[f"{prefix}{name}_bias"].double() for name in ("gate_up_proj", "down_proj")]
+    hidden, weights, ids = torch.randn(5, HIDDEN).bfloat16(), torch.rand(5, 2), torch.tensor([[0, 1]] * 5)
+    exact = torch.zeros(5, HIDDEN, dtype=torch.float64)
+    for expert in range(EXPERTS):
+        both = hidden.double() @ gate_up[expert] + biases[0][expert]
+        gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+        out = (gate * (1.702 * gate).sigmoid() * (up + 1)) @ down[expert] + biases[1][expert]
+        exact += weights[:, expert : expert + 1].double() * out
+    activation = Activation("gpt_oss", limit=7.0, interleaved=True)
+    with launch.on_cpu("torch"):
+        out = fused_experts(hidden, experts, weights, ids.int(), activation=activation)
+    assert ((out.double() - exact).abs().max() / exact.abs().max()) < 0.015
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
