@@ -315,15 +315,6 @@ def test_state_dicts_are_taken_strictly():
         )
 
 
-def test_decode_under_torch_compile():
-    layer = Layer("v3")
-    layer.ours.requires_grad_(False)
-    layer.prefill(0, 17)
-    want = layer.decode(17, 18)
-    layer.ours.decode = torch.compile(layer.ours.decode, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(layer.decode(17, 18), want)
-
-
 def test_refusals_name_the_argument():
     dense, sparse = Layer("v3"), Layer("v3.2")
     keys = sparse.indexer["indexer_cache"]

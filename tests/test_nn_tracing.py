@@ -34,6 +34,8 @@ MOES = {
         MoEConfig(256, 128, 128, 8, 2, **ONE_GROUP), {"expert_format": "mxfp4", "shared_format": "fp8_block"}
     ),
 }  # fmt: skip
+SOME_MOES = [pytest.param(name, marks=() if name in ("v3", "v4 hash", "int4 and plain") else pytest.mark.slow)
+             for name in MOES]  # fmt: skip
 BATCH, PAGE, PAGES = 2, 8, 4
 TABLES = rope_tables(16, 64, {"rope_theta": 1e4})
 
@@ -89,9 +91,8 @@ class Batch:
         yield self.layer.forward, (self.hidden, *TABLES, self.positions), {}
         yield self.layer.prefill, self.arguments(whole), self.indexer
         yield self.layer.prefill, (*self.arguments(slice(9, 16)), self.block_table, context), self.indexer
-        for start, stop in ((16, 17), (16, 18)):
-            lengths = torch.full((BATCH,), stop, dtype=torch.int32)
-            yield self.layer.decode, (*self.arguments(slice(start, stop)), self.block_table, lengths), self.indexer
+        lengths = torch.full((BATCH,), 18, dtype=torch.int32)
+        yield self.layer.decode, (*self.arguments(slice(16, 18)), self.block_table, lengths), self.indexer
 
 
 class FakesHold(TorchDispatchMode):
@@ -133,11 +134,11 @@ def test_results_lie_as_compilers_are_told(dtype):
     assert {"mla_prolog", "mla_decode", "expand_output", "select_slots", "fused_moe", "quantised_moe"} <= mode.ops
 
 
-@pytest.mark.parametrize("name", MOES)
+@pytest.mark.parametrize("name", SOME_MOES)
 def test_moe_compiles_without_breaks(name):
     moe = moe_of(name)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    for tokens in (7, 9, 12):  # the second makes the number of tokens dynamic
+    for tokens in (7, 9):  # the second makes the number of tokens dynamic
         inputs = moe_inputs(moe, tokens)
         assert torch.equal(compiled(*inputs), moe(*inputs))
         assert moe(*inputs).any()
@@ -145,8 +146,18 @@ def test_moe_compiles_without_breaks(name):
         assert torch.equal(compiled(*inputs), moe(*inputs))
 
 
-@pytest.mark.parametrize("prepared", ["as it is", "stacked", "prepacked"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("name", "prepared"),
+    [
+        ("dense", "as it is"),
+        ("v3.2", "as it is"),
+        pytest.param("no query latent", "as it is", marks=pytest.mark.slow),
+        pytest.param("biases", "as it is", marks=pytest.mark.slow),
+        pytest.param("biases", "stacked", marks=pytest.mark.slow),
+        pytest.param("dense", "prepacked", marks=pytest.mark.slow),
+        pytest.param("v3.2", "prepacked", marks=pytest.mark.slow),
+    ],
+)
 def test_attention_compiles_without_breaks(name, prepared):
     batch = Batch(name)
     if prepared == "stacked":
@@ -175,7 +186,7 @@ def test_a_model_of_both_compiles_without_breaks():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", MOES)
+@pytest.mark.parametrize("name", SOME_MOES)
 def test_moe_is_exported_for_any_number_of_tokens(name, strict):
     moe = moe_of(name)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
@@ -189,7 +200,7 @@ def test_moe_is_exported_for_any_number_of_tokens(name, strict):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ["dense", "v3.2", pytest.param("no query latent", marks=pytest.mark.slow)])
 def test_attention_is_exported_for_any_number_of_tokens(name, strict):
     """v3.2, too, on either side of the 8 keys that its indexer chooses."""
     layer = Batch(name).layer
