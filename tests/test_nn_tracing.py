@@ -146,6 +146,18 @@ def test_moe_compiles_without_breaks(name):
         assert torch.equal(compiled(*inputs), moe(*inputs))
 
 
+def test_experts_in_codes_compile_after_they_were_assigned_or_moved():
+    source = moe_of("fp8_block")
+    with torch.device("meta"):
+        assigned = MoE(source.config, expert_format="fp8_block")
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    moved = MoE(source.config, expert_format="fp8_block").to("meta").to_empty(device="cpu")
+    moved.load_state_dict(source.state_dict())
+    inputs = moe_inputs(source, 5)
+    for moe in (assigned, moved):
+        assert torch.equal(torch.compile(moe, fullgraph=True, backend="aot_eager")(*inputs), source(*inputs))
+
+
 @pytest.mark.parametrize(
     ("name", "prepared"),
     [

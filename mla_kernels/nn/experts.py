@@ -46,6 +46,7 @@ class QuantizedExperts(nn.Module):
         for name, value in weights.tensors().items():
             self.register_buffer(name, value)
         self.register_load_state_dict_pre_hook(check_codes)
+        self.register_load_state_dict_post_hook(QuantizedExperts._follow)
 
     @classmethod
     def empty(cls, number: int, hidden: int, inner: int, activation: Activation, format: str, **options):
@@ -73,10 +74,14 @@ class QuantizedExperts(nn.Module):
         buffers, known = dict(self.named_buffers()), self._weights.tensors()
         if all(known[name] is value for name, value in buffers.items()):
             return self._weights
-        weights = dataclasses.replace(self._weights, **buffers)  # they were moved, or assigned by load_state_dict
+        weights = dataclasses.replace(self._weights, **buffers)  # which torch 2.11 does not trace: see _follow
         if not torch.compiler.is_compiling():
             self._weights = weights
         return weights
+
+    def _follow(self, *_) -> None:
+        """Take up buffers that were moved, or assigned by ``load_state_dict``, before anything traces."""
+        _ = self.weights
 
     def compute(self, tokens, weights, ids):
         return fused_experts(tokens, self.weights, weights, ids, activation=self.activation)
@@ -89,7 +94,9 @@ class QuantizedExperts(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        self._follow()
+        return self
 
 
 def check_codes(module, state_dict, prefix, *_) -> None:
