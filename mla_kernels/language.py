@@ -28,4 +28,7 @@ except ImportError:
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Whether Triton made interpreted kernels: its own switch, read when it was imported."""
 
-__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if HAS_TRITON else (0, 0)
+"""Major and minor number of the installed Triton; rules of tiles look at it where its compilers differ."""
+
+__all__ = ["HAS_TRITON", "INTERPRET", "TRITON_VERSION", "tl", "triton"]

@@ -242,9 +242,11 @@ def _stored(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) ->
                 )  # fmt: skip
                 continue
             rule = _rule(kernel, chip, dtype, statics, entry.sizes)
-            problem = misfit(kernel, chip, dtype, statics, entry.tile, rule)
+            # an entry "rule" found none better than the rule's tile, which is that of the Triton installed here
+            tile = rule if entry.provenance == "rule" and rule else entry.tile
+            problem = misfit(kernel, chip, dtype, statics, tile, rule)
             if not problem:
-                return Found(dict(entry.tile), origin, device, entry)
+                return Found(dict(tile), origin, device, entry)
             _warn((origin, device, key), "%s: the %s of %s is not used: %s", kernel.name, origin, device, problem)
     return None
 

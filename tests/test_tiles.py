@@ -75,8 +75,16 @@ def test_the_later_entry_of_a_store_holds_and_a_measured_one_before_all(files):
     assert look_up(kernel).tile == STORED
     files("store", "h200", [entry(kernel, SHIPPED, provenance="modelled")])
     assert look_up(kernel).tile == STORED
-    files("store", "h100", [entry(kernel, SHIPPED, provenance="rule"), entry(kernel, STORED, source="0" * 16)])
+    files("store", "h100", [entry(kernel, SHIPPED, provenance="modelled"), entry(kernel, STORED, source="0" * 16)])
     assert look_up(kernel, DEVICES["h100"]).tile == SHIPPED  # whatever was made with another source
+
+
+def test_where_none_was_better_than_the_rule_s_tile_the_rule_says_it_today(files):
+    """It may be another than when the entry was made: rules look at Triton's version."""
+    kernel = declare()
+    files("table", "h200", [entry(kernel, SHIPPED, provenance="rule")])
+    found = look_up(kernel)
+    assert found.tile == RULE and found.origin == "table" and found.entry.provenance == "rule"
 
 
 def test_devices_match_exactly_then_by_their_figures_then_by_architecture(files):

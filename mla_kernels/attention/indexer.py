@@ -141,7 +141,7 @@ def _rule(chip, dtype, statics, sizes):
     tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
     tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128}
     if dtype == "fp32":
-        tile["BLOCK_N"] = 64 if chip.vendor == "nvidia" else 32
+        tile["BLOCK_N"] = 32
     page = statics["PAGE_SIZE"]
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2

@@ -26,7 +26,7 @@ from mla_kernels.attention.prefill_parts import (
 )
 from mla_kernels.attention.prefill_rows import query_stats, sum_over_heads
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
-from mla_kernels.language import tl, triton
+from mla_kernels.language import TRITON_VERSION, tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -198,6 +198,19 @@ def mla_prefill_query_gradient_kernel(
 
 
 def _key_rule(chip, dtype, statics, sizes):
+    tile = _rule(chip, dtype, statics)
+    if chip.architecture == "90" and tile["BLOCK_N"] == 128 and TRITON_VERSION >= (3, 9):  # 32 queries spill there
+        tile["BLOCK_M"] = 16
+    return tile
+
+
+def _query_rule(chip, dtype, statics, sizes):
+    """As for keys, with the roles of queries and keys exchanged."""
+    tile = _rule(chip, dtype, statics)
+    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
+
+
+def _rule(chip, dtype, statics):
     """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
     large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
@@ -210,12 +223,6 @@ def _key_rule(chip, dtype, statics, sizes):
     elif dtype != "fp32" and not large:
         tile |= {"BLOCK_N": 64}
     return tile
-
-
-def _query_rule(chip, dtype, statics, sizes):
-    """As :func:`_key_rule`, with the roles of queries and keys exchanged."""
-    tile = _key_rule(chip, dtype, statics, sizes)
-    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
 
 
 def _key_memory(chip, dtype, statics, tile):

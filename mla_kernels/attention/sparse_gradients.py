@@ -4,7 +4,7 @@ Both compute scores and their gradients anew. One goes over a token's picks and 
 goes over its heads and sums what these give to each pick's row.
 """
 
-from mla_kernels.language import tl, triton
+from mla_kernels.language import TRITON_VERSION, tl, triton
 from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Kernel, Work
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -210,13 +210,14 @@ def _grad_rule(chip, dtype, statics, sizes):
 
 
 def _query_rule(chip, dtype, statics, sizes):
-    tile = _grad_rule(chip, dtype, statics, sizes)
+    """On sm_90 the tile that Triton's version keeps in registers."""
+    tile, hopper, newest = _grad_rule(chip, dtype, statics, sizes), chip.architecture == "90", TRITON_VERSION >= (3, 9)
     if chip.vendor == "amd" and dtype == "fp32":
         tile |= {"VALUE_TILES": 4, "num_stages": 2}
     elif chip.vendor == "nvidia" and dtype == "fp32":
-        tile["BLOCK_H"] = 8
+        tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if hopper and newest else 1}
     elif chip.dot_from_shared and sizes["heads"] > 32:
-        tile |= {"BLOCK_H": 64, "BLOCK_N": 16 if chip.architecture == "90" else 32}
+        tile |= {"BLOCK_H": 32 if hopper and newest else 64, "BLOCK_N": 16 if hopper else 32}
     return tile
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import prolog as cpu
-from mla_kernels.language import tl, triton
+from mla_kernels.language import TRITON_VERSION, tl, triton
 from mla_kernels.latent.write import ROPE_MODES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -271,7 +271,8 @@ ABSORB_QUERY = Kernel(
 
 def _expand_rule(chip, dtype, statics, sizes):
     tokens, columns, depth = _tile(chip, dtype, sizes["tokens"], statics["LATENT"], sizes["values"])
-    return {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_R": depth, "num_warps": 4, "num_stages": 3}
+    spills = chip.architecture == "90" and tokens * columns <= 1024 and TRITON_VERSION >= (3, 9)  # with a third stage
+    return {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_R": depth, "num_warps": 4, "num_stages": 2 if spills else 3}
 
 
 def _expand_memory(chip, dtype, statics, tile):

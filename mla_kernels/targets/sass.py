@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(
-    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$"
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\?\w+)?;\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$"
 )
+_ADDRESS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/")
 _UPPER_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
@@ -55,7 +56,13 @@ class Instruction:
 
 
 def parse(text: str) -> list[Instruction]:
-    """Instructions in address order of the first function in the listing."""
+    """Instructions in address order of the first function in the listing.
+
+    CUDA 12.8's cuobjdump ends those of sm_120 in hints to the scheduler (``?WAIT12_END_GROUP``), which say nothing here.
+
+    Raises:
+        ValueError: a line with an address that is no instruction: what it holds must not be overlooked.
+    """
     instructions: list[Instruction] = []
     for line in text.splitlines():
         if "Function :" in line and instructions:
@@ -65,6 +72,8 @@ def parse(text: str) -> list[Instruction]:
             address, predicate, opcode, operands, _ = match.groups()
             instructions.append(Instruction(int(address, 16), predicate or "", opcode, operands))
             continue
+        if _ADDRESS.match(line):
+            raise ValueError(f"machine code: {line.strip()!r} is in no form that is known")
         upper = _UPPER_WORD.match(line)
         if upper and instructions:
             last = instructions[-1]

@@ -1,5 +1,7 @@
 """Machine code read by hand-counted examples, for NVIDIA and AMD."""
 
+import pytest
+
 from mla_kernels.targets import amdgcn, loops, sass
 
 # A persistent loop (0x10..0x90) around two inner loops: one with two HMMAs and a spill (0x30..0x60), a longer one
@@ -46,6 +48,21 @@ def test_sass_instructions():
         "constant", "spill", "control", "async copy", "tensor", "spill", "tensor", "control"
     ]  # fmt: skip
     assert sass.tensor_shapes(instructions) == {"HMMA.16816": 2}
+
+
+def test_hints_to_the_scheduler_are_no_operands():
+    plain = sass.parse(LISTING)
+    hinted = LISTING.replace("BRA.U !UP0, 0x80 ;", "BRA.U !UP0, 0x80      ?WAIT12_END_GROUP;").replace(
+        " EXIT ;", " EXIT ?trans5;"
+    )
+    assert sass.parse(hinted) == plain and sass.loops(sass.parse(hinted)) == sass.loops(plain)
+
+
+def test_a_line_that_is_no_instruction_is_not_overlooked():
+    with pytest.raises(
+        ValueError, match=r"machine code: '/\*0050\*/ +LDL.LU R23, \[R1\+0x4\] \?' is in no form that is"
+    ):
+        sass.parse(LISTING.replace("LDL.LU R23, [R1+0x4] ;", "LDL.LU R23, [R1+0x4] ?"))
 
 
 def test_sass_main_loop_is_the_innermost_with_tensor_instructions():
