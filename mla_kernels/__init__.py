@@ -1,5 +1,6 @@
 """Triton kernels for multi-head latent attention and mixture of experts, from one source on NVIDIA, AMD and Ascend."""
 
+from mla_kernels import versions  # noqa: F401  first, for it refuses what the rest would fail on
 from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.indexer import indexer_logits, paged_indexer_logits
 from mla_kernels.attention.indexer_select import select_keys, select_slots
