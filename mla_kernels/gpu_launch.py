@@ -9,6 +9,8 @@ A launch, then, is one tuple, one look-up and one call of Triton's launcher. As 
 written for each kernel's list of arguments, because a loop over them would take most of the time.
 """
 
+import copy
+import types
 from collections.abc import Callable
 
 import torch
@@ -19,14 +21,12 @@ MOST_LAUNCHES_KEPT = 4096
 """Entries of a kernel's cache; sizes that never repeat fill it, and it starts again."""
 
 _ON_AMD = torch.version.hip is not None
-_knobs = triton.knobs.runtime if hasattr(triton, "knobs") else None
-_LAUNCHER_KNOWN = getattr(triton, "__version__", "").startswith("3.7.") and not _ON_AMD
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to see launches. Triton 3.7 keeps chains of hooks, earlier ones a hook or None."""
-    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    """Whether a profiler wants to see launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 class GpuLaunch:
@@ -45,10 +45,9 @@ class GpuLaunch:
     def __call__(self, chip, grid, args, statics, tile):
         """Launch ``grid`` programs, tuned for ``chip``, where the first argument lies.
 
-        Through Triton's JIT go the first launch of a key, all launches while a profiler's hooks are set, and all of
-        Triton before 3.4, which has another launcher.
+        Through Triton's JIT go the first launch of a key and all launches while a profiler's hooks are set.
         """
-        if _knobs is None or _hooked():
+        if _hooked():
             self._through_jit(None, chip, grid, args, statics, tile)
             return
         active = triton.runtime.driver.active
@@ -109,12 +108,43 @@ def _launcher(compiled) -> tuple[Callable, tuple]:
     """``run, rest`` such that ``run(grid, 1, 1, stream, *rest, values)`` launches what Triton compiled."""
     run = compiled.run  # loads the module, which gives the handles
     function, packed = compiled.function, compiled.packed_metadata
-    if _LAUNCHER_KNOWN and not (run.global_scratch_size or run.profile_scratch_size):
-        # CudaLauncher without its Python half: no metadata, no hooks, no scratch memory.
-        rest = function, run.launch_cooperative_grid, run.launch_pdl, packed, None, None, None, None, None
-        return run.launch, (*rest, run.arg_annotations, run.kernel_signature)
+    found = None if _ON_AMD else _without_python_half(run, function, packed)
+    if found is not None:
+        return found
 
     def start(x, y, z, stream, values):
         run(x, y, z, stream, function, packed, None, None, None, *values)
 
     return start, ()
+
+
+def _without_python_half(run, function, packed) -> tuple[Callable, tuple] | None:
+    """Triton's C launcher behind its Python half ``run``, and what that half puts between the stream and the values;
+    None where the half does more than hand arguments on.
+
+    What it hands on differs from version to version, so it is asked: a copy of it is called with its C launcher
+    replaced by a list. Triton 3.6 gives the values one by one, later versions as one tuple.
+    """
+    launch = getattr(run, "launch", None)
+    if not isinstance(launch, types.BuiltinFunctionType) or getattr(run, "gsan_enabled", False):
+        return None  # a wrapper that builds descriptors; an instrument that counts launches
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None  # memory of its own for every launch
+    handed: list[tuple] = []
+    asked = copy.copy(run)
+    asked.launch = lambda *arguments: handed.append(arguments)
+    grid, stream, values = (object(), object(), object()), object(), (object(), object())
+    asked(*grid, stream, function, packed, None, None, None, *values)
+    (arguments,) = handed
+    if arguments[:4] != (*grid, stream):
+        return None
+    if arguments[-1] == values:
+        return launch, arguments[4:-1]
+    if arguments[-2:] == values:
+        rest = arguments[4:-2]
+
+        def start(x, y, z, stream, values):
+            launch(x, y, z, stream, *rest, *values)
+
+        return start, ()
+    return None

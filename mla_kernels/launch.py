@@ -132,9 +132,15 @@ class Kernel:
         latents = "i8" if statics.get("LAYOUT") in ("fp8_v32", "int8") else dtype
         return {name: kind.replace("T", dtype).replace("L", latents) for name, kind in self.arguments.items()}
 
-    def options(self, chip: Chip, tile: Mapping) -> dict[str, int]:
-        """Launch options that mean something on ``chip``."""
-        return {name: tile[name] for name in GPU_OPTIONS if name in tile} if chip.is_gpu else {}
+    def options(self, chip: Chip, tile: Mapping) -> dict[str, int | bool]:
+        """Launch options that mean something on ``chip``.
+
+        A product and the sum that it enters are fused on every GPU, whatever Triton's version takes by default: an
+        instruction and a rounding less, and the same bits from all of them.
+        """
+        if not chip.is_gpu:
+            return {}
+        return {name: tile[name] for name in GPU_OPTIONS if name in tile} | {"enable_fp_fusion": True}
 
     def constexprs(self, statics: Mapping, tile: Mapping) -> dict:
         """Constant arguments of the kernel, in its order."""

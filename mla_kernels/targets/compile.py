@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from mla_kernels.language import HAS_TRITON
+from mla_kernels.language import HAS_TRITON, triton
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.report import Report
@@ -104,7 +103,7 @@ def compiler_version(kind: str) -> str:
     if kind == "gpu":
         if not HAS_TRITON:
             raise service.ToolchainMissing("no GPU toolchain: the package triton is not installed")
-        return f"triton {importlib.metadata.version('triton')}"
+        return f"triton {triton.__version__}"
     code = (
         f"from importlib.metadata import version; print(*[n + ' ' + version(n) for n in {_ASCEND_PACKAGES}], sep=', ')"
     )

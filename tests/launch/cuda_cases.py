@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mla_kernels
+from mla_kernels import gpu_launch
 from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
 from tests.launch.cuda_recorder import record
@@ -357,3 +358,48 @@ def test_profilers_hooks_see_every_launch():
             triton.knobs.runtime.launch_enter_hook.remove(hook)
         mla_kernels.write_latent(*args, rope="interleaved")
     assert seen == ["write_latent_kernel"]
+
+
+def test_what_is_known_goes_to_triton_s_c_launcher_at_once(monkeypatch):
+    """The second launch skips the Python half of Triton's launcher; its instruments and scratch memory do not."""
+    import triton.backends.nvidia.driver as nvidia
+
+    x = torch.randn(4, 6, 64).to(BF16), torch.randn(4, 6)
+    with record() as launches:
+        mla_kernels.merge_states(*x)
+        with monkeypatch.context() as patch:
+            patch.setattr(nvidia.CudaLauncher, "__call__", None)
+            mla_kernels.merge_states(*x)
+    assert len(launches) == 2
+
+    class Launcher:
+        launch, global_scratch_size, profile_scratch_size, gsan_enabled = staticmethod(len), 0, 0, False
+
+        def __call__(self, x, y, z, stream, *arguments):
+            self.launch(x, y, z, stream, *arguments)
+
+    others = {"global_scratch_size": 8, "profile_scratch_size": 8, "gsan_enabled": True, "launch": lambda *_: None}
+    assert gpu_launch._without_python_half(Launcher(), 5, (4, 1, 0)) is not None
+    for name, value in others.items():
+        launcher = Launcher()
+        setattr(launcher, name, value)
+        assert gpu_launch._without_python_half(launcher, 5, (4, 1, 0)) is None, name
+
+
+def test_a_router_is_compiled_once_for_all_numbers_of_tokens_strides_and_alignments():
+    """A row's bits depend on the instance: one aligned to 16 bytes would load, and so add, in another order."""
+    import triton
+
+    compiled = []
+    wide, bias, table = torch.randn(40, 80), torch.randn(64), torch.randint(0, 64, (50, 6))
+    triton.knobs.runtime.jit_post_compile_hook = lambda *_, fn, **__: compiled.append(fn.name) and False
+    try:
+        with record():
+            for rows in (wide[:1, :64], wide[:16, :64], wide[:17, 1:65], wide[3:20, :64].contiguous(), wide[:, 16:]):
+                leaf = rows.detach().requires_grad_()
+                weights, _ = mla_kernels.route(leaf, 6, bias=bias, scoring="softmax")
+                torch.autograd.grad(weights, leaf, torch.ones(len(rows), 7)[:, 1:])
+                mla_kernels.hash_route(rows, table, torch.zeros(len(rows), dtype=torch.int64), scoring="softmax")
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert len(compiled) == 3, compiled

@@ -30,6 +30,8 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 Result cuGetErrorString(Result error, const char **text) { *text = "stub"; return 0; }
 Result cuCtxGetCurrent(void **context) { *context = (void *)8; return 0; }
+Result cuCtxGetDevice(int *device) { *device = 0; return 0; }
+Result cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 Result cuCtxSetCurrent(void *context) { return 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)8; return 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
