@@ -25,7 +25,7 @@ COMPILED = 16
 
 RANKED = (
     "moe_gate_up_kernel", "moe_down_kernel", "moe_project_kernel", "merge_states_kernel", "moe_combine_kernel",
-    "moe_dispatch_kernel", "moe_inverse_kernel", "route_kernel",
+    "moe_dispatch_kernel", "moe_inverse_kernel",
 )  # fmt: skip
 """Kernels whose tiles the model may choose. The others keep their rule's until a device has timed their shortlist: the
 model sees no layouts, and not what decoding quantised weights costs."""

@@ -15,13 +15,13 @@ except ImportError:
     HAS_TRITON = False
 
     class _Absent:
-        """Answers every attribute with itself and decorates without effect."""
+        """Answers every attribute with itself and decorates without effect, with and without options."""
 
         def __getattr__(self, name):
             return self
 
         def __call__(self, value=None, *args, **kwargs):
-            return value
+            return self if value is None else value
 
     triton = tl = _Absent()
 

@@ -14,16 +14,18 @@ from mla_kernels.moe.scores import (
     SCORINGS,
     finished_slots,
     near_rows,
-    router_memory,
-    router_rule,
     router_scores,
     router_statics,
+    router_tiles,
     router_work,
 )
 from mla_kernels.shim import define_op
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "vocabulary", "logits_stride", "table_stride"],
+    do_not_specialize_on_alignment=["logits", "table", "token_ids", "weights", "ids"],
+)
 def hash_route_kernel(
     logits,
     table,
@@ -68,14 +70,18 @@ def hash_route_kernel(
         scores = tl.where(present & (scores == scores), scores, -1.0)
 
         weight = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
         for k in range(TOP_K):
             here = (slot_f == k)[None, :]
             picked = tl.max(tl.where(here, chosen, -1.0), 1)  # [BLOCK_T]
             score = tl.max(tl.where(expert_f == picked[:, None], scores, -1.0), 1)
-            found = score >= 0.0
-            weight = tl.where(here, tl.where(found, score, 0.0)[:, None], weight)
             chosen = tl.where(here & (score < 0.0)[:, None], -1.0, chosen)
-        weight, chosen = finished_slots(weight, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE)
+            score = tl.where(score >= 0.0, score, 0.0)
+            total += score
+            weight = tl.where(here, score[:, None], weight)
+        weight, chosen = finished_slots(
+            weight, total, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE
+        )
         out = first * (TOP_K + SHARED) + lane[:, None] * (TOP_K + SHARED) + slot[None, :]
         inside = in_range & (slot < TOP_K + SHARED)[None, :]
         tl.store(weights + out, weight, mask=inside)  # [BLOCK_T, BLOCK_K]
@@ -100,14 +106,12 @@ HASH_ROUTE = Kernel(
         "ids": "*i32",
         "tokens": "i32",
         "vocabulary": "i32",
-        "logits_stride": "i32:16",
+        "logits_stride": "i32",
         "table_stride": "i32",
         "routed_scale": "fp32",
     },
     statics=tuple(router_statics(8, 1, 0, "sigmoid", True, 1)),
-    tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
-    rule=router_rule,
-    memory=router_memory,
+    **router_tiles(1024),
     cost=_cost,
     work=router_work(_cost),
     cases=(

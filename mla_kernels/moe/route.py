@@ -10,14 +10,23 @@ from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route_backward import route_backward, save_for_backward
-from mla_kernels.moe.scores import SCORINGS, finished_slots, near_rows, router_memory, router_scores
+from mla_kernels.moe.scores import (
+    SCORINGS,
+    finished_slots,
+    near_rows,
+    router_scores,
+    router_tiles,
+)
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
 NO_INDEX = tl.constexpr(1.0e9)  # above every expert and group number
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "logits_stride"],
+    do_not_specialize_on_alignment=["logits", "bias", "weights", "ids"],
+)
 def route_kernel(
     logits,
     bias,
@@ -93,6 +102,7 @@ def route_kernel(
 
         weight = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
         chosen = tl.full([BLOCK_T, BLOCK_K], -1.0, tl.float32)
+        total = tl.zeros([BLOCK_T], tl.float32)
         for k in range(TOP_K):
             top = tl.max(choice, 1)
             picked = tl.min(tl.where(choice == top[:, None], expert_f[None, :], NO_INDEX), 1)
@@ -102,20 +112,18 @@ def route_kernel(
                 score = tl.sum(tl.where(hit, scores, 0.0), 1)
             here = (slot_f == k)[None, :]
             found = top > NEVER
-            weight = tl.where(here, tl.where(found, score, 0.0)[:, None], weight)
+            score = tl.where(found, score, 0.0)
+            total += score
+            weight = tl.where(here, score[:, None], weight)
             chosen = tl.where(here, tl.where(found, picked, -1.0)[:, None], chosen)
             choice = tl.where(hit, float("-inf"), choice)
-        weight, chosen = finished_slots(weight, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE)
+        weight, chosen = finished_slots(
+            weight, total, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE
+        )
         out = first * (TOP_K + SHARED) + lane[:, None] * (TOP_K + SHARED) + slot[None, :]
         inside = in_range & (slot < TOP_K + SHARED)[None, :]
         tl.store(weights + out, weight, mask=inside)  # [BLOCK_T, BLOCK_K]
         tl.store(ids + out, chosen.to(tl.int32), mask=inside)
-
-
-def _rule(chip, dtype, statics, sizes):
-    """About 1024 scores a program on GPUs; on Ascend what the dozen live rows of a token leave room for in UB."""
-    block_t = max(1, (1024 if chip.is_gpu else 2048) // statics["BLOCK_E"])
-    return {"BLOCK_T": min(block_t, 1 << (sizes["tokens"] - 1).bit_length()), "num_warps": 4}
 
 
 def _cost(dtype, statics, sizes):
@@ -182,13 +190,11 @@ ROUTE = Kernel(
         "weights": "*fp32",
         "ids": "*i32",
         "tokens": "i32",
-        "logits_stride": "i32:16",
+        "logits_stride": "i32",
         "routed_scale": "fp32",
     },
     statics=tuple(_statics(8, 1)),
-    tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
-    rule=_rule,
-    memory=router_memory,
+    **router_tiles(2048),
     cost=_cost,
     work=_work,
     cases=tuple(

@@ -8,17 +8,19 @@ from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
 from mla_kernels.moe.scores import (
     near_rows,
-    router_memory,
-    router_rule,
     router_scores,
     router_statics,
+    router_tiles,
     router_work,
     score_slopes,
 )
 from mla_kernels.shim import define_op
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "logits_stride", "grad_stride"],
+    do_not_specialize_on_alignment=["weights_grad", "logits", "weights", "ids", "logits_grad"],
+)
 def route_backward_kernel(
     weights_grad,
     logits,
@@ -99,14 +101,12 @@ ROUTE_BACKWARD = Kernel(
         "ids": "*i32",
         "logits_grad": "*T",
         "tokens": "i32",
-        "logits_stride": "i32:16",
+        "logits_stride": "i32",
         "grad_stride": "i32",
         "routed_scale": "fp32",
     },
     statics=tuple(router_statics(8, 1, 0, "sigmoid", True, 1)),
-    tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
-    rule=router_rule,
-    memory=router_memory,
+    **router_tiles(1024),
     cost=_cost,
     work=router_work(_cost),
     cases=(

@@ -49,6 +49,7 @@ def score_slopes(x, scores, SCORING: tl.constexpr):
 @triton.jit
 def finished_slots(
     weight,
+    total,
     chosen,
     slot_f,
     routed_scale,
@@ -57,9 +58,11 @@ def finished_slots(
     SHARED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """(weights, experts) [rows, slots] of chosen scores, which are 0 past TOP_K; the shared experts follow them."""
+    """(weights, experts) [rows, slots] of chosen scores, which are 0 past TOP_K; the shared experts follow them.
+
+    ``total`` [rows] is the sum of a row's scores, added slot by slot: in one order on every device."""
     if RENORMALIZE:
-        weight = weight / (tl.sum(weight, 1)[:, None] + 1.0e-20)
+        weight = weight / (total[:, None] + 1.0e-20)
     weight = weight * routed_scale
     if SHARED > 0:
         routed = (slot_f < TOP_K)[None, :]
@@ -86,16 +89,30 @@ def router_statics(experts, top_k, shared, scoring, renormalize, slots):
     }
 
 
-def router_rule(chip, dtype, statics, sizes):
-    """About 1024 scores a program."""
-    block_t = max(1, 1024 // statics["BLOCK_E"])
-    return {"BLOCK_T": min(block_t, max(1, 1 << (sizes["tokens"] - 1).bit_length())), "num_warps": 4}
+def router_tiles(ascend_scores):
+    """``tiles``, ``rule`` and ``memory`` of a router's kernel: one tile for all numbers of tokens.
 
+    A row's sum must have the same bits whatever else is in the batch, and its order follows from how the row lies over
+    threads: the tile decides that, and so does what is known of alignment, since an aligned row is loaded, and then
+    added, several neighbours a thread. So a program of one warp takes one row, and the kernel is one instance for every
+    number of tokens, stride and alignment. On Ascend a tile holds the ``ascend_scores`` that the live rows of a token
+    leave room for in UB, and any other tile counts as too large.
+    """
 
-def router_memory(chip, dtype, statics, tile):
-    """On Ascend the rows of a token that live at a time."""
-    tile_bytes = tile["BLOCK_T"] * statics["BLOCK_E"] * 4
-    return {"shared": 4 * tile["num_warps"] * tile["BLOCK_T"] * 4} if chip.is_gpu else {"UB": 20 * tile_bytes}
+    def rows(chip, statics):
+        return 1 if chip.is_gpu else max(1, ascend_scores // statics["BLOCK_E"])
+
+    def memory(chip, dtype, statics, tile):
+        if chip.is_gpu:
+            return {"shared": 0}
+        fits = tile["BLOCK_T"] == rows(chip, statics)
+        return {"UB": 20 * 4 * tile["BLOCK_T"] * statics["BLOCK_E"] if fits else chip.memory["UB"] + 1}
+
+    return {
+        "tiles": {"BLOCK_T": (1,), "num_warps": (1,)},
+        "rule": lambda chip, dtype, statics, sizes: {"BLOCK_T": rows(chip, statics), "num_warps": 1},
+        "memory": memory,
+    }
 
 
 def router_work(cost):

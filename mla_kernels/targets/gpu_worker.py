@@ -45,17 +45,19 @@ def load(source: str):
 
 
 def compile_job(job: dict):
-    """Triton's CompiledKernel for a job. Pointers count as divisible by 16, and so do arguments marked ":16"."""
+    """Triton's CompiledKernel for a job. Pointers count as divisible by 16, and so do arguments marked ":16", unless
+    the kernel says that they make no instance of their own."""
     fn = getattr(load(job["source"]), job["function"])
     signature, constexprs, attributes = {}, {}, {}
-    for position, name in enumerate(fn.arg_names):
+    for position, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
         if name in job["constexprs"]:
             signature[name] = "constexpr"
             constexprs[(position,)] = job["constexprs"][name]
             continue
         kind, _, divisor = job["signature"][name].partition(":")
         signature[name] = kind
-        if divisor == "16" or kind.startswith("*"):
+        plain = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if (divisor == "16" or kind.startswith("*")) and not plain:
             attributes[(position,)] = [["tt.divisibility", 16]]
     if job["vendor"] == "nvidia":
         target = GPUTarget("cuda", int(job["architecture"]), 32)
