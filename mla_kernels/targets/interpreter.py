@@ -1,14 +1,17 @@
 """Corrections to Triton's interpreter for bfloat16, applied once before the first interpreted launch.
 
-The interpreter of Triton 3.7 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot`` (results
-near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put right here.
+The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
+(results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
+right here. Its arithmetic on bfloat16 (``+``, ``*``, ``tl.sum``, comparisons) works on raw integers, too, and is not:
+kernels widen to float32 first.
 """
 
 import functools
 
 import numpy as np
 
-from mla_kernels.language import INTERPRET, tl
+from mla_kernels.language import INTERPRET, TRITON_VERSION, tl
+from mla_kernels.versions import minor
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -23,15 +26,26 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
 
 
+def check_numpy(triton_version: tuple[int, int], numpy_version: str) -> None:
+    """Raise RuntimeError where Triton's interpreter cannot run beside this NumPy."""
+    if triton_version < (3, 7) and minor(numpy_version) >= (2, 4):
+        raise RuntimeError(
+            f"numpy {numpy_version} is installed; the interpreter of Triton 3.6 needs numpy<2.4, since it takes arrays "
+            "of one element for numbers. Install that, or triton>=3.7"
+        )
+
+
 @functools.cache
 def prepare() -> None:
-    """Install the corrections. Raises RuntimeError where the interpreter was not switched on before Triton's import."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
+    """Install the corrections. Raises RuntimeError where the interpreter was not switched on before Triton's import, or
+    cannot run beside the NumPy that is installed."""
     if not INTERPRET:
         raise RuntimeError(
             "interpreting a kernel needs TRITON_INTERPRET=1 in the environment before Triton is imported"
         )
+    check_numpy(TRITON_VERSION, np.__version__)
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, source, target):

@@ -75,3 +75,10 @@ def test_traffic_counts_dots():
     with Traffic() as again:
         pass
     assert again.requested == 0
+
+
+def test_the_interpreter_of_triton_3_6_needs_an_older_numpy():
+    for triton_version, numpy_version in (((3, 6), "2.3.5"), ((3, 7), "2.4.6"), ((3, 9), "2.5.2")):
+        interpreter.check_numpy(triton_version, numpy_version)
+    with pytest.raises(RuntimeError, match=r"numpy 2\.5\.2 is .* of Triton 3\.6 needs numpy<2\.4"):
+        interpreter.check_numpy((3, 6), "2.5.2")
