@@ -53,6 +53,7 @@ class Outcome:
     noise: float
     error: float  # of the chosen tile's result, as a share of the reference's largest magnitude; NaN: no reference
     wrong: tuple[tuple[Tile, str], ...] = ()
+    skipped: int = 0  # tiles that time did not reach
 
     @property
     def replaced(self) -> bool:
@@ -100,21 +101,31 @@ class DeviceTimer:
 
 
 def measure(
-    problem: Problem, call: Call, control: Tile, others: Iterable[Tile], timer, seconds: float = math.inf
+    problem: Problem,
+    call: Call,
+    control: Tile,
+    others: Iterable[Tile],
+    timer,
+    seconds: float = math.inf,
+    preparing: float = math.inf,
 ) -> Outcome:
     """Time ``others`` beside ``control`` for at most about ``seconds``, though never less than a few rounds.
 
     ``timer`` is a :class:`DeviceTimer` or an object with its ``prepare``. Tiles whose result is not the reference's, or
-    that do not launch, are left out.
+    that do not launch, are left out. So are the last of ``others`` where the first took ``preparing`` seconds: a first
+    launch compiles, which takes longer than all its samples.
 
     Raises:
         WrongResult: the control's own result is wrong; nothing should be stored then.
     """
-    begin = time.monotonic()
+    begin, skipped = time.monotonic(), 0
     kernel = problem.kernel
     expected = None if call.expected is None else call.expected()
     contestants, wrong, errors = [], [], {}
     for tile in (control, *(tile for tile in others if dict(tile) != dict(control))):
+        if len(contestants) > 1 and time.monotonic() - begin > preparing:
+            skipped += 1
+            continue
         problem_seen = ""
         try:
             with tiles.override(kernel, tile):
@@ -134,17 +145,17 @@ def measure(
             continue
         errors[len(contestants)] = error
         contestants.append((dict(tile), sample))
-    rounds = []
+    begin, rounds = time.monotonic(), []
     while len(rounds) < MOST_ROUNDS and (len(rounds) < FEWEST_ROUNDS or time.monotonic() - begin < seconds):
         taken = []
         for tile, sample in (*contestants, contestants[0]):
             with tiles.override(kernel, tile):
                 taken.append(sample())
         rounds.append(taken)
-    return _judge([tile for tile, _ in contestants], rounds, errors, wrong)
+    return _judge([tile for tile, _ in contestants], rounds, errors, wrong, skipped)
 
 
-def _judge(contestants, rounds, errors, wrong) -> Outcome:
+def _judge(contestants, rounds, errors, wrong, skipped) -> Outcome:
     """The tile of least median among those that beat the control, else the control."""
     controls = [(taken[0] + taken[-1]) / 2 for taken in rounds]
     noise = quantile([abs(taken[-1] / taken[0] - 1) for taken in rounds], 0.5)
@@ -159,7 +170,7 @@ def _judge(contestants, rounds, errors, wrong) -> Outcome:
     first = min(faster, key=lambda index: times[index].median, default=0)
     rest = sorted((index for index in range(len(times)) if index != first), key=lambda index: times[index].median)
     ordered = tuple(times[index] for index in (first, *rest))
-    return Outcome(ordered, times[0], noise, errors[first], tuple(wrong))
+    return Outcome(ordered, times[0], noise, errors[first], tuple(wrong), skipped)
 
 
 def error_of(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:

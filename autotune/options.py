@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import re
 
+import mla_kernels
 from mla_kernels.launch import DTYPE_BYTES, KERNELS
 from mla_kernels.targets import devices
 from mla_kernels.targets.chips import Chip
@@ -51,7 +51,7 @@ def assignment(text: str) -> tuple[str, int | str]:
 
 def versions(chip: Chip) -> dict[str, str]:
     """What made an entry: this package and the target's compilers."""
-    found = {"mla_kernels": importlib.metadata.version("mla_kernels")}
+    found = {"mla_kernels": mla_kernels.__version__}
     try:
         compilers = compiler_version("gpu" if chip.is_gpu else "ascend")
     except ToolchainMissing:

@@ -328,7 +328,13 @@ _TOKENS = _each("tokens", 1, 8, 64, 512, 4096)
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        Operation("fused_moe", lambda g: g.experts > 0, _each("tokens", *(4**i for i in range(8))), _experts),
+        Operation(
+            "mla_decode",
+            _has_latent,
+            (*_each("batch", 1, 8, 64, queries=1), *_each("queries", 2, 4, batch=8)),
+            _decode,
+        ),
+        Operation("sparse_mla_decode", _is_sparse, _each("batch", 1, 8, 64), _sparse),
         *(
             Operation(
                 f"fused_experts {format}",
@@ -338,25 +344,20 @@ OPERATIONS: dict[str, Operation] = {
             )
             for format in QUANTISED
         ),
-        Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
-        Operation(
-            "mla_decode",
-            _has_latent,
-            (*_each("batch", 1, 8, 64, queries=1), *_each("queries", 2, 4, batch=8)),
-            _decode,
-        ),
+        Operation("fused_moe", lambda g: g.experts > 0, _each("tokens", *(4**i for i in range(8))), _experts),
         Operation("mla_prefill", _has_latent, _each("causal", 1, 0, tokens=4096), _prefill),
-        Operation("merge_states", _has_latent, _each("tokens", 64, 512, 4096), _merge),
+        Operation("sparse_mla_prefill", _is_sparse, _each("tokens", 4096), _sparse_prefill),
+        Operation("select_slots", lambda g: g.index_heads > 0, _each("batch", 1, 8, 64, keys=8192), _select),
         Operation("absorb_query", _has_latent, _each("tokens", 1, 8, 64, 512), _absorb),
         Operation("expand_output", _has_latent, _each("tokens", 1, 8, 64, 512), _expand),
-        Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("norm_and_write", _has_latent, _TOKENS, _prolog),
+        Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("write_indexer_key", lambda g: g.index_heads > 0, _TOKENS, _indexer_write),
-        Operation("select_slots", lambda g: g.index_heads > 0, _each("batch", 1, 8, 64, keys=8192), _select),
-        Operation("sparse_mla_decode", _is_sparse, _each("batch", 1, 8, 64), _sparse),
-        Operation("sparse_mla_prefill", _is_sparse, _each("tokens", 4096), _sparse_prefill),
+        Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
+        Operation("merge_states", _has_latent, _each("tokens", 64, 512, 4096), _merge),
     )
 }
+"""By name, those first in which a model that generates text spends most of its time: ``tune`` takes them in order."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def run(options) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for chip in chips:
-        rows, refused = collect([task.problem for task in tune.tasks(options, chip)], chip)
+        rows, refused = collect([task.problem for some in tune.tasks(options, chip) for task in some], chip)
         title = f"{options.model or 'declared cases'} on {chip.part} ({chip.name})"
         for suffix, text in (
             (".md", markdown(title, chip, rows, refused)),

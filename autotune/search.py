@@ -124,6 +124,7 @@ def shortlists(
     compiled: int = COMPILED,
     progress: Callable[[Report], None] | None = None,
     requested: Callable[[int], None] | None = None,
+    limit: float | None = None,
 ) -> list[Shortlist]:
     """Shortlists of problems for ``chip``, in their order.
 
@@ -131,10 +132,12 @@ def shortlists(
     loop, traps or too much memory are dropped; the others are ranked again by :func:`refined`. The first stands before
     the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all.
 
-    ``requested`` is told how many compilations there will be, ``progress`` gets each report.
+    ``requested`` is told how many compilations there will be, ``progress`` gets each report. Compilers are stopped
+    after ``limit`` seconds.
 
     Raises:
         NoTile: the rule's tile does not compile.
+        mla_kernels.targets.service.OutOfTime: ``limit`` seconds have passed.
     """
     problems = list(problems)
     tried: list[list[Tile]] = []
@@ -150,7 +153,7 @@ def shortlists(
     requests = [Request(p.kernel, chip, p.dtype, p.statics, tile) for p, some in zip(problems, tried) for tile in some]
     if requested is not None:
         requested(len(requests))
-    reports = iter(compile_many(requests, progress))
+    reports = iter(compile_many(requests, progress, limit))
     return [
         _choose(problem, chip, some, [next(reports) for _ in some], len(fitting[_key(problem)]))
         for problem, some in zip(problems, tried)

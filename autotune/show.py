@@ -1,5 +1,6 @@
 """``show``: the tiles that launches of a model or of declared problems take, and where each comes from."""
 
+import itertools
 import sys
 
 from mla_kernels import tiles
@@ -31,7 +32,7 @@ def run(options) -> int:
     tiles.LOG.disabled = True  # the table says what is missing
     printed = Table("device", "kernel", "constants", "sizes", "tile", "from")
     for chip in chips:
-        for task in tune.tasks(options, chip):
+        for task in itertools.chain.from_iterable(tune.tasks(options, chip)):
             problem = task.problem
             try:
                 found = tiles.look_up(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes)

@@ -1,12 +1,17 @@
 """``tune``: fill the user's store, with the compilers alone or on a device.
 
 Without a device (or with ``--offline``) each problem gets a shortlist: the tiles that the cost model ranks best,
-compiled for the target, ranked again. On a machine with the device the shortlist is then timed (:mod:`.online`). Every
-finished problem is stored at once; a run that was interrupted goes on where it stopped.
+compiled for the target, ranked again. On a machine with the device the shortlist is then timed (:mod:`.online`).
+
+The problems that matter most come first, and each is listed, compiled and timed before the next, so that a run that its
+``--budget`` ends has done the most for its time. Every finished problem is stored at once; a run that was interrupted
+goes on where it stopped.
 """
 
 import datetime
 import functools
+import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,12 +27,31 @@ from mla_kernels.autotune.store import append, check_writable
 from mla_kernels.launch import KERNELS, chip_of
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.devices import DEVICES
-from mla_kernels.targets.service import ToolchainMissing
+from mla_kernels.targets.service import OutOfTime, ToolchainMissing
 from mla_kernels.tile_files import Entry
 from mla_kernels.tiles import Problem
 
 DTYPE = "bf16"
 """The element type of models, where none is named."""
+
+BUDGET = 60.0
+"""Seconds of a run that times, where none are named."""
+
+SHARE = 6
+"""A problem may take one part in so many of a budget to compile what is timed, one tile beside the control always."""
+
+LONGEST = 2.0
+"""Seconds of samples of a problem; more would not tell its tiles apart any better."""
+
+USUAL = "deepseek-v3", 8
+"""Model, and devices that share a layer, whose problems are timed where the command names none."""
+
+FIRST = (
+    "mla_decode_kernel", "merge_splits_kernel", "sparse_mla_kernel", "sparse_merge_kernel", "moe_gate_up_kernel",
+    "moe_down_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "eb_gate_up_kernel", "eb_down_kernel",
+    "wo_gate_up_kernel", "wo_down_kernel", "mla_prefill_kernel", "indexer_logits_kernel", "topk_kernel",
+)  # fmt: skip
+"""Kernels whose declared problems come before the others'."""
 
 
 def add_parser(commands) -> None:
@@ -39,7 +63,7 @@ def add_parser(commands) -> None:
     common.add_kernels(parser)
     known = ", ".join(models.MODELS)
     parser.add_argument("--model", metavar="MODEL", help=f"a known model ({known}) or the path of its config.json")
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
+    parser.add_argument("--tp", nargs="+", type=int, metavar="N", help="devices that share a layer (default: 1)")
     parser.add_argument(
         "--format", nargs="+", choices=problems.QUANTISED, metavar="FORMAT",
         help=f"of experts' weights, beside the plain one: {', '.join(problems.QUANTISED)} (default: the model's)",
@@ -50,8 +74,9 @@ def add_parser(commands) -> None:
             help=f"{name} of one problem of one --kernel, as the log names them",
         )  # fmt: skip
     parser.add_argument(
-        "--budget", type=common.seconds, default=60.0, metavar="TIME", help="for timing, in all (default: 60s)"
-    )
+        "--budget", type=common.seconds, metavar="TIME",
+        help=f"for listing, compiling and timing, in all (default: {BUDGET:.0f}s on the device, else no end)",
+    )  # fmt: skip
     parser.add_argument("--offline", action="store_true", help="do not time, even where the device is here")
     parser.add_argument("--again", action="store_true", help="also problems that the store has already")
     parser.add_argument(
@@ -77,13 +102,16 @@ def run(options) -> int:
         raise ValueError(f"no device here; name one with --target: {', '.join(DEVICES)}")
     if options.store is not None and len(chips) > 1:
         raise ValueError(f"--store: one file is for one device, got {len(chips)} with --target")
-    status = 0
+    begin, status = time.monotonic(), 0
     for chip in chips:
         timer = None
         if here is not None and not options.offline and chip.device == chip_of(here).device:
             timer = online.DeviceTimer(here, chip.l2_bytes)
-        session = Session(chip, options, timer, here)
-        status |= session.run(tasks(options, chip))
+        budget = options.budget
+        if budget is None:
+            budget = math.inf if timer is None else BUDGET
+        session = Session(chip, options, timer, here, begin, budget)
+        status |= session.run(tasks(options, chip, timer is not None))
     tiles.reload()
     return status
 
@@ -98,32 +126,58 @@ def local_device() -> torch.device | None:
     return None
 
 
-def tasks(options, chip: Chip) -> list[Task]:
-    """What the options name: a model's problems, one problem, or the problems that kernels declare."""
-    chosen = options.kernel or list(KERNELS)
+def tasks(options, chip: Chip, timed: bool = False) -> Iterator[list[Task]]:
+    """What the options name: a model's problems, one problem, or the problems that kernels declare.
+
+    Those come first that matter most, in lists that are made when they are asked for. ``timed``: without a model, the
+    usual one's come first, since what a kernel declares has no op that could be timed.
+    """
     if options.model:
         if options.statics or options.sizes:
             raise ValueError("--model derives all sizes: it goes without --statics and --sizes")
-        found: dict[tuple, Task] = {}
-        whole = models.geometry(options.model)
-        whole = whole if options.format is None else replace(whole, formats=tuple(options.format))
-        for degree in options.tp:
-            derived, refused = problems.of_model(whole.on(degree), chip, problems.names_of(options.dtype or DTYPE))
-            for op, reason in refused.items():
-                print(f"{op}: {reason}", file=sys.stderr)
-            for one in derived:
-                if one.problem.kernel.name in chosen:
-                    found.setdefault(one.problem.key, Task(one.problem, one))
-        return list(found.values())
+        return _of_model(options, chip, options.model, options.tp or [1])
     if options.statics or options.sizes:
-        return [Task(_one_problem(options, chip))]
-    return [
-        Task(Problem(kernel, dtype, dict(case.statics), dict(case.sizes)))
-        for kernel in map(KERNELS.get, chosen)
-        for case in kernel.cases
-        for dtype in case.dtypes
-        if chip.name not in kernel.unsupported and dtype == (options.dtype or _usual(case.dtypes))
-    ]
+        return iter([[Task(_one_problem(options, chip))]])
+    if not timed:
+        return _declared(options, chip)
+    model, degree = USUAL
+    print(f"no --model: problems of {model} are timed, then those that kernels declare are compiled", file=sys.stderr)
+    return itertools.chain(_of_model(options, chip, model, options.tp or [degree]), _declared(options, chip))
+
+
+def _of_model(options, chip: Chip, model: str, degrees: list[int]) -> Iterator[list[Task]]:
+    whole = models.geometry(model)
+    whole = whole if options.format is None else replace(whole, formats=tuple(options.format))
+    shares = [whole.on(degree) for degree in degrees]
+    dtype = problems.names_of(options.dtype or DTYPE)
+
+    def listed() -> Iterator[list[Task]]:
+        found: dict[tuple, Task] = {}
+        for operation in problems.OPERATIONS:
+            fresh: dict[tuple, Task] = {}
+            for share in shares:
+                derived, refused = problems.of_model(share, chip, dtype, (operation,))
+                for op, reason in refused.items():
+                    print(f"{op}: {reason}", file=sys.stderr)
+                for one in derived:
+                    wanted = not options.kernel or one.problem.kernel.name in options.kernel
+                    if wanted and one.problem.key not in found:
+                        fresh.setdefault(one.problem.key, Task(one.problem, one))
+            found |= fresh
+            yield list(fresh.values())
+
+    return listed()
+
+
+def _declared(options, chip: Chip) -> Iterator[list[Task]]:
+    for name in sorted(options.kernel or KERNELS, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+        kernel = KERNELS[name]
+        yield [
+            Task(Problem(kernel, dtype, dict(case.statics), dict(case.sizes)))
+            for case in kernel.cases
+            for dtype in case.dtypes
+            if chip.name not in kernel.unsupported and dtype == (options.dtype or _usual(case.dtypes))
+        ]
 
 
 def _usual(dtypes: tuple[str, ...]) -> str:
@@ -164,31 +218,58 @@ def _is_needed(kernel, chip: Chip, problem: Problem, name: str) -> bool:
 class Session:
     """One device's store, and the problems that are put into it."""
 
-    def __init__(self, chip: Chip, options, timer, device: torch.device | None):
+    def __init__(self, chip: Chip, options, timer, device: torch.device | None, begin: float, budget: float):
         self.chip, self.options, self.timer, self.device = chip, options, timer, device
+        self.begin, self.budget = begin, budget
         self.path = options.store or tile_files.store_path(chip.device)
         check_writable(self.path, chip.device)
         self.failures: list[str] = []
         self.counts = dict.fromkeys(("modelled", "rule", "measured", "replaced"), 0)
+        self.compilations = 0
+        self.call, self.built = None, None  # the op that is timed, and what it was built for
 
-    def run(self, wanted: list[Task]) -> int:
-        begin = time.monotonic()
-        held = self._held()
-        fresh = [task for task in wanted if self.options.again or not self._is_done(task, held)]
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.begin + self.budget - time.monotonic()
+
+    def run(self, lists: Iterator[list[Task]]) -> int:
+        held, there, seen, missed = self._held(), 0, 0, 0
         with common.progress() as bar:
-            lists = self._offline(fresh, held, bar)
-            left = self._online(fresh, lists, bar) if self.timer is not None else []
+            job = bar.add_task(f"{self.chip.device}", total=0)
+            while self.left > 0 and (some := next(lists, None)) is not None:
+                fresh = [task for task in some if self.options.again or not self._is_done(task, held)]
+                there, seen = there + len(some) - len(fresh), seen + len(some)
+                missed = self._finish(fresh, held, bar, job)
+            bar.remove_task(job)
             console = bar.console
-        told = f"{self.path}: {len(wanted) - len(fresh)} of {len(wanted)} problems were there"
+        told = f"{self.path}: {there} of {seen} problems were there"
         told += f", {self.counts['modelled']} got a modelled tile, {self.counts['rule']} keep their rule's"
         if self.timer is not None:
             told += f", {self.counts['measured']} were timed and {self.counts['replaced']} replaced"
-        console.print(f"{told} ({time.monotonic() - begin:.0f} s)", soft_wrap=True, markup=False, highlight=False)
-        if left:
-            print(f"{len(left)} problems not timed within the budget: run the same command again", file=sys.stderr)
+        console.print(f"{told} ({time.monotonic() - self.begin:.0f} s)", soft_wrap=True, markup=False, highlight=False)
+        if self.left <= 0:
+            told = f"the budget of {self.budget:.0f} s has ended before {missed} problems and those not listed yet"
+            print(f"{told}: run the same command again", file=sys.stderr)
         for failure in self.failures:
             print(failure, file=sys.stderr)
         return int(bool(self.failures))
+
+    def _finish(self, fresh: list[Task], held: dict[tuple, Entry], bar, job) -> int:
+        """Put a list's problems into the store, those of a call together; how many the budget did not reach."""
+        done = 0
+        for _, together in itertools.groupby(fresh, key=_called):
+            if self.left <= 0:
+                break
+            together = list(together)
+            try:
+                shortlists = self._offline(together, held, bar, job)
+                if self.timer is not None:
+                    self._online(together, shortlists, bar, job)
+            except OutOfTime:
+                break
+            done += len(together)
+        return len(fresh) - done
 
     def _held(self) -> dict[tuple, Entry]:
         """The store's entries that were made with the kernels' present sources; the last of each problem."""
@@ -204,7 +285,7 @@ class Session:
         times = self.timer is not None and task.derived is not None
         return entry is not None and (entry.provenance == "measured" or not times)
 
-    def _offline(self, wanted: list[Task], held: dict[tuple, Entry], bar) -> dict[tuple, tuple]:
+    def _offline(self, wanted: list[Task], held: dict[tuple, Entry], bar, job) -> dict[tuple, tuple]:
         """Problem -> shortlist; those that the store or a table lacks are made, and stored kernel by kernel."""
         lists: dict[tuple, tuple] = {}
         missing: dict[str, list[Problem]] = {}
@@ -214,30 +295,30 @@ class Session:
                 lists[key] = known
             else:
                 missing.setdefault(task.problem.kernel.name, []).append(task.problem)
-        job = bar.add_task("compiling", total=0)
-        total = 0
-
-        def requested(count: int) -> None:
-            nonlocal total
-            total += count
-            bar.update(job, total=total)
-
         for name, some in missing.items():
             bar.update(job, description=f"{self.chip.device} {name}")
-            for batch, found in self._batches(some, requested, lambda report: bar.advance(job)):
+            for batch, found in self._batches(some, bar, job):
                 entries = []
                 for problem, one in zip(batch, found):
                     lists[_problem_key(problem)] = one.tiles
                     self.counts[one.provenance] += 1
                     entries.append(self._entry(problem, one.tiles, one.provenance, _evidence(one)))
                 append(self.path, self.chip.device, entries)
-        bar.remove_task(job)
         return lists
 
-    def _batches(self, some: list[Problem], requested, advance) -> Iterator[tuple[list[Problem], list]]:
+    def _batches(self, some: list[Problem], bar, job) -> Iterator[tuple[list[Problem], list]]:
         """The shortlists of a kernel's problems; where one of them has no tile at all, of each by itself."""
+
+        def requested(count: int) -> None:
+            self.compilations += count
+            bar.update(job, total=self.compilations)
+
+        limit = None if self.left == math.inf else max(0.0, self.left)
         try:
-            yield some, search.shortlists(some, self.chip, self.options.candidates, advance, requested)
+            found = search.shortlists(
+                some, self.chip, self.options.candidates, lambda report: bar.advance(job), requested, limit
+            )
+            yield some, found
         except ToolchainMissing as missing:
             if self.timer is None:
                 raise
@@ -247,7 +328,7 @@ class Session:
                 self.failures.append(str(error))
                 return
             for problem in some:
-                yield from self._batches([problem], requested, advance)
+                yield from self._batches([problem], bar, job)
 
     def _known(self, problem: Problem, held: dict[tuple, Entry]) -> tuple:
         """The shortlist in the store or, for timing, in the table that ships, if it has more than one tile."""
@@ -259,48 +340,39 @@ class Session:
             entry = self._shipped.get(key)
         return entry.shortlist if entry is not None and len(entry.shortlist) > 1 else ()
 
-    def _online(self, wanted: list[Task], lists: dict[tuple, tuple], bar) -> list[Task]:
-        """Time the shortlists of problems that an op is known for; those that the budget did not reach."""
-        timed = [
-            task for task in wanted if task.derived is not None and len(lists.get(_problem_key(task.problem), ())) > 1
-        ]
-        timed.sort(key=lambda task: (task.derived.operation.name, str(task.derived.size), task.derived.geometry.tp))
-        deadline = time.monotonic() + self.options.budget
-        job = bar.add_task("timing", total=len(timed))
-        built, call = None, None
-        for position, task in enumerate(timed):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                bar.remove_task(job)
-                return timed[position:]
-            bar.update(job, description=f"timing {task.problem.kernel.name}", completed=position)
+    def _online(self, wanted: list[Task], lists: dict[tuple, tuple], bar, job) -> None:
+        """Time the shortlists of the problems of one call, where an op is known for them."""
+        for task in wanted:
+            listed = lists.get(_problem_key(task.problem), ())
+            if task.derived is None or len(listed) < 2:
+                continue
+            if self.left <= 0:
+                raise OutOfTime
+            bar.update(job, description=f"timing {task.problem.kernel.name}")
             if not self.options.again and self._is_done(task, self._held()):
                 continue  # by another process
-            wanted_call = task.derived.operation.name, str(task.derived.size), task.derived.geometry
             try:
-                if wanted_call != built:
-                    call = None  # its memory first
-                    call, built = (
-                        task.derived.call(self.device, problems.names_of(self.options.dtype or DTYPE)),
-                        wanted_call,
-                    )
-                self._time(task, call, lists[_problem_key(task.problem)], left / (len(timed) - position))
+                if _called(task) != self.built:
+                    self.call = None  # its memory first
+                    self.call = task.derived.call(self.device, problems.names_of(self.options.dtype or DTYPE))
+                    self.built = _called(task)
+                self._time(task, self.call, listed)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.failures.append(f"{task.problem.kernel.name} {task.problem.sizes}: not timed: {error}")
-        bar.remove_task(job)
-        return []
 
-    def _time(self, task: Task, call, listed: tuple, seconds: float) -> None:
+    def _time(self, task: Task, call, listed: tuple) -> None:
         problem = task.problem
         found = tiles.look_up(problem.kernel, self.chip, problem.dtype, problem.statics, problem.sizes).tile
         control = {name: found[name] for name in found if name in tiles.needed(problem.kernel, self.chip)}
-        outcome = online.measure(problem, call, control, listed, self.timer, seconds)
+        seconds, preparing = min(LONGEST, max(0.0, self.left)), min(self.budget / SHARE, max(0.0, self.left))
+        outcome = online.measure(problem, call, control, listed, self.timer, seconds, preparing)
         detail = {
             "times": [asdict(times) for times in outcome.times],
             "control": dict(outcome.control.tile),
             "noise": outcome.noise,
             "error": outcome.error,
             "wrong": [{"tile": tile, "why": why} for tile, why in outcome.wrong],
+            "skipped": outcome.skipped,
             "operation": task.derived.operation.name,
             "model": task.derived.geometry.name,
             "tp": task.derived.geometry.tp,
@@ -340,6 +412,13 @@ def _evidence(found: search.Shortlist) -> dict:
             for one in found.ranked
         ],
     }
+
+
+def _called(task: Task) -> tuple:
+    """What problems of one call share: the op and its sizes; where no op is known, the kernel."""
+    if task.derived is None:
+        return (task.problem.kernel.name,)
+    return task.derived.operation.name, str(task.derived.size), task.derived.geometry
 
 
 def _problem_key(problem: Problem) -> tuple:

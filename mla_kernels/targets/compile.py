@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import as_completed
+from concurrent.futures import TimeoutError, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,18 @@ def compile_kernel(kernel, chip: Chip, dtype: str, statics: Mapping, tile: Mappi
     return compile_many([Request(kernel, chip, dtype, statics, tile, case)])[0]
 
 
-def compile_many(requests: Iterable[Request], progress: Callable[[Report], None] | None = None) -> list[Report]:
+def compile_many(
+    requests: Iterable[Request], progress: Callable[[Report], None] | None = None, seconds: float | None = None
+) -> list[Report]:
     """Reports in the order of ``requests`` (tuples in the order of :class:`Request` do).
 
     Equal jobs are compiled once. ``progress`` is called, in this thread, with every report as it comes. Reports are
-    kept under :func:`mla_kernels.targets.service.cache_folder` by everything that they depend on.
+    kept under :func:`mla_kernels.targets.service.cache_folder` by everything that they depend on. After ``seconds`` the
+    compilers are stopped; what they had finished is kept.
 
     Raises:
         mla_kernels.targets.service.ToolchainMissing: a compiler that is needed is not installed.
+        mla_kernels.targets.service.OutOfTime: ``seconds`` have passed.
     """
     requests = [Request(*request) for request in requests]
     reports: list[Report | None] = [None] * len(requests)
@@ -75,14 +79,16 @@ def compile_many(requests: Iterable[Request], progress: Callable[[Report], None]
 
     futures = {service.pool().submit(kind, job): key for key, (kind, job) in jobs.items()}
     try:
-        for future in as_completed(futures):
+        for future in as_completed(futures, timeout=seconds):
             key, answer = futures[future], future.result()
             _keep(key, answer)
             for index in waiting[key]:
                 finish(index, answer)
+    except TimeoutError as error:
+        raise service.OutOfTime(f"compilers were stopped after {seconds:.0f} s") from error
     finally:
-        for future in futures:
-            future.cancel()
+        if not all([future.done() or future.cancel() for future in futures]):
+            service.pool().stop()
     return reports
 
 

@@ -23,6 +23,10 @@ class ToolchainMissing(RuntimeError):
     """The Ascend compilers were not found."""
 
 
+class OutOfTime(RuntimeError):
+    """Compilers were stopped, because the time that they were given has passed."""
+
+
 def ascend_python() -> str:
     """Python of the environment with triton-ascend: MLA_KERNELS_ASCEND_PYTHON, else .venv-ascend up from here or from
     the current directory. ToolchainMissing says how to make one."""
@@ -87,6 +91,12 @@ class Worker:
                 return {"ok": False, "crashed": True, "reason": reason}
             return json.loads(answer)
 
+    def stop(self) -> None:
+        """End the process and the job in it, which then counts as crashed."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
 
 class Pool:
     """A few workers of each kind that share a queue of jobs."""
@@ -94,10 +104,11 @@ class Pool:
     def __init__(self, size: int | None = None):
         self.size = size or max(1, os.cpu_count() or 1)
         self.threads = ThreadPoolExecutor(self.size)
-        self.free = {kind: queue.SimpleQueue() for kind in ("gpu", "ascend")}
-        for kind, workers in self.free.items():
-            for _ in range(self.size):
-                workers.put(Worker(kind))
+        self.workers = {kind: [Worker(kind) for _ in range(self.size)] for kind in ("gpu", "ascend")}
+        self.free = {kind: queue.SimpleQueue() for kind in self.workers}
+        for kind, workers in self.workers.items():
+            for worker in workers:
+                self.free[kind].put(worker)
 
     def submit(self, kind: str, job: dict) -> Future:
         return self.threads.submit(self._run, kind, job)
@@ -108,6 +119,12 @@ class Pool:
             return worker.ask(job)
         finally:
             self.free[kind].put(worker)
+
+    def stop(self) -> None:
+        """End all workers; the next job starts them anew."""
+        for workers in self.workers.values():
+            for worker in workers:
+                worker.stop()
 
 
 @functools.cache

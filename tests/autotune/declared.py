@@ -3,6 +3,7 @@
 from mla_kernels import launch
 from mla_kernels.launch import Case, Cost, Kernel, Work
 from mla_kernels.targets.report import Report
+from mla_kernels.targets.service import OutOfTime
 from mla_kernels.tiles import Problem
 from tests.test_launch import scale_kernel
 
@@ -40,18 +41,35 @@ def report(kernel, chip, dtype, tile, **changes) -> Report:
     return Report(**(fields | counts | {"detail": {}} | changes))
 
 
-class Compiler:
-    """Stands in for ``compile_many``; ``fails`` and ``changes`` say what it makes of a tile."""
+class Clock:
+    """Stands in for the module ``time``: a compilation takes a second, all else nothing."""
 
     def __init__(self):
-        self.tiles = []
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Compiler:
+    """Stands in for ``compile_many``; ``fails`` and ``changes`` say what it makes of a tile, ``clock`` whether there is
+    time for it."""
+
+    def __init__(self):
+        self.tiles, self.kernels = [], []
+        self.clock = None
         self.fails = lambda tile: False
         self.changes = lambda tile: {}
 
-    def __call__(self, requests, progress=None):
-        reports = []
+    def __call__(self, requests, progress=None, seconds=None):
+        reports, begin = [], self.clock.now if self.clock else 0.0
         for request in requests:
+            if self.clock:
+                self.clock.now += 1.0
+                if seconds is not None and self.clock.now - begin > seconds:
+                    raise OutOfTime
             self.tiles.append(dict(request.tile))
+            self.kernels.append(request.kernel.name)
             bad = self.fails(request.tile)
             changes = {"compiled": not bad, "reason": "it overflows" if bad else ""} | self.changes(request.tile)
             reports.append(report(request.kernel, request.chip, request.dtype, request.tile, **changes))

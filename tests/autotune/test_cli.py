@@ -1,13 +1,20 @@
 """The commands: what they accept, what they say, and tables made for a few kernels."""
 
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
 from mla_kernels import tile_files, tiles
 from mla_kernels.autotune import __main__ as cli
-from mla_kernels.autotune import options, search, tables, tune
+from mla_kernels.autotune import options, problems, search, tables, tune
 from mla_kernels.autotune.models import MODELS
 from mla_kernels.tile_files import read_store, read_table
-from tests.autotune.declared import Compiler
+from tests.autotune.declared import Clock, Compiler
 from tests.autotune.test_problems import SMALL
 
 
@@ -137,6 +144,73 @@ def test_a_table_leaves_out_what_does_not_compile_and_says_so(compiler, tmp_path
     found = {e.kernel for e in read_table(tmp_path / "h200.json", "h200")}
     assert "mla_decode_kernel" not in found and "route_kernel" in found
     assert "mla_decode_kernel" in capsys.readouterr().err
+
+
+def test_a_budget_holds_for_compiling_too_and_goes_to_what_matters_most(compiler, tmp_path, monkeypatch, capsys):
+    clock = compiler.clock = Clock()
+    monkeypatch.setattr(tune, "time", clock)
+    monkeypatch.setattr(tune, "local_device", lambda: None)
+    command = ["tune", "--target", "h200", "--model", "deepseek-v3", "--tp", "8", "--budget", "300s"]
+    assert cli.main(command) == 0
+    assert clock.now <= 301
+    assert list(dict.fromkeys(compiler.kernels))[:2] == ["mla_decode_kernel", "merge_splits_kernel"]
+    assert "eb_gate_up_kernel" in compiler.kernels and "mla_prefill_kernel" not in compiler.kernels
+    assert "those not listed yet: run the same command again" in capsys.readouterr().err
+    stored = {e.kernel for e in read_store(tmp_path / "h200.jsonl", "h200")}
+    assert "mla_decode_kernel" in stored
+    clock.now = 0.0
+    compiler.kernels.clear()
+    assert cli.main([*command[:-1], "1h"]) == 0
+    assert "mla_decode_kernel" not in compiler.kernels and "route_kernel" in compiler.kernels
+    assert "has ended" not in capsys.readouterr().err
+
+
+def test_nothing_is_listed_before_it_is_asked_for(monkeypatch):
+    seen, listed = [], problems.of_model
+    monkeypatch.setattr(problems, "of_model", lambda g, c, d, names: seen.append(names) or listed(g, c, d, names))
+    made = tune.tasks(parse("--target", "h200", "--model", "deepseek-v3"), tables.DEVICES["h200"], False)
+    assert seen == []
+    assert {task.problem.kernel.name for task in next(made)} >= {"mla_decode_kernel"} and seen == [("mla_decode",)]
+
+
+def test_on_a_device_without_a_model_the_usual_one_is_timed_first(capsys):
+    chip = tables.DEVICES["h200"]
+    made = tune.tasks(parse("--target", "h200"), chip, True)
+    first = next(made)
+    assert all(task.derived.geometry.name == "deepseek-v3" and task.derived.geometry.tp == 8 for task in first)
+    assert "problems of deepseek-v3 are timed" in capsys.readouterr().err
+    assert any(task.derived is None for some in made for task in some)  # then what kernels declare
+    declared = [some[0].problem.kernel.name for some in tune.tasks(parse("--target", "h200"), chip, False)]
+    assert declared[:2] == ["mla_decode_kernel", "merge_splits_kernel"] and len(declared) == len(tune.KERNELS)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    tune.add_parser(parser.add_subparsers())
+    return parser.parse_args(["tune", *arguments])
+
+
+def test_a_source_tree_without_package_metadata_will_do(compiler, tmp_path, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    assert cli.main(["tune", "--target", "h20", "--kernel", "slots_kernel"]) == 0
+    (entry, *_) = read_store(tmp_path / "h20.jsonl", "h20")
+    assert entry.detail["versions"].keys() >= {"mla_kernels", "triton", "torch"}
+
+
+def test_the_command_ends_with_its_budget(tmp_path):
+    """The real command and the real compilers, on a store and a cache of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "MLA_KERNELS_CACHE": str(tmp_path)
+    }
+    command = [sys.executable, "-m", "mla_kernels.autotune", "tune", "--target", "h200", "--budget", "6s"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "the budget of 6 s has ended before" in done.stderr, done.stderr
+    seconds = int(re.search(r"\((\d+) s\)", " ".join(done.stderr.split()))[1])
+    assert 6 <= seconds <= 20
 
 
 def test_options():

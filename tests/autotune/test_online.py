@@ -16,7 +16,7 @@ from mla_kernels.autotune.models import MODELS
 from mla_kernels.autotune.problems import Call
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.service import ToolchainMissing
-from tests.autotune.declared import Compiler, declare, problem
+from tests.autotune.declared import Clock, Compiler, declare, problem
 from tests.autotune.test_problems import SMALL
 
 CONTROL, FAST, SLOW = ({"BLOCK": 64, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 8})
@@ -24,7 +24,7 @@ KERNEL = declare()
 RIGHT = (torch.arange(6.0).view(2, 3),)
 
 
-class Clock:
+class Seconds:
     """Seconds by the tile in force; ``jitter`` is added in turn. Timed samples also call the op, as a device would."""
 
     def __init__(self, seconds, jitter=(0.0,)):
@@ -50,7 +50,7 @@ def by_block(tile):
 
 
 def test_a_faster_tile_replaces_the_control_and_times_are_kept():
-    found = measure(Clock(by_block))
+    found = measure(Seconds(by_block))
     assert found.replaced and found.times[0].tile == FAST and found.control.tile == CONTROL
     assert [t.median for t in found.times] == [1.0, 1.5, 2.0]
     assert found.times[0].n == online.FEWEST_ROUNDS and found.times[2].n == 2 * online.FEWEST_ROUNDS
@@ -58,16 +58,16 @@ def test_a_faster_tile_replaces_the_control_and_times_are_kept():
 
 
 def test_tiles_take_turns_with_the_control_first_and_last():
-    clock = Clock(by_block)
+    clock = Seconds(by_block)
     measure(clock)
     assert clock.taken[:8] == [CONTROL, FAST, SLOW, CONTROL] * 2
 
 
 def test_within_the_noise_the_control_stays():
     for gain, jitter in ((0.01, (0.0,)), (0.10, (0.0, 0.4, 0.1, 0.7, 0.2))):
-        found = measure(Clock(lambda tile: 1.0 - (gain if tile == FAST else 0.0), jitter), [FAST])  # noqa: B023
+        found = measure(Seconds(lambda tile: 1.0 - (gain if tile == FAST else 0.0), jitter), [FAST])  # noqa: B023
         assert not found.replaced and found.times[0].tile == CONTROL
-    found = measure(Clock(lambda tile: 1.0 - (0.1 if tile == FAST else 0.0), (0.0, 0.01, 0.02)), [FAST])
+    found = measure(Seconds(lambda tile: 1.0 - (0.1 if tile == FAST else 0.0), (0.0, 0.01, 0.02)), [FAST])
     assert found.replaced and 0 < found.noise < 0.05
 
 
@@ -76,11 +76,11 @@ def test_a_wrong_result_is_left_out_and_never_stored():
         wrong = tiles._overrides[KERNEL]["BLOCK"] == 1024
         return (RIGHT[0] + 1.0,) if wrong else RIGHT
 
-    found = measure(Clock(by_block), run=run)
+    found = measure(Seconds(by_block), run=run)
     assert not found.replaced and [tile for tile, _ in found.wrong] == [FAST, SLOW]
     assert "its result is 0.2 off, accepted 0.0001" in found.wrong[0][1]
     with pytest.raises(online.WrongResult, match="the tile in use"):
-        measure(Clock(by_block), run=lambda: (RIGHT[0] * 2,))
+        measure(Seconds(by_block), run=lambda: (RIGHT[0] * 2,))
 
 
 def test_a_tile_that_does_not_launch_is_left_out():
@@ -89,8 +89,26 @@ def test_a_tile_that_does_not_launch_is_left_out():
             raise RuntimeError("out of resources")
         return RIGHT
 
-    found = measure(Clock(by_block), run=run)
+    found = measure(Seconds(by_block), run=run)
     assert found.times[0].tile == FAST and found.wrong == ((SLOW, "out of resources"),)
+
+
+def test_tiles_that_take_too_long_to_compile_are_left_out_and_counted(monkeypatch):
+    """One beside the control is timed whatever it takes."""
+    clock = Clock()
+    monkeypatch.setattr(online, "time", clock)
+
+    def run():
+        clock.now += 3.0
+        return RIGHT
+
+    def measured(preparing):
+        seconds = Seconds(by_block)
+        return online.measure(problem(KERNEL), Call(run, None), CONTROL, (FAST, SLOW), seconds, 0.0, preparing)
+
+    found = measured(2.0)
+    assert found.times[0].tile == FAST and len(found.times) == 2 and found.skipped == 1
+    assert measured(7.0).skipped == 0
 
 
 def test_errors_are_shares_of_the_reference_s_largest_magnitude():
@@ -220,14 +238,22 @@ def test_an_interrupted_run_keeps_what_it_finished_and_goes_on(machine, capsys):
     assert machine.entries[-1].provenance == "measured" and len(machine.compiler.tiles) == compiled
 
 
-def test_no_budget_stores_shortlists_and_says_what_is_left(machine, capsys):
-    assert machine.tune("--budget", "0s") == 0
-    assert len(machine.entries) == 1
-    assert "1 problems not timed within the budget" in capsys.readouterr().err
+def test_a_budget_that_ends_before_the_timing_keeps_shortlists_and_says_so(machine, monkeypatch, capsys):
+    clock = machine.compiler.clock = Clock()
+    monkeypatch.setattr(tune, "time", clock)
+    assert machine.tune("--offline") == 0
+    needed, machine.compiler.clock = clock.now, None
+    machine.path.unlink()
+    clock.now, machine.compiler.clock = 0.0, clock
+    assert machine.tune("--budget", f"{needed:.0f}s") == 0
+    assert [e.provenance for e in machine.entries] in (["modelled"], ["rule"])
+    assert "has ended before 1 problems and those not listed yet: run the same command" in capsys.readouterr().err
+    assert machine.tune("--budget", "5s") == 0
+    assert machine.entries[-1].provenance == "measured"
 
 
 def test_what_another_process_has_timed_meanwhile_is_left(machine):
-    machine.tune("--budget", "0s")
+    machine.tune("--offline")
     machine.tune()
     before = machine.path.read_bytes()
 

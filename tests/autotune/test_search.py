@@ -30,11 +30,13 @@ def test_candidates_fit_by_closed_form():
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942", "ascend910b"])
 def test_every_kernel_has_candidates_that_the_model_can_rank(chip):
+    """Or one tile, its rule's."""
     for kernel in KERNELS.values():
         case = kernel.cases[0]
         if chip in kernel.unsupported:
             continue
-        some = [next(search.candidates(kernel, CHIPS[chip], case.dtypes[0], case.statics))]
+        rule = kernel.rule(CHIPS[chip], case.dtypes[0], case.statics, case.sizes)
+        some = [next(search.candidates(kernel, CHIPS[chip], case.dtypes[0], case.statics), rule)]
         (found,) = model.all_seconds(kernel, CHIPS[chip], case.dtypes[0], case.statics, case.sizes, some)
         assert found > 0
         (tile,) = some
