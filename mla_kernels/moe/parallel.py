@@ -45,8 +45,8 @@ class ExpertParallel:
 
     Results compared with one process: a token whose experts all live on one rank gets the same bits. Otherwise the sum
     over slots becomes a sum of one partial sum a rank: another order in fp32, and in bf16 and fp16 one more rounding
-    for each of these ranks. Every run gives the same bits; the number of chunks and other tokens may change the rounding
-    of sums, since the experts' tiles follow the number of rows.
+    for each of these ranks. Every run gives the same bits; the number of chunks and other tokens may change the
+    rounding of sums, since the experts' tiles follow the number of rows.
 
     Host waits: ``all_to_all_single`` needs its split sizes on the host, so :meth:`run` waits once for the device, after
     an exchange of counts, however many chunks there are. With ``capacity`` it never waits, and all shapes are fixed, as
