@@ -16,8 +16,7 @@ Version = tuple[int, int]
 TORCH: tuple[Version, Version] = (2, 11), (2, 16)
 """The first minor version that is accepted, and the first after it that is not."""
 TRITON: tuple[Version, Version] = (3, 6), (3, 10)
-TRITON_ASCEND: tuple[Version, Version] = (3, 2), (3, 3)
-"""triton-ascend is a package called ``triton``, too, with numbers of its own."""
+"""Not of triton-ascend: its package is called ``triton``, too, and has numbers of its own."""
 
 
 def minor(version: str) -> Version:
@@ -41,8 +40,5 @@ def check(package: str, version: str, bounds: tuple[Version, Version]) -> None:
 
 
 check("torch", torch.__version__, TORCH)
-if HAS_TRITON:
-    if (Path(triton.__file__).parent / "backends" / "ascend").is_dir():
-        check("triton-ascend", triton.__version__, TRITON_ASCEND)
-    else:
-        check("triton", triton.__version__, TRITON)
+if HAS_TRITON and not (Path(triton.__file__).parent / "backends" / "ascend").is_dir():
+    check("triton", triton.__version__, TRITON)
