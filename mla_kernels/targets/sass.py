@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(
-    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\?\w+)?;\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$"
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)(?:\s*[?&][^\s;]+)*\s*;"
+    r"\s*(?:/\* 0x([0-9a-f]{16}) \*/)?\s*$"
 )
 _ADDRESS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/")
 _UPPER_WORD = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
@@ -58,7 +59,7 @@ class Instruction:
 def parse(text: str) -> list[Instruction]:
     """Instructions in address order of the first function in the listing.
 
-    CUDA 12.8's cuobjdump ends those of sm_120 in hints to the scheduler (``?WAIT12_END_GROUP``), which say nothing here.
+    CUDA 12.8's cuobjdump ends those of sm_120 in hints to the scheduler (``&req={3} ?trans8``), which say nothing here.
 
     Raises:
         ValueError: a line with an address that is no instruction: what it holds must not be overlooked.

@@ -52,9 +52,8 @@ def test_sass_instructions():
 
 def test_hints_to_the_scheduler_are_no_operands():
     plain = sass.parse(LISTING)
-    hinted = LISTING.replace("BRA.U !UP0, 0x80 ;", "BRA.U !UP0, 0x80      ?WAIT12_END_GROUP;").replace(
-        " EXIT ;", " EXIT ?trans5;"
-    )
+    hinted = LISTING.replace("!UP0, 0x80 ;", "!UP0, 0x80      &req={3,1} &wr=0x2  ?WAIT12_END_GROUP;")
+    hinted = hinted.replace(" EXIT ;", " EXIT  &rd=0x0  ?trans5;")
     assert sass.parse(hinted) == plain and sass.loops(sass.parse(hinted)) == sass.loops(plain)
 
 
