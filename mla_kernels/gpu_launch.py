@@ -15,18 +15,18 @@ from collections.abc import Callable
 
 import torch
 
-from mla_kernels.language import triton
+from mla_kernels.language import HAS_TRITON, triton
 
 MOST_LAUNCHES_KEPT = 4096
 """Entries of a kernel's cache; sizes that never repeat fill it, and it starts again."""
 
 _ON_AMD = torch.version.hip is not None
+_runtime = triton.knobs.runtime if hasattr(triton, "knobs") else None  # triton-ascend, which launches on NPUs, has none
 
 
 def _hooked() -> bool:
     """Whether a profiler wants to see launches."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
 
 
 class GpuLaunch:
@@ -64,6 +64,8 @@ class GpuLaunch:
     def _through_jit(self, key, chip, grid, args, statics, tile):
         """Launch through Triton's JIT, and keep what it compiled under ``key``."""
         kernel = self._kernel
+        if not HAS_TRITON:
+            raise RuntimeError(f"{kernel.name}: the package triton is not installed; without it CPU tensors are served")
         for (name, kind), value in zip(kernel.arguments.items(), args):
             if kind == "fp32" and not isinstance(value, float):
                 raise TypeError(f"{kernel.name}: {name}: got {type(value).__name__}, a float is accepted")

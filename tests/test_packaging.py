@@ -69,6 +69,17 @@ def test_without_triton_the_package_imports_and_its_cpu_ops_run(site, tmp_path):
     assert result.returncode == 0 and "torch.Size([5, 16])" in result.stdout, result.stdout + result.stderr
 
 
+def test_without_triton_a_launch_says_so(site, tmp_path):
+    program = """
+import sys; sys.modules['triton'] = None
+import torch, mla_kernels
+with mla_kernels.launch.on_cpu("cuda"):
+    mla_kernels.merge_states(torch.randn(2, 3, 64), torch.randn(2, 3))
+"""
+    result = run(site, program, tmp_path)
+    assert "RuntimeError: merge_states_kernel: the package triton is not installed" in result.stderr
+
+
 def test_the_wheel_holds_tables_and_no_tests(site):
     assert {path.stem for path in (site / "mla_kernels" / "autotune" / "tables").glob("*.json")} >= {
         "h100",
