@@ -186,7 +186,7 @@ def hash_route(
 
     DeepSeek-V4's first layers choose experts so (Hugging Face's ``DeepseekV4HashRouter``, whose ``tid2eid`` is
     ``table``; ``routed_scale`` 1.5). With ``table = [[4, 0], [1, 2]]`` token id 1 goes to experts 1 and 2, in this
-    order. One kernel launch. Differentiable in ``logits``.
+    order. One kernel launch. Differentiable in ``logits``. Bits do not depend on the batch, as :func:`route`'s.
 
     Args:
         logits: [T, E] bf16, fp16 or fp32, contiguous rows; computed in fp32. E is 1 to 1024.

@@ -291,7 +291,8 @@ def route(
     Sources: DeepSeek-V2 (arXiv 2405.04434, 2.1.2 and 2.2), DeepSeek-V3 (arXiv 2412.19437, 2.1.2; "noaux_tc"), and the
     routers of Hugging Face's models of these names.
 
-    Differentiable in ``logits``, through the weights; the choice itself has no gradient.
+    Differentiable in ``logits``, through the weights; the choice itself has no gradient. On devices a token's results
+    have the same bits in every batch, wherever its logits lie; of CPU tensors weights may differ by an ulp.
 
     Args:
         logits: [T, E] bf16, fp16 or fp32, contiguous rows; computed in fp32. E is 1 to 1024.
