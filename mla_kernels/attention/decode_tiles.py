@@ -15,6 +15,22 @@ def token_bytes(dtype, statics) -> int:
 
 
 def rule(chip, dtype, statics, sizes):
+    """:func:`widest` tile, narrowed on sm_90 where 64 rows and 64 paged keys are more than the registers hold.
+
+    Triton 3.9 has ptxas allocate them by another level (--regAllocOptLevel=2), at which 64 keys spill; Triton 3.6
+    spills where 64 are decoded from fp8.
+    """
+    tile, newest = widest(chip, dtype, statics, sizes), TRITON_VERSION >= (3, 9)
+    if chip.architecture != "90" or tile["BLOCK_H"] < 64 or statics["LATENT"] < 512:
+        return tile
+    if statics["ROPE"] == 0:
+        return tile | ({"BLOCK_H": 32} if newest else {})
+    if newest or (statics["LAYOUT"] == "fp8_v32" and TRITON_VERSION < (3, 7)):
+        tile["BLOCK_N"] = 32
+    return tile
+
+
+def widest(chip, dtype, statics, sizes):
     """The widest row tile whose accumulator and keys stay on chip without spills; checked by compiling for every chip.
 
     It looks at the rows of one sequence only, never at the batch, so that a result does not depend on the batch.
@@ -69,8 +85,9 @@ def _nvidia(chip, dtype, statics, rows):
     roomy = chip.memory["shared"] >= 160 << 10
     if dtype == "fp32":
         return {"BLOCK_H": 16, "BLOCK_N": 16}
-    if hopper and rows > 32:
-        return {"BLOCK_H": 64, "num_warps": 8} | _hopper(statics)
+    if hopper and rows > 32:  # without a rope part a branch has no cheap second product
+        block_n = 32 if statics["CAUSAL"] and statics["WINDOW"] else 64
+        return {"BLOCK_H": 64, "BLOCK_N": block_n, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
     if layout == "fp8_v32" and rows > 16:
         return {"BLOCK_H": 32, "BLOCK_N": 32 if roomy else 16, "num_warps": 8, "num_stages": 1}
     if layout != "plain":
@@ -81,16 +98,6 @@ def _nvidia(chip, dtype, statics, rows):
     masked = statics["CAUSAL"] and (statics["WINDOW"] or not newer)
     wide = rows > 32 and roomy and not masked
     return {"BLOCK_H": 64 if wide else 32, "BLOCK_N": 32, "num_warps": 8}
-
-
-def _hopper(statics):
-    """Keys of a tile with 64 rows and 8 warps, which fill the registers. Triton 3.9 has ptxas allocate them by another
-    level (--regAllocOptLevel=2), at which 64 keys spill; Triton 3.6 spills where 64 are decoded from fp8."""
-    if statics["ROPE"] == 0:  # a branch has no cheap second product here
-        return {"BLOCK_N": 64, "BRANCH": 0} | ({"BLOCK_H": 32} if TRITON_VERSION >= (3, 9) else {})
-    narrow = statics["CAUSAL"] and statics["WINDOW"]
-    narrow = narrow or TRITON_VERSION >= (3, 9) or (TRITON_VERSION < (3, 7) and statics["LAYOUT"] == "fp8_v32")
-    return {"BLOCK_N": 32 if narrow else 64, "BRANCH": 1}
 
 
 def memory(chip, dtype, statics, tile):

@@ -191,7 +191,7 @@ def _rule(chip, dtype, statics, sizes):
     heads, layout = sizes["heads"], statics["LAYOUT"]
     if layout != "plain" and dtype != "bf16":
         raise NotImplementedError(f"sparse attention: {layout} caches are read as bf16, not as {dtype}")
-    tile = decode_tiles.rule(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
+    tile = decode_tiles.widest(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
     if layout == "fp8_v32" and chip.architecture == "90":  # gathers need registers for their addresses
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
     if chip.architecture == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:

@@ -218,8 +218,8 @@ def _rule(products):
             tile = {"BLOCK_M": rows_for(sizes, 32), "BLOCK_N": 32, "SWAP": 0, "num_warps": 4}
         elif rows_for(sizes, 128) == 128 and chip.dot_from_shared and not crowded:
             tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": 1, "num_warps": 8}
-            if statics["FORMAT"] == "int8" and products == 2 and (statics["BIAS"] or not statics["EVEN_K"]):
-                return tile | {"BLOCK_K": 64, "num_stages": stages, "GROUP_M": 8}  # 128 columns leave no registers
+            if statics["FORMAT"] == "int8" and products == 2:  # 128 columns of two sums leave no registers
+                return tile | {"BLOCK_K": 64, "num_stages": stages, "GROUP_M": 8}
         else:  # a larger tile's decoded weights overflow tensor memory with two sums, or with a scale every 32 columns
             by_mma_sync = chip.vendor == "nvidia" and not chip.dot_from_shared  # both operands in registers
             m = rows_for(sizes, 32 if by_mma_sync and products == 2 else 64)

@@ -6,6 +6,7 @@ import torch
 from mla_kernels import launch
 from mla_kernels.attention.decode import MLA_DECODE
 from mla_kernels.attention.merge import MERGE_SPLITS, MERGE_STATES
+from mla_kernels.language import TRITON_VERSION
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
 from tests.attention.problems import make
@@ -46,13 +47,15 @@ def test_cost_counts_the_latent_once():
     assert cost.workspace == 2 * 8 * 128 * 513 * 4
 
 
-HOPPER = {  # case -> core and serial bound at most, in clocks of an SM for 64 rows x 64 tokens
-    "v3": (3400, 5700),
-    "v3_two_tokens": (3400, 5700),
-    "small_pages": (3500, 5800),
-    "v3_fp8": (4000, 6350),
-    "v3_int8": (4000, 6300),
+HOPPER = {  # case -> core and serial bound at most, in clocks of an SM for 64 rows x 64 tokens, and x 32 tokens
+    "v3": ((3400, 5700), (2450, 3600)),
+    "v3_two_tokens": ((3400, 5700), (2450, 3600)),
+    "small_pages": ((3500, 5800), (2500, 3650)),
+    "v3_fp8": ((4000, 6350), (2950, 4100)),
+    "v3_int8": ((4000, 6310), (2750, 3900)),
 }
+NARROW = {"v3_fp8"} if TRITON_VERSION < (3, 7) else set(HOPPER) if TRITON_VERSION >= (3, 9) else set()
+"""Cases in which the installed Triton keeps 32 tokens in registers and no 64."""
 
 
 @pytest.mark.parametrize("name", HOPPER)
@@ -61,15 +64,16 @@ def test_hopper_keeps_64_rows_on_chip_and_multiplies_them_once(name):
     case = next(case for case in MLA_DECODE.cases if case.name == name)
     chip = CHIPS["sm_90"]
     tile = MLA_DECODE.rule(chip, "bf16", case.statics, case.sizes)
-    assert (tile["BLOCK_H"], tile["BLOCK_N"], tile["num_warps"]) == (64, 64, 8)
+    tokens = 32 if name in NARROW else 64
+    assert (tile["BLOCK_H"], tile["BLOCK_N"], tile["num_warps"]) == (64, tokens, 8)
     report = compile_kernel(MLA_DECODE, chip, "bf16", case.statics, tile)
     assert report.ok, report.problem
     assert report.loop_spills == 0
     assert report.detail["async_copy"]
     assert all("HGMMA" in shape for shape in report.detail["loop_tensor_shapes"])
-    bounds, (core, serial) = report.detail["loop_bounds"], HOPPER[name]
+    bounds, (core, serial) = report.detail["loop_bounds"], HOPPER[name][name in NARROW]
     assert bounds["core"] <= core and bounds["serial"] <= serial, bounds
-    asked = 64 * 64 * (576 + 512)
+    asked = 64 * tokens * (576 + 512)
     # 1.06: the rotated part once more in a branch that is never taken
     assert bounds["multiply_adds"] <= 1.06 * asked, bounds
 
@@ -80,8 +84,9 @@ def test_hopper_without_a_rope_part_computes_scores_twice():
     tile = MLA_DECODE.rule(CHIPS["sm_90"], "bf16", case.statics, case.sizes)
     report = compile_kernel(MLA_DECODE, CHIPS["sm_90"], "bf16", case.statics, tile)
     bounds = report.detail["loop_bounds"]
-    assert report.ok and bounds["core"] <= 4200 and bounds["serial"] <= 7300, bounds
-    assert bounds["multiply_adds"] <= 1.51 * 64 * 64 * (512 + 512)
+    rows, serial = (32, 5800) if TRITON_VERSION >= (3, 9) else (64, 7300)  # 64 rows spill there
+    assert report.ok and bounds["core"] <= 4200 and bounds["serial"] <= serial, bounds
+    assert bounds["multiply_adds"] <= (1.51 if rows == 64 else 2.01) * rows * 64 * (512 + 512), bounds
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from mla_kernels import launch
 from mla_kernels.attention.prefill import MLA_PREFILL
 from mla_kernels.attention.prefill_backward import MLA_PREFILL_KEY_GRADIENT, MLA_PREFILL_QUERY_GRADIENT
 from mla_kernels.attention.prefill_rows import MLA_PREFILL_DELTA, MLA_PREFILL_ROPE_GRADIENT
+from mla_kernels.language import TRITON_VERSION
 from mla_kernels.launch import DTYPE_NAMES
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
@@ -74,17 +75,21 @@ def test_bounds_of_the_forward_loop_on_hopper(name):
     ids=["keys", "queries"],
 )
 def test_bounds_of_the_backward_loops_on_hopper(kernel, products, core, serial):
-    """128 x 32 tiles, 8 warps, two stages: clocks per 64 x 32 pairs of a query and a key."""
+    """128 x 32 tiles, 8 warps, two stages: clocks per 64 x 32 pairs of a query and a key. With Triton 3.9, where 32
+    queries spill, keys meet 16 at a time."""
     case = next(case for case in kernel.cases if case.name == "v3")
     chip = CHIPS["sm_90"]
     tile = kernel.rule(chip, "bf16", case.statics, case.sizes)
-    assert {tile["BLOCK_M"], tile["BLOCK_N"]} == {128, 32} and tile["num_stages"] == 2
+    streamed = 32
+    if TRITON_VERSION >= (3, 9) and kernel is MLA_PREFILL_KEY_GRADIENT:
+        streamed, core, serial = 16, 650, 980
+    assert {tile["BLOCK_M"], tile["BLOCK_N"]} == {128, streamed} and tile["num_stages"] == 2
     report = compile_kernel(kernel, chip, "bf16", case.statics, tile)
     assert report.ok, report.problem
     assert report.spills == 0 and report.detail["async_copy"]
     bounds = report.detail["loop_bounds"]
     assert bounds["core"] / 2 <= core and bounds["serial"] / 2 <= serial
-    assert bounds["multiply_adds"] <= 1.10 * 128 * 32 * products
+    assert bounds["multiply_adds"] <= 1.10 * 128 * streamed * products
     assert all("HGMMA" in shape for shape in report.detail["loop_tensor_shapes"])
 
 

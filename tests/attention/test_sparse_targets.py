@@ -7,6 +7,7 @@ from mla_kernels import launch
 from mla_kernels.attention.sparse_backward import SPARSE_GATE, SPARSE_ROW_SUM
 from mla_kernels.attention.sparse_forward import SPARSE_MERGE, SPARSE_MLA
 from mla_kernels.attention.sparse_gradients import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
+from mla_kernels.language import TRITON_VERSION
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel
 from tests.attention.sparse_problems import make_decode
@@ -50,8 +51,9 @@ def test_hopper_keeps_64_heads_on_chip(name):
     bounds = report.detail["loop_bounds"]
     assert bounds["multiply_adds"] <= 1.1 * 64 * 64 * (576 + 512)
     assert bounds["core"] <= 3600 and bounds["serial"] <= 5800
-    # of a gathered tile of 64 x 576 values in bf16, each of 256 threads copies 18 pieces of 16 bytes, once
-    assert report.detail["loop_mix"]["async copy"] <= 20
+    # of a gathered tile of 64 x 576 values in bf16, each of 256 threads copies 18 pieces of 16 bytes, once; with Triton
+    # 3.6 the next picks come the same way, 8 to a thread
+    assert report.detail["loop_mix"]["async copy"] <= (20 if TRITON_VERSION >= (3, 7) else 26)
 
 
 @pytest.mark.parametrize("layout", ["fp8_v32", "int8"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
+from mla_kernels.language import TRITON_VERSION
 from mla_kernels.moe.activate import ACTIVATE
 from mla_kernels.moe.activation_gradient import ACTIVATION_GRADIENT, WEIGHT_PARTS
 from mla_kernels.moe.align import ALIGN
@@ -71,7 +72,8 @@ def test_hopper_multiplies_large_tiles_from_shared_memory(kernel, name):
     assert (tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]) == (128, 256, 64) and report.spills == 0
     bounds = report.detail["loop_bounds"]
     assert bounds["multiply_adds"] <= 1.05 * 128 * 256 * 64, bounds
-    assert bounds["core"] <= 1.15 * bounds["tensor"], bounds  # shared memory, with the indices of gathered rows
+    shared = 1.15 if (3, 7) <= TRITON_VERSION < (3, 9) else 1.17  # its memory, with the indices of gathered rows
+    assert bounds["core"] <= shared * bounds["tensor"], bounds
 
 
 def test_hopper_in_the_activations_gradient():
