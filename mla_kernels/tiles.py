@@ -243,7 +243,9 @@ def _stored(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) ->
                 continue
             rule = _rule(kernel, chip, dtype, statics, entry.sizes)
             # an entry "rule" found none better than the rule's tile, which is that of the Triton installed here
-            tile = rule if entry.provenance == "rule" and rule else entry.tile
+            tile = entry.tile
+            if entry.provenance == "rule" and rule:
+                tile = {name: value for name, value in rule.items() if name in needed(kernel, chip)}
             problem = misfit(kernel, chip, dtype, statics, tile, rule)
             if not problem:
                 return Found(dict(tile), origin, device, entry)
