@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import CHIPS
-from mla_kernels.targets.compile import Request, compile_many
+from mla_kernels.targets.compile import Request, compile_many, compiler_version
 from mla_kernels.targets.report import Report
 from mla_kernels.targets.source import python_function
 
@@ -61,6 +61,16 @@ def failures(reports: Iterable[Report]) -> list[Report]:
     return [report for report in reports if not report.ok and not report.unsupported]
 
 
+def compilers(reports: Iterable[Report]) -> str:
+    """Which versions of the compilers made these reports: "triton 3.9.0; triton-ascend 3.2.0, ascendnpu-ir 1.2.0"."""
+    kinds = dict.fromkeys(_kind(report) for report in reports if not report.unsupported)
+    return "; ".join(compiler_version(kind) for kind in kinds)
+
+
+def _kind(report: Report) -> str:
+    return "gpu" if CHIPS[report.target].is_gpu else "ascend"
+
+
 def cells(reports: Iterable[Report]) -> dict[tuple[str, str], dict[str, list[Report]]]:
     """(kernel, case) -> target -> its reports, one a dtype; all in the order they came."""
     rows: dict[tuple[str, str], dict[str, list[Report]]] = {}
@@ -96,7 +106,8 @@ def table(reports: Sequence[Report]):
 
     targets = [name for name in CHIPS if any(report.target == name for report in reports)]
     made = Table(
-        title="Compile matrix. A percentage: compiled, and how full the fullest on-chip memory is", box=box.SIMPLE
+        title=f"Compile matrix by {compilers(reports)}. A percentage: compiled, and how full the fullest memory is",
+        box=box.SIMPLE,
     )
     made.add_column("kernel, case", no_wrap=True)
     for name in targets:
@@ -136,8 +147,7 @@ def support_markdown(reports: Sequence[Report]) -> str:
             for report in row.get(target, []):
                 if report.unsupported:
                     notes[f"- `{kernel}` on {target}: {report.reason}"] = None
-    if notes:
-        lines += ["", *notes]
+    lines += ["", f"Compiled by {compilers(reports)}.", *notes]
     return "\n".join([*lines, MATRIX_END])
 
 
@@ -160,7 +170,10 @@ def replace_matrix(document: str, matrix: str) -> str:
 
 def dump(reports: Iterable[Report], path: Path) -> None:
     """All reports as JSON."""
-    rows = [dataclasses.asdict(report) | {"ok": report.ok, "problem": report.problem} for report in reports]
+    rows = [
+        dataclasses.asdict(report) | {"ok": report.ok, "problem": report.problem, "compiler": compilers([report])}
+        for report in reports
+    ]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -200,7 +213,7 @@ def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None =
         messages.print(f"[bold red]{report.target}[/] {escape(report.label)}: {escape(report.problem)}", soft_wrap=True)
     gaps = sum(report.unsupported for report in reports)
     messages.print(
-        f"{len(reports)} compilations in {seconds:.0f} s: {len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed"
+        f"{len(reports)} compilations by {compilers(reports)} in {seconds:.0f} s: {len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed"
         f", {gaps} declared unsupported. Nothing ran on a device.",
         soft_wrap=True,
     )

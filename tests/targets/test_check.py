@@ -11,6 +11,7 @@ from mla_kernels import check, launch
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work
 from mla_kernels.targets.chips import CHIPS
+from mla_kernels.targets.compile import compiler_version
 from mla_kernels.targets.report import Report
 
 
@@ -67,6 +68,11 @@ def test_check_prints_the_matrix(capsys, tmp_path):
     assert "12 compilations" in printed.err and "8 ok, 0 failed, 4 declared unsupported" in printed.err
     rows = json.loads(saved.read_text())
     assert len(rows) == 12 and sum(row["ok"] for row in rows) == 8
+    made_by = compiler_version("gpu"), compiler_version("ascend")
+    assert {row["compiler"] for row in rows} == {*made_by, ""}  # "" where nothing was compiled
+    assert made_by[0] == f"triton {triton.__version__}" and made_by[1].startswith("triton-ascend ")
+    assert f"by {'; '.join(made_by)}" in " ".join(printed.out.split())
+    assert f"12 compilations by {'; '.join(made_by)} in" in printed.err
 
 
 def test_check_fails_if_a_cell_fails(capsys, monkeypatch):
@@ -110,6 +116,7 @@ def test_support_markdown():
         "| --- | --- | --- | --- | --- |",
         "|  | `k` | fp32 | no | no |",
         "",
+        f"Compiled by {compiler_version('gpu')}.",
         "- `k` on gfx950: a gap",
         check.MATRIX_END,
     ]
