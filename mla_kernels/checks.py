@@ -59,7 +59,7 @@ def check_choice(name: str, value, accepted: tuple) -> None:
 
 def check_int(name: str, value, low: int, high: int | None = None) -> None:
     bounds = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):  # a traced size is a SymInt
         raise TypeError(f"{name}: got {type(value).__name__}, {bounds} is accepted")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}: got {value}, {bounds} is accepted")

@@ -417,6 +417,6 @@ def save_for_backward(ctx, inputs, output):
 
 def mla_prefill_gradients(ctx, out_grad, lse_grad):
     """Gradients of the arguments of the op ``mla_prefill``, in their order."""
-    grads = _mla_prefill_backward(out_grad, lse_grad, *ctx.saved_tensors, *ctx.settings)
-    rope_grad = grads[3] if ctx.saved_tensors[3] is not None else None
-    return *grads[:3], rope_grad, None, None, None, None, None, None
+    saved = ctx.saved_tensors  # once: under a checkpoint a second look computes the forward again, or is refused
+    grads = _mla_prefill_backward(out_grad, lse_grad, *saved, *ctx.settings)
+    return *grads[:3], None if saved[3] is None else grads[3], None, None, None, None, None, None

@@ -79,14 +79,16 @@ class CacheLayout(enum.Enum):
         scales = 4 * (latent_dim // SCALE_BLOCK if self is CacheLayout.FP8_V32 else 1)
         return latent_dim + -(-scales // _ALIGNMENT) * _ALIGNMENT
 
+    # methods are called through the class where a cache is made inside torch.compile: torch 2.11 traces no member's own
+
     def rope_dim(self, elements: int, latent_dim: int) -> int:
         """Width of the rotated key of tokens that take so many elements of ``LatentCache.data``."""
-        return (elements - self.rope_start(latent_dim)) // (2 if self.quantised else 1)
+        return (elements - CacheLayout.rope_start(self, latent_dim)) // (2 if self.quantised else 1)
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one token in one layer."""
         rope = rope_dim * (2 if self.quantised else 1)
-        return (self.rope_start(latent_dim) + rope) * self.element_bytes
+        return (CacheLayout.rope_start(self, latent_dim) + rope) * self.element_bytes
 
     def bytes_per_page(self, page_size: int, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one page in one layer."""
@@ -193,13 +195,13 @@ class LatentCache:
             names = ", ".join(str(one).removeprefix("torch.") for one in accepted)
             got = str(dtype).removeprefix("torch.")
             raise TypeError(f"dtype: got {got} for layout {layout.value}, accepted: {names}")
-        elements = layout.bytes_per_token(latent_dim, rope_dim) // layout.element_bytes
+        elements = CacheLayout.bytes_per_token(layout, latent_dim, rope_dim) // layout.element_bytes
         stored = torch.uint8 if layout.quantised else dtype
         return cls(torch.zeros(num_pages, page_size, elements, dtype=stored, device=device), latent_dim, layout)
 
     @property
     def rope_dim(self) -> int:
-        return self.layout.rope_dim(self.data.shape[2], self.latent_dim)
+        return CacheLayout.rope_dim(self.layout, self.data.shape[2], self.latent_dim)
 
     @property
     def width(self) -> int:
@@ -228,7 +230,7 @@ class LatentCache:
     @property
     def rope(self) -> torch.Tensor:
         """View ``[num_pages, page_size, rope_dim]`` of the rotated keys, in :attr:`dtype`."""
-        return self.data[..., self.layout.rope_start(self.latent_dim) :].view(self.dtype)
+        return self.data[..., CacheLayout.rope_start(self.layout, self.latent_dim) :].view(self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -245,4 +247,4 @@ class LatentCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in this layer."""
-        return self.layout.bytes_per_token(self.latent_dim, self.rope_dim)
+        return CacheLayout.bytes_per_token(self.layout, self.latent_dim, self.rope_dim)

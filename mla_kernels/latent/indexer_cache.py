@@ -63,8 +63,9 @@ class IndexerCache:
             token = self.head_dim + SCALE_BYTES
             if len(shape) != 2 or shape[1] == 0 or shape[1] % token:
                 raise ValueError(f"data: got shape {shape}, [num_pages, page_size * {token}] is accepted")
-            if self.data.stride(0) % SCALE_BYTES or self.data.storage_offset() % SCALE_BYTES:
-                place = self.data.stride(0), self.data.storage_offset()
+            # torch.compile cannot trace the offset; the launch makes this check again
+            place = self.data.stride(0), 0 if torch.compiler.is_compiling() else self.data.storage_offset()
+            if any(value % SCALE_BYTES for value in place):
                 raise ValueError(f"data: got page stride and offset {place}, fp8 accepts multiples of 4 bytes")
         elif len(shape) != 3 or shape[1] == 0 or shape[2] != self.head_dim:
             raise ValueError(f"data: got shape {shape}, [num_pages, page_size, {self.head_dim}] is accepted")

@@ -90,7 +90,7 @@ ALIGN = Kernel(
 
 def _outputs(ids, num_experts, block_size):
     pairs = ids.shape[0] * ids.shape[1]
-    blocks = min(pairs, (pairs + num_experts * (block_size - 1)) // block_size)
+    blocks = torch.sym_min(pairs, (pairs + num_experts * (block_size - 1)) // block_size)
     return ids.new_empty(blocks * block_size), ids.new_empty(blocks), ids.new_empty(1)
 
 
