@@ -37,7 +37,7 @@ class Agreement:
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._prefix = f"mla_kernels/{group.group_name}/{next(_numbers[group.group_name])}"
-        self._call, self._reported = 0, False
+        self.call, self._calls, self._reported = "", 0, False
 
     def agree(self, sizes: dict, counts: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Compare ``sizes`` and exchange ``counts`` [R, C] int64, the rows for each rank in each chunk.
@@ -78,9 +78,14 @@ class Agreement:
                 raise self._explanation(what, error, late) from error
 
     @contextlib.contextmanager
-    def reported(self):
-        """One call, forward or backward: what fails inside is written where the other ranks find it."""
-        self._call, self._reported = self._call + 1, False
+    def reported(self, call: str | None = None):
+        """What fails inside is written where the other ranks find it, under the name of the call, the same on every
+        rank: a new number, or the one given."""
+        if call is None:
+            self._calls += 1
+            call = str(self._calls)
+        if call != self.call:
+            self.call, self._reported = call, False
         try:
             yield
         except BaseException as error:
@@ -142,14 +147,14 @@ class Agreement:
         if not self._reported:
             self._reported = True
             with _lenient():
-                _store().set(f"{self._prefix}/{self._call}/{self.rank}", json.dumps(report))
+                _store().set(f"{self._prefix}/{self.call}/{self.rank}", json.dumps(report))
 
     def _others(self) -> dict[int, dict]:
         """What other ranks reported about this call."""
         found = {}
         with _lenient():
             for rank in range(self.size):
-                key = f"{self._prefix}/{self._call}/{rank}"
+                key = f"{self._prefix}/{self.call}/{rank}"
                 if rank != self.rank and _store().check([key]):
                     found[rank] = json.loads(_store().get(key))
         return found

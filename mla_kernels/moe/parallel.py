@@ -5,9 +5,7 @@ Symbols: R ranks, E experts in all, T tokens of this rank, K slots of a token, H
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,20 +14,8 @@ import torch.distributed as dist
 from mla_kernels.checks import FLOATS, check_int, check_tensor
 from mla_kernels.moe.activation import SWIGLU, Activation
 from mla_kernels.moe.agreement import MAX_CHUNKS, Agreement
+from mla_kernels.moe.exchange import Chunk, exchange
 from mla_kernels.moe.fused import fused_moe
-
-
-@dataclass
-class _Chunk:
-    """A run of this rank's tokens, and the rows that they become: one for each rank that has an expert of a token."""
-
-    tokens: slice
-    token: torch.Tensor  # [rows sent] the token, counted within the chunk
-    ids: torch.Tensor  # [rows sent, K] counted among the receiver's experts, -1 for experts of other ranks
-    slots: torch.Tensor  # [tokens, min(K, R)] a token's rows, by rank; the number of rows sent where there is none
-    slot_rows: torch.Tensor  # [tokens, K] the row that holds a slot's expert; the number of rows sent for none
-    sent: list[int]  # rows to each rank
-    received: list[int]  # rows from each rank
 
 
 class ExpertParallel:
@@ -130,7 +116,8 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """:func:`mla_kernels.fused_moe` of this rank's tokens, with the experts of all ranks.
 
-        Every rank of the group calls it, ranks without tokens too, and every rank runs the backward if one does.
+        Every rank of the group calls it, ranks without tokens too, and every rank runs the backward if one does, alike:
+        for gradients of the same tensors, under a checkpoint or not, once or, with the graph retained, again.
         Differentiable in the same tensors; gradients of the experts are sums over all ranks' tokens, chunk after chunk
         in the weights' dtype.
 
@@ -149,7 +136,7 @@ class ExpertParallel:
         Raises:
             ValueError, TypeError: a wrong argument, here or on another rank (then with its number), or ranks that
             disagree on sizes; on every rank. TimeoutError, RuntimeError: a rank did not come or failed, with the cause
-            that it gave.
+            that it gave; what fails in its experts' own backward is not told, and the others wait for their time-out.
         """
         options = {"activation": activation, "weight_at": weight_at}
 
@@ -191,8 +178,8 @@ class ExpertParallel:
                 the tokens that came to this rank; ids count this rank's experts, -1 is to be skipped. Not called
                 without tokens or experts. Rows may be views with gaps between them.
             hidden, weights, ids, chunks: as :meth:`fused_moe` takes them.
-            parameters: what compute is differentiated in, besides rows and weights. Tensors that it holds in any other
-                way get no gradient.
+            parameters: what compute is differentiated in, besides rows and weights. Their gradients are 0 on a rank
+                whose experts have nothing to do, where tensors that compute holds in any other way have none.
             check: refuses further arguments, before anything is sent.
 
         Returns:
@@ -203,9 +190,8 @@ class ExpertParallel:
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         with self._agreement.reported():
             plan = self._plan(hidden, weights, ids, chunks, gradients, check)
-            if gradients:
-                return _Run.apply(self, plan, compute, hidden, weights, *parameters)
-            return self._forward(plan, compute, hidden, weights, parameters)[0]
+            options = {"experts": self.num_local, "gradients": gradients}
+            return exchange(self._agreement, plan, compute, hidden, weights, parameters, **options)
 
     def _check(self, hidden, weights, ids, chunks):
         check_int("chunks", chunks, 1, MAX_CHUNKS)
@@ -258,7 +244,7 @@ class ExpertParallel:
             sent, received = self._agreement.agree(sizes, counts)
         starts = counts.cumsum(0) - counts  # [R, C] where the rows for a rank begin
         return [
-            self._chunk(slice(a, b), ids[a:b], owner[a:b], present[a:b], start, *splits)
+            (slice(a, b), self._chunk(ids[a:b], owner[a:b], present[a:b], start, *splits))
             for a, b, start, *splits in zip(cuts, cuts[1:], starts.unbind(1), sent, received)
         ]
 
@@ -277,7 +263,7 @@ class ExpertParallel:
         none = (ids < 0) | (ids >= self.num_experts)
         return self._tables(ids.device)[0][ids.masked_fill(none, self.num_experts).long()]
 
-    def _chunk(self, tokens, ids, owner, present, start, sent, received):
+    def _chunk(self, ids, owner, present, start, sent, received):
         """Rows are sorted by receiving rank, then by token."""
         rows, count = sum(sent), ids.shape[0]
         row = torch.where(present, present.cumsum(0) - 1 + start, rows)  # [tokens, R]
@@ -293,137 +279,7 @@ class ExpertParallel:
         here = owner < self.size
         slot_rows = row.gather(1, owner.clamp(max=self.size - 1)).masked_fill(~here, rows)
         slots = row.sort(1).values[:, : min(ids.shape[1], self.size)]
-        return _Chunk(tokens, token, local_ids, slots, slot_rows, sent, received)
-
-    def _forward(self, plan, compute, hidden, weights, parameters, keep=None):
-        """The result, and for the backward what ``keep`` makes of each chunk."""
-        out, kept = torch.empty_like(hidden, memory_format=torch.contiguous_format), []
-        width, top_k = hidden.shape[1], weights.shape[1]
-
-        parts = (width, hidden.dtype), (top_k, torch.float32), (top_k, torch.int32)
-
-        def pack(chunk):
-            buffer, (rows, row_weights, ids) = _buffer(sum(chunk.sent), hidden, *parts)
-            _gather(hidden[chunk.tokens], chunk.token, rows)
-            _gather(weights[chunk.tokens], chunk.token, row_weights)
-            ids.copy_(chunk.ids)
-            return buffer
-
-        def work(buffer):
-            rows, row_weights, ids = _views(buffer, *parts)
-            arguments = rows, row_weights.contiguous(), ids.contiguous()
-            idle = not len(rows) or not self.num_local  # what then goes back is not looked at
-            if keep is None:
-                return _bytes(rows if idle else _checked(compute(*arguments, *parameters), rows).detach())
-            kept.append(keep(*arguments, idle))
-            return _bytes(kept[-1].out.detach())
-
-        def unpack(chunk, buffer):
-            out[chunk.tokens] = _sum(buffer.view(hidden.dtype), chunk.slots)
-
-        self._pipeline(plan, pack, work, unpack)
-        return out, kept
-
-    def _backward(self, plan, kept, grad):
-        """Gradients of hidden and of the weights; those of the parameters gather in ``kept``."""
-        width, top_k = grad.shape[1], plan[0].ids.shape[1]
-        grad_hidden = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        grad_weights = torch.empty(grad.shape[0], top_k, dtype=torch.float32, device=grad.device)
-        steps = iter(kept)
-
-        def pack(chunk):
-            buffer, (rows,) = _buffer(sum(chunk.sent), grad, (width, grad.dtype))
-            _gather(grad[chunk.tokens], chunk.token, rows)
-            return buffer
-
-        def work(buffer):
-            rows, row_weights = next(steps).backward(_views(buffer, (width, grad.dtype))[0])
-            buffer, views = _buffer(len(rows), grad, (width, grad.dtype), (top_k, torch.float32))
-            views[0].copy_(rows)
-            views[1].copy_(row_weights)
-            return buffer
-
-        def unpack(chunk, buffer):
-            rows, row_weights = _views(buffer, (width, grad.dtype), (top_k, torch.float32))
-            grad_hidden[chunk.tokens] = _sum(rows, chunk.slots)
-            picked = row_weights[chunk.slot_rows, torch.arange(top_k, device=grad.device)]
-            grad_weights[chunk.tokens] = picked.masked_fill(chunk.slot_rows == len(rows) - 1, 0.0)
-
-        self._pipeline(plan, pack, work, unpack)
-        return grad_hidden, grad_weights
-
-    def _pipeline(self, plan, pack, work, unpack):
-        """Send, work, send back: while a chunk is worked on, the next one arrives and the last one returns."""
-        arriving = self._start(pack(plan[0]), plan[0].sent, plan[0].received)
-        leaving = []
-        for chunk, following in zip(plan, [*plan[1:], None]):
-            current = arriving
-            if following is not None:
-                arriving = self._start(pack(following), following.sent, following.received)
-            result = work(self._finish(current, "tokens on their way to their experts")[:-1])
-            leaving.append(self._start(result, chunk.received, chunk.sent))
-        for chunk, transfer in zip(plan, leaving):
-            unpack(chunk, self._finish(transfer, "tokens on their way back"))
-
-    def _start(self, buffer, sent, received):
-        """Begin to exchange rows of bytes. One more row follows those that come, for tokens that have none to name."""
-        arriving = buffer.new_empty(sum(received) + 1, buffer.shape[1])
-        handle = dist.all_to_all_single(arriving[:-1], buffer, received, sent, self.group, async_op=True)
-        return handle, arriving, buffer
-
-    def _finish(self, transfer, what):
-        handle, arriving, _ = transfer
-        self._agreement.wait(handle, what, arriving.device)
-        return arriving
-
-
-class _Step:
-    """A chunk's experts, kept with their graph until the backward."""
-
-    def __init__(self, compute, shared, rows, weights, ids, idle):
-        self.leaves = [rows.detach().requires_grad_(), weights.detach().requires_grad_()]
-        self.parameters, self.idle = shared, idle
-        with torch.enable_grad():
-            self.out = self.leaves[0] if idle else _checked(compute(*self.leaves, ids, *shared), rows)
-
-    def backward(self, grad):
-        """Gradients of rows and weights; those of the parameters are added to their ``grad``."""
-        rows, weights = self.leaves
-        if self.idle:
-            return grad, weights
-        wanted = [x for x in self.parameters if x is not None and x.requires_grad]
-        got = torch.autograd.grad(self.out, [rows, weights, *wanted], grad, allow_unused=True)
-        for parameter, gradient in zip(wanted, got[2:]):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, got))
-
-
-class _Run(torch.autograd.Function):
-    """`ExpertParallel._forward` with the reverse exchange as its backward."""
-
-    @staticmethod
-    def forward(ctx, parallel, plan, compute, hidden, weights, *parameters):
-        shared = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in parameters]
-        keep = functools.partial(_Step, compute, shared)
-        out, kept = parallel._forward(plan, compute, hidden, weights, parameters, keep)
-        ctx.saved = parallel, plan, kept, shared
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        if ctx.saved is None:
-            raise RuntimeError("ExpertParallel: the backward of a call runs once; its memory has been freed")
-        (parallel, plan, kept, shared), ctx.saved = ctx.saved, None
-        with parallel._agreement.reported():
-            grad_hidden, grad_weights = parallel._backward(plan, kept, grad)
-        gradients = [grad_hidden, grad_weights]
-        for parameter in shared:
-            wanted = parameter is not None and parameter.requires_grad
-            zero = torch.zeros_like(parameter) if wanted and parameter.grad is None else None
-            gradients.append((parameter.grad if zero is None else zero) if wanted else None)
-        return (None, None, None, *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[3:])))
+        return Chunk(token, local_ids, slots, slot_rows, sent, received)
 
 
 def _device(hidden, group):
@@ -431,49 +287,3 @@ def _device(hidden, group):
     if isinstance(hidden, torch.Tensor):
         return hidden.device
     return torch.device({"nccl": "cuda", "hccl": "npu"}.get(dist.get_backend(group), "cpu"))
-
-
-def _buffer(rows, like, *parts):
-    """[rows, bytes] on ``like``'s device and, for parts of (columns, dtype), the views into it."""
-    buffer = torch.empty(rows, _ends(parts)[-1], dtype=torch.uint8, device=like.device)
-    return buffer, _views(buffer, *parts)
-
-
-def _views(buffer, *parts):
-    starts = [0, *_ends(parts)]
-    return [
-        buffer.view(dtype)[:, start // dtype.itemsize :][:, :columns] for start, (columns, dtype) in zip(starts, parts)
-    ]
-
-
-def _ends(parts):
-    """Where each part ends in a row of bytes; each begins at a multiple of 64, as the kernels' loads like it."""
-    return list(accumulate(-(-columns * dtype.itemsize // 64) * 64 for columns, dtype in parts))
-
-
-def _checked(out, rows):
-    """compute's result, refused here where the other ranks could not make sense of its bytes."""
-    wanted = tuple(rows.shape), rows.dtype, rows.device
-    got = (tuple(out.shape), out.dtype, out.device) if isinstance(out, torch.Tensor) else type(out).__name__
-    if got != wanted:
-        raise ValueError(f"compute: its result was {got}, {wanted} is accepted (its rows' shape, dtype and device)")
-    return out
-
-
-def _bytes(rows):
-    return rows.contiguous().view(torch.uint8)
-
-
-def _gather(values, index, out):
-    """``values[index]`` into ``out``; an empty chunk gives zeros, which a capacity makes it send and nobody uses."""
-    if len(values):
-        torch.index_select(values, 0, index, out=out)
-    else:
-        out.zero_()
-
-
-def _sum(rows, slots):
-    """[tokens, H]: the sum of each token's rows in fp32, in the order of its slots. The last row is nobody's."""
-    filled = slots.new_full((2,), len(rows) - 1, dtype=torch.int32)
-    ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
-    return torch.ops.mla_kernels.combine(rows, ones, slots.int().flatten(), filled)
