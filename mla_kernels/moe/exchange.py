@@ -91,7 +91,7 @@ def exchange(
             leaving.append(_Leave.apply(way, chunk, *next(parts), anchor))
 
     leave()
-    for number, (_, chunk) in enumerate(plan):
+    for number in range(len(plan)):
         leave()
         arguments = there[number], hidden.shape[1], hidden.dtype, weights.shape[1], leaving[number]
         rows, row_weights, ids, link = _Arrive.apply(*arguments)
@@ -111,7 +111,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, way, chunk, hidden, weights, anchor):
-        ctx.way, ctx.chunk, ctx.hidden = way, chunk, (hidden.shape, hidden.dtype)
+        ctx.way, ctx.chunk, ctx.row = way, chunk, (hidden.shape[1], hidden.dtype)
         buffer, (rows, row_weights, ids) = _buffer(sum(chunk.sent), hidden, *_parts(hidden, weights.shape[1]))
         _gather(hidden, chunk.token, rows)
         _gather(weights, chunk.token, row_weights)
@@ -122,10 +122,9 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        chunk, ((tokens, width), dtype) = ctx.chunk, ctx.hidden
-        top_k = chunk.ids.shape[1]
+        chunk, top_k = ctx.chunk, ctx.chunk.ids.shape[1]
         with ctx.way.backward():
-            rows, row_weights = _views(ctx.way.finish(), (width, dtype), (top_k, torch.float32))
+            rows, row_weights = _views(ctx.way.finish(), ctx.row, (top_k, torch.float32))
             hidden_grad = weights_grad = None
             if ctx.needs_input_grad[2]:
                 hidden_grad = _sum(rows, chunk.slots)
