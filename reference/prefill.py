@@ -31,7 +31,7 @@ def mla_prefill(
     k             [Tk, H, N]
     v             [Tk, H, V]
     cu_seqlens_q  [B + 1] integers, starting at 0: sequence b's queries are rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1]
-    cu_seqlens_k  [B + 1] integers, its keys alike
+    cu_seqlens_k  [B + 1] integers, its keys alike; rows past the last sequence are padding
     max_seqlen_*  no sequence is longer; changes nothing here
     k_rope        [Tk, D], the rotated key that all heads share: the last D entries of a query meet it
 
@@ -40,7 +40,7 @@ def mla_prefill(
 
     causal: aligned at the end, query i of a sequence with len_q queries and len_k keys sees keys
     0 .. len_k - len_q + i; otherwise each query sees all len_k keys. A query with nothing to see has out 0 and lse
-    -inf. Differentiable in q, k, v and k_rope, through out and through lse.
+    -inf, and so has padding. Differentiable in q, k, v and k_rope, through out and through lse.
     """
     if k_rope is not None:
         k = torch.cat([k, repeat(k_rope, "t rope -> t head rope", head=k.shape[1])], dim=-1)
@@ -65,6 +65,7 @@ def mla_prefill(
         probabilities = torch.exp(scores - rearrange(lse, "query head -> query head 1")).to(v.dtype)
         outs.append(einsum(probabilities, v_b, "query head key, key head v -> query head v"))
         lses.append(lse)
-    if not outs:  # no sequences
-        return q.new_zeros(0, q.shape[1], v.shape[2]), q.new_zeros(0, q.shape[1], dtype=wide)
+    padding = len(q) - int(cu_seqlens_q[-1])
+    outs.append(q.new_zeros(padding, q.shape[1], v.shape[2]))
+    lses.append(torch.full((padding, q.shape[1]), -torch.inf, dtype=wide, device=q.device))
     return torch.cat(outs), torch.cat(lses)

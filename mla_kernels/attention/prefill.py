@@ -11,7 +11,18 @@ import math
 import torch
 
 from mla_kernels.attention.prefill_backward import mla_prefill_gradients, save_for_backward
-from mla_kernels.attention.prefill_parts import LN2, LOWEST, MAX_STRIDE, hidden_as, load_rows, sequence_span, widths
+from mla_kernels.attention.prefill_parts import (
+    LN2,
+    LOWEST,
+    MAX_STRIDE,
+    hidden_as,
+    load_rows,
+    sequence_span,
+    spare_blocks,
+    spare_rows,
+    store_rows,
+    widths,
+)
 from mla_kernels.checks import check_int, check_tensor
 from mla_kernels.cpu.prefill import mla_prefill as cpu_mla_prefill
 from mla_kernels.language import tl, triton
@@ -69,9 +80,11 @@ def mla_prefill_kernel(
     """Attention of BLOCK_M queries of one head over their sequence's keys.
 
     An item is (sequence * heads + head) * tiles + tile, tiles of most keys first: those that read the same keys are
-    neighbours. Keys that all rows see are taken without masks, the rest after them with masks.
+    neighbours. Keys that all rows see are taken without masks, the rest after them with masks. Rows in no sequence are
+    cleared by the sequence's programs before them: a launch of its own would write all the output twice.
     """
     line = tl.arange(0, BLOCK_M)
+    sequences = work // tiles // heads
     item_end = tl.program_id(0) + 1
     item_step = 1
     if PERSISTENT:
@@ -82,6 +95,13 @@ def mla_prefill_kernel(
         head = tl.cast(item // tiles % heads, tl.int64)
         sequence = item // tiles // heads
         q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+        before, after, tail, stop = spare_blocks(cu_q_ptr, sequence, sequences, q_start, q_count, queries, BLOCK_M)
+        for block in range(item % tiles, before + after, tiles):
+            first, count = spare_rows(block, before, q_start, tail, stop, BLOCK_M)
+            target = tl.cast(first, tl.int64) * heads + head
+            nothing = tl.zeros([BLOCK_M, VALUE], tl.float32)
+            store_rows(out_ptr + target * VALUE, heads * VALUE, line, count, nothing, VALUE)
+            tl.store(lse_ptr + target + line * heads, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=line < count)
         if row < q_count:
             k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
             past = keys - q_count  # keys before the first query's own
@@ -262,6 +282,9 @@ def _launch(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), rope.stride(0), v.stride(0), v.stride(1),
         heads, queries, k.shape[0], max_seqlen_q, max_seqlen_k, tiles, work,
     )  # fmt: skip
+    if work == 0:  # no program to clear what no sequence owns
+        out.zero_()
+        lse.fill_(float("-inf"))
     MLA_PREFILL.launch(chip, work, args, statics, tile)
     return out, lse
 
@@ -276,10 +299,10 @@ def _check_values(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max
         ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
     ):
         lengths = bounds.diff()
-        if int(bounds[0]) != 0 or int(bounds[-1]) != rows or (lengths < 0).any():
+        if int(bounds[0]) != 0 or int(bounds[-1]) > rows or (lengths < 0).any():
             raise ValueError(
-                f"cu_seqlens_{name}: got {_some(bounds)}, values that rise from 0 to {rows}, the rows of {name}, "
-                "are accepted"
+                f"cu_seqlens_{name}: got {_some(bounds)}, values that rise from 0 to at most {rows}, the rows of "
+                f"{name}, are accepted"
             )
         if (lengths > longest).any():
             raise ValueError(
@@ -331,6 +354,9 @@ def mla_prefill(
     ``len_k - len_q + i``. In the example query 0 sees keys 0 to 2, query 1 keys 0 to 3, query 2 key 4 alone. A query
     that sees no key (len_k 0, or causal and i < len_q - len_k) has out 0 and lse -inf.
 
+    Rows past the last sequence, as a captured graph of fixed size has them, are padding: they may hold anything, NaN
+    too, their out is 0, their lse -inf, and their gradients are 0.
+
     Chunked prefill, a chunk of new tokens over a cached context: attend without ``causal`` to the context's keys, with
     it to the chunk's own, and give both results to :func:`mla_kernels.merge_states`. That equals one causal call over
     context and chunk, and is differentiable, too.
@@ -343,7 +369,8 @@ def mla_prefill(
             here and below.
         k: [Tk, H, dn], dn a power of two from 16 to 256 or the sum of two.
         v: [Tk, H, dv], dv a power of two from 16 to 256. A view into one output of ``kv_b_proj`` is taken as it is.
-        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, where each sequence starts; from 0 to Tq, and from 0 to Tk.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, where each sequence starts, from 0 on; the last one's end is at most
+            Tq, and Tk.
         max_seqlen_q, max_seqlen_k: no sequence has more queries, or keys.
         softmax_scale: factor of the scores, before the softmax; above 0.
         causal: whether a query's place hides the keys after it.
@@ -356,9 +383,9 @@ def mla_prefill(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes, devices, strides or numbers that do not fit; on CPU tensors (and on every device under
-            MLA_KERNELS_CHECK_VALUES=1) also cu_seqlens that do not rise from 0 to the rows there are, or a sequence
-            longer than max_seqlen. On a device rows outside every sequence, or past max_seqlen in one, are no keys;
-            what stands in the results and gradients of such rows is undefined.
+            MLA_KERNELS_CHECK_VALUES=1) also cu_seqlens that do not rise from 0 to the rows there are at most, or a
+            sequence longer than max_seqlen. On a device rows before the first sequence, and past max_seqlen in one, are
+            padding, too.
         NotImplementedError: a width of keys or values that has no tiles; a second derivative.
 
     Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2; FlashAttention-2,

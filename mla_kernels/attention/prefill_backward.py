@@ -21,6 +21,8 @@ from mla_kernels.attention.prefill_parts import (
     hidden_as,
     load_rows,
     sequence_span,
+    spare_blocks,
+    spare_rows,
     store_rows,
     widths,
 )
@@ -41,10 +43,11 @@ def mla_prefill_key_gradient_kernel(
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one head; those of the rotated key as [heads, tokens, ROPE] in fp32.
 
-    An item is (sequence * heads + head) * tiles + tile.
+    An item is (sequence * heads + head) * tiles + tile. Rows in no sequence get gradients of 0.
     """
     line = tl.arange(0, BLOCK_M)
     key = tl.arange(0, BLOCK_N)
+    sequences = work // tiles // heads
     item_end = tl.program_id(0) + 1
     item_step = 1
     if PERSISTENT:
@@ -55,6 +58,21 @@ def mla_prefill_key_gradient_kernel(
         head = tl.cast(item // tiles % heads, tl.int64)
         sequence = item // tiles // heads
         k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
+        before, after, tail, stop = spare_blocks(cu_k_ptr, sequence, sequences, k_start, keys, tokens, BLOCK_N)
+        for block in range(item % tiles, before + after, tiles):
+            first, count = spare_rows(block, before, k_start, tail, stop, BLOCK_N)
+            row = tl.cast(first, tl.int64) * heads + head
+            nothing = tl.zeros([BLOCK_N, VALUE], tl.float32)
+            store_rows(v_grad_ptr + row * VALUE, heads * VALUE, key, count, nothing, VALUE)
+            k_target = k_grad_ptr + row * (WIDE + REST)
+            nothing = tl.zeros([BLOCK_N, WIDE], tl.float32)
+            store_rows(k_target, heads * (WIDE + REST), key, count, nothing, WIDE)
+            if REST:
+                nothing = tl.zeros([BLOCK_N, REST], tl.float32)
+                store_rows(k_target + WIDE, heads * (WIDE + REST), key, count, nothing, REST)
+            if ROPE:
+                nothing = tl.zeros([BLOCK_N, ROPE], tl.float32)
+                store_rows(rope_grad_ptr + (head * tokens + first) * ROPE, ROPE, key, count, nothing, ROPE)
         if place < keys:
             q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
             count = keys - place
@@ -125,9 +143,11 @@ def mla_prefill_query_gradient_kernel(
     WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BLOCK_M queries of one head. Items as in the forward kernel, tiles of most keys first."""
+    """Gradient of BLOCK_M queries of one head. Items as in the forward kernel, tiles of most keys first. Rows in no
+    sequence get a gradient of 0."""
     line = tl.arange(0, BLOCK_M)
     key = tl.arange(0, BLOCK_N)
+    sequences = work // tiles // heads
     item_end = tl.program_id(0) + 1
     item_step = 1
     if PERSISTENT:
@@ -138,6 +158,19 @@ def mla_prefill_query_gradient_kernel(
         head = tl.cast(item // tiles % heads, tl.int64)
         sequence = item // tiles // heads
         q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+        before, after, tail, stop = spare_blocks(cu_q_ptr, sequence, sequences, q_start, q_count, queries, BLOCK_M)
+        for block in range(item % tiles, before + after, tiles):
+            first, count = spare_rows(block, before, q_start, tail, stop, BLOCK_M)
+            stride = heads * (WIDE + REST + ROPE)
+            target = q_grad_ptr + (tl.cast(first, tl.int64) * heads + head) * (WIDE + REST + ROPE)
+            nothing = tl.zeros([BLOCK_M, WIDE], tl.float32)
+            store_rows(target, stride, line, count, nothing, WIDE)
+            if REST:
+                nothing = tl.zeros([BLOCK_M, REST], tl.float32)
+                store_rows(target + WIDE, stride, line, count, nothing, REST)
+            if ROPE:
+                nothing = tl.zeros([BLOCK_M, ROPE], tl.float32)
+                store_rows(target + (WIDE + REST), stride, line, count, nothing, ROPE)
         if row < q_count:
             k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
             past = keys - q_count
@@ -375,6 +408,9 @@ def _launch(
         tiles = -(-longest // tile[block])
         work = sequences * heads * tiles
         sizes = (heads, queries, tokens, max_seqlen_q, max_seqlen_k, tiles, work)
+        if work == 0:  # no program to clear what no sequence owns
+            for output in outputs:
+                output.zero_()
         kernel.launch(chip, work, (*inputs, *outputs, softmax_scale, *strides, *sizes), statics, tile)
 
     if rope:

@@ -22,6 +22,26 @@ def sequence_span(cu_seqlens_ptr, sequence, tokens, longest):
 
 
 @triton.jit
+def spare_blocks(cu_seqlens_ptr, sequence, sequences, start, count, rows, BLOCK: tl.constexpr):
+    """(blocks before, blocks after, row of the first after, end): rows of no query or key that a sequence's programs
+    clear in blocks of BLOCK. Before the first sequence, behind the last, and of any what passes the longest length;
+    as a rule there are none."""
+    tail = start + count
+    end = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), rows), tail)
+    end = tl.where(sequence == sequences - 1, rows, end)
+    before = tl.where(sequence == 0, tl.cdiv(start, BLOCK), 0)
+    return before, tl.cdiv(end - tail, BLOCK), tail, end
+
+
+@triton.jit
+def spare_rows(block, before, start, tail, end, BLOCK: tl.constexpr):
+    """(first row, rows from it on) of a block; see :func:`spare_blocks`."""
+    first = tl.where(block < before, block, block - before) * BLOCK
+    row = tl.where(block < before, first, tail + first)
+    return row, tl.where(block < before, start, end) - row
+
+
+@triton.jit
 def load_rows(base, stride, line, count, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """[lines, WIDTH]: rows ``base + line * stride``; rows from ``count`` on are 0 if MASKED, else all must exist."""
     rows = base + line[:, None] * stride + tl.arange(0, WIDTH)[None, :]

@@ -87,8 +87,14 @@ def test_refused(problem, name):
 
 
 VALUES = {
-    "start": (dict(cu_seqlens_q=[1, 20, 25]), r"cu_seqlens_q: got \[1, 20, 25\], values that rise from 0 to 25"),
-    "end": (dict(cu_seqlens_k=[0, 70, 74]), r"cu_seqlens_k: got \[0, 70, 74\], values that rise from 0 to 75"),
+    "start": (
+        dict(cu_seqlens_q=[1, 20, 25]),
+        r"cu_seqlens_q: got \[1, 20, 25\], values that rise from 0 to at",
+    ),
+    "end": (
+        dict(cu_seqlens_k=[0, 70, 76]),
+        r"cu_seqlens_k: got \[0, 70, 76\], values that rise from 0 to at most 75, the rows of k",
+    ),
     "falling": (dict(cu_seqlens_k=[0, 90, 75]), r"cu_seqlens_k: got \[0, 90, 75\]"),
     "too long": (dict(max_seqlen_q=19), "max_seqlen_q: got 19, at least 20 is accepted"),
     "keys too long": (dict(max_seqlen_k=69), "max_seqlen_k: got 69, at least 70 is accepted"),
