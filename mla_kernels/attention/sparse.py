@@ -53,21 +53,22 @@ def _launch_decode(
     return out, lse
 
 
-def _launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
+def _launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+    """The kernel knows the largest scores anyway; CPUs do not."""
     results = _fake_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink)
-    out, lse, max_logits = results
+    out, lse, largest = results
     cache = LatentCache(kv[:, None], latent_dim)
-    attend(q, cache, indices, topk_length, 1, softmax_scale, 1, (out, None, lse, max_logits), sink)
-    return results
+    attend(q, cache, indices, topk_length, 1, softmax_scale, 1, (out, None, lse, largest), sink)
+    return results if max_logits else (out, lse, lse.new_empty(0))
 
 
 def _fake_decode(q, cache, indices, softmax_scale, layout, latent_dim, *rest):
     return q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _fake_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
-    out = q.new_empty(*q.shape[:-1], latent_dim)
-    return out, q.new_empty(q.shape[:-1], dtype=torch.float32), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def _fake_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+    out, lse = q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return out, lse, lse.new_empty(lse.shape if max_logits else 0)
 
 
 def _check_lengths(name, length, indices):
@@ -89,7 +90,7 @@ def _check_decode_values(
     _check_sink(sink)
 
 
-def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
+def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
     _check_lengths("topk_length", topk_length, indices)
     _check_sink(sink)
 
@@ -106,8 +107,8 @@ _sparse_mla_decode = define_op(
 
 _sparse_mla_prefill = define_op(
     "sparse_mla_prefill",
-    "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim, Tensor? topk_length, Tensor? sink)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim, Tensor? topk_length, Tensor? sink,"
+    " bool max_logits=True) -> (Tensor, Tensor, Tensor)",
     cpu=cpu_sparse_mla_prefill,
     device=_launch_prefill,
     fake=_fake_prefill,
@@ -253,7 +254,7 @@ def sparse_mla_prefill(
         topk_length: [T] int32, how many indices of a token count; None: all.
         sink: [heads] float32, a logit that takes weight and gives no value: out is multiplied by
             ``sigmoid(lse - sink)``, lse stays. -inf is no sink, +inf makes out zero.
-        return_max_logits: whether the largest scores are returned, too.
+        return_max_logits: whether the largest scores are returned, too. On CPUs they take products in float32.
 
     Returns:
         (out [T, heads, latent_dim] in q's dtype, lse [T, heads] float32, natural logarithm[, max_logits [T, heads]
@@ -283,5 +284,7 @@ def sparse_mla_prefill(
     _check_scale(softmax_scale)
     if not isinstance(return_max_logits, bool):
         raise TypeError(f"return_max_logits: got {type(return_max_logits).__name__}, a bool is accepted")
-    out, lse, max_logits = _sparse_mla_prefill(q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink)
+    out, lse, max_logits = _sparse_mla_prefill(
+        q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink, return_max_logits
+    )
     return (out, lse, max_logits.detach()) if return_max_logits else (out, lse)

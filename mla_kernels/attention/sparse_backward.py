@@ -228,7 +228,7 @@ _backward = define_op(
 
 
 def save_for_backward(ctx, inputs, output):
-    q, kv, indices, ctx.softmax_scale, ctx.latent_dim, topk_length, sink = inputs
+    q, kv, indices, ctx.softmax_scale, ctx.latent_dim, topk_length, sink, *_ = inputs
     out, lse, _ = output
     ctx.save_for_backward(q, kv, indices, topk_length, sink, out, lse)
 
@@ -238,4 +238,4 @@ def backward(ctx, out_grad, lse_grad, max_logits_grad):
     q_grad, kv_grad, sink_grad = _backward(
         q, kv, indices, out, lse, out_grad, lse_grad, ctx.softmax_scale, ctx.latent_dim, topk_length, sink
     )
-    return q_grad, kv_grad, None, None, None, None, None if sink is None else sink_grad
+    return q_grad, kv_grad, None, None, None, None, None if sink is None else sink_grad, None

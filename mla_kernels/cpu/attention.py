@@ -2,12 +2,13 @@
 
 import torch
 
+from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 
 _MAX_SCORES = 1 << 22  # scores held at once, 16 MiB of fp32
 _MAX_ROWS = 4096  # query rows (queries x heads) handled at once
 _MAX_KEYS, _MIN_KEYS = 8192, 512  # cached tokens handled at once; gathered, 8192 of V3 take 9 MiB in bfloat16
-_FEW_ROWS = 16  # fewer query rows than this are multiplied in fp32, whose conversion of the keys is then affordable
+_FEW_ROWS = 16  # fewer query rows than this are multiplied in fp32
 _DECODED = 1024  # quantised tokens decoded at once: what that takes stays in the processor's cache
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -58,38 +59,48 @@ def _attend(q, cache, pages, length, limits, window, scale):
     oldest = 0 if limits is None else max(limits[0] - window, 0)
     if seen == 0 or rows == 0:
         return torch.zeros(queries, heads, cache.latent_dim), torch.full((queries, heads), float("-inf"))
-    # bfloat16 products are fast on CPUs that have it, but round their scores, which a few rows do not average out;
-    # float16 ones are slow
-    dtype = torch.float32 if q.dtype == torch.float16 or rows < _FEW_ROWS else q.dtype
-    q_rows = q.reshape(rows, width).to(dtype)
-    most = min(_MAX_KEYS, max(_MIN_KEYS, _MAX_SCORES // rows))
-    keys_seen = seen - oldest
-    block = -(-keys_seen // -(-keys_seen // most))  # equal blocks, not a full one and a tail
+    q_rows, fused = q.reshape(1, rows, width), is_fused(q, rows, cache)
     state = None
-    for start in range(oldest, seen, block):
-        stop = min(start + block, seen)
-        keys = _values(_tokens(cache.data, pages, start, stop), cache, dtype)  # [block, width]
-        scores = torch.mm(q_rows, keys.t()).float().mul_(scale)  # [rows, block]
-        if limits is not None and (stop > limits[0] or start < limits[-1] - window):
-            at, limit = torch.arange(start, stop), torch.tensor(limits).unsqueeze(1)
-            hidden = (at >= limit) | (at < limit - window)  # [queries, block]
-            scores.view(queries, heads, -1).masked_fill_(hidden.unsqueeze(1), float("-inf"))
-        largest = scores.amax(-1, keepdim=True).clamp_min_(_LOWEST)  # finite: where nothing is seen, exp(-inf) = 0
-        weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        acc = torch.mm(weights.to(dtype), keys[:, : cache.latent_dim]).float()  # [rows, latent_dim]
-        state = (acc, total, largest) if state is None else _join(*state, acc, total, largest)
-    acc, total, largest = state
-    lse = (total.log() + largest).view(queries, heads)
-    # total is 0, or at least exp(0)
-    return acc.div_(total.clamp_min(1.0)).view(queries, heads, cache.latent_dim), lse
+    for start, stop, masked in _runs(oldest, seen, limits, window):
+        by_torch = fused and not masked
+        most = _MAX_KEYS if by_torch else min(_MAX_KEYS, max(_MIN_KEYS, _MAX_SCORES // rows))
+        block = -(-(stop - start) // -(-(stop - start) // most))  # equal blocks, not a full one and a tail
+        dtype, part_of = (q.dtype, fused_part) if by_torch else (torch.float32, softmax_part)
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            keys = _values(_tokens(cache.data, pages, first, last), cache, dtype)[None]  # [1, block, width]
+            hidden = _hidden(first, last, limits, window, heads) if masked else None
+            part = part_of(q_rows.to(dtype), keys, cache.latent_dim, scale, hidden)
+            state = part if state is None else join(*state, *part)
+    out, lse = finished(*state)
+    return out.view(queries, heads, cache.latent_dim), lse.view(queries, heads)
 
 
-def _join(acc, total, largest, other_acc, other_total, other_largest):
-    """Two running softmax states as one."""
-    top = torch.maximum(largest, other_largest)
-    keep, enter = (largest - top).exp_(), (other_largest - top).exp_()
-    return acc.mul_(keep).add_(other_acc.mul_(enter)), total * keep + other_total * enter, top
+def is_fused(q: torch.Tensor, rows: int, cache: LatentCache) -> bool:
+    """Whether torch's fused attention multiplies, in bfloat16, and not torch.mm in float32.
+
+    For a few rows the conversion of the keys is affordable; float16 products are slow on CPUs; int8 codes times a scale
+    are no bfloat16 numbers.
+    """
+    kept = cache.layout is not CacheLayout.INT8
+    return q.dtype == torch.bfloat16 and rows >= _FEW_ROWS and kept and fused_attention() is not None
+
+
+def _runs(oldest, seen, limits, window):
+    """(start, stop, masked) of tokens oldest to seen: those that only some of the queries see are masked."""
+    start, stop = oldest, seen
+    if limits is not None:  # of all queries: from the newest one's first token on, up to the oldest one's last
+        start, stop = max(oldest, limits[-1] - window), min(seen, limits[0])
+    if start >= stop:
+        return [(oldest, seen, True)]
+    runs = [(oldest, start, True), (start, stop, False), (stop, seen, True)]
+    return [run for run in runs if run[0] < run[1]]
+
+
+def _hidden(first, last, limits, window, heads):
+    """[1, queries * heads, last - first]: which tokens a query does not see."""
+    at, limit = torch.arange(first, last), torch.tensor(limits).unsqueeze(1)
+    return ((at >= limit) | (at < limit - window)).repeat_interleave(heads, 0)[None]
 
 
 def _values(tokens: torch.Tensor, cache: LatentCache, dtype: torch.dtype) -> torch.Tensor:
@@ -104,7 +115,7 @@ def _values(tokens: torch.Tensor, cache: LatentCache, dtype: torch.dtype) -> tor
             latents = latents.unflatten(1, (part.scales.shape[-1], -1))
             latents.copy_(_e4m3_as_fp16(part.latents[0]).view(latents.shape) * (part.scales[0, :, :, None] * 256))
         else:
-            latents.copy_(part.latents[0] * part.scales[0])
+            torch.mul(part.latents[0], part.scales[0], out=latents)  # rounded once, to dtype
         values[first : first + _DECODED, cache.latent_dim :] = part.rope[0]
     return values
 

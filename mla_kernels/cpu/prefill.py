@@ -6,14 +6,13 @@ merged by log-sum-exp. Backward: FlashAttention-2's formulas (https://arxiv.org/
 of queries and keys, the products by torch; nothing is padded, and the gradient of lse is a term like others.
 """
 
-import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import pad
 
 from mla_kernels.cpu.attention import merge_states
+from mla_kernels.cpu.softmax import fused_attention
 
 _QUERIES, _KEYS = 128, 1024  # of a block of scores
 _SCORES = 1 << 19  # held at once, of as many heads as that allows: 2 MiB of fp32
@@ -34,7 +33,7 @@ def mla_prefill(
     """Sequence by sequence, so that no result depends on the rest of the batch."""
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
-    attend = _fused_attention() or _attend_by_blocks
+    attend = fused_attention() or _attend_by_blocks
     width = max(q.shape[2], v.shape[2])
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, causal):
         q_heads, key, value = _heads(q[rows], width), _keys(k, k_rope, keys, width), _heads(v[keys], width)
@@ -117,23 +116,6 @@ def _head_gradients(out_grad, q, value, key, lse, delta, scale, past):
             query_grad[:, rows].baddbmm_(scores_grad, key[:, part], alpha=scale)
             key_grad[:, part].baddbmm_(scores_grad.mT, q[:, rows], alpha=scale)
     return query_grad, key_grad, value_grad
-
-
-@functools.cache
-def _fused_attention() -> Callable | None:
-    """torch's own attention of CPU tensors that returns log-sum-exp, too; None without it.
-
-    The op is undocumented, hence the trial: where it is missing or takes or gives something else, blocks take its
-    place.
-    """
-    try:
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        out, lse = op(*torch.ones(3, 1, 1, 2, 4, device="cpu", dtype=torch.float32), 0.0, True, scale=1.0)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
-    expected = lse.new_tensor([4.0, 4.0 + math.log(2.0)])  # the first query sees one key, the second two
-    fits = out.shape == (1, 1, 2, 4) and lse.shape == (1, 1, 2) and torch.allclose(lse[0, 0], expected)
-    return op if fits else None
 
 
 def _attend_by_blocks(q, key, value, dropout, square, *, scale):

@@ -6,14 +6,16 @@ the products of blocks of tokens are weighted by how often each token picks each
 
 import torch
 
+from mla_kernels.cpu.attention import is_fused
 from mla_kernels.cpu.gemm import linear
 from mla_kernels.cpu.latent import decode_e4m3
+from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
 from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
 
 _MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat16
 _MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
 _MAX_PICKS = 4096  # picks of one token handled at once
-_FEW_HEADS = 16  # fewer heads than this are multiplied in fp32, whose conversion of the rows is then affordable
+_FEW_HEADS = 16  # in the backward pass fewer heads than this are multiplied in fp32
 _DENSE_TOKENS = 32  # from this many tokens on, and
 _DENSE_ROWS = 4  # at most this many rows a pick, all rows are multiplied: what that adds costs less than gathering;
 _DENSE_ROWS_MANY_HEADS = 2  # more than 32 heads get more out of the rows that they gather
@@ -21,13 +23,16 @@ _DENSE_SCORES = 1 << 21  # scores of a block of tokens over all rows, 8 MiB of f
 _LOWEST = torch.finfo(torch.float32).min
 
 
-def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink):
-    """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits."""
-    rows = _dense_rows(q, kv, indices, topk_length)
+def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+    """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits (empty unless asked for)."""
+    cache = LatentCache(kv[:, None], latent_dim)
+    dtype = q.dtype if is_fused(q, q.shape[1], cache) and not max_logits else torch.float32
+    rows = _dense_rows(q, kv, indices, topk_length, dtype)
     if rows is not None:
-        return _dense_forward(q, rows, indices, softmax_scale, latent_dim, topk_length, sink)
-    source = (LatentCache(kv[:, None], latent_dim), indices, topk_length)
-    return _forward(q, [source], softmax_scale, latent_dim, sink)
+        results = _dense_forward(q, rows, indices, softmax_scale, latent_dim, topk_length, sink)
+    else:
+        results = _forward(q, [(cache, indices, topk_length)], softmax_scale, latent_dim, sink, dtype)
+    return results if max_logits else (*results[:2], results[2].new_empty(0))
 
 
 def sparse_mla_decode(
@@ -40,17 +45,21 @@ def sparse_mla_decode(
         extra = LatentCache(extra_cache, latent_dim, layout)
         sources.append((extra, extra_indices.flatten(0, 1), extra_topk_length))
     queries = q.shape[1]
+    dtype = q.dtype if is_fused(q, q.shape[2], sources[0][0]) else torch.float32
     sources = [(c, i, None if n is None else n.repeat_interleave(queries)) for c, i, n in sources]
-    out, lse, _ = _forward(q.flatten(0, 1), sources, softmax_scale, latent_dim, sink)
+    out, lse, _ = _forward(q.flatten(0, 1), sources, softmax_scale, latent_dim, sink, dtype)
     return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
 
 
-def _forward(q, sources, scale, latent_dim, sink):
-    """Blocks of tokens against blocks of picks, whose sizes depend on heads, widths and the number of picks alone."""
+def _forward(q, sources, scale, latent_dim, sink, dtype):
+    """Blocks of tokens against blocks of picks, whose sizes depend on heads, widths and the number of picks alone.
+
+    In bfloat16 torch's fused attention multiplies, and the largest scores are not known.
+    """
     tokens, heads, _ = q.shape
     out = q.new_empty(tokens, heads, latent_dim)
     lse, max_logits = (torch.full((tokens, heads), float("-inf")) for _ in range(2))
-    dtype = _product_dtype(q)
+    part_of = softmax_part if dtype == torch.float32 else fused_part
     for token in _blocks(tokens, _tokens_at_once(q, max(indices.shape[1] for _, indices, _ in sources))):
         q_block = q[token].to(dtype)
         state = None
@@ -58,18 +67,17 @@ def _forward(q, sources, scale, latent_dim, sink):
             ids, seen = _picks(cache.num_slots, indices[token], None if lengths is None else lengths[token])
             for pick in _blocks(ids.shape[1], _MAX_PICKS):
                 rows = _gather(cache, ids[:, pick], seen[:, pick], dtype)  # [tokens, picks, width]
-                part = _softmax_part(q_block, rows, seen[:, pick], scale, latent_dim)
-                state = part if state is None else _join(*state, *part)
+                hidden = None if seen[:, pick].all() else ~seen[:, None, pick]
+                part = part_of(q_block, rows, latent_dim, scale, hidden)
+                state = part if state is None else join(*state, *part)
         if state is None:
             out[token] = 0.0
             continue
-        acc, total, largest = state
-        lse[token] = (total.log() + largest).squeeze(-1)
-        max_logits[token] = largest.masked_fill(total == 0.0, float("-inf")).squeeze(-1)
-        acc.div_(total.clamp_min(1.0))  # total is 0, or at least exp(0)
+        max_logits[token] = state[2].masked_fill(state[1] == 0.0, float("-inf")).squeeze(-1)
+        attended, lse[token] = finished(*state)
         if sink is not None:
-            acc.mul_(_gate(lse[token], sink).unsqueeze(-1))
-        out[token] = acc
+            attended.mul_(_gate(lse[token], sink).unsqueeze(-1))
+        out[token] = attended
     return out, lse, max_logits
 
 
@@ -78,9 +86,9 @@ def sparse_mla_prefill_backward(
 ):
     """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse_backward.py."""
     tokens, heads, _ = q.shape
-    all_rows = _dense_rows(q, kv, indices, topk_length)
+    dtype = torch.float32 if q.dtype == torch.float16 or heads < _FEW_HEADS else q.dtype
+    all_rows = _dense_rows(q, kv, indices, topk_length, dtype)
     cache = LatentCache(kv[:, None], latent_dim)
-    dtype = _product_dtype(q)
     q_grad = torch.zeros(q.shape, dtype=q.dtype)
     kv_grad = torch.zeros(kv.shape, dtype=torch.float32)
     sink_grad = torch.zeros(heads, dtype=torch.float32)
@@ -119,8 +127,8 @@ def sparse_mla_prefill_backward(
     return q_grad, kv_grad.to(kv.dtype), sink_grad
 
 
-def _dense_rows(q, kv, indices, lengths):
-    """kv as the products over all rows take it, rows that nothing picks finite; None where picks are to be gathered.
+def _dense_rows(q, kv, indices, lengths, dtype):
+    """kv in ``dtype`` for products over all rows, rows that nothing picks finite; None where picks are to be gathered.
 
     One token's result has other bits there, since its sums run over all rows; which of both it is depends on the
     shapes, but for non-finite rows that are picked: they must reach the tokens that picked them alone.
@@ -136,7 +144,7 @@ def _dense_rows(q, kv, indices, lengths):
         if (broken[ids] & seen).any():
             return None
         kv = kv.masked_fill(broken.unsqueeze(1), 0.0)
-    return kv.to(_product_dtype(q))
+    return kv.to(dtype)
 
 
 def _dense_tokens(q, rows):
@@ -158,26 +166,45 @@ def _dense_forward(q, kv, indices, scale, latent_dim, lengths, sink):
     tokens, heads, _ = q.shape
     out = q.new_zeros(tokens, heads, latent_dim)
     lse, max_logits = (torch.full((tokens, heads), float("-inf")) for _ in range(2))
+    attend = _dense_softmax if kv.dtype == torch.float32 else _dense_fused
     for token in _blocks(tokens, _dense_tokens(q, kv)):
         part = _counted_rows(*_picks(kv.shape[0], indices[token], None if lengths is None else lengths[token]))
         if part is None:
             continue
         rows, counts = part
-        nothing = ~counts.any(1)
-        logits = _product(q[token].to(kv.dtype).flatten(0, 1), kv[rows].t()).unflatten(0, (-1, heads))
-        bias = counts.log().masked_fill_(nothing.unsqueeze(1), 0.0).unsqueeze(1)
-        scores = torch.add(bias, logits, alpha=scale)
-        top = scores.amax(-1)
-        weights = scores.softmax(-1)
-        lse[token] = (top - weights.amax(-1).log_()).masked_fill_(nothing.unsqueeze(1), float("-inf"))
-        if counts.amax() > 1.0:  # the logarithm of a count is no part of a logit
-            top = scores.sub_(bias.clamp_min(0.0)).amax(-1)
-        max_logits[token] = top.masked_fill_(nothing.unsqueeze(1), float("-inf"))
-        acc = _product(weights.to(kv.dtype).flatten(0, 1), kv[rows, :latent_dim]).unflatten(0, (-1, heads))
+        nothing = (~counts.any(1)).unsqueeze(1)
+        acc, part_lse, top = attend(q[token].to(kv.dtype), kv[rows], counts, scale, latent_dim)
+        lse[token] = part_lse.masked_fill(nothing, float("-inf"))
+        if top is not None:
+            max_logits[token] = top.masked_fill(nothing, float("-inf"))
         if sink is not None:
             acc = acc * _gate(lse[token], sink).unsqueeze(-1)
-        out[token] = acc.masked_fill_(nothing[:, None, None], 0.0)
+        out[token] = acc.masked_fill(nothing.unsqueeze(2), 0.0)
     return out, lse, max_logits
+
+
+def _dense_softmax(q, rows, counts, scale, latent_dim):
+    """q [tokens, heads, width] over rows, each as often as counts [tokens, rows] says: out, lse and largest score, in
+    fp32. What a token without a pick gets is finite."""
+    shape = q.shape[:2]
+    logits = _product(q.flatten(0, 1), rows.t()).unflatten(0, shape)
+    bias = counts.log().masked_fill_(~counts.any(1, keepdim=True), 0.0).unsqueeze(1)
+    scores = torch.add(bias, logits, alpha=scale)
+    top = scores.amax(-1)
+    weights = scores.softmax(-1)
+    lse = top - weights.amax(-1).log_()
+    if counts.amax() > 1.0:  # the logarithm of a count is no part of a logit
+        top = scores.sub_(bias.clamp_min(0.0)).amax(-1)
+    return _product(weights.flatten(0, 1), rows[:, :latent_dim]).unflatten(0, shape), lse, top
+
+
+def _dense_fused(q, rows, counts, scale, latent_dim):
+    """The same of bfloat16, without the largest score."""
+    shape = q.shape[:2]
+    bias = counts.log().repeat_interleave(shape[1], 0)[None, None]  # [1, 1, tokens * heads, rows]
+    rows = rows[None, None]
+    out, lse = fused_attention()(q.flatten(0, 1)[None, None], rows, rows, attn_mask=bias, scale=scale)
+    return out[0, 0, :, :latent_dim].unflatten(0, shape), lse.view(shape), None
 
 
 def _dense_gradients(q, grad, rows, counts, base, shift, scale):
@@ -198,11 +225,6 @@ def _dense_gradients(q, grad, rows, counts, base, shift, scale):
 def _product(x, y):
     """x [m, k] times y [k, n], of any strides."""
     return linear(x.contiguous(), y.t().contiguous()) if x.dtype == torch.float32 else torch.mm(x, y)
-
-
-def _product_dtype(q):
-    """bfloat16 products round their scores, which a few rows do not average out; float16 ones are slow on CPUs."""
-    return torch.float32 if q.dtype == torch.float16 or q.shape[1] < _FEW_HEADS else q.dtype
 
 
 def _tokens_at_once(q, picks):
@@ -231,7 +253,7 @@ def _gather(cache, ids, seen, dtype):
     else:
         rows = data[flat // cache.page_size, flat % cache.page_size]
     if cache.layout.quantised:
-        rows = _dequantise(LatentCache(rows[None], cache.latent_dim, cache.layout))
+        rows = _dequantise(LatentCache(rows[None], cache.latent_dim, cache.layout), dtype)
     rows = rows.to(dtype)
     absent = (~seen).flatten().nonzero().squeeze(1)
     if absent.numel():
@@ -239,31 +261,14 @@ def _gather(cache, ids, seen, dtype):
     return rows.unflatten(0, ids.shape)
 
 
-def _dequantise(rows: LatentCache) -> torch.Tensor:
-    """A cache of one page -> its values [tokens, width] in bfloat16."""
+def _dequantise(rows: LatentCache, dtype: torch.dtype) -> torch.Tensor:
+    """A cache of one page -> its values [tokens, width] in ``dtype``, which those of int8 need to be float32."""
     codes, scales = rows.latents[0], rows.scales[0]
     if rows.layout is CacheLayout.FP8_V32:
         values = decode_e4m3(codes.view(torch.int8)).unflatten(-1, (-1, SCALE_BLOCK)) * scales.unsqueeze(-1)
     else:
         values = codes.float().unsqueeze(-2) * scales.unsqueeze(-1)
-    return torch.cat([values.flatten(-2).bfloat16(), rows.rope[0]], -1)
-
-
-def _softmax_part(q, rows, seen, scale, latent_dim):
-    """One block's running softmax: acc [tokens, heads, latent_dim], total and largest [tokens, heads, 1], fp32."""
-    scores = torch.bmm(q, rows.transpose(1, 2)).float().mul_(scale)
-    scores = scores.masked_fill_(~seen.unsqueeze(1), float("-inf"))
-    largest = scores.amax(-1, keepdim=True).clamp_min_(_LOWEST)  # finite: where nothing is seen, exp(-inf) = 0
-    weights = scores.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return torch.bmm(weights.to(q.dtype), rows[..., :latent_dim]).float(), total, largest
-
-
-def _join(acc, total, largest, other_acc, other_total, other_largest):
-    """Two running softmax states as one."""
-    top = torch.maximum(largest, other_largest)
-    keep, enter = (largest - top).exp_(), (other_largest - top).exp_()
-    return acc.mul_(keep).add_(other_acc.mul_(enter)), total * keep + other_total * enter, top
+    return torch.cat([values.flatten(-2).to(dtype), rows.rope[0].to(dtype)], -1)
 
 
 def _gate(lse, sink):

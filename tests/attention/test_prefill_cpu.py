@@ -20,8 +20,8 @@ RAGGED = [(5, 9), (20, 30), (0, 4), (40, 3), (3, 0), (30, 70)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
 def test_without_the_fused_attention_of_torch(dtype, causal, monkeypatch):
-    assert cpu._fused_attention() is not None
-    monkeypatch.setattr(cpu, "_fused_attention", lambda: None)
+    assert cpu.fused_attention() is not None
+    monkeypatch.setattr(cpu, "fused_attention", lambda: None)
     problem = make(RAGGED, dtype=dtype, causal=causal)
     problem.check(problem.run())
     monkeypatch.setattr(cpu, "_SCORES", 1 << 12)  # few queries at a time

@@ -90,7 +90,7 @@ def test_products_over_all_rows_on_the_cpu(heads, dtype, monkeypatch):
     problem.indices[5] = -1
     problem.indices[6] = 9
     assert problem.kv.isnan().any()
-    assert cpu_sparse._dense_rows(problem.q, problem.kv, problem.indices, problem.topk_length) is not None
+    assert cpu_sparse._dense_rows(problem.q, problem.kv, problem.indices, problem.topk_length, dtype) is not None
     problem.check(problem.run())
     problem.check_gradients()
 
