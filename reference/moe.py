@@ -110,7 +110,7 @@ def expert_ffn(
 
     hidden [T, H], gate_up [E, 2I, H], down [E, H, I], dispatched from `dispatch(ids, E)`; gate_up_bias [E, 2I] and
     down_bias [E, H] or None. Returns rows [T * K, H] in expert order, hidden's dtype. Rows from offsets[E] on belong to
-    no expert: an implementation may leave anything there; here they are NaN.
+    no expert and are 0.
     """
     ones = torch.ones(len(dispatched.tokens), dtype=hidden.dtype, device=hidden.device)
     return _experts(hidden, gate_up, down, dispatched, gate_up_bias, down_bias, activation, ones, ones)
@@ -118,7 +118,7 @@ def expert_ffn(
 
 def _experts(hidden, gate_up, down, dispatched, gate_up_bias, down_bias, activation, input_weight, inner_weight):
     """`expert_ffn` with a factor for every row of the input and one for every row of the activation."""
-    rows = torch.full((len(dispatched.tokens), hidden.shape[1]), torch.nan, dtype=hidden.dtype, device=hidden.device)
+    rows = torch.zeros(len(dispatched.tokens), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     offsets = dispatched.offsets.tolist()
     for expert, (start, end) in enumerate(pairwise(offsets)):
         x = hidden[dispatched.tokens[start:end].long()]

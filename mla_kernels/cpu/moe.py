@@ -47,14 +47,16 @@ def expert_ffn(
     alpha: float = 1.702,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """The experts' rows, those without an expert left as they are."""
+    """The experts' rows, those without an expert 0."""
     experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
-    return _rows(hidden, experts, tokens, offsets)
+    rows = _rows(hidden, experts, tokens, offsets)
+    rows[int(offsets[-1]) :] = 0.0
+    return rows
 
 
 def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None):
     """Rows of the experts, with factors [rows, 1] of each row's input and activation: by packed weights if there are
-    some, grouped by torch where that is fast, else two products an expert."""
+    some, grouped by torch where that is fast, else two products an expert. Rows without an expert hold anything."""
     bounds = offsets.tolist()
     filled = bounds[-1]
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])

@@ -54,12 +54,21 @@ def moe_down_kernel(
     GROUP_M: tl.constexpr,
 ):
     """rows[row] = activation[row] @ down.T + bias, the product WEIGHTED times weights[order[row]]; BY_PAIR writes it to
-    rows[order[row]] instead. One item is a tile [BLOCK_M, BLOCK_N]."""
+    rows[order[row]] instead. One item is a tile [BLOCK_M, BLOCK_N]; if not BY_PAIR it also clears a tile of the rows
+    without an expert, which the slots are enough for."""
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = tile_of_item(item, slots, columns, GROUP_M)
+        if not BY_PAIR:
+            spare = tl.maximum(tl.load(offsets + experts), 0) + slot * BLOCK_M
+            if spare < pairs:
+                line = tl.arange(0, BLOCK_M)
+                place = column * BLOCK_N + tl.arange(0, BLOCK_N)
+                out = rows + tl.cast(spare, tl.int64) * hidden_size + line[:, None] * hidden_size + place[None, :]
+                inside = (line < pairs - spare)[:, None] & (place < hidden_size)[None, :]
+                tl.store(out, tl.zeros([BLOCK_M, BLOCK_N], rows.dtype.element_ty), mask=inside)
         expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
         if (first >= 0) & (first < end):
             m = tl.arange(0, BLOCK_M)
@@ -147,7 +156,8 @@ def launch_down(
     weights: torch.Tensor | None = None,
     by_pair: bool = False,
 ) -> torch.Tensor:
-    """Rows [P, H], in expert order or, with ``by_pair``, in the order of (token, slot); ``weights`` [T, K], contiguous,
+    """Rows [P, H], in expert order (those without an expert 0) or, with ``by_pair``, in the order of (token, slot),
+    where pairs without an expert hold anything; ``weights`` [T, K], contiguous,
     multiply the product before the bias. One launch."""
     pairs, inner = activation.shape
     experts, width, _ = down.shape

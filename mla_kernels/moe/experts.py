@@ -107,7 +107,7 @@ def expert_ffn(
 
     Returns:
         rows [T * K, H] in expert order and hidden's dtype: rows[row] belongs to token dispatched.tokens[row]. Rows from
-        dispatched.offsets[E] on belong to no expert and are left undefined.
+        dispatched.offsets[E] on belong to no expert and are 0.
 
     Raises:
         ValueError: a wrong rank, shape or device. TypeError: a wrong dtype. NotImplementedError: an input that requires

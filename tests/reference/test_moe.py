@@ -163,7 +163,7 @@ def test_expert_rows():
         pair = int(dispatched.order[row])
         chosen = ids.flatten()[pair]
         torch.testing.assert_close(rows[row], expert(hidden[pair // 4], gate_up[chosen], down[chosen]))
-    assert rows.shape == (ids.numel(), hidden.shape[1]) and rows[valid:].isnan().all()
+    assert rows.shape == (ids.numel(), hidden.shape[1]) and not rows[valid:].any()
 
 
 def test_fused_moe_token_by_token():
