@@ -41,3 +41,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     elif x.dtype == torch.float16 and x.shape[0] >= _UPCAST_ROWS:
         return linear(x.float(), weight.float()).half()
     return torch.mm(x, weight.t())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What results of ``dtype`` are kept in that are yet to be weighted: float16 ends at 65504."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """:func:`linear` with results of :func:`wide` dtype."""
+    if x.dtype != torch.float16:
+        return linear(x, weight)
+    if x.shape[0] < _UPCAST_ROWS:
+        y = linear(x, weight).float()
+        if y.isfinite().all():
+            return y
+    return linear(x.float(), weight.float())

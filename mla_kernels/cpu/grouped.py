@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.gemm import linear, wide, wide_linear
 
 _EXPERTS = 8  # of a call
 _HUGE_PAGES = 14  # MADV_HUGEPAGE
@@ -18,12 +18,13 @@ _HUGE_BYTES = 64 << 20
 _PAGE = 4096
 
 
-def products(rows: torch.Tensor, weights: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    """rows [P, depth] times their experts' weights [E, columns, depth] transposed; past bounds[-1]: anything."""
-    out = rows.new_empty(rows.shape[0], weights.shape[1])
+def products(rows: torch.Tensor, weights: torch.Tensor, bounds: list[int], product=linear) -> torch.Tensor:
+    """rows [P, depth] times their experts' weights [E, columns, depth] transposed; past bounds[-1]: anything.
+    ``product``: what multiplies, for results of another dtype."""
+    out = rows.new_empty(rows.shape[0], weights.shape[1], dtype=wide(rows.dtype) if product is wide_linear else None)
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
-            out[first:last] = linear(rows[first:last], weights[expert])
+            out[first:last] = product(rows[first:last], weights[expert])
     return out
 
 

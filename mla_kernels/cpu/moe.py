@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.gemm import wide, wide_linear
 from mla_kernels.cpu.packed import multiply, packed
 
 
@@ -51,15 +51,17 @@ def expert_ffn(
     experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
     rows = _rows(hidden, experts, tokens, offsets)
     rows[int(offsets[-1]) :] = 0.0
-    return rows
+    return rows.to(hidden.dtype)
 
 
 def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None):
     """Rows of the experts, with factors [rows, 1] of each row's input and activation: by packed weights if there are
-    some, grouped by torch where that is fast, else two products an expert. Rows without an expert hold anything."""
+    some, grouped by torch where that is fast, else two products an expert. Rows without an expert hold anything.
+
+    In float32 where hidden is float16: see :func:`mla_kernels.cpu.gemm.wide`."""
     bounds = offsets.tolist()
     filled = bounds[-1]
-    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
+    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1], dtype=wide(hidden.dtype))
     copies = _packed_pair(experts.gate_up, experts.down)
     plain = experts.gate_up_bias is None and experts.down_bias is None
     if copies is None and plain and filled and _can_group(hidden.dtype, experts.gate_up, experts.down):
@@ -87,8 +89,8 @@ def _packed_pair(gate_up, down):
 
 
 def _expert(x, experts, expert, copies, input_weight, inner_weight):
-    """One expert on its rows."""
-    both = linear(x, experts.gate_up[expert]) if copies is None else multiply(x, copies[0][expert])
+    """One expert on its rows; float32 where x is float16."""
+    both = wide_linear(x, experts.gate_up[expert]) if copies is None else multiply(x, copies[0][expert])
     if input_weight is not None:
         both *= input_weight
     if experts.gate_up_bias is not None:
@@ -96,7 +98,8 @@ def _expert(x, experts, expert, copies, input_weight, inner_weight):
     inner = activate(both, *experts.activation)
     if inner_weight is not None:
         inner *= inner_weight
-    y = linear(inner, experts.down[expert]) if copies is None else multiply(inner, copies[1][expert])
+    inner = inner.to(x.dtype)
+    y = wide_linear(inner, experts.down[expert]) if copies is None else multiply(inner, copies[1][expert])
     return y if experts.down_bias is None else y.add_(experts.down_bias[expert])
 
 
@@ -127,8 +130,14 @@ def _can_group(dtype: torch.dtype, gate_up: torch.Tensor, down: torch.Tensor) ->
     )
 
 
-def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Sum over slots in fp32, slot 0 first."""
+def combine(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Sum over slots in fp32, slot 0 first; in ``dtype``, None for that of rows."""
     place = inverse.view(weights.shape)
     skipped = (place >= offsets[-1]).unsqueeze(2)  # [T, K, 1]
     weights = weights.unsqueeze(2)
@@ -141,7 +150,7 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, of
         if holes:  # rows of skipped pairs may hold anything
             values.masked_fill_(skipped[:, slot], 0.0)
         total.addcmul_(values, weight)
-    return total.to(rows.dtype)
+    return total.to(rows.dtype if dtype is None else dtype)
 
 
 def fused_moe(
@@ -164,10 +173,10 @@ def fused_moe(
         return _one_token(hidden, experts, weights, ids, weight_at)
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
     if weight_at == "output":
-        return combine(_rows(hidden, experts, tokens, offsets), weights, inverse, offsets)
+        return combine(_rows(hidden, experts, tokens, offsets), weights, inverse, offsets, hidden.dtype)
     of_rows = weights.reshape(-1, 1).index_select(0, order)
     rows = _rows(hidden, experts, tokens, offsets, **{_FACTORS[weight_at]: of_rows})
-    return combine(rows, torch.ones_like(weights), inverse, offsets)
+    return combine(rows, torch.ones_like(weights), inverse, offsets, hidden.dtype)
 
 
 _FACTORS = {"input": "input_weight", "activation": "inner_weight"}

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from mla_kernels.cpu.gemm import wide, wide_linear
 from mla_kernels.cpu.grouped import products as products_of
 from mla_kernels.cpu.grouped import weight_gradient
 from mla_kernels.cpu.moe import activate, combine, dispatch
@@ -25,19 +26,19 @@ def keeping(
     for expert, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
-        both, weight = products[first:last], of_rows[first:last]
+        both, weight = products[first:last].to(wide(hidden.dtype)), of_rows[first:last]
         if weight_at == "input":
-            both = (both * weight).to(hidden.dtype)
+            both = (both * weight).to(both.dtype)
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
-        inner[first:last] = activate(both, clamp, limit, alpha, interleaved)
-        if weight_at == "activation":
-            inner[first:last] *= weight
-    rows = products_of(inner, down, bounds)
+        activated = activate(both, clamp, limit, alpha, interleaved)
+        inner[first:last] = activated.mul_(weight) if weight_at == "activation" else activated
+    rows = products_of(inner, down, bounds, wide_linear)
     if down_bias is not None:
         for expert, (first, last) in enumerate(pairwise(bounds)):
             rows[first:last] += down_bias[expert]
-    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), inverse, offsets), products
+    weights = weights if weight_at == "output" else torch.ones_like(weights)
+    return combine(rows, weights, inverse, offsets, hidden.dtype), products
 
 
 def backward(
@@ -62,7 +63,8 @@ def backward(
             continue
         mine = slice(first, last)
         weight, plain, y_grad = of_rows[mine], products[mine], y_grads[mine]
-        both = plain * weight if at_input else plain  # in fp32, which the weights' gradient needs there
+        # in fp32 at the input, which the weights' gradient needs there
+        both = plain * weight if at_input else plain.to(wide(plain.dtype))
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
         weighted = y_grad if at_input else (y_grad * weight).to(y_grad.dtype)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mla_kernels.cpu.gemm import linear
+from mla_kernels.cpu.gemm import linear, wide
 from mla_kernels.cpu.moe import activate, combine, dispatch
 from mla_kernels.quant.fp8_block import BLOCK, decode_e4m3, dequantise_fp8_block
 from mla_kernels.quant.int4 import dequantise_int4
@@ -73,13 +73,14 @@ def fused_experts(
         return _one_token(hidden, weights, ids, call)
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
     bounds = offsets.tolist()
-    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1])
+    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1], dtype=wide(hidden.dtype))
     of_rows = weights.reshape(-1, 1).index_select(0, order)
     x = hidden.index_select(0, tokens[: bounds[-1]])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
             rows[start:end] = _expert(x[start:end], of_rows[start:end], expert, *call)
-    return combine(rows, weights if weight_at == "output" else torch.ones_like(weights), inverse, offsets)
+    weights = weights if weight_at == "output" else torch.ones_like(weights)
+    return combine(rows, weights, inverse, offsets, hidden.dtype)
 
 
 def _one_token(hidden, weights, ids, call):
@@ -92,13 +93,17 @@ def _one_token(hidden, weights, ids, call):
 
 
 def _expert(x, weight, expert, gate_up, down, activation, weight_at):
-    """One expert on its rows, as fp32 [rows, H]; weight [rows, 1]. Sums of products are weighted before the bias."""
+    """One expert on its rows, as fp32 [rows, H]; weight [rows, 1]. Sums of products are weighted before the bias, or
+    the activation where it would be rounded to float16."""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype)
     inner = activate(both, *activation)
+    at_activation = weight if weight_at == "activation" else None
     if gate_up.form not in ("fp8_block", "int8_w8a8"):  # those round it once, to codes
+        if x.dtype == torch.float16 and at_activation is not None:
+            inner, at_activation = inner.mul_(at_activation), None
         inner = inner.to(x.dtype)
-    return _multiply(inner, down, expert, weight if weight_at == "activation" else None, dtype)
+    return _multiply(inner, down, expert, at_activation, dtype)
 
 
 def _multiply(x, projection, expert, weight, dtype):

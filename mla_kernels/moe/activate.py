@@ -16,10 +16,11 @@ from mla_kernels.moe.schedule import num_slots, rows_of_slot
 def moe_activate_kernel(
     gate, up, gate_bias, up_bias, order, offsets, weights, activation,
     pairs, experts, intermediate, bias_stride, limit, alpha,
-    CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """activation[row] = act(gate[row] + bias, up[row] + bias), WEIGHTED with gate and up times weights[order[row]].
+    """activation[row] = act(gate[row] + bias, up[row] + bias); WEIGHT_AT "input" or "activation", gate and up or the
+    result are multiplied by weights[order[row]].
 
     One item is a tile [BLOCK_M, BLOCK_N]. ``gate`` and ``up`` (and their biases) point to their first columns."""
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
@@ -36,9 +37,10 @@ def moe_activate_kernel(
             place = m[:, None] * (2 * intermediate) + n[None, :] * STEP
             a = tl.load(gate + start + place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             b = tl.load(up + start + place, mask=inside, other=0.0).to(tl.float32)
-            if WEIGHTED:
+            if WEIGHT_AT != "none":
                 pair = tl.load(order + first + m, mask=m < end - first, other=0)
                 weight = tl.load(weights + pair)[:, None]
+            if WEIGHT_AT == "input":
                 a = a * weight
                 b = b * weight
             if HAS_BIAS:
@@ -47,6 +49,8 @@ def moe_activate_kernel(
                 a += tl.load(gate_bias + bias_row + n * STEP, mask=n_mask, other=0.0).to(tl.float32)[None, :]
                 b += tl.load(up_bias + bias_row + n * STEP, mask=n_mask, other=0.0).to(tl.float32)[None, :]
             y = gated(a, b, limit, alpha, CLAMP)
+            if WEIGHT_AT == "activation":
+                y = y * weight
             out = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate + n[None, :]
             tl.store(out, y.to(activation.dtype.element_ty), mask=inside)
 
@@ -76,8 +80,8 @@ def _work(dtype, statics, sizes, tile):
     return Work(programs, whole.flops / max(1, programs), whole.bytes / max(1, programs))
 
 
-def _statics(experts, clamp, interleaved, has_bias, weighted):
-    options = {"CLAMP": clamp, "INTERLEAVED": interleaved, "HAS_BIAS": has_bias, "WEIGHTED": weighted}
+def _statics(experts, clamp, interleaved, has_bias, weight_at):
+    options = {"CLAMP": clamp, "INTERLEAVED": interleaved, "HAS_BIAS": has_bias, "WEIGHT_AT": weight_at}
     return options | {"BLOCK_E": block_e(experts)}
 
 
@@ -100,15 +104,15 @@ ACTIVATE = Kernel(
         "limit": "fp32",
         "alpha": "fp32",
     },
-    statics=tuple(_statics(1, "none", False, False, False)),
+    statics=tuple(_statics(1, "none", False, False, "none")),
     tiles={"BLOCK_M": (1, 4, 8, 16), "BLOCK_N": (16, 32, 64, 128, 256, 512, 1024), "num_warps": (1, 4, 8)},
     rule=_rule,
     memory=_memory,
     cost=_cost,
     work=_work,
     cases=(
-        _case("v2_lite_4096", 4096, 6, 64, 1408, "none", False, False, False, dtypes=("bf16", "fp16", "fp32")),
-        _case("gpt_oss", 4096, 4, 32, 2880, "gpt_oss", True, True, False),
+        _case("v2_lite_4096", 4096, 6, 64, 1408, "none", False, False, "none", dtypes=("bf16", "fp16", "fp32")),
+        _case("gpt_oss", 4096, 4, 32, 2880, "gpt_oss", True, True, "none"),
     ),
     uses_dot=False,
 )
@@ -121,24 +125,23 @@ def launch_activate(
     *,
     bias: torch.Tensor | None,
     activation: Activation,
-    weights: torch.Tensor | None,
+    weights: torch.Tensor,
+    weight_at: str,
 ) -> torch.Tensor:
     """[P, I]: the activation of ``products`` [P, 2I] in expert order; ``weights`` [T, K], contiguous, multiply products
-    before the bias. One launch."""
+    before the bias ("input"), the activation, or nothing ("none"). One launch."""
     pairs, inner = products.shape[0], products.shape[1] // 2
     out = products.new_empty(pairs, inner)
     if pairs == 0:
         return out
     chip, dtype = chip_of(products.device), DTYPE_NAMES[products.dtype]
-    statics = _statics(
-        experts, activation.clamp.value, activation.interleaved, bias is not None, weights is not None
-    )  # fmt: skip
+    statics = _statics(experts, activation.clamp.value, activation.interleaved, bias is not None, weight_at)
     tile = ACTIVATE.tile_for(chip, dtype, statics, {"pairs": pairs, "experts": experts, "intermediate": inner})
     up = 1 if activation.interleaved else inner  # up's first column
     bias_row = products[:1] if bias is None else bias
     args = (
         products, products[:, up:], bias_row, bias_row[:, up:], rows.order, rows.offsets,
-        rows.offsets if weights is None else weights, out,
+        weights, out,
         pairs, experts, inner, bias_row.stride(0), activation.limit or 0.0, activation.alpha,
     )  # fmt: skip
     work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-inner // tile["BLOCK_N"])

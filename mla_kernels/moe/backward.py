@@ -17,7 +17,7 @@ from mla_kernels.moe.bias_gradient import launch_bias_gradient
 from mla_kernels.moe.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch import launch_order
 from mla_kernels.moe.down import launch_down
-from mla_kernels.moe.grouped import Rows, layout_of
+from mla_kernels.moe.grouped import Rows, layout_of, places
 from mla_kernels.moe.projection import launch_project
 from mla_kernels.moe.weight_gradient import launch_weight_gradient
 from mla_kernels.shim import define_op
@@ -29,21 +29,13 @@ def _launch_keeping(
     """fused_moe's result, and gate_up's results [P, 2I] in expert order without weight or bias: five launches."""
     experts = gate_up.shape[0]
     rows = Rows(*launch_order(ids, experts), ids.shape[1])
-    of_pairs = weights.contiguous()
+    of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
+    activation = activation_of(clamp, limit, alpha, interleaved)
     products = launch_project(hidden, gate_up, rows)
-    inner = launch_activate(
-        products,
-        rows,
-        experts,
-        bias=gate_up_bias,
-        activation=activation_of(clamp, limit, alpha, interleaved),
-        weights=of_pairs if weight_at == "input" else None,
-    )
-    results = launch_down(
-        inner, down, rows, bias=down_bias, weights=of_pairs if weight_at == "activation" else None, by_pair=True
-    )
-    out = launch_combine_pairs(results, of_pairs if weight_at == "output" else None, ids, experts)
-    return out, products
+    options = {"bias": gate_up_bias, "activation": activation, "weights": of_pairs, "weight_at": at.gate_up}
+    inner = launch_activate(products, rows, experts, **options)
+    results = launch_down(inner, down, rows, bias=down_bias, weights=of_pairs, weight_at=at.down, by_pair=True)
+    return launch_combine_pairs(results, of_pairs if at.combine else None, ids, experts), products
 
 
 def _launch(

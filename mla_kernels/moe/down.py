@@ -44,7 +44,7 @@ def moe_down_kernel(
     EVEN_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    WEIGHT_AT: tl.constexpr,
     BY_PAIR: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -53,8 +53,8 @@ def moe_down_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """rows[row] = activation[row] @ down.T + bias, the product WEIGHTED times weights[order[row]]; BY_PAIR writes it to
-    rows[order[row]] instead. One item is a tile [BLOCK_M, BLOCK_N]; if not BY_PAIR it also clears a tile of the rows
+    """rows[row] = activation[row] @ down.T + bias; WEIGHT_AT "activation" or "output", the product or all of it is
+    multiplied by weights[order[row]]. BY_PAIR writes it to rows[order[row]] instead. One item is a tile [BLOCK_M, BLOCK_N]; if not BY_PAIR it also clears a tile of the rows
     without an expert, which the slots are enough for."""
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
@@ -90,13 +90,15 @@ def moe_down_kernel(
                 x = tl.load(x_rows + k[None, :], mask=m_mask & k_mask[None, :], other=0.0)
                 w = last_weight_tile(weight, n, k, weight_stride, n_mask, k_mask, TRANSPOSED)
                 total = tl.dot(x, w, total, input_precision="ieee")
-            if WEIGHTED or BY_PAIR:
+            if (WEIGHT_AT != "none") or BY_PAIR:
                 pair = tl.load(order + first + m, mask=m < end - first, other=0)
-            if WEIGHTED:
+            if WEIGHT_AT == "activation":
                 total *= tl.load(weights + pair)[:, None]
             if HAS_BIAS:
                 bias_row = bias + tl.cast(expert, tl.int64) * bias_stride
                 total += tl.load(bias_row + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+            if WEIGHT_AT == "output":
+                total *= tl.load(weights + pair)[:, None]
             if BY_PAIR:
                 if WIDE:
                     pair = pair.to(tl.int64)
@@ -106,12 +108,12 @@ def moe_down_kernel(
             tl.store(out + n[None, :], total.to(rows.dtype.element_ty), mask=m_mask & n_mask[None, :])
 
 
-def _statics(experts, inner, transposed=False, has_bias=False, weighted=False, by_pair=True, wide=False):
+def _statics(experts, inner, transposed=False, has_bias=False, weight_at="none", by_pair=True, wide=False):
     return {
         "EVEN_K": inner % LARGEST_BLOCK_K == 0,
         "TRANSPOSED": transposed,
         "HAS_BIAS": has_bias,
-        "WEIGHTED": weighted,
+        "WEIGHT_AT": weight_at,
         "BY_PAIR": by_pair,
         "WIDE": wide,
         "BLOCK_E": block_e(experts),
@@ -136,7 +138,7 @@ DOWN = Kernel(
         "weight_stride": "i32:16",
         "bias_stride": "i32:16",
     },
-    statics=("EVEN_K", "TRANSPOSED", "HAS_BIAS", "WEIGHTED", "BY_PAIR", "WIDE", "BLOCK_E"),
+    statics=("EVEN_K", "TRANSPOSED", "HAS_BIAS", "WEIGHT_AT", "BY_PAIR", "WIDE", "BLOCK_E"),
     tiles=TILES,
     rule=tile_rule(1),
     memory=tile_memory(1),
@@ -154,11 +156,12 @@ def launch_down(
     *,
     bias: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    weight_at: str = "none",
     by_pair: bool = False,
 ) -> torch.Tensor:
     """Rows [P, H], in expert order (those without an expert 0) or, with ``by_pair``, in the order of (token, slot),
-    where pairs without an expert hold anything; ``weights`` [T, K], contiguous,
-    multiply the product before the bias. One launch."""
+    where pairs without an expert hold anything; ``weights`` [T, K], contiguous, multiply the product before the bias or
+    after it, as ``weight_at`` ("activation", "output") says. One launch."""
     pairs, inner = activation.shape
     experts, width, _ = down.shape
     out = activation.new_empty(pairs, width)
@@ -167,13 +170,14 @@ def launch_down(
     chip, dtype = chip_of(activation.device), DTYPE_NAMES[activation.dtype]
     transposed, weight_stride = layout_of(down)
     wide = by_pair and pairs * width >= 1 << 31
-    statics = _statics(experts, inner, transposed, bias is not None, weights is not None, by_pair, wide)
+    statics = _statics(experts, inner, transposed, bias is not None, "none", by_pair, wide)
     sizes = {"tokens": pairs // rows.top_k, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
     tile = fit(DOWN.tile_for(chip, dtype, statics, sizes), inner)
-    statics["EVEN_K"] = inner % tile["BLOCK_K"] == 0  # this tile may divide a row that not every tile divides
+    # this tile may divide a row that not every tile divides; where a weight stands changes no tile
+    statics |= {"EVEN_K": inner % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
     args = (
         activation, down, down if bias is None else bias, out, rows.order, rows.offsets,
-        rows.offsets if weights is None else weights,
+        rows.offsets if weight_at == "none" else weights,
         pairs, experts, width, inner, down.stride(0), weight_stride, 0 if bias is None else bias.stride(0),
     )  # fmt: skip
     DOWN.launch(chip, num_slots(pairs, experts, tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"]), args, statics, tile)

@@ -124,7 +124,7 @@ def eb_gate_up_kernel(
     codes, code_scales, gate_up, scales, bias, weights, activation, activation_scales, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, padded, intermediate, limit, alpha,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_E: tl.constexpr,
+    WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """The activation of a tile [BLOCK_M, BLOCK_N] an item, from codes of hidden.
@@ -181,7 +181,7 @@ def eb_gate_up_kernel(
                 up = up * x_scale * tl.load(scales + expert_rows + up_row, mask=mask, other=0.0)[None, :]
             y = activate(
                 gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
-                BIAS, CLAMP, INTERLEAVED, WEIGHTED,
+                BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
             )  # fmt: skip
             inside = m < end - first
             out = activation + tl.cast(first, tl.int64) * wide + m[:, None] * wide + n[None, :]
@@ -203,7 +203,7 @@ def eb_gate_up_kernel(
 def eb_down_kernel(
     activation, activation_scales, down, scales, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, parts,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
@@ -251,7 +251,7 @@ def eb_down_kernel(
             y = upright(total, SWAP)
             if FORMAT == "int8_w8a8":
                 y = y * scale[:, None] * tl.load(scales + expert_rows + n, mask=mask, other=0.0)[None, :]
-            store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, BIAS, WEIGHTED, BLOCK_M)
+            store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, BIAS, WEIGHT_AT, BLOCK_M)
 
 
 def _rule(products):
@@ -273,12 +273,12 @@ def _rule(products):
     return rule
 
 
-def statics_of(experts, form, bias, weighted, width):
+def statics_of(experts, form, bias, width, weight_at="none"):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
     return {
         "FORMAT": form,
         "BIAS": bias,
-        "WEIGHTED": weighted,
+        "WEIGHT_AT": weight_at,
         "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
     }
@@ -287,7 +287,7 @@ def statics_of(experts, form, bias, weighted, width):
 def _case_statics(products):
     def of(form, sizes):
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(sizes["experts"], form, False, False, width)
+        statics = statics_of(sizes["experts"], form, False, width)
         return statics | (PLAIN | {"ALIGNED": True} if products == 2 else {})
 
     return of
@@ -340,7 +340,7 @@ _CASES = (
     ("int8_w8a8", "v2_lite", 256),
     ("int8_w8a8", "v2_lite", 2048),
 )
-_STATICS = ("FORMAT", "BIAS", "WEIGHTED", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64),
     "BLOCK_N": (64, 128),

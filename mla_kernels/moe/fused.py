@@ -11,29 +11,20 @@ from mla_kernels.moe.dispatch import check_ids, launch_order
 from mla_kernels.moe.down import launch_down
 from mla_kernels.moe.experts import check_activation, check_weights
 from mla_kernels.moe.gate_up import launch_gate_up
-from mla_kernels.moe.grouped import Rows
+from mla_kernels.moe.grouped import WEIGHT_PLACES, Rows, places
 from mla_kernels.shim import define_op
-
-WEIGHT_PLACES = ("input", "activation", "output")
 
 
 def _launch(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at):
     """Four launches. The order of rows, the activation and the pairs' results are the workspace."""
     experts = gate_up.shape[0]
     rows = Rows(*launch_order(ids, experts), ids.shape[1])
-    of_pairs = weights.contiguous()
-    inner = launch_gate_up(
-        hidden,
-        gate_up,
-        rows,
-        bias=gate_up_bias,
-        activation=activation_of(clamp, limit, alpha, interleaved),
-        weights=of_pairs if weight_at == "input" else None,
-    )
-    results = launch_down(
-        inner, down, rows, bias=down_bias, weights=of_pairs if weight_at == "activation" else None, by_pair=True
-    )
-    return launch_combine_pairs(results, of_pairs if weight_at == "output" else None, ids, experts)
+    of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
+    activation = activation_of(clamp, limit, alpha, interleaved)
+    options = {"bias": gate_up_bias, "activation": activation, "weights": of_pairs, "weight_at": at.gate_up}
+    inner = launch_gate_up(hidden, gate_up, rows, **options)
+    results = launch_down(inner, down, rows, bias=down_bias, weights=of_pairs, weight_at=at.down, by_pair=True)
+    return launch_combine_pairs(results, of_pairs if at.combine else None, ids, experts)
 
 
 def _fake(hidden, *_):
@@ -77,6 +68,11 @@ def fused_moe(
     "input"      down(act(gate_up(w x) + gate_up_bias)) + down_bias (Llama 4's experts)
     ============ ======================================================================
 
+    float16 ends at 65504. Sums of products are float32, and weights multiply them before they are rounded: gate_up's at
+    "input", the activation, or down's result at "output". So what a small weight brings below 65504 does not overflow.
+    What lies beyond after that, or at a place before the weight's (act(...) with "output"), becomes infinite. With
+    gradients and "input" the weighted rows of hidden are kept, T * K * H elements.
+
     Args:
         hidden: [T, H] bf16, fp16 or fp32, contiguous rows, H at least 16.
         gate_up: [E, 2I, H] in hidden's dtype: each expert's gate rows, then its up rows, or one after the other in turn
@@ -110,6 +106,19 @@ def fused_moe(
         raise TypeError(f"recompute: got {type(recompute).__name__}, a bool is accepted")
     tensors = (hidden, gate_up, down, weights, ids, gate_up_bias, down_bias)
     arguments = (*tensors, *activation.arguments, weight_at)
-    if recompute or not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return _op(*arguments)
-    return fused_moe_keeping(*arguments)[0]
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if gradients and weight_at == "input" and hidden.dtype == torch.float16:
+        return _of_weighted_rows(*tensors, activation, recompute)
+    return fused_moe_keeping(*arguments)[0] if gradients and not recompute else _op(*arguments)
+
+
+def _of_weighted_rows(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, activation, recompute):
+    """Weights at the input as rows of their own: the backward pass would keep gate_up's results without weights, and
+    float16 may not hold those."""
+    absent = (ids < 0) | (ids >= gate_up.shape[0])
+    rows = hidden.unsqueeze(1) * weights.masked_fill(absent, 0.0).unsqueeze(2)  # [T, K, H] fp32
+    options = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "activation": activation, "recompute": recompute}
+    pairs = ids.reshape(-1, 1)
+    ones = torch.ones(pairs.shape, dtype=torch.float32, device=pairs.device)
+    each = fused_moe(rows.to(hidden.dtype).flatten(0, 1), gate_up, down, ones, pairs, **options)
+    return each.view(*ids.shape, -1).sum(1, dtype=torch.float32).to(hidden.dtype)

@@ -63,7 +63,7 @@ def moe_gate_up_kernel(
     INTERLEAVED: tl.constexpr,
     CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    WEIGHT_AT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,8 +71,8 @@ def moe_gate_up_kernel(
     GROUP_M: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    """activation[row] = act(x @ gate.T + bias, x @ up.T + bias) with x = hidden[order[row] // top_k], WEIGHTED times
-    weights[order[row]]: one item is a tile [BLOCK_M, BLOCK_N].
+    """activation[row] = act(x @ gate.T + bias, x @ up.T + bias) with x = hidden[order[row] // top_k]: one item is a tile
+    [BLOCK_M, BLOCK_N]. WEIGHT_AT "input" or "activation", x or the result is multiplied by weights[order[row]].
 
     Rows are gathered unmasked (a token out of range is clamped), since a masked gather reads every row on Ascend; the
     end of a row that BLOCK_K does not divide is the last BLOCK_K columns, with the weights of those already counted
@@ -141,8 +141,9 @@ def moe_gate_up_kernel(
                     w_up = last_weight_tile(up, gate_n, k, weight_stride, n_mask, k >= whole, TRANSPOSED)
                     gate_sum = tl.dot(x, w_gate, gate_sum, input_precision="ieee")
                     up_sum = tl.dot(x, w_up, up_sum, input_precision="ieee")
-            if WEIGHTED:
+            if WEIGHT_AT != "none":
                 weight = tl.load(weights + tl.minimum(tl.maximum(pair, 0), pairs - 1))[:, None]  # [BLOCK_M, 1]
+            if WEIGHT_AT == "input":
                 gate_sum *= weight
                 up_sum *= weight
             if HAS_BIAS:
@@ -150,6 +151,8 @@ def moe_gate_up_kernel(
                 gate_sum += tl.load(gate_bias + n * STEP, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
                 up_sum += tl.load(up_bias + n * STEP, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
             y = gated(gate_sum, up_sum, limit, alpha, CLAMP)
+            if WEIGHT_AT == "activation":
+                y *= weight
             out = activation + tl.cast(first, tl.int64) * intermediate
             m = tl.arange(0, BLOCK_M)
             tl.store(
@@ -172,7 +175,7 @@ def _rule(chip, dtype, statics, sizes):
     return tile | {"JOINED": int(dtype != "fp32" and (from_shared or every_other))}
 
 
-def _statics(experts, hidden, wide=False, transposed=False, activation=SWIGLU, has_bias=False, weighted=False):
+def _statics(experts, hidden, wide=False, transposed=False, activation=SWIGLU, has_bias=False, weight_at="none"):
     return {
         "EVEN_K": hidden % LARGEST_BLOCK_K == 0,
         "WIDE": wide,
@@ -180,7 +183,7 @@ def _statics(experts, hidden, wide=False, transposed=False, activation=SWIGLU, h
         "INTERLEAVED": activation.interleaved,
         "CLAMP": activation.clamp.value,
         "HAS_BIAS": has_bias,
-        "WEIGHTED": weighted,
+        "WEIGHT_AT": weight_at,
         "BLOCK_E": block_e(experts),
     }
 
@@ -208,7 +211,7 @@ GATE_UP = Kernel(
         "limit": "fp32",
         "alpha": "fp32",
     },
-    statics=("EVEN_K", "WIDE", "TRANSPOSED", "INTERLEAVED", "CLAMP", "HAS_BIAS", "WEIGHTED", "BLOCK_E"),
+    statics=("EVEN_K", "WIDE", "TRANSPOSED", "INTERLEAVED", "CLAMP", "HAS_BIAS", "WEIGHT_AT", "BLOCK_E"),
     tiles=TILES | {"JOINED": (0, 1)},
     rule=_rule,
     memory=tile_memory(2),
@@ -227,8 +230,10 @@ def launch_gate_up(
     bias: torch.Tensor | None = None,
     activation: Activation = SWIGLU,
     weights: torch.Tensor | None = None,
+    weight_at: str = "none",
 ) -> torch.Tensor:
-    """The activation [P, I] in expert order; ``weights`` [T, K], contiguous, multiply the input. One launch."""
+    """The activation [P, I] in expert order; ``weights`` [T, K], contiguous, multiply the input or the activation, as
+    ``weight_at`` says. One launch."""
     (tokens, width), pairs = hidden.shape, rows.order.shape[0]
     experts, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = hidden.new_empty(pairs, inner)
@@ -237,13 +242,14 @@ def launch_gate_up(
     chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
     transposed, weight_stride = layout_of(gate_up)
     wide = tokens * hidden.stride(0) >= 1 << 31
-    statics = _statics(experts, width, wide, transposed, activation, bias is not None, weights is not None)
+    statics = _statics(experts, width, wide, transposed, activation, bias is not None)
     sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
     tile = fit(GATE_UP.tile_for(chip, dtype, statics, sizes), width)
-    statics["EVEN_K"] = width % tile["BLOCK_K"] == 0  # this tile may divide a row that not every tile divides
+    # this tile may divide a row that not every tile divides; where a weight stands changes no tile
+    statics |= {"EVEN_K": width % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
     args = (
         hidden, gate_up, gate_up if bias is None else bias, out, rows.order, rows.offsets,
-        rows.offsets if weights is None else weights,
+        rows.offsets if weight_at == "none" else weights,
         tokens, pairs, rows.top_k, experts, width, inner,
         hidden.stride(0), gate_up.stride(0), weight_stride, 0 if bias is None else bias.stride(0),
         activation.limit or 0.0, activation.alpha,

@@ -26,6 +26,32 @@ class Rows(NamedTuple):
     top_k: int
 
 
+WEIGHT_PLACES = ("input", "activation", "output")
+
+
+class Places(NamedTuple):
+    """Which kernel multiplies by the slots' weights, and where: gate_up at the "input" (of its sums) or at the
+    "activation", down at the "activation" (of its sums) or at the "output", or "none"; or ``combine`` all results."""
+
+    gate_up: str
+    down: str
+    combine: bool
+
+
+def places(weight_at: str, dtype: torch.dtype, activation_dtype: torch.dtype | None = None) -> Places:
+    """The places for ``weight_at``, given the dtypes that results and activations (None: the same) are stored in.
+
+    float16 ends at 65504, so weights multiply before results are rounded to it: what a small weight keeps below that
+    does not overflow. Elsewhere they multiply sums of products, or the rows that are added up anyway.
+    """
+    if weight_at == "input":
+        return Places("input", "none", False)
+    if weight_at == "activation":
+        early = (activation_dtype or dtype) == torch.float16
+        return Places("activation", "none", False) if early else Places("none", "activation", False)
+    return Places("none", "output", False) if dtype == torch.float16 else Places("none", "none", True)
+
+
 @triton.jit
 def weight_tile(weight, out, k, stride, mask, TRANSPOSED: tl.constexpr):
     """A tile [K, OUT] of a weight stored as [out, in], or with TRANSPOSED as [in, out]; ``mask`` is [OUT]."""

@@ -17,7 +17,8 @@ from mla_kernels.moe.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch import check_ids, launch_order
 from mla_kernels.moe.experts import check_activation
 from mla_kernels.moe.formats import WeightFormat
-from mla_kernels.moe.fused import WEIGHT_PLACES, fused_moe
+from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.grouped import WEIGHT_PLACES, Places, places
 from mla_kernels.moe.quantised_tiles import BLOCK, sizes_of
 from mla_kernels.moe.schedule import num_slots
 from mla_kernels.moe.weights import ExpertWeights
@@ -45,7 +46,7 @@ class Call(NamedTuple):
     """The rest of a call, and what follows from shapes."""
 
     activation: Activation
-    weight_at: str
+    places: Places
     of_pairs: torch.Tensor  # weights [T, K], contiguous
     ids: torch.Tensor
     experts: int
@@ -90,10 +91,12 @@ def _launch(
     experts = Weights(form, *map(_bytes, tensors), gate_up_bias, down_bias, group_size)
     inner = gate_up.shape[1] // 2
     activation = activation_of(clamp, limit, alpha, interleaved)
-    call = Call(activation, weight_at, weights.contiguous(), ids, gate_up.shape[0], hidden.shape[1], inner)
+    codes = torch.int8 if form == "fp8_block" else hidden.dtype  # what the activation is stored in
+    at = places(weight_at, hidden.dtype, codes)
+    call = Call(activation, at, weights.contiguous(), ids, gate_up.shape[0], hidden.shape[1], inner)
     results = hidden.new_empty(call.pairs, hidden.shape[1])
     (_eight_bit if form in EIGHT_BIT else _weight_only)(hidden, experts, call, results)
-    return launch_combine_pairs(results, call.of_pairs if weight_at == "output" else None, ids, call.experts)
+    return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, call.experts)
 
 
 def _fit(tile, row):
@@ -110,9 +113,10 @@ def _weight_only(hidden, experts, call, results):
     bias, zero = experts.gate_up_bias, experts.gate_up_zero
     zeros = zero is not None
     common = call.experts, experts.format, experts.group_size, zeros
-    statics = weight_only.statics_of(*common, bias is not None, call.weight_at == "input", call.hidden)
+    statics = weight_only.statics_of(*common, bias is not None, call.hidden)
     statics |= call.constants
     tile = _fit(weight_only.GATE_UP.tile_for(chip, dtype, statics, call.sizes), call.hidden)
+    statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
     groups = call.hidden // max(1, experts.group_size)
     args = (
         hidden, experts.gate_up, experts.gate_up_scale, zero if zeros else experts.gate_up,
@@ -123,8 +127,9 @@ def _weight_only(hidden, experts, call, results):
     _run(weight_only.GATE_UP, chip, call, call.inner, args, statics, tile)
 
     bias, zero = experts.down_bias, experts.down_zero
-    statics = weight_only.statics_of(*common, bias is not None, call.weight_at == "activation", call.inner)
+    statics = weight_only.statics_of(*common, bias is not None, call.inner)
     tile = _fit(weight_only.DOWN.tile_for(chip, dtype, statics, call.sizes), call.inner)
+    statics["WEIGHT_AT"] = call.places.down
     groups = call.inner // max(1, experts.group_size)
     args = (
         activation, experts.down, experts.down_scale, zero if zeros else experts.down,
@@ -157,9 +162,10 @@ def _eight_bit(hidden, experts, call, results):
     bias = experts.gate_up_bias
     aligned = call.inner % BLOCK == 0 and not call.activation.interleaved
     common = call.experts, experts.format
-    statics = eight_bit.statics_of(*common, bias is not None, call.weight_at == "input", call.hidden)
+    statics = eight_bit.statics_of(*common, bias is not None, call.hidden)
     statics |= call.constants | {"ALIGNED": aligned}
     tile = eight_bit.GATE_UP.tile_for(chip, dtype, statics, call.sizes)
+    statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
     parts = -(-call.inner // tile["BLOCK_N"])
     activation = hidden.new_empty(call.pairs + BLOCK, inner_blocks * BLOCK, dtype=torch.int8 if fp8 else hidden.dtype)
     scales_shape = (call.pairs + BLOCK, inner_blocks) if fp8 else (parts, call.pairs + BLOCK)
@@ -172,8 +178,9 @@ def _eight_bit(hidden, experts, call, results):
     _run(eight_bit.GATE_UP, chip, call, call.inner, args, statics, tile)
 
     bias = experts.down_bias
-    statics = eight_bit.statics_of(*common, bias is not None, call.weight_at == "activation", call.inner)
+    statics = eight_bit.statics_of(*common, bias is not None, call.inner)
     tile = eight_bit.DOWN.tile_for(chip, dtype, statics, call.sizes)
+    statics["WEIGHT_AT"] = call.places.down
     args = (
         activation, activation_scales, experts.down, experts.down_scale, hidden if bias is None else bias,
         call.of_pairs, results, order, offsets, call.pairs, call.experts, call.hidden, call.inner, parts,
@@ -231,8 +238,9 @@ def fused_experts(
 
     Quantised activations follow DeepSeek-V3, arXiv 2412.19437, section 3.3 (fp8_block: e4m3, one power of two for a
     token's 128 columns) and LLM.int8(), arXiv 2208.07339, section 2.1 (int8_w8a8: one scale a token, largest magnitude
-    / 127). ``weight_at`` as in :func:`fused_moe`; a weight at "input" multiplies gate_up's sums and one at "activation"
-    down's, before the bias, so that codes do not depend on it.
+    / 127). ``weight_at`` as in :func:`fused_moe`, and so are the limits of float16; a weight at "input" multiplies
+    gate_up's sums and one at "activation" down's, before the bias, so that codes do not depend on it (an activation
+    that is stored in float16 is multiplied itself).
 
     Args:
         hidden: [T, H] bf16, fp16 or fp32, contiguous rows, H at least 16.

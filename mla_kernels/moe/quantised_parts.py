@@ -57,13 +57,15 @@ def gate_up_rows(n, intermediate, INTERLEAVED: tl.constexpr):
 @triton.jit
 def activate(
     gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
-    BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
+    BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr,
 ):  # fmt: skip
     """The activation of a tile of gate's and up's sums (fp32 [BLOCK_M, BLOCK_N]), columns ``n``, and 0 past the last
-    column. WEIGHTED: the sums are multiplied by their pairs' weights, which is as good as multiplying the input."""
+    column. The pairs' weights multiply, WEIGHT_AT "input", the sums, which is as good as multiplying the input, or, at
+    "activation", the result."""
     inside = n < intermediate
-    if WEIGHTED:
+    if WEIGHT_AT != "none":
         weight = tl.load(weights + pair)  # [BLOCK_M]
+    if WEIGHT_AT == "input":
         gate = gate * weight[:, None]
         up = up * weight[:, None]
     if BIAS:
@@ -71,22 +73,28 @@ def activate(
         gate_row, up_row = gate_up_rows(n, intermediate, INTERLEAVED)
         gate += tl.load(base + gate_row, mask=inside, other=0.0).to(tl.float32)[None, :]
         up += tl.load(base + up_row, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return tl.where(inside[None, :], gated(gate, up, limit, alpha, CLAMP), 0.0)
+    y = gated(gate, up, limit, alpha, CLAMP)
+    if WEIGHT_AT == "activation":
+        y = y * weight[:, None]
+    return tl.where(inside[None, :], y, 0.0)
 
 
 @triton.jit
 def store_pairs(
     y, rows, bias, weights, order, expert, first, end, n, hidden_size,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of results (fp32 [BLOCK_M, BLOCK_N]), each row where its pair stands: rows[pair]. WEIGHTED: times
-    the pairs' weights, before the bias, which is as good as multiplying the activation."""
+    """Write a tile of results (fp32 [BLOCK_M, BLOCK_N]), each row where its pair stands: rows[pair]. The pairs' weights
+    multiply, WEIGHT_AT "activation", before the bias, which is as good as multiplying the activation, or, at "output",
+    after it."""
     m = tl.arange(0, BLOCK_M)
     pair = tl.load(order + first + m, mask=m < end - first, other=0)
-    if WEIGHTED:
+    if WEIGHT_AT == "activation":
         y = y * tl.load(weights + pair)[:, None]
     if BIAS:
         base = bias + tl.cast(expert, tl.int64) * hidden_size
         y += tl.load(base + n, mask=n < hidden_size, other=0.0).to(tl.float32)[None, :]
+    if WEIGHT_AT == "output":
+        y = y * tl.load(weights + pair)[:, None]
     out = rows + pair.to(tl.int64)[:, None] * hidden_size + n[None, :]
     tl.store(out, y.to(rows.dtype.element_ty), mask=(m < end - first)[:, None] & (n < hidden_size)[None, :])

@@ -62,7 +62,7 @@ def wo_gate_up_kernel(
     hidden, gate_up, scales, zeros, bias, weights, activation, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, intermediate, groups, limit, alpha, hidden_stride,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """activation[row] = act(gate_up @ hidden[token of row]): one item is a tile [BLOCK_M, BLOCK_N].
@@ -135,7 +135,7 @@ def wo_gate_up_kernel(
                         )  # fmt: skip
             y = activate(
                 upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
-                BIAS, CLAMP, INTERLEAVED, WEIGHTED,
+                BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
             )  # fmt: skip
             out = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate + n[None, :]
             tl.store(out, y.to(activation.dtype.element_ty), mask=(m < end - first)[:, None] & mask[None, :])
@@ -145,7 +145,7 @@ def wo_gate_up_kernel(
 def wo_down_kernel(
     activation, down, scales, zeros, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, groups,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def wo_down_kernel(
                         )  # fmt: skip
             store_pairs(
                 upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
-                BIAS, WEIGHTED, BLOCK_M,
+                BIAS, WEIGHT_AT, BLOCK_M,
             )  # fmt: skip
 
 
@@ -229,14 +229,14 @@ def _rule(products):
     return rule
 
 
-def statics_of(experts, form, group, zeros, bias, weighted, width):
+def statics_of(experts, form, group, zeros, bias, width, weight_at="none"):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
     return {
         "FORMAT": form,
         "GROUP": group,
         "ZEROS": zeros,
         "BIAS": bias,
-        "WEIGHTED": weighted,
+        "WEIGHT_AT": weight_at,
         "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
     }
@@ -246,7 +246,7 @@ def _case_statics(products):
     def of(form, sizes):
         group = {"int8": 0, "int4": 128, "mxfp4": 32}[form]
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(sizes["experts"], form, group, False, False, False, width)
+        statics = statics_of(sizes["experts"], form, group, False, False, width)
         return statics | (PLAIN if products == 2 else {})
 
     return of
@@ -254,7 +254,7 @@ def _case_statics(products):
 
 PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 _CASES = (("int4", "v3", 16), ("int8", "v2_lite", 256), ("mxfp4", "v3_tp8", 2048), ("int4", "v2_lite", 4096))
-_STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "WEIGHTED", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (16, 32, 64, 128),

@@ -46,14 +46,14 @@ OPTIONS = {
     GATE_UP: (
         {"INTERLEAVED": True, "CLAMP": "gpt_oss", "HAS_BIAS": True, "TRANSPOSED": True},
         {"INTERLEAVED": True, "CLAMP": "gpt_oss", "HAS_BIAS": True},
-        {"CLAMP": "pre", "WEIGHTED": True},
-        {"CLAMP": "post", "HAS_BIAS": True, "EVEN_K": False},
+        {"CLAMP": "pre", "WEIGHT_AT": "input"},
+        {"CLAMP": "post", "HAS_BIAS": True, "EVEN_K": False, "WEIGHT_AT": "activation"},
         {"TRANSPOSED": True, "EVEN_K": False, "WIDE": True},
     ),
     DOWN: (
         {"BY_PAIR": False},
-        {"TRANSPOSED": True, "HAS_BIAS": True, "WEIGHTED": True},
-        {"TRANSPOSED": True, "EVEN_K": False, "HAS_BIAS": True, "WIDE": True},
+        {"TRANSPOSED": True, "HAS_BIAS": True, "WEIGHT_AT": "activation"},
+        {"TRANSPOSED": True, "EVEN_K": False, "HAS_BIAS": True, "WIDE": True, "WEIGHT_AT": "output"},
     ),
 }
 

@@ -22,7 +22,7 @@ def requests(kernels, form, rows, group=None):
     sizes = sizes_of(rows * experts // top_k, top_k, experts, hidden, inner)
     options = (form,) if group is None else (form, group, False)
     for kernel, more in ((kernels.GATE_UP, PLAIN | {"ALIGNED": True}), (kernels.DOWN, {})):
-        statics = kernels.statics_of(experts, *options, False, False, hidden if more else inner) | more
+        statics = kernels.statics_of(experts, *options, False, hidden if more else inner) | more
         statics = {name: value for name, value in statics.items() if name in kernel.statics}
         yield kernel, CHIPS["sm_90"], "bf16", statics, kernel.rule(CHIPS["sm_90"], "bf16", statics, sizes), f"{rows}"
 
@@ -61,8 +61,8 @@ def test_options_that_no_case_declares_compile_within_limits(chip, form, group, 
     wanted = []
     for kernel in (weight_only.GATE_UP, weight_only.DOWN):
         case = kernel.cases[-1]
-        options = {"FORMAT": form, "GROUP": group, "ZEROS": form == "int4", "BIAS": bias, "WEIGHTED": bias}
-        statics = dict(case.statics) | options | {"EVEN_K": even}
+        options = {"FORMAT": form, "GROUP": group, "ZEROS": form == "int4", "BIAS": bias}
+        statics = dict(case.statics) | options | {"EVEN_K": even, "WEIGHT_AT": "activation" if bias else "none"}
         tile = kernel.rule(CHIPS[chip], "bf16", statics, case.sizes)
         wanted.append((kernel, CHIPS[chip], "bf16", statics, tile, case.name))
     assert [report.problem for report in compile_many(wanted)] == ["", ""]
