@@ -63,6 +63,11 @@ class Activation(NamedTuple):
 SWIGLU = Activation()
 
 
+def _at_most(x, limit):
+    """min(x, limit) with gradient 1 on the limit; NaN stays."""
+    return torch.where(x > limit, limit, x)
+
+
 def apply_activation(
     gate_up_result: torch.Tensor,
     clamp: str = "none",
@@ -79,19 +84,21 @@ def apply_activation(
     | post    | min(silu(g), L) clamp(u, -L, L)                                 | Step-3.5                 |
     | gpt_oss | h sigmoid(alpha h) (clamp(u, -L, L) + 1) with h = min(g, L)     | gpt-oss                  |
 
-    The gate's values are the first half, or with interleaved the even columns; up's are the others.
+    The gate's values are the first half, or with interleaved the even columns; up's are the others. A value past the
+    limit has gradient 0, one on it that of the values before it, whatever torch.clamp does there: 1 up to torch 2.13,
+    then 0.
     """
     layout = "... (inner two)" if interleaved else "... (two inner)"
     gate, up = rearrange(gate_up_result, f"{layout} -> two ... inner", two=2)
     if clamp == "none":
         return F.silu(gate) * up
-    up = up.clamp(-limit, limit)
+    up = -_at_most(-_at_most(up, limit), limit)
     if clamp == "pre":
-        return F.silu(gate.clamp(max=limit)) * up
+        return F.silu(_at_most(gate, limit)) * up
     if clamp == "post":
-        return F.silu(gate).clamp(max=limit) * up
+        return _at_most(F.silu(gate), limit) * up
     if clamp == "gpt_oss":
-        gate = gate.clamp(max=limit)
+        gate = _at_most(gate, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
     raise ValueError(f"clamp {clamp!r}: none, pre, post and gpt_oss are known")
 

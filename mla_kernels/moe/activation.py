@@ -34,6 +34,9 @@ class Clamp(str, Enum):
 class Activation:
     """What stands between an expert's two matrix products.
 
+    Gradients are 0 where a value is past its limit. One that lies on the limit is not clamped: its gradient is that of
+    the values before it, on every backend (``torch.clamp`` has 1 there up to torch 2.13, and 0 since).
+
     Args:
         clamp: a :class:`Clamp` or its value.
         limit: L, above 0; None with ``clamp="none"`` and only there.
@@ -106,7 +109,7 @@ def gated(gate, up, limit, alpha, CLAMP: tl.constexpr):
 @triton.jit
 def gated_gradient(gate, up, grad, limit, alpha, CLAMP: tl.constexpr):
     """Gradients of gate and of up, from the gradient of :func:`gated`'s result. A clamped value gets 0; one that lies
-    on the limit is not clamped, as in torch."""
+    on the limit is not clamped."""
     if CLAMP == "none":
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         d_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))

@@ -54,8 +54,8 @@ def moe_down_kernel(
     GROUP_M: tl.constexpr,
 ):
     """rows[row] = activation[row] @ down.T + bias; WEIGHT_AT "activation" or "output", the product or all of it is
-    multiplied by weights[order[row]]. BY_PAIR writes it to rows[order[row]] instead. One item is a tile [BLOCK_M, BLOCK_N]; if not BY_PAIR it also clears a tile of the rows
-    without an expert, which the slots are enough for."""
+    multiplied by weights[order[row]]. BY_PAIR writes it to rows[order[row]] instead; else rows without an expert are
+    cleared, a tile by each item, which the slots are enough for. One item is a tile [BLOCK_M, BLOCK_N]."""
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     lane_k = tl.arange(0, BLOCK_K)

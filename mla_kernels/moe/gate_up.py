@@ -71,8 +71,8 @@ def moe_gate_up_kernel(
     GROUP_M: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    """activation[row] = act(x @ gate.T + bias, x @ up.T + bias) with x = hidden[order[row] // top_k]: one item is a tile
-    [BLOCK_M, BLOCK_N]. WEIGHT_AT "input" or "activation", x or the result is multiplied by weights[order[row]].
+    """activation[row] = act(x @ gate.T + bias, x @ up.T + bias) with x = hidden[order[row] // top_k]; WEIGHT_AT "input"
+    or "activation", x or the result is multiplied by weights[order[row]]. One item is a tile [BLOCK_M, BLOCK_N].
 
     Rows are gathered unmasked (a token out of range is clamped), since a masked gather reads every row on Ascend; the
     end of a row that BLOCK_K does not divide is the last BLOCK_K columns, with the weights of those already counted
