@@ -15,10 +15,11 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     device: torch.device | None = None,
     like: torch.Tensor | None = None,
+    dense: bool = True,
 ) -> None:
     """Refuse ``value`` unless it is a tensor of this rank, shape (None = any), dtype and device, its last axis dense.
 
-    ``like`` stands for "same dtype and device as that tensor".
+    ``like`` stands for "same dtype and device as that tensor"; ``dense=False`` takes any strides.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, a torch.Tensor is accepted")
@@ -36,7 +37,7 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, accepted: {names}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got a tensor on {value.device}, all arguments must be on {device}")
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if dense and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: got stride {value.stride(-1)} in the last dimension, 1 is accepted (contiguous rows)"
         )

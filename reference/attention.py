@@ -78,12 +78,16 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     outs [parts, ..., d], lses [parts, ...] fp32 or fp64, natural log.
     Returns out [..., d] in outs' dtype, lse [...]: lse = log sum_p exp(lses_p), out = sum_p exp(lses_p - lse) outs_p.
 
-    A part with lse -inf saw nothing: it changes nothing and its outs are ignored, even NaN. If every part is empty, out
-    is 0 and lse -inf. Differentiable in both arguments; the gradient of an empty part is 0.
+    A part with lse -inf saw nothing: it changes nothing and its outs are ignored, even NaN. So did one with lse +inf
+    whose outs are 0 (how FlashMLA and FlashAttention write it). An lse of +inf beside other outs is an overflow, and so
+    is NaN: that row's out and lse are NaN. If every part is empty, out is 0 and lse -inf. Differentiable in both
+    arguments; the gradient of an empty part is 0.
     """
     wide = _wide(outs, lses)
     lses = lses.to(wide)
-    empty = lses == -torch.inf  # [parts, ...]
+    unseen = (lses == torch.inf) & (outs == 0.0).all(dim=-1)  # [parts, ...]
+    lses = lses.masked_fill(lses == torch.inf, torch.nan).masked_fill(unseen, -torch.inf)
+    empty = lses == -torch.inf
     nothing = empty.all(dim=0)  # [...]
     largest = lses.detach().amax(dim=0).masked_fill(nothing, 0.0)
     weights = torch.exp(lses - largest)  # [parts, ...]

@@ -7,6 +7,7 @@ import torch
 
 from mla_kernels.checks import check_tensor
 from mla_kernels.cpu.attention import merge_states as cpu_merge_states
+from mla_kernels.cpu.attention import seen_lses
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -57,6 +58,13 @@ def merge_end(acc, total, largest):
 
 
 @triton.jit
+def seen_lse(values, lse):
+    """lse with -inf for +inf beside values that are all 0, a part that saw nothing, and NaN for +inf beside others."""
+    zero = tl.max(tl.where(values == 0.0, 0.0, 1.0), 1) == 0.0  # [BLOCK_R]
+    return tl.where(lse == float("inf"), tl.where(zero, float("-inf"), float("nan")), lse)
+
+
+@triton.jit
 def merge_states_kernel(
     outs_ptr, lses_ptr, out_ptr, lse_ptr, outs_stride, lses_stride, parts, rows, work,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -76,7 +84,8 @@ def merge_states_kernel(
             source = tl.cast(part, tl.int64)
             lse = tl.load(lses_ptr + (source * lses_stride + first) + line, mask=inside, other=float("-inf"))
             values = tl.load(outs_ptr + (source * outs_stride + first * WIDTH) + tile, mask=mask, other=0.0)
-            acc, total, largest = merge_part(acc, total, largest, values.to(tl.float32), lse)
+            values = values.to(tl.float32)
+            acc, total, largest = merge_part(acc, total, largest, values, seen_lse(values, lse))
         acc, lse = merge_end(acc, total, largest)
         tl.store(out_ptr + first * WIDTH + tile, acc.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(lse_ptr + first + line, lse, mask=inside)
@@ -244,6 +253,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, out_grad, lse_grad):
     """With w_i = exp(lse_i - lse): d outs_i = w_i d out, d lses_i = w_i (<d out, outs_i - out> + d lse)."""
     outs, lses, out, lse = ctx.saved_tensors
+    lses = seen_lses(outs, lses)
     empty = lses == float("-inf")  # [parts, ...]
     weights = torch.exp(lses - lse).masked_fill(empty, 0.0)
     out_grad = out_grad.float()
@@ -265,16 +275,19 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     """Attention over the union of disjoint key sets, from attention over each of them.
 
     Given ``outs[i]`` and ``lses[i]``, attention and log-sum-exp of the same queries over part i of the keys,
-    ``lse = log(sum_i exp(lses[i]))`` and ``out = sum_i exp(lses[i] - lse) * outs[i]``. A part that saw no key has lse
-    -inf and changes nothing, whatever its ``outs`` hold; where every part is empty, out is 0 and lse -inf.
-    Differentiable in both arguments.
+    ``lse = log(sum_i exp(lses[i]))`` and ``out = sum_i exp(lses[i] - lse) * outs[i]``. Differentiable in both.
+
+    A part that saw no key changes nothing. It is known by its lse, in either convention: -inf, as this library writes
+    it, whatever its ``outs`` hold; or +inf beside ``outs`` that are 0, as FlashMLA and FlashAttention write it. An lse
+    of +inf beside any other ``outs`` is a score that overflowed, not an empty part: that row's out and lse are NaN, as
+    they are where an lse is NaN. Where every part is empty, out is 0 and lse -inf.
 
     Example: scores log(3) and log(1), values 1 and 5, one key a part: ``outs = [[1.0], [5.0]]`` and
     ``lses = [log(3), 0]`` give ``out = [(3 * 1 + 1 * 5) / 4] = [2.0]`` and ``lse = log(4)``.
 
     Args:
         outs: [parts, ..., d], bfloat16, float16 or float32. Any stride between parts is taken as it is.
-        lses: [parts, ...], float32, natural logarithm, on the same device.
+        lses: [parts, ...], float32, natural logarithm, on the same device, in any layout.
 
     Returns:
         (out [..., d] in the dtype of ``outs``, lse [...] float32).
@@ -288,5 +301,5 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     check_tensor("outs", outs)
     if outs.dim() < 2 or outs.shape[0] == 0 or outs.shape[-1] == 0:
         raise ValueError(f"outs: got shape {tuple(outs.shape)}, (parts, ..., d) with parts and d above 0 is accepted")
-    check_tensor("lses", lses, shape=tuple(outs.shape[:-1]), dtypes=(torch.float32,), device=outs.device)
+    check_tensor("lses", lses, shape=tuple(outs.shape[:-1]), dtypes=(torch.float32,), device=outs.device, dense=False)
     return _merge_states(outs, lses)

@@ -10,6 +10,7 @@ _INT4 = (
     "neighbouring columns share a byte there, while the kernels here read bytes whose halves lie half a block apart; "
     "convert once with ExpertWeights.from_gptq or ExpertWeights.from_awq and call mla_kernels.fused_experts"
 )
+_PER_CHANNEL = "per_channel_quant (SGLang), per_act_token_quant (vLLM)"
 
 
 def run(hidden, gate_up, down, weights, ids, *, quantised: ExpertWeights | None, biases, activation, weight_at):
@@ -62,6 +63,11 @@ def quantised_weights(
         )
     if any(zero is not None for zero in zeros):
         raise NotImplementedError(f"w1_zp, w2_zp: {_INT4}")
+    if per_channel and not (int8_w8a8 or int8_w8a16):
+        raise NotImplementedError(
+            f"{_PER_CHANNEL}: got True {'with ' + chosen[0] if chosen else 'without a flag'}, it is accepted with "
+            "use_int8_w8a8 and use_int8_w8a16"
+        )
     if not chosen:
         if any(scale is not None for scale in scales):
             raise ValueError("w1_scale, w2_scale: got tensors without a flag that says what they scale")
@@ -80,7 +86,7 @@ def quantised_weights(
         if block_shape is not None:
             raise NotImplementedError(f"block_shape: got {block_shape}, None is accepted with {chosen[0]}")
         if int8_w8a8 and not per_channel:
-            raise NotImplementedError("per_channel_quant: got False, True is accepted with use_int8_w8a8")
+            raise NotImplementedError(f"{_PER_CHANNEL}: got False, True is accepted with use_int8_w8a8")
         kind = WeightFormat.INT8_W8A8 if int8_w8a8 else WeightFormat.INT8
         scales = tuple(scale.flatten(1) for scale in scales)  # [E, N, 1] or [E, N]
     return ExpertWeights(

@@ -2,13 +2,27 @@
 
 import torch
 
-from mla_kernels.checks import check_choice, check_tensor
+from mla_kernels.checks import check_choice, check_int, check_tensor
 from mla_kernels.compat.fused_experts import quantised_weights, run
+from mla_kernels.compat.routers import check_enough, check_router
 from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.align import align_blocks
 from mla_kernels.moe.route import route
 
-_ACTIVATIONS = ("silu", "swigluoai")
+_ACTIVATIONS = {
+    "silu": Activation(),
+    "swigluoai": Activation("gpt_oss", limit=7.0, alpha=1.702, interleaved=True),
+    "swiglustep": Activation("post", limit=7.0),
+}
+_NUMBERS = {  # of each activation; vLLM's fused_experts reads no others
+    "silu": {},
+    "swigluoai": {"gemm1_alpha": 1.702, "gemm1_beta": 1.0, "gemm1_clamp_limit": 7.0},
+    "swiglustep": {"gemm1_clamp_limit": 7.0},
+}
+_OTHER_FORMATS = (
+    "ocp_mx_scheme", "use_fp8_w8a16", "use_mxfp4_w4a16", "use_mxfp4_w4a4", "use_mxfp4_w4a8", "use_nvfp4_w4a16",
+    "use_nvfp4_w4a4", "g1_alphas", "g2_alphas", "a1_gscale", "a2_gscale",
+)  # fmt: skip
 
 
 def fused_experts(
@@ -31,21 +45,26 @@ def fused_experts(
             ``quant_config`` that says so.
         w2: ``[E, H, I]`` likewise.
         topk_weights, topk_ids: ``[T, K]``; an id outside ``0 .. E - 1`` is skipped.
-        activation: "silu", or "swigluoai" (gpt-oss: alpha 1.702, limit 7), as a string or an enum of that value.
+        activation: "silu", "swigluoai" (gpt-oss: alpha 1.702, limit 7) or "swiglustep" (Step-3.5: silu's result cut off
+            at 7, up within -7 .. 7), as a string or a member of vLLM's ``MoEActivation``, whose ``SILU`` is the default
+            there.
         apply_router_weight_on_input: multiply hidden_states by the weights, not the output.
         global_num_experts: experts that ``expert_map`` maps; -1 means E.
         expert_map: ``[global_num_experts]`` integer, number of an expert among w1's, -1 for another rank's.
-        quant_config: None, or any object with the attributes of vLLM's ``FusedMoEQuantConfig``: ``use_fp8_w8a8``,
-            ``use_int8_w8a8``, ``use_int8_w8a16``, ``use_int4_w4a16``, ``per_act_token_quant``, ``block_shape``,
-            ``w1_scale``, ``w2_scale``, ``w1_zp``, ``w2_zp``, ``a1_scale``, ``a2_scale``, ``w1_bias``, ``w2_bias``,
-            ``gemm1_alpha``, ``gemm1_clamp_limit``; one that is missing is off.
+        quant_config: None, or any object with the attributes of vLLM's ``FusedMoEQuantConfig``; one that is missing is
+            off. Read are ``use_fp8_w8a8``, ``use_int8_w8a8``, ``use_int8_w8a16``, ``use_int4_w4a16``,
+            ``per_act_token_quant``, ``block_shape``, ``w1_scale``, ``w2_scale``, ``w1_bias``, ``w2_bias``, and those
+            that are refused below. The layouts of activation scales (``is_scale_swizzled``, ``is_scale_transposed``,
+            ``mx_alignment``) mean nothing here: activations are quantised inside.
 
     Returns:
         ``[T, H]``.
 
     Raises:
-        NotImplementedError: other activations, 4-bit weights in vLLM's packing, static activation scales, zero points,
-            a ``w1_bias`` with ``apply_router_weight_on_input``.
+        NotImplementedError: other activations; 4-bit weights in vLLM's packing, its MXFP4, NVFP4 and fp8 weight-only
+            formats, static activation scales, global scales, zero points; ``gemm1_alpha``, ``gemm1_beta`` or
+            ``gemm1_clamp_limit`` other than the activation's own, since vLLM's ``fused_experts`` reads none of them; a
+            ``w1_bias`` with ``apply_router_weight_on_input``.
         ValueError, TypeError: shapes, dtypes, flags that contradict each other.
 
     Source: vLLM ``vllm/model_executor/layers/fused_moe/fused_moe.py``.
@@ -57,6 +76,17 @@ def fused_experts(
     def configured(attribute):
         return getattr(quant_config, attribute, None)
 
+    for attribute in _OTHER_FORMATS:
+        if configured(attribute) is not None and configured(attribute) is not False:
+            raise NotImplementedError(f"quant_config.{attribute}: got a value, no kernel here reads that format")
+    for attribute in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"):
+        own, given = _NUMBERS[name].get(attribute), configured(attribute)
+        if given is not None and given != own:
+            accepted = "None" if own is None else f"None, {own}"
+            raise NotImplementedError(
+                f"quant_config.{attribute}: got {given} with {name!r}, accepted: {accepted} (vLLM's fused_experts does "
+                "not read it); mla_kernels.fused_moe takes an Activation"
+            )
     biases = configured("w1_bias"), configured("w2_bias")
     quantised = quantised_weights(
         w1, w2, biases, (configured("w1_scale"), configured("w2_scale")),
@@ -66,17 +96,9 @@ def fused_experts(
         static_scales=(configured("a1_scale"), configured("a2_scale")),
         zeros=(configured("w1_zp"), configured("w2_zp")),
     )  # fmt: skip
-    alpha, limit = configured("gemm1_alpha"), configured("gemm1_clamp_limit")
-    if name == "swigluoai":
-        limit, alpha = 7.0 if limit is None else limit, 1.702 if alpha is None else alpha
-        swiglu = Activation("gpt_oss", limit=float(limit), alpha=float(alpha), interleaved=True)
-    elif (alpha, limit) != (None, None):
-        raise NotImplementedError("gemm1_alpha, gemm1_clamp_limit: got numbers with 'silu', 'swigluoai' takes them")
-    else:
-        swiglu = Activation()
     return run(
         hidden_states, w1, w2, topk_weights, _local_ids(topk_ids, w1.shape[0], global_num_experts, expert_map),
-        quantised=quantised, biases=biases, activation=swiglu,
+        quantised=quantised, biases=biases, activation=_ACTIVATIONS[name],
         weight_at="input" if apply_router_weight_on_input else "output",
     )  # fmt: skip
 
@@ -113,35 +135,34 @@ def grouped_topk(
 
     Args:
         hidden_states: ``[T, H]``; only T is read.
-        gating_output: ``[T, E]`` logits.
+        gating_output: ``[T, E]`` logits, bfloat16, float16 or float32.
         topk: experts of a token.
         renormalize: divide the weights by their sum.
         num_expert_group, topk_group: groups, and groups kept; 0 means one.
         scoring_func: "softmax" or "sigmoid".
-        routed_scaling_factor: factor of the weights.
+        routed_scaling_factor: factor of the weights, renormalised or not.
         e_score_correction_bias: ``[E]``, steers the choice only.
 
     Returns:
-        weights ``[T, topk]`` fp32, ids ``[T, topk]`` int32, best choice first.
+        weights ``[T, topk]`` fp32, ids ``[T, topk]`` int32, best choice first. Scores are computed in fp32 (in vLLM
+        in the dtype of gating_output).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, numbers out of range.
+        ValueError, TypeError: shapes, dtypes, numbers out of range, more experts than the kept groups hold.
 
-    Source: vLLM ``vllm/model_executor/layers/fused_moe``, ``grouped_topk``.
+    Source: vLLM ``vllm/model_executor/layers/fused_moe/router/grouped_topk_router.py``.
     """
     check_choice("scoring_func", scoring_func, ("softmax", "sigmoid"))
-    check_tensor("gating_output", gating_output, rank=2)
-    if hidden_states.shape[0] != gating_output.shape[0]:
-        raise ValueError(
-            f"hidden_states: got {hidden_states.shape[0]} tokens, {gating_output.shape[0]} are accepted "
-            "(those of gating_output)"
-        )
+    groups, kept = check_router(hidden_states, gating_output, num_expert_group, topk_group)
+    check_int("topk", topk, 1, gating_output.shape[1])
+    check_enough(topk, gating_output.shape[1], groups, kept)
     bias = e_score_correction_bias
+    if bias is not None:
+        check_tensor("e_score_correction_bias", bias, rank=1)
     return route(
         gating_output, topk, bias=None if bias is None else bias.float(), scoring=scoring_func,
-        num_groups=num_expert_group or 1, top_k_groups=topk_group or 1,
-        group_rank="max" if bias is None else "top2_sum", group_fill=float("-inf"),
-        renormalize=bool(renormalize), routed_scale=float(routed_scaling_factor),
+        num_groups=groups, top_k_groups=kept, group_rank="max" if bias is None else "top2_sum",
+        group_fill=float("-inf"), renormalize=bool(renormalize), routed_scale=float(routed_scaling_factor),
     )  # fmt: skip
 
 
@@ -151,24 +172,46 @@ def moe_align_block_size(
     num_experts: int,
     expert_map: torch.Tensor | None = None,
     pad_sorted_ids: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ignore_invalid_experts: bool = False,
+    return_scatter_idx: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """Pairs sorted by expert, each expert's padded to whole blocks; see :func:`mla_kernels.align_blocks`.
 
     Args:
-        topk_ids: ``[T, K]`` int32; an id outside ``0 .. num_experts - 1`` belongs to no expert.
+        topk_ids: ``[T, K]`` int32; the pair of an id outside ``0 .. num_experts - 1`` is in no block.
         block_size: rows of a block.
         num_experts: experts, of all ranks.
-        expert_map: ``[num_experts]`` integer, gives each block its expert's number on this rank, -1 for another rank's.
+        expert_map: ``[num_experts]`` integer, the number of an expert on this rank, -1 for another rank's.
         pad_sorted_ids: make the length of sorted_token_ids a multiple of block_size; it always is.
+        ignore_invalid_experts: with an ``expert_map``, leave the pairs of other ranks' experts out, and sort the others
+            by their number on this rank. Without it such pairs are in blocks of expert -1.
+        return_scatter_idx: return a fourth tensor; with an ``expert_map`` only where ``ignore_invalid_experts``.
 
     Returns:
-        sorted_token_ids int32 (pair numbers, padded with T * K), expert_ids int32 (expert of each block, -1 for none),
-        num_tokens_post_padded int32 ``[1]``.
+        sorted_token_ids int32 (pair numbers, padded with T * K), expert_ids int32 (each block's expert, on this rank
+        where there is an ``expert_map``; -1 for none, as behind the last block in use), num_tokens_post_padded int32
+        ``[1]``; where asked for also scatter_idx ``[T * K, 1]`` int32, each pair's own number, -1 for one in no block.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, numbers out of range, arguments that exclude each other.
 
     Source: vLLM ``vllm/model_executor/layers/fused_moe/moe_align_block_size.py``.
     """
-    pairs, blocks, total = align_blocks(topk_ids, num_experts, block_size)
+    check_tensor("topk_ids", topk_ids, rank=2, dtypes=(torch.int32,))
+    check_int("num_experts", num_experts, 1, 1024)
     if expert_map is not None:
-        check_tensor("expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32, torch.int64))
+        check_tensor(
+            "expert_map", expert_map, shape=(num_experts,), dtypes=(torch.int32, torch.int64), device=topk_ids.device
+        )
+        if return_scatter_idx and not ignore_invalid_experts:
+            raise ValueError(
+                "return_scatter_idx: got True with an expert_map, accepted there with ignore_invalid_experts"
+            )
+    ids = topk_ids if expert_map is None or not ignore_invalid_experts else _mapped(topk_ids, expert_map)
+    pairs, blocks, total = align_blocks(ids, num_experts, block_size)
+    if expert_map is not None and not ignore_invalid_experts:
         blocks = _mapped(blocks, expert_map)
-    return pairs, blocks, total
+    if not return_scatter_idx:
+        return pairs, blocks, total
+    own = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device).view(ids.shape)
+    return pairs, blocks, total, own.masked_fill((ids < 0) | (ids >= num_experts), -1).view(-1, 1)

@@ -11,6 +11,7 @@ _MAX_KEYS, _MIN_KEYS = 8192, 512  # cached tokens handled at once; gathered, 819
 _FEW_ROWS = 16  # fewer query rows than this are multiplied in fp32
 _DECODED = 1024  # quantised tokens decoded at once: what that takes stays in the processor's cache
 _LOWEST = torch.finfo(torch.float32).min
+_INF = float("inf")
 
 
 def mla_decode(
@@ -143,8 +144,17 @@ def _tokens(cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int) -> 
     return chosen.reshape(count * page_size, cache.shape[2])[start - first * page_size : stop - first * page_size]
 
 
+def seen_lses(outs: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
+    """lses with -inf for +inf beside outs that are all 0, a part that saw nothing, and NaN for +inf beside others."""
+    infinite = lses == _INF
+    empty = infinite & (outs == 0.0).all(-1)
+    return lses.masked_fill(infinite, float("nan")).masked_fill(empty, -_INF)
+
+
 def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """outs [parts, ..., d], lses [parts, ...]: one pass over the parts, weighted by exp(lse - merged lse)."""
+    if (lses == _INF).any():
+        lses = seen_lses(outs, lses)
     lse = torch.logsumexp(lses, 0)
     weights = (lses - lse.clamp_min(_LOWEST)).exp_().unsqueeze(-1)  # [parts, ..., 1]; 0 where all parts are empty
     empty = torch.isneginf(lses)

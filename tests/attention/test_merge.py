@@ -10,6 +10,7 @@ from tests.support import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMPTY = float("-inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def check(outs, lses, result):
@@ -36,6 +37,48 @@ def test_empty_parts_change_nothing(backend, device):
     assert (out[3] == 0).all() and lse[3] == EMPTY
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [512, 48, 1])
+def test_plus_infinity_beside_zeros_is_an_empty_part_and_beside_others_an_overflow(backend, device, dtype, width):
+    """FlashMLA writes lse +inf where a query saw nothing; an overflow has it, too, and must show."""
+    outs, lses = torch.randn(3, 9, width).to(dtype), torch.randn(3, 9)
+    lses[1, 0], outs[1, 0] = INF, 0.0  # empty, FlashMLA's
+    lses[0, 1], lses[2, 1], outs[2, 1], outs[0, 1] = EMPTY, INF, 0.0, NAN  # both conventions in a row
+    lses[:, 2], outs[:, 2] = INF, 0.0  # nothing seen at all
+    lses[0, 3], outs[0, 3] = INF, NAN  # an overflow: softmax over a score of +inf
+    lses[1, 4], outs[1, 4], outs[1, 4, -1] = INF, 0.0, 1e-6  # an overflow beside one value that is not 0
+    lses[2, 5], outs[2, 5] = INF, INF
+    lses[1, 6] = NAN
+    lses[:, 7], outs[:, 7] = torch.tensor([EMPTY, INF, NAN]), 0.0
+    outs, lses = outs.to(device), lses.to(device)
+    out, lse = merge_states(outs, lses)
+    check(outs, lses, (out, lse))
+    left = torch.tensor([0, 2], device=device)
+    assert torch.equal(out[0], merge_states(outs[left], lses[left])[0][0]), "an empty part changes no bit"
+    assert torch.equal(out[1], outs[1, 1]) and lse[1] == lses[1, 1]
+    assert not out[2].any() and lse[2] == EMPTY
+    assert lse.isnan().tolist() == [False, False, False, True, True, True, True, True, False]
+    assert torch.equal(out.isnan(), lse.isnan()[:, None].expand(9, width))
+
+
+def test_gradients_of_parts_with_plus_infinity(backend, device):
+    """No gradient reaches an empty part, the others' is as without it; an overflow's row has NaN."""
+    outs, lses = torch.randn(2, 3, 16), torch.randn(2, 3)
+    outs[0, 0], lses[0, 0] = 0.0, INF
+    outs[1, 1], lses[1, 1] = NAN, INF
+    mine = [value.clone().to(device).requires_grad_() for value in (outs, lses)]
+    out, lse = merge_states(*mine)
+    (out.sum() + lse.sum()).backward()
+    d_outs, d_lses = (value.grad.cpu() for value in mine)
+    assert not d_outs[0, 0].any() and d_lses[:, 0].tolist() == [0.0, 1.0] and torch.equal(d_outs[1, 0], torch.ones(16))
+    assert d_outs[:, 1].isnan().all() and d_outs[:, 2].isfinite().all() and d_lses[:, 2].isfinite().all()
+    exact = [value[:, ::2].double().requires_grad_() for value in (outs, lses)]
+    out, lse = reference.merge_states(*exact)
+    (out.sum() + lse.sum()).backward()
+    for got, want in zip((d_outs, d_lses), exact):
+        assert_close(got[:, ::2], want.grad)
+
+
 def test_one_part_is_returned_bit_for_bit(backend, device):
     outs, lses = torch.randn(1, 9, 64, device=device), 50 * torch.randn(1, 9, device=device)
     out, lse = merge_states(outs, lses)
@@ -56,6 +99,8 @@ def test_any_stride(backend, device):
         merge_states(torch.cat([outs, outs], 1)[:, :4], torch.cat([lses, lses], 1)[:, :4]),
         merge_states(outs.transpose(1, 2).contiguous().transpose(1, 2), lses),
         merge_states(outs[:1].expand(3, -1, -1, -1).clone().copy_(outs), lses),
+        merge_states(outs, lses.mT.contiguous().mT),
+        merge_states(outs, lses.movedim(0, -1).contiguous().movedim(-1, 0)),
     ):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
