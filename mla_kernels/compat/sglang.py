@@ -4,7 +4,7 @@ arguments and layouts, on every chip.
 Import from ``mla_kernels.compat.sglang`` what was imported from
 
 - ``sglang.srt.layers.moe.fused_moe_triton``: ``fused_experts``, ``moe_align_block_size``;
-- ``sglang.srt.layers.moe.topk``: ``grouped_topk``, ``grouped_topk_gpu``, ``biased_grouped_topk``;
+- ``sglang.srt.layers.moe.topk``: ``grouped_topk``, ``biased_grouped_topk``, and both with ``_gpu``;
 - ``sglang.srt.layers.attention.merge_state``: ``merge_state``; ``sgl_kernel``: ``merge_state_v2``.
 
 Signatures are those of SGLang 0.5.23. Older releases had ``num_token_non_padded`` and ``expert_location_dispatch_info``
@@ -18,6 +18,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.checks import check_no_grad, check_tensor
 from mla_kernels.compat.sglang_moe import (
     biased_grouped_topk,
+    biased_grouped_topk_gpu,
     fused_experts,
     grouped_topk,
     grouped_topk_gpu,
@@ -26,6 +27,7 @@ from mla_kernels.compat.sglang_moe import (
 
 __all__ = [
     "biased_grouped_topk",
+    "biased_grouped_topk_gpu",
     "fused_experts",
     "grouped_topk",
     "grouped_topk_gpu",

@@ -58,6 +58,7 @@ def fused_experts(
         w1_scale, w2_scale: fp32; ``[E, ceil(N / 128), ceil(K / 128)]`` with ``use_fp8_w8a8``, ``[E, N]`` or
             ``[E, N, 1]`` with ``use_int8_*``.
         block_shape: ``[128, 128]`` with ``use_fp8_w8a8``.
+        use_int4_w4a16, w1_zp, w2_zp, a1_scale, a2_scale, a1_q: refused, see below.
         fuse_swiglu_interleaved: gate and up rows of w1 alternate; as there with plain silu, without biases, weights on
             the input or quantised weights (there in bfloat16 only).
 
@@ -65,9 +66,10 @@ def fused_experts(
         ``[T, H]``; ``hidden_states`` itself, overwritten, where ``moe_runner_config.inplace``.
 
     Raises:
-        NotImplementedError: other activations, ungated experts, ``no_combine``, 4-bit weights in SGLang's packing, fp8
-            scales of whole tensors or channels, static activation scales, zero points, ``a1_q`` (activations are
-            quantised inside), ``b1`` with ``apply_router_weight_on_input``.
+        NotImplementedError: other activations, ungated experts, ``no_combine``, 4-bit weights in SGLang's packing
+            (``use_int4_w4a16``), fp8 scales of whole tensors or channels, static activation scales (``a1_scale``,
+            ``a2_scale``), zero points (``w1_zp``, ``w2_zp``), activations that are quantised already (``a1_q``),
+            ``b1`` with ``apply_router_weight_on_input``.
         ValueError, TypeError: shapes, dtypes, flags that contradict each other.
 
     Source: SGLang ``python/sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe.py``.
@@ -234,6 +236,9 @@ def biased_grouped_topk(
         num_fused_shared_experts, routed_scaling_factor, apply_routed_scaling_factor_on_output,
         {"scoring": "sigmoid", "group_rank": "top2_sum"},
     )  # fmt: skip
+
+
+biased_grouped_topk_gpu = biased_grouped_topk
 
 
 def _grouped(hidden, logits, bias, topk, renormalize, groups, shared, scale, on_output, scoring):

@@ -1,6 +1,6 @@
-"""compat.flash_mla: FlashMLA's signatures, conventions and formulas, written out in plain torch beside it."""
+"""compat.flash_mla: FlashMLA's conventions and formulas, written out in plain torch beside it."""
 
-import inspect
+import math
 
 import pytest
 import torch
@@ -8,32 +8,9 @@ import torch
 from mla_kernels.compat import flash_mla
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.reference import latent as latent_reference
-from tests.support import assert_close
+from tests.support import assert_close, poisoned
 
-SIGNATURES = {
-    "get_mla_metadata": "(cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=None, num_heads_q=None, "
-    "is_fp8_kvcache=False, topk=None)",
-    "flash_mla_with_kvcache": "(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, "
-    "num_splits=None, softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, "
-    "extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, *, descale_q=None, "
-    "descale_k=None, kv_format=None, use_legacy=True)",
-    "flash_mla_sparse_fwd": "(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None)",
-    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, dropout_p=0.0, "
-    "softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
-    "flash_attn_varlen_qkvpacked_func": "(qkv, cu_seqlens, max_seqlen, head_dim_qk, dropout_p=0.0, "
-    "softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
-    "flash_attn_varlen_kvpacked_func": "(q, kv, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, "
-    "head_dim_qk, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False, is_varlen=True)",
-}
 INF = float("inf")
-
-
-def test_signatures():
-    for name, expected in SIGNATURES.items():
-        signature = inspect.signature(getattr(flash_mla, name))
-        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-        assert str(inspect.Signature(bare)) == expected
-    assert set(flash_mla.__all__) == {*SIGNATURES, "FlashMLASchedMeta"}
 
 
 def attend(q, keys, seen, d_v, scale, sink=None):
@@ -58,12 +35,20 @@ def paged(lengths, page_size=64, width=576, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_dense_decode(backend, causal):
+def test_dense_decode(backend, device, causal):
     lengths, s_q, heads = [70, 0, 5], 2, 3
     cache, table, seqlens = paged(lengths)
     q = torch.randn(3, s_q, heads, 576)
-    metadata, splits = flash_mla.get_mla_metadata(seqlens, s_q * heads, 1)
-    out, lse = flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, 512, metadata, splits, causal=causal)
+    given = [value.to(device) for value in (q, cache, table, seqlens)]
+    metadata, splits = flash_mla.get_mla_metadata(given[3], s_q * heads, 1)
+    out, lse = flash_mla.flash_mla_with_kvcache(*given, 512, metadata, splits, causal=causal)
+    assert lse.is_contiguous()
+    into = poisoned(3, s_q, 2 * heads, 512).to(device)[:, :, ::2]
+    written, again = flash_mla.flash_mla_with_kvcache(
+        *given, 512, metadata, splits, causal=causal, enable_batch_invariant=True, out=into, use_legacy=True
+    )
+    assert written is into and torch.equal(into, out) and torch.equal(again, lse)
+    out, lse = out.cpu(), lse.cpu()
     assert out.shape == (3, s_q, heads, 512) and lse.shape == (3, heads, s_q) and lse.dtype == torch.float32
     exact_out, exact_lse = torch.zeros(out.shape).double(), torch.full(lse.shape, INF).double()
     for b, length in enumerate(lengths):
@@ -78,7 +63,7 @@ def test_dense_decode(backend, causal):
 
 def test_metadata_of_both_forms():
     metadata, splits = flash_mla.get_mla_metadata()
-    assert isinstance(metadata, flash_mla.FlashMLASchedMeta) and splits is None
+    assert metadata == flash_mla.FlashMLASchedMeta(False, None, None, None) and splits is None
     lengths = torch.tensor([3, 100], dtype=torch.int32)
     metadata, splits = flash_mla.get_mla_metadata(lengths, 128, 1, 128, False, None)
     assert metadata.shape == (1, 8) and splits.tolist() == [0, 1, 2]
@@ -86,7 +71,7 @@ def test_metadata_of_both_forms():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_sparse_decode_with_sink_extra_cache_and_lengths(backend, fp8):
+def test_sparse_decode_with_sink_extra_cache_and_lengths(backend, device, fp8):
     batch, s_q, heads, top_k = 2, 2, 3, 40
     q = torch.randn(batch, s_q, heads, 576).to(torch.bfloat16)
     caches, floats = [], []
@@ -110,11 +95,18 @@ def test_sparse_decode_with_sink_extra_cache_and_lengths(backend, fp8):
     sink = torch.tensor([-INF, 0.3, 2.0])
     topk_length, extra_length = torch.tensor([40, 0]).int(), torch.tensor([7, 0]).int()
     metadata, _ = flash_mla.get_mla_metadata()
-    out, lse = flash_mla.flash_mla_with_kvcache(
-        q, caches[0], None, None, 512, metadata, is_fp8_kvcache=fp8, indices=indices, attn_sink=sink,
-        extra_k_cache=caches[1], extra_indices_in_kvcache=extra, topk_length=topk_length,
-        extra_topk_length=extra_length,
-    )  # fmt: skip
+    given = {
+        "indices": indices, "attn_sink": sink, "extra_k_cache": caches[1], "extra_indices_in_kvcache": extra,
+        "topk_length": topk_length, "extra_topk_length": extra_length,
+    }  # fmt: skip
+    given = {name: value.to(device) for name, value in given.items()}
+    caches[0], queries = caches[0].to(device), q.to(device)
+    out, lse = flash_mla.flash_mla_with_kvcache(queries, caches[0], None, None, 512, metadata, **given)
+    named = flash_mla.flash_mla_with_kvcache(
+        queries, caches[0], None, None, 512, None, None, None, False, fp8, *given.values(), True
+    )
+    assert torch.equal(out, named[0]) and torch.equal(lse, named[1]) and lse.is_contiguous()
+    out, lse = out.cpu(), lse.cpu()
     assert bool((lse[1] == INF).all()) and not out[1].any()
 
     def formula(dtype):
@@ -136,42 +128,83 @@ def test_sparse_decode_with_sink_extra_cache_and_lengths(backend, fp8):
     assert_close(lse[0], exact_lse, own_lse)
 
 
-def test_sparse_prefill(backend):
+def sparse_prefill():
     s_q, s_kv, heads, top_k = 4, 30, 3, 24
     q, kv = torch.randn(s_q, heads, 576), torch.randn(s_kv, 1, 576)
     indices = torch.randint(-2, s_kv + 2, (s_q, 1, top_k), dtype=torch.int32)
-    sink, lengths = torch.tensor([0.0, 1.0, INF]), torch.tensor([24, 0, 3, 11]).int()
-    results = flash_mla.flash_mla_sparse_fwd(q, kv, indices, 0.05, attn_sink=sink, topk_length=lengths)
-    for t in range(s_q):
-        picked = indices[t, 0]
-        seen = (picked >= 0) & (picked < s_kv) & (torch.arange(top_k) < lengths[t])
+    return q, kv, indices, torch.tensor([0.0, 1.0, INF]), torch.tensor([24, 0, 3, 11]).int()
+
+
+def test_sparse_prefill(backend, device):
+    q, kv, indices, sink, lengths = sparse_prefill()
+    given = [value.to(device) for value in (q, kv, indices)]
+    options = {"attn_sink": sink.to(device), "topk_length": lengths.to(device)}
+    into = poisoned(4, 3, 512).to(device)
+    for more in ({}, {"out": into}):
+        results = flash_mla.flash_mla_sparse_fwd(*given, 0.05, **options, **more)
+        for t in range(len(q)):
+            picked = indices[t, 0]
+            seen = (picked >= 0) & (picked < len(kv)) & (torch.arange(24) < lengths[t])
+            keys = kv[torch.where(seen, picked, 0).long(), 0].double()
+            for result, exact in zip(results, attend(q[t].double(), keys, seen, 512, 0.05, sink.double())):
+                assert_close(result[t].cpu(), exact)
+    assert results[0] is into
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_sparse_prefill_gives_the_lse_of_the_indexers_part(backend, device, with_lengths):
+    """The first indexer_topk indices alone, of those that topk_length leaves; what else is returned stays."""
+    q, kv, indices, sink, lengths = sparse_prefill()
+    given = [value.to(device) for value in (q, kv, indices)]
+    options = {"attn_sink": sink.to(device), "topk_length": lengths.to(device) if with_lengths else None}
+    plain = flash_mla.flash_mla_sparse_fwd(*given, 0.05, **options)
+    *rest, indexer = flash_mla.flash_mla_sparse_fwd(*given, 0.05, **options, indexer_topk=8)
+    assert len(rest) == 3 and all(torch.equal(one, other) for one, other in zip(rest, plain))
+    for t in range(len(q)):
+        picked = indices[t, 0, :8]
+        seen = (picked >= 0) & (picked < len(kv))
+        if with_lengths:
+            seen &= torch.arange(8) < lengths[t]
         keys = kv[torch.where(seen, picked, 0).long(), 0].double()
-        for result, exact in zip(results, attend(q[t].double(), keys, seen, 512, 0.05, sink.double())):
-            assert_close(result[t], exact)
+        assert_close(indexer[t].cpu(), attend(q[t].double(), keys, seen, 512, 0.05)[2])
 
 
-def test_varlen_prefill_and_packed_forms():
+def test_sparse_prefill_in_base_two_or_without_statistics(backend, device):
+    given = [value.to(device) for value in sparse_prefill()[:3]]
+    given[2][1] = -1
+    out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(*given, 0.05)
+    binary = flash_mla.flash_mla_sparse_fwd(*given, 0.05, return_log2_lse=True, indexer_topk=24)
+    assert torch.equal(binary[0], out) and (binary[2][1] == INF).all() and (binary[1][1] == -INF).all()
+    for value, natural in zip(binary[1:], (max_logits, lse, lse)):
+        torch.testing.assert_close(value * math.log(2), natural, rtol=1e-6, atol=1e-6)
+    without = flash_mla.flash_mla_sparse_fwd(*given, 0.05, return_log2_lse=False)
+    assert torch.equal(without[0], out) and without[1:] == (None, None)
+
+
+def test_varlen_prefill_and_packed_forms(backend, device):
     lengths = [5, 0, 9]
-    cu = torch.tensor([0, 5, 5, 14], dtype=torch.int32)
-    qkv = torch.randn(14, 2, 2 * 192 + 128)
+    cu = torch.tensor([0, 5, 5, 14], dtype=torch.int32, device=device)
+    qkv = torch.randn(14, 2, 2 * 192 + 128).to(device)
     q, k, v = qkv.split((192, 192, 128), -1)
     out, lse = flash_mla.flash_attn_varlen_func(q, k, v, cu, cu, 9, 9, causal=True)
+    assert lse.shape == (14, 2) and lse.T.is_contiguous(), "FlashMLA's lse has its tokens side by side"
     for start, length in zip([0, 5, 5], lengths):
         rows = slice(start, start + length)
         for head in range(2):
-            scores = q[rows, head].double() @ k[rows, head].double().T * 192**-0.5
+            query, key, value = (one[rows, head].cpu().double() for one in (q, k, v))
+            scores = query @ key.T * 192**-0.5
             scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -INF)
-            assert_close(out[rows, head], scores.softmax(-1) @ v[rows, head].double())
-            assert_close(lse[rows, head], scores.logsumexp(-1))
+            assert_close(out[rows, head].cpu(), scores.softmax(-1) @ value)
+            assert_close(lse[rows, head].cpu(), scores.logsumexp(-1))
     packed = flash_mla.flash_attn_varlen_qkvpacked_func(qkv, cu, 9, 192, causal=True)
     half_packed = flash_mla.flash_attn_varlen_kvpacked_func(q, qkv[..., 192:], cu, cu, 9, 9, 192, causal=True)
     for results in (packed, half_packed):
         assert all(torch.equal(a, b) for a, b in zip(results, (out, lse)))
 
 
-def test_a_query_without_keys_has_lse_plus_infinity():
-    q, k, v = torch.randn(3, 1, 64), torch.randn(1, 1, 64), torch.randn(1, 1, 64)
-    cu_q, cu_k = torch.tensor([0, 3]).int(), torch.tensor([0, 1]).int()
+def test_a_query_without_keys_has_lse_plus_infinity(backend, device):
+    q, k, v = (torch.randn(tokens, 1, 64).to(device) for tokens in (3, 1, 1))
+    cu_q, cu_k = (torch.tensor([0, last], dtype=torch.int32, device=device) for last in (3, 1))
     out, lse = flash_mla.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 3, 1, causal=True)
     assert (lse[:, 0] == INF).tolist() == [True, True, False]
     assert not out[:2].any() and torch.equal(out[2], v[0])
@@ -198,9 +231,36 @@ def test_refused():
     with pytest.raises(NotImplementedError, match="584 bytes a token"):
         call(cache=torch.zeros(2, 64, 1, 584, dtype=torch.uint8), is_fp8_kvcache=True)
     with pytest.raises(TypeError, match="k_cache: got dtype uint8"):
-        call(cache=torch.zeros(2, 64, 1, 656, dtype=torch.uint8))
+        call(cache=torch.zeros(2, 64, 1, 656, dtype=torch.uint8), is_fp8_kvcache=False)
+    with pytest.raises(TypeError, match="k_cache: got dtype float32, accepted: uint8, int8, float8_e4m3fn"):
+        call(is_fp8_kvcache=True)
+    with pytest.raises(TypeError, match="is_fp8_kvcache: got Tensor, a bool"):  # SGLang's wrapper has descale_q there
+        flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, 512, metadata, None, 0.1, False, torch.ones(1))
+    with pytest.raises(TypeError, match="enable_batch_invariant: got Tensor, a bool"):  # vLLM's copy has out there
+        flash_mla.flash_mla_with_kvcache(q, cache, table, seqlens, 512, metadata, *[None] * 2, False, *[None] * 7, q)
+    with pytest.raises(NotImplementedError, match="kv_format: got 'V32_NO_ROPE'"):
+        call(kv_format="V32_NO_ROPE")
+    into = torch.zeros(1, 1, 2, 256)
+    with pytest.raises(ValueError, match=r"out: got shape \(1, 1, 2, 256\), \(1, 1, 2, 512\)"):
+        call(out=into)
+    with pytest.raises(TypeError, match="out: got dtype float64"):
+        call(out=torch.zeros(1, 1, 2, 512).double())
     with pytest.raises(ValueError, match="both or neither"):
         call(indices=indices, extra_k_cache=cache)
+    assert not into.any()
+    sparse = torch.randn(2, 3, 576), torch.randn(5, 1, 576), torch.zeros(2, 1, 4, dtype=torch.int32), 0.05
+    for words, error, more in (
+        ("use_legacy: got True, False is accepted", NotImplementedError, {"use_legacy": True}),
+        ("indexer_topk: got 5, an integer from 0 to 4", ValueError, {"indexer_topk": 5}),
+        ("indexer_topk: got 2 with return_log2_lse False", ValueError, {"indexer_topk": 2, "return_log2_lse": False}),
+        ("return_log2_lse: got 2", ValueError, {"return_log2_lse": 2}),
+        ("out: got shape", ValueError, {"out": torch.zeros(2, 3, 256)}),
+    ):
+        with pytest.raises(error, match=words):
+            flash_mla.flash_mla_sparse_fwd(*sparse, **more)
+    sparse[0].requires_grad_()
+    with pytest.raises(NotImplementedError, match="flash_mla_sparse_fwd into out has no backward and q requires grad"):
+        flash_mla.flash_mla_sparse_fwd(*sparse, out=torch.zeros(2, 3, 512))
     cu = torch.tensor([0, 3]).int()
     qkv = [torch.randn(3, heads, 64) for heads in (4, 2, 2)]
     with pytest.raises(NotImplementedError, match="got 2 and 2 heads for 4 query heads"):

@@ -1,0 +1,114 @@
+"""compat's signatures against those of the releases that they follow: names, order, defaults and kinds."""
+
+import inspect
+
+import pytest
+
+from mla_kernels.compat import flash_mla, sglang, vllm
+
+EXPERTS = "(hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=None, use_fp8_w8a8=False, "
+EXPERTS += "use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, w1_scale=None, "
+EXPERTS += "w2_scale=None, w1_zp=None, w2_zp=None, a1_scale=None, a2_scale=None, block_shape=None, a1_q=None, "
+EXPERTS += "fuse_swiglu_interleaved=False)"
+GROUPED = "(hidden_states, gating_output, topk, renormalize, num_expert_group=None, topk_group=None, "
+GROUPED += "num_fused_shared_experts=0, routed_scaling_factor=None, apply_routed_scaling_factor_on_output=False, "
+GROUPED += "scoring_func='softmax')"
+BIASED = "(hidden_states, gating_output, correction_bias, topk, renormalize, num_expert_group=None, topk_group=None, "
+BIASED += "num_fused_shared_experts=0, routed_scaling_factor=None, apply_routed_scaling_factor_on_output=False)"
+LENGTHS = "cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv"
+ATTENTION = "dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False, is_varlen=True)"
+
+PEERS = {
+    "vLLM 0.33.0": (
+        vllm,
+        {
+            "concat_and_cache_mla": "(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, skip_scale=False)",
+            "merge_attn_states": "(output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse=None, "
+            "prefill_tokens_with_context=None, output_scale=None)",
+            # its default activation is the member of an enum whose value is 'silu'
+            "fused_experts": "(hidden_states, w1, w2, topk_weights, topk_ids, activation='silu', "
+            "apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None)",
+            "grouped_topk": "(hidden_states, gating_output, topk, renormalize, num_expert_group=0, topk_group=0, "
+            "scoring_func='softmax', routed_scaling_factor=1.0, e_score_correction_bias=None)",
+            "moe_align_block_size": "(topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False, "
+            "ignore_invalid_experts=False, return_scatter_idx=False)",
+        },
+    ),
+    "SGLang 0.5.23": (
+        sglang,
+        {
+            "fused_experts": EXPERTS,
+            "grouped_topk": GROUPED,
+            "grouped_topk_gpu": GROUPED,
+            "biased_grouped_topk": BIASED,
+            "biased_grouped_topk_gpu": BIASED,
+            "moe_align_block_size": "(topk_ids, block_size, num_experts, ignore_invalid_expert=False, *, "
+            "return_inactive_prefix_count=False, pad_expert_ids=False)",
+            "merge_state": "(prefix_output, prefix_lse, suffix_output, suffix_lse, output=None, output_lse=None)",
+            "merge_state_v2": "(v_a, s_a, v_b, s_b, v_merged=None, s_merged=None)",
+        },
+    ),
+    "FlashMLA 2026.09.30, by position": (
+        flash_mla,
+        {
+            "get_mla_metadata": "(cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=None, "
+            "num_heads_q=None, is_fp8_kvcache=False, topk=None)",  # it takes anything; these are the older form's
+            # is_fp8_kvcache is None, as in sgl-flash-mla 1.0.0; the releases have False, then True
+            "flash_mla_with_kvcache": "(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, "
+            "num_splits=None, softmax_scale=None, causal=False, is_fp8_kvcache=None, indices=None, attn_sink=None, "
+            "extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, "
+            "enable_batch_invariant=False)",
+            "flash_mla_sparse_fwd": "(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None)",
+            "flash_attn_varlen_func": f"(q, k, v, {LENGTHS}, {ATTENTION}",
+            "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, head_dim_qk, {ATTENTION}",
+            "flash_attn_varlen_kvpacked_func": f"(q, kv, {LENGTHS}, head_dim_qk, {ATTENTION}",
+        },
+    ),
+}
+
+KEYWORDS = {
+    "flash_mla_with_kvcache": {
+        "out": None,
+        "use_legacy": False,
+        "kv_format": None,
+        "descale_q": None,
+        "descale_k": None,
+    },
+    "flash_mla_sparse_fwd": {"indexer_topk": 0, "out": None, "use_legacy": False, "return_log2_lse": None},
+}
+"""name -> default of what the copies of FlashMLA in vLLM 0.33.0 and sgl-flash-mla 1.0.0 and its commit 02fe0d0 add, in
+orders of their own."""
+
+
+def bare(function, without: tuple[str, ...] = ()) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters if p.name not in without]))
+
+
+@pytest.mark.parametrize("release", PEERS)
+def test_signatures(release):
+    module, expected = PEERS[release]
+    extra = KEYWORDS if module is flash_mla else {}
+    names = {name: bare(getattr(module, name), tuple(extra.get(name, ()))) for name in expected}
+    assert names == expected
+    assert set(module.__all__) - {"FlashMLASchedMeta"} == set(expected)
+
+
+@pytest.mark.parametrize("function", KEYWORDS)
+def test_keywords_of_flash_mlas_copies(function):
+    parameters = inspect.signature(getattr(flash_mla, function)).parameters
+    keywords = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert keywords == KEYWORDS[function]
+
+
+def test_every_parameter_is_in_its_docstring():
+    """Of the function, or of the one that its docstring refers to."""
+    for module, expected in PEERS.values():
+        for name in expected:
+            function = getattr(module, name)
+            text = function.__doc__
+            if ":func:`" in text:
+                text += getattr(module, text.split(":func:`")[1].split("`")[0].split(".")[-1], function).__doc__
+            if name not in ("merge_state_v2", "get_mla_metadata") and "varlen" not in name:
+                missing = [one for one in inspect.signature(function).parameters if one not in text]
+                assert not missing, f"{module.__name__}.{name}: {missing}"
