@@ -53,7 +53,8 @@ def fused_experts(
             result, as in Step-3.5) and ``swiglu_limit`` (of silu's argument, as in DeepSeek-V4). One that is missing or
             None has SGLang's default, but ``inplace``, which then is False.
         b1, b2: ``[E, 2I]`` and ``[E, H]`` biases.
-        use_fp8_w8a8, use_int8_w8a8, use_int8_w8a16: what the weights are, and whether activations are quantised, too.
+        use_fp8_w8a8, use_int8_w8a8, use_int8_w8a16: what the weights are, and whether activations are quantised, too:
+            to fp8 by powers of two for each token's 128 columns (there by amax / 448), to int8 by one scale a token.
         per_channel_quant: True with ``use_int8_w8a8``; either with ``use_int8_w8a16``.
         w1_scale, w2_scale: fp32; ``[E, ceil(N / 128), ceil(K / 128)]`` with ``use_fp8_w8a8``, ``[E, N]`` or
             ``[E, N, 1]`` with ``use_int8_*``.

@@ -54,8 +54,9 @@ def fused_experts(
         quant_config: None, or any object with the attributes of vLLM's ``FusedMoEQuantConfig``; one that is missing is
             off. Read are ``use_fp8_w8a8``, ``use_int8_w8a8``, ``use_int8_w8a16``, ``use_int4_w4a16``,
             ``per_act_token_quant``, ``block_shape``, ``w1_scale``, ``w2_scale``, ``w1_bias``, ``w2_bias``, and those
-            that are refused below. The layouts of activation scales (``is_scale_swizzled``, ``is_scale_transposed``,
-            ``mx_alignment``) mean nothing here: activations are quantised inside.
+            that are refused below. Activations are quantised inside, to fp8 by powers of two for each token's 128
+            columns (there by amax / 448), so that ``is_scale_swizzled``, ``is_scale_transposed`` and ``mx_alignment``,
+            layouts of their scales, mean nothing here.
 
     Returns:
         ``[T, H]``.
