@@ -135,10 +135,14 @@ def _merge_rule(chip, dtype, statics, sizes):
     return {"BLOCK_R": max(1, 4096 // width), "num_warps": 4, "num_stages": 2}
 
 
-def _merge_memory(chip, dtype, statics, tile):
-    """Nothing shared on GPUs but a few bytes; on Ascend about nine copies of a tile in fp32."""
-    width = 1 << (statics["WIDTH"] - 1).bit_length()
-    return {"shared": 0} if chip.is_gpu else {"UB": 9 * tile["BLOCK_R"] * width * 4}
+def _merge_memory(copies):
+    """Nothing shared on GPUs but a few bytes; on Ascend about so many copies of a tile in fp32."""
+
+    def memory(chip, dtype, statics, tile):
+        width = 1 << (statics["WIDTH"] - 1).bit_length()
+        return {"shared": 0} if chip.is_gpu else {"UB": copies * tile["BLOCK_R"] * width * 4}
+
+    return memory
 
 
 def _merge_cost(dtype, statics, sizes):
@@ -171,7 +175,7 @@ MERGE_STATES = Kernel(
     statics=("WIDTH", "BLOCK_D"),
     tiles=_TILES,
     rule=_merge_rule,
-    memory=_merge_memory,
+    memory=_merge_memory(copies=11),
     cost=_merge_cost,
     work=_merge_work,
     cases=(Case("v3_prefix", {"WIDTH": 512, "BLOCK_D": 512}, {"rows": 128 * 64, "parts": 2}),),
@@ -198,7 +202,7 @@ MERGE_SPLITS = Kernel(
     statics=("WIDTH", "SINK"),
     tiles=_TILES,
     rule=_merge_rule,
-    memory=_merge_memory,
+    memory=_merge_memory(copies=9),
     cost=lambda dtype, statics, sizes: _merge_cost("fp32", statics, sizes),
     work=lambda dtype, statics, sizes, tile: _merge_work("fp32", statics, sizes, tile),
     cases=(
