@@ -11,8 +11,10 @@ The attention and experts functions are registered as ``"mla_kernels"`` when thi
 with or without a clamp.
 """
 
+import inspect
 import types
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -76,7 +78,7 @@ FAMILIES = (
     Family("YoutuModel", "YoutuAttention"),
     Family("LongcatFlashModel", "LongcatFlashMLA", "LongcatFlashExperts", experts_with_identity),
 )
-_FORWARD_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_CACHE_KEYWORDS = ("cache", "past_key_values")  # what transformers calls the cache since 5.24, and before
 
 
 @dataclass
@@ -85,7 +87,7 @@ class _Switch:
 
     attention: str
     experts: str
-    hook: torch.utils.hooks.RemovableHandle
+    hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
     replaced: list[tuple[nn.Module, str]] = field(default_factory=list)  # methods that instances shadow
 
 
@@ -102,7 +104,7 @@ def enable(model):
       with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
-    - Experts run in ``fused_moe``; with gradients in transformers' own code, since ``fused_moe`` has no backward.
+    - Experts run in ``fused_moe``, forward and backward.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
     Args:
@@ -135,10 +137,14 @@ def enable(model):
                 f"enable: {type(module).__name__}.{name} of this model was replaced by other code (device hooks of "
                 "accelerate, for example); remove it first"
             )
+    arguments, keyword = _forward_arguments(base)
     switch = _Switch(
         attention=model.config._attn_implementation,
         experts=model.config._experts_implementation,
-        hook=base.register_forward_pre_hook(_prepare_cache, with_kwargs=True),
+        hooks=(
+            base.register_forward_pre_hook(partial(_prepare_cache, arguments, keyword), with_kwargs=True),
+            base.register_forward_hook(partial(_check_cache_arrived, keyword), with_kwargs=True),
+        ),
     )
     for module, name, function in replacements:
         setattr(module, name, function)
@@ -157,7 +163,8 @@ def disable(model):
     switch = vars(model).pop(NAME, None)
     if switch is None:
         return model
-    switch.hook.remove()
+    for hook in switch.hooks:
+        hook.remove()
     for module, name in switch.replaced:
         vars(module).pop(name, None)
     model.set_attn_implementation(switch.attention)
@@ -207,13 +214,27 @@ def _replacements(model, family: Family):
             yield module, "forward", types.MethodType(family.indexer_forward, module)
 
 
-def _prepare_cache(base, args, kwargs):
+def _forward_arguments(base) -> tuple[tuple[str, ...], str]:
+    """Names of the arguments of the base model's forward, in order, and which of them is the cache."""
+    arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+    keyword = next((name for name in _CACHE_KEYWORDS if name in arguments), None)
+    if keyword is None:
+        raise NotImplementedError(
+            f"enable: {type(base).__name__}.forward of transformers {_TRANSFORMERS_VERSION} takes its cache by none of "
+            f"the names that are known here: {', '.join(_CACHE_KEYWORDS)}"
+        )
+    return arguments, keyword
+
+
+def _prepare_cache(arguments: tuple[str, ...], keyword: str, base, args, kwargs):
     """Before a forward of the base model: make its cache one of latent layers, and tell them what is padding."""
-    kwargs = {**dict(zip(_FORWARD_ARGUMENTS, args)), **kwargs}
+    kwargs = {**dict(zip(arguments, args)), **kwargs}
     use_cache = kwargs.get("use_cache")
-    cache = kwargs.get("past_key_values")
+    if kwargs.get(keyword) is None and kwargs.get("past_key_values") is not None:  # transformers still takes this name
+        kwargs[keyword] = kwargs.pop("past_key_values")
+    cache = kwargs.get(keyword)
     if cache is None and (base.config.use_cache if use_cache is None else use_cache):
-        cache = kwargs["past_key_values"] = Cache(layers=[LatentLayer() for _ in range(base.config.num_hidden_layers)])
+        cache = kwargs[keyword] = Cache(layers=[LatentLayer() for _ in range(base.config.num_hidden_layers)])
     if cache is None:
         return (), kwargs
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -225,15 +246,15 @@ def _prepare_cache(base, args, kwargs):
     if mask is not None and mask.shape[1] != past + tokens:
         raise ValueError(f"attention_mask: got {mask.shape[1]} tokens, {past} past and {tokens} new ones are accepted")
     mask = None if mask is None else mask.to(torch.bool)
-    _adopt(cache, base.config.num_hidden_layers, None if mask is None else mask[:, :past])
+    _adopt(keyword, cache, base.config.num_hidden_layers, None if mask is None else mask[:, :past])
     if hasattr(base.config, "index_topk") and len({layer.page_size for layer in cache.layers}) > 1:
-        raise ValueError("past_key_values: got layers of several page sizes, one is accepted with an indexer")
+        raise ValueError(f"{keyword}: got layers of several page sizes, one is accepted with an indexer")
     differentiable = torch.is_grad_enabled() and (
         inputs.requires_grad or any(parameter.requires_grad for parameter in base.parameters())
     )
     if past and differentiable:
         raise NotImplementedError(
-            "past_key_values: the latent cache keeps no gradients: pass use_cache=False to train, or decode under "
+            f"{keyword}: the latent cache keeps no gradients: pass use_cache=False to train, or decode under "
             "torch.no_grad()"
         )
     first = cache.layers[0]
@@ -254,13 +275,23 @@ def _prepare_cache(base, args, kwargs):
     return (), kwargs
 
 
-def _adopt(cache, num_layers: int, kept: torch.Tensor | None) -> None:
+def _check_cache_arrived(keyword: str, base, args, kwargs, output) -> None:
+    """After the forward: its attention must have stored what was prepared, since its mask was left to the layers."""
+    cache = kwargs.get(keyword)
+    if cache is not None and cache.layers[0].awaits_update:
+        raise RuntimeError(
+            f"{type(base).__name__} of transformers {_TRANSFORMERS_VERSION} took {keyword}, but its attention never "
+            "stored a token there: this result is not to be used; call mla_kernels.compat.transformers.disable(model)"
+        )
+
+
+def _adopt(keyword: str, cache, num_layers: int, kept: torch.Tensor | None) -> None:
     """Turn a cache of transformers' dynamic layers into one of latent layers, in place."""
     if all(isinstance(layer, LatentLayer) for layer in cache.layers) and len(cache.layers) >= num_layers:
         return
     if type(cache) is not DynamicCache or cache.offloading:
         raise NotImplementedError(
-            f"past_key_values: got {'an offloaded ' if getattr(cache, 'offloading', False) else ''}"
+            f"{keyword}: got {'an offloaded ' if getattr(cache, 'offloading', False) else ''}"
             f"{type(cache).__name__}, accepted: None, DynamicCache, or a Cache of LatentLayer"
         )
     filled = list(cache.layers)

@@ -37,11 +37,11 @@ class LatentLayer(CacheLayerMixin):
         self.new_kept: torch.Tensor | None = None  # bool [batch, tokens], the same of the newest tokens
         self.differentiable = False  # whether the forward that stores the newest tokens records gradients
         self.is_initialized = False
-        self._expected = False
+        self.awaits_update = False  # whether `expect` was called and `update` has not come yet
 
     def expect(self, kept: torch.Tensor | None, *, differentiable: bool = False) -> None:
         """Say which of the next ``update``'s tokens are real (bool [batch, tokens]); None: all of them."""
-        self._expected, self.new_kept, self.differentiable = True, kept, differentiable
+        self.awaits_update, self.new_kept, self.differentiable = True, kept, differentiable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, latent_dim = key_states.shape
@@ -64,12 +64,12 @@ class LatentLayer(CacheLayerMixin):
 
         Returns them as they came, with this layer attached to the first as ``latent_layer`` for the attention function.
         """
-        if not self._expected:
+        if not self.awaits_update:
             raise RuntimeError(
                 "LatentLayer.update: the model that uses this cache is not enabled; call "
                 "mla_kernels.compat.transformers.enable(model) first"
             )
-        self._expected = False
+        self.awaits_update = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, tokens, _ = key_states.shape

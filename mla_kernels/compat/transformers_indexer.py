@@ -6,25 +6,27 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from mla_kernels.attention.indexer_select import select_slots
 
 
-def choose_slots(indexer, hidden, q_residual, angles, mask, positions, past_key_values=None):
+def choose_slots(indexer, hidden, q_residual, angles, mask, positions, cache=None, past_key_values=None):
     """Stands in for ``DeepseekV32Indexer.forward``: the cache slots of the best keys, int32 [batch, tokens, top_k].
 
     While the context is no longer than top_k every key counts, and the result is empty, [batch, tokens, 0]. Without a
-    cache, or with gradients, transformers' own forward runs, whose result are positions.
+    cache, or with gradients, transformers' own forward runs, whose result are positions. transformers names the cache
+    ``cache`` since 5.24, ``past_key_values`` before.
     """
-    return _choose(indexer, apply_rotary_pos_emb, hidden, q_residual, angles, mask, positions, past_key_values)
+    cache = past_key_values if cache is None else cache
+    return _choose(indexer, apply_rotary_pos_emb, hidden, q_residual, angles, mask, positions, cache)
 
 
-def choose_slots_interleaved(indexer, hidden, q_residual, angles, mask, positions, past_key_values=None):
+def choose_slots_interleaved(indexer, hidden, q_residual, angles, mask, positions, cache=None, past_key_values=None):
     """The same for ``GlmMoeDsaIndexer``, which rotates interleaved pairs."""
-    rotate = apply_rotary_pos_emb_interleave
-    return _choose(indexer, rotate, hidden, q_residual, angles, mask, positions, past_key_values)
+    cache = past_key_values if cache is None else cache
+    return _choose(indexer, apply_rotary_pos_emb_interleave, hidden, q_residual, angles, mask, positions, cache)
 
 
-def _choose(indexer, rotate, hidden, q_residual, angles, mask, positions, past_key_values):
-    layer = None if past_key_values is None else past_key_values.layers[indexer.layer_idx]
+def _choose(indexer, rotate, hidden, q_residual, angles, mask, positions, cache):
+    layer = None if cache is None else cache.layers[indexer.layer_idx]
     if layer is None or layer.differentiable:
-        return type(indexer).forward(indexer, hidden, q_residual, angles, mask, positions, past_key_values)
+        return type(indexer).forward(indexer, hidden, q_residual, angles, mask, positions, cache)
     batch, tokens, _ = hidden.shape
     q = indexer.wq_b(q_residual).view(batch, tokens, indexer.n_heads, indexer.head_dim)
     k = indexer.k_norm(indexer.wk(hidden))[:, :, None]  # [batch, tokens, 1, head_dim]
