@@ -131,7 +131,7 @@ def generate(model, ids: torch.Tensor, tokens: int, side: Side) -> None:
     side.prefill.append(took[0])
     side.steps += took[1:]
     side.tokens = out.sequences[0, ids.shape[1] :].tolist()
-    side.cache = out.past_key_values
+    side.cache = out["cache" if "cache" in out else "past_key_values"]  # its name from transformers 5.24 on, and before
 
 
 def compare(model, ids: torch.Tensor, tokens: int, rounds: int, progress) -> tuple[Side, Side]:

@@ -3,15 +3,17 @@
 import functools
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.prefill import check_widths, mla_prefill
 from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.compat.transformers_cache import even_starts, starts
+from mla_kernels.compat.transformers_weights import absorbed_weight
 from mla_kernels.nn import absorb_query, expand_output
 
+NAME = "mla_kernels"
+"""Name of the attention and experts implementations in transformers' registries."""
 DECODE_TOKENS = 16
 """Up to so many new tokens a sequence go through ``mla_decode``; more are a prefill.
 
@@ -30,8 +32,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if "expand_kv" not in vars(module):  # not an enabled module: K and V arrive expanded
         return _sdpa(module, query, key, value, attention_mask, indices, options)
     layer = getattr(key, "latent_layer", None)
+    if layer is None and is_marked(attention_mask):
+        raise RuntimeError(
+            f"{type(module).__name__} of layer {module.layer_idx}: the cache that was prepared for it did not arrive, "
+            "so that nothing says which tokens it may attend to; call mla_kernels.compat.transformers.disable(model)"
+        )
     if layer is None or layer.differentiable:
-        if attention_mask is None and indices is None and dropout == 0 and has_prefill(module):
+        plain = attention_mask is None and indices is None and key.shape[2] == query.shape[2]
+        if plain and dropout == 0 and has_prefill(module):
             tokens = even_starts(query.shape[0], query.shape[2], query.device)
             q, latents, rotated = query.transpose(1, 2).flatten(0, 1), key.flatten(0, 2), value.flatten(0, 2)
             out = _prefill(module, q, latents, rotated, tokens, tokens, query.shape[2], query.shape[2], scaling)
@@ -54,6 +62,17 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         key, value = layer.keys, layer.values
     keys, values = type(module).expand_kv(module, key, value)
     return _sdpa(module, query, keys, values, attention_mask, None, options)
+
+
+def mark(mask: torch.Tensor) -> torch.Tensor:
+    """Mark a mask that says which keys are real, and leaves to the layers of the cache what is causal."""
+    mask.of_latent_layers = True
+    return mask
+
+
+def is_marked(mask) -> bool:
+    """Whether this is such a mask: attention without a layer of the cache must not take it for a whole one."""
+    return getattr(mask, "of_latent_layers", False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +155,7 @@ def _unpack(out, query, layer) -> torch.Tensor:
 
 def _absorb(module, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q [..., heads, nope + rope] -> absorbed [..., heads, latent + rope]; and kv_b [heads, nope + v, latent]."""
-    kv_b = kv_b_weight(module).view(q.shape[-2], -1, module.kv_lora_rank)
+    kv_b = absorbed_weight(module, q.shape[-2]).view(q.shape[-2], -1, module.kv_lora_rank)
     q_nope, q_rope = q.split((module.qk_nope_head_dim, module.qk_rope_head_dim), -1)
     return torch.cat((absorb_query(q_nope, kv_b), q_rope), -1), kv_b
 
@@ -165,14 +184,3 @@ def _sparse_prefill(module, query, layer, slots, scaling) -> torch.Tensor:
 def keep_latents(latents, rotated):
     """Stands in for ``expand_kv`` of an enabled module, so that the attention function receives the latents."""
     return latents, rotated
-
-
-def kv_b_weight(module) -> torch.Tensor:
-    if type(module.kv_b_proj) is not nn.Linear or module.kv_b_proj.bias is not None:
-        kind = type(module.kv_b_proj).__name__
-        raise TypeError(
-            f"kv_b_proj of layer {module.layer_idx}: got {kind}{' with a bias' if kind == 'Linear' else ''}, "
-            "torch.nn.Linear without bias is accepted (merge adapters and dequantise first: decoding absorbs its "
-            "weight into the query)"
-        )
-    return module.kv_b_proj.weight

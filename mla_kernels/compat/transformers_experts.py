@@ -1,17 +1,23 @@
 """The experts functions that :mod:`mla_kernels.compat.transformers` gives to mixture-of-experts blocks."""
 
-import weakref
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from mla_kernels.checks import FLOATS
 from mla_kernels.moe.activation import Activation
 from mla_kernels.moe.fused import fused_moe
 
-_LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+_NUMBERS = ("limit", "swiglu_limit", "alpha", "swiglu_alpha")
+"""What the gates of transformers read of their module, besides ``act_fn``."""
+
+_SILU = (nn.SiLU, type(ACT2FN["silu"]), F.silu)
+"""Classes and functions that are known to be silu, so that a module's gate needs no other one to be tried."""
 
 
 def experts(self, hidden_states, top_k_index, top_k_weights):
@@ -19,7 +25,8 @@ def experts(self, hidden_states, top_k_index, top_k_weights):
 
     Honours the module's gate (SwiGLU, with any of the clamps that :class:`mla_kernels.Activation` has), biases,
     transposed weights and interleaved rows. Ids outside the module's experts (expert-parallel sentinels) are skipped.
-    Differentiable. Experts of another kind raise NotImplementedError with the reason.
+    Differentiable, and traced by ``torch.compile(fullgraph=True)``. Experts of another kind raise NotImplementedError
+    with the reason.
     """
     activation = activation_of(self)
     gate_up, down = self.gate_up_proj, self.down_proj
@@ -37,7 +44,8 @@ def experts(self, hidden_states, top_k_index, top_k_weights):
 def experts_with_identity(self, hidden_states, top_k_index, top_k_weights):
     """LongcatFlash's experts: ids of ``num_routed_experts`` and more give the token back as it is, weighted.
 
-    Stands in for the module's ``forward``; ``fused_moe`` skips those ids.
+    Stands in for the module's ``forward``; ``fused_moe`` skips those ids. The identity is the module's own, which
+    tensor parallelism divides by the number of ranks, since it sums theirs.
     """
     weights = top_k_weights.float()
     routed = fused_moe(
@@ -49,18 +57,14 @@ def experts_with_identity(self, hidden_states, top_k_index, top_k_weights):
         activation=activation_of(self),
     )
     identity = weights.masked_fill(top_k_index < self.num_routed_experts, 0).sum(-1, keepdim=True)  # [tokens, 1]
-    return routed + (hidden_states * identity).to(routed.dtype)
+    return routed + (self.identity_expert(hidden_states) * identity).to(routed.dtype)
 
 
 def activation_of(module: nn.Module) -> Activation:
     """What these experts compute between their two products; NotImplementedError where ``fused_moe`` does not."""
-    numbers = tuple(getattr(module, name, None) for name in (*_LIMITS, *_ALPHAS))
-    known = _known.get(module)
-    if known is None or known[0] != numbers:
-        if reason := why_not_fused(module):
-            raise NotImplementedError(f"fused_moe cannot run {type(module).__name__}: {reason}")
-        known = _known[module] = numbers, _find_activation(module)
-    return known[1]
+    if reason := why_not_fused(module):
+        raise NotImplementedError(f"fused_moe cannot run {type(module).__name__}: {reason}")
+    return Activation(*_recognised(*_gate(module)))
 
 
 def why_not_fused(module: nn.Module) -> str | None:
@@ -77,54 +81,89 @@ def why_not_fused(module: nn.Module) -> str | None:
         for name in ("gate_up_proj_bias", "down_proj_bias"):
             if not isinstance(getattr(module, name, None), torch.Tensor):
                 return f"has_bias=True without {name}"
-    if _find_activation(module) is None:
+    if "_apply_gate" in vars(module):
+        return "its _apply_gate was replaced by other code"
+    act_fn = getattr(module, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
+        return "forward hooks on act_fn, which runs inside a kernel"
+    if _recognised(*_gate(module)) is None:
         return "its gate is not SwiGLU with one of the clamps of mla_kernels.Activation"
     return None
 
 
-def _find_activation(module: nn.Module) -> Activation | None:
-    """The activation that gives what the module's gate gives. The gate is code, so it is probed: on values past silu's
-    curve and on either side of every limit that the module names."""
-    holders = (module, getattr(module, "config", None))
-    limits = {_number(holder, name) for holder in holders for name in _LIMITS} - {None}
-    alphas = {_number(holder, name) for holder in holders for name in _ALPHAS} - {None} | {1.702}
+def _gate(module: nn.Module) -> tuple:
+    """What the module's gate is made of, as constants of ``torch.compile``: its code, whether silu is its activation
+    (None: it has none), and the numbers that it may read (floats as text: a float that differs from one compilation
+    to the next becomes a symbol, unless its value is asked for)."""
+    act_fn = getattr(module, "act_fn", None)
+    act = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
+    is_silu = None if act is None else any(act is silu for silu in _SILU)
+    numbers = tuple(getattr(module, name, None) for name in _NUMBERS)
+    numbers = tuple(number.hex() if isinstance(number, float) else number for number in numbers)
+    return getattr(type(module), "_apply_gate", None), is_silu, numbers
+
+
+@torch.compiler.assume_constant_result
+def _recognised(apply_gate, is_silu: bool | None, numbers: tuple) -> tuple | None:
+    """Arguments of the :class:`Activation` that a gate computes; None: it computes another. ``torch.compile`` calls
+    this and does not trace it."""
+    return _recognise(apply_gate, is_silu, numbers)
+
+
+@functools.cache
+def _recognise(apply_gate, is_silu, numbers):
+    """The gate is code, so it is tried, once for each: on a stand-in for its module that has what gates read, in a
+    thread of its own, where no mode of the caller (fake tensors, autocast, a default device) acts."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_try, apply_gate, is_silu, numbers).result()
+
+
+def _try(apply_gate, is_silu, numbers):
+    """On values past silu's curve and on either side of the limit."""
+    numbers = (float.fromhex(number) if isinstance(number, str) else number for number in numbers)
+    numbers = {name: number for name, number in zip(_NUMBERS, numbers) if number is not None}
+    module = SimpleNamespace(**numbers)
+    if is_silu:
+        module.act_fn = F.silu
+    usable = {name: number for name, number in numbers.items() if _is_above_zero(number)}
+    limits = {number for name, number in usable.items() if "limit" in name}
+    alphas = {number for name, number in usable.items() if "alpha" in name} | {1.702}
     edges = [sign * limit * factor for limit in limits for sign in (-1, 1) for factor in (0.99, 1.01)]
-    gate = torch.tensor([-1e3, -60.0, -11.0, -7.5, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 11.0, 60.0, 1e3, *edges])
-    up = torch.tensor([-1e3, -11.0, -7.5, -0.7, 0.0, 0.7, 7.5, 11.0, 1e3, *edges])
+    gate = (-1e3, -60.0, -11.0, -7.5, -1.0, -0.1, 0.0, 0.3, 2.0, 7.5, 11.0, 60.0, 1e3, *edges)
+    up = (-1e3, -11.0, -7.5, -0.7, 0.0, 0.7, 7.5, 11.0, 1e3, *edges)
+    gate, up = (torch.tensor(values, dtype=torch.float32) for values in (gate, up))
     gate, up = (grid.reshape(1, -1) for grid in torch.meshgrid(gate, up, indexing="ij"))
-    candidates = [Activation(interleaved=interleaved) for interleaved in (False, True)]
+    candidates = [("none", None, 1.702)]
     for limit in limits:
-        for interleaved in (False, True):
-            candidates += [Activation(clamp, limit=limit, interleaved=interleaved) for clamp in ("pre", "post")]
-            candidates += [Activation("gpt_oss", limit=limit, alpha=alpha, interleaved=interleaved) for alpha in alphas]
-    for activation in candidates:
-        got = _gate_of(module, gate, up, activation.interleaved)
-        if got is not None and torch.allclose(got, _gated(gate, up, activation), rtol=1e-5, atol=1e-6):
-            return activation
+        candidates += [(clamp, float(limit), 1.702) for clamp in ("pre", "post")]
+        candidates += [("gpt_oss", float(limit), float(alpha)) for alpha in alphas]
+    for interleaved in (False, True):
+        got = _gate_of(apply_gate, module, gate, up, interleaved)
+        for candidate in candidates if got is not None else ():
+            if torch.allclose(got, _gated(gate, up, *candidate), rtol=1e-5, atol=1e-6):
+                return *candidate, interleaved
     return None
 
 
-def _number(holder, name):
-    value = getattr(holder, name, None)
-    return float(value) if isinstance(value, (int, float)) and 0 < value < float("inf") else None
+def _is_above_zero(value) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
-def _gate_of(module, gate, up, interleaved):
-    """What the module makes of gate and up, [1, n] each, in one arrangement of its rows; None if that is no result."""
+def _gate_of(apply_gate, module, gate, up, interleaved):
+    """What the code makes of gate and up, [1, n] each, in one arrangement of its rows; None if that is no result."""
     joined = torch.stack((gate, up), -1).flatten(1) if interleaved else torch.cat((gate, up), -1)
-    with torch.no_grad():
-        if hasattr(module, "_apply_gate"):
-            got = module._apply_gate(joined.to(module.down_proj.device)).float().cpu()
-        elif not interleaved:  # LongcatFlash, which multiplies in its forward
-            got = module.act_fn(gate) * up
-        else:
-            return None
-    return got if got.shape == gate.shape else None
+    try:
+        if apply_gate is not None:
+            got = apply_gate(module, joined)
+        else:  # LongcatFlash multiplies in its forward
+            got = None if interleaved else module.act_fn(gate) * up
+    except (AttributeError, TypeError, RuntimeError):  # it reads more, or calls an activation that is not silu
+        return None
+    return got.float() if isinstance(got, torch.Tensor) and got.shape == gate.shape else None
 
 
-def _gated(gate, up, activation):
-    """``activation`` of gate and up, in plain torch."""
-    clamp, limit = str(activation.clamp.value), activation.limit
+def _gated(gate, up, clamp, limit, alpha):
+    """An activation of gate and up, in plain torch."""
     if clamp == "none":
         return F.silu(gate) * up
     if clamp == "post":
@@ -132,4 +171,4 @@ def _gated(gate, up, activation):
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if clamp == "pre":
         return F.silu(gate) * up
-    return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)

@@ -30,6 +30,9 @@ class Clamp(str, Enum):
     GPT_OSS = "gpt_oss"
 
 
+_CLAMPS = {clamp.value: clamp for clamp in Clamp}  # torch 2.11 traces this, and not Clamp(value)
+
+
 @dataclass(frozen=True)
 class Activation:
     """What stands between an expert's two matrix products.
@@ -54,8 +57,8 @@ class Activation:
     interleaved: bool = False
 
     def __post_init__(self):
-        check_choice("clamp", self.clamp, tuple(clamp.value for clamp in Clamp))
-        object.__setattr__(self, "clamp", Clamp(self.clamp))
+        check_choice("clamp", self.clamp, tuple(_CLAMPS))
+        object.__setattr__(self, "clamp", _CLAMPS[self.clamp])
         if self.clamp is Clamp.NONE and self.limit is not None:
             raise ValueError(f"limit: got {self.limit} with clamp 'none', None is accepted there")
         if self.clamp is not Clamp.NONE and (self.limit is None or not self.limit > 0):

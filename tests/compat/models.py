@@ -1,6 +1,7 @@
 """Tiny random models of transformers' MLA families, wide enough in their weights that greedy text varies."""
 
 import contextlib
+import inspect
 
 import torch
 import transformers
@@ -60,6 +61,8 @@ VARIANTS = {
     "v2 groups yarn": ("DeepseekV2", {"topk_method": "group_limited_greedy", "rope_parameters": YARN}),
 }
 VOCABULARY = SIZES["vocab_size"]
+CACHE = "cache" if "cache" in inspect.signature(transformers.DeepseekV3Model.forward).parameters else "past_key_values"
+"""What this version of transformers calls the cache, in calls and in outputs."""
 
 
 def tiny(family: str, **changes):

@@ -11,7 +11,7 @@ import transformers
 from mla_kernels.compat import transformers as compat
 from mla_kernels.compat import transformers_attention
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
-from tests.compat.models import VARIANTS, VOCABULARY, fast_cpu, tiny
+from tests.compat.models import CACHE, VARIANTS, VOCABULARY, fast_cpu, tiny
 
 PROMPT, NEW = 37, 24
 
@@ -51,7 +51,7 @@ def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(variant, calls):
     layers, sparse_layers = 3, 2
     prefills = {} if variant == "v2 no tiles" else {"mla_prefill": layers}
     assert calls == {"mla_decode": (NEW - 1) * layers, "fused_moe": NEW * sparse_layers} | prefills
-    layer = actual.past_key_values.layers[0]
+    layer = actual[CACHE].layers[0]
     assert isinstance(layer, LatentLayer)
     assert layer.get_seq_length() == PROMPT + NEW - 1
     assert layer.seq_lens.tolist() == [PROMPT + NEW - 1, PROMPT + NEW - 1 - 9], "padding takes no slot"
@@ -68,8 +68,8 @@ def test_same_greedy_tokens_on_every_backend(backend, device, calls):
 def test_cache_holds_what_transformers_caches():
     model = tiny("DeepseekV2")
     ids, mask = _batch()
-    expected = _generate(model, ids, mask, return_dict_in_generate=True).past_key_values.layers[1]
-    actual = _generate(enable(model), ids, mask, return_dict_in_generate=True).past_key_values.layers[1]
+    expected = _generate(model, ids, mask, return_dict_in_generate=True)[CACHE].layers[1]
+    actual = _generate(enable(model), ids, mask, return_dict_in_generate=True)[CACHE].layers[1]
     real = torch.cat((mask, torch.ones(2, NEW - 1)), -1).bool()
     torch.testing.assert_close(actual.keys[:, 0][real], expected.keys[:, 0][real], atol=1e-5, rtol=0)
     torch.testing.assert_close(actual.values[:, 0][real], expected.values[:, 0][real], atol=1e-5, rtol=0)
@@ -114,8 +114,8 @@ def test_decode_loop_by_hand_in_chunks(calls):
     enable(model)
     past, logits = None, []
     for chunk in ids.split((20, 25, 3, 12), dim=1):  # a prefill, a prefill over cached tokens, two decodes
-        out = model(chunk, past_key_values=past)
-        past = out.past_key_values
+        out = model(chunk, **{CACHE: past})
+        past = out[CACHE]
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=0)
     assert calls["mla_decode"] == 2 * 3
@@ -129,7 +129,7 @@ def test_prefill_in_chunks_over_padding():
     expected = model(ids, attention_mask=mask, position_ids=positions).logits
     enable(model)
     first = model(ids[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5])  # row 1 is padding only
-    rest = model(ids[:, 5:], attention_mask=mask, position_ids=positions[:, 5:], past_key_values=first.past_key_values)
+    rest = model(ids[:, 5:], attention_mask=mask, position_ids=positions[:, 5:], **{CACHE: first[CACHE]})
     real = mask[:, 5:].bool()
     torch.testing.assert_close(rest.logits[real], expected[:, 5:][real], atol=1e-4, rtol=0)
 
@@ -139,12 +139,12 @@ def test_takes_over_a_cache_that_transformers_filled():
     ids, mask = _batch()
     step, positions = torch.tensor([[5], [6]]), torch.tensor([[PROMPT], [PROMPT - 9]])
     longer = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
-    cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).past_key_values
+    cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))[CACHE]
     again = copy.deepcopy(cache)
-    expected = model(step, attention_mask=longer, position_ids=positions, past_key_values=again).logits
-    out = enable(model)(step, attention_mask=longer, position_ids=positions, past_key_values=cache)
+    expected = model(step, attention_mask=longer, position_ids=positions, **{CACHE: again}).logits
+    out = enable(model)(step, attention_mask=longer, position_ids=positions, **{CACHE: cache})
     torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=0)
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     assert isinstance(cache.layers[0], LatentLayer)
 
 
@@ -164,7 +164,7 @@ def test_enable_twice_and_disable_restores(calls):
     ids, mask = _batch()
     out = _generate(model, ids, mask, return_dict_in_generate=True)
     assert not calls
-    assert not isinstance(out.past_key_values.layers[0], LatentLayer)
+    assert not isinstance(out[CACHE].layers[0], LatentLayer)
 
 
 def test_copies_and_checkpoints_of_an_enabled_model(tmp_path, calls):
@@ -188,9 +188,6 @@ def test_signatures_are_those_of_transformers_own_functions():
     assert list(inspect.signature(compat.experts).parameters) == list(own)
     own = inspect.signature(transformers_attention.ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
     assert list(inspect.signature(compat.attention).parameters)[:5] == list(own)[:5]
-    for family in compat.FAMILIES:
-        forward = getattr(transformers, family.base).forward
-        assert list(inspect.signature(forward).parameters)[1:7] == list(compat._FORWARD_ARGUMENTS)
 
 
 def test_expert_parallel_sentinels_are_skipped():
@@ -266,7 +263,7 @@ def test_unsupported_models_are_refused():
         enable(tiny("DeepseekV2", hidden_act="gelu"))
     adapted = tiny("DeepseekV3")
     adapted.model.layers[1].self_attn.kv_b_proj = torch.nn.Sequential(adapted.model.layers[1].self_attn.kv_b_proj)
-    with pytest.raises(TypeError, match="kv_b_proj of layer 1: got Sequential"):
+    with pytest.raises(TypeError, match=r"kv_b_proj of layer 1: got torch\S*\.Sequential"):
         enable(adapted)
     assert adapted.config._attn_implementation != "mla_kernels", "a refusal leaves the model as it was"
 
@@ -282,21 +279,21 @@ def test_unsupported_caches_and_masks_are_refused():
     model = enable(tiny("DeepseekV3"))
     ids, mask = _batch()
     static = transformers.StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(NotImplementedError, match="past_key_values: got StaticCache"):
-        model(ids, past_key_values=static)
+    with pytest.raises(NotImplementedError, match=f"{CACHE}: got StaticCache"):
+        model(ids, **{CACHE: static})
     with pytest.raises(NotImplementedError, match="attention_mask: got "):
         model(ids, attention_mask=torch.ones(2, 1, PROMPT, PROMPT, dtype=torch.bool))
     with pytest.raises(ValueError, match="attention_mask: got 36 tokens, 0 past and 37 new"):
         model(ids, attention_mask=mask[:, 1:])
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask)[CACHE]
     step = torch.ones(2, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="attention_mask: got None, but the cache holds padding"):
-        model(step, past_key_values=cache)
+        model(step, **{CACHE: cache})
     with pytest.raises(ValueError, match="attention_mask: it masks cached tokens in another way"):
-        model(step, attention_mask=torch.ones(2, PROMPT + 1), past_key_values=cache)
+        model(step, attention_mask=torch.ones(2, PROMPT + 1), **{CACHE: cache})
     disable(model)
     with pytest.raises(RuntimeError, match=r"call .*enable\(model\) first"):
-        model(step, attention_mask=torch.cat((mask, step), 1), past_key_values=cache)
+        model(step, attention_mask=torch.cat((mask, step), 1), **{CACHE: cache})
 
 
 def test_layer_operations_keep_lengths():

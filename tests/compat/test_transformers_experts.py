@@ -12,11 +12,16 @@ from mla_kernels.compat.transformers import experts
 from mla_kernels.compat.transformers_experts import activation_of
 
 HIDDEN, INNER, EXPERTS = 32, 16, 4
+MINOR = int(transformers.__version__.split(".")[1])
+CLASSES = {18: 56, 19: 56, 20: 61, 21: 62, 22: 63, 23: 65, 24: 68}
+"""How many classes each version has, 5.18 to 5.24."""
 REFUSED = {
-    "inkling2.Inkling2Experts": "its gate is not SwiGLU",
-    "muse_spark.MuseSparkExperts": "a norm after each expert",
-    "nemotron_h.NemotronHExperts": "experts without a gate",
+    "nemotron_h.NemotronHExperts": (18, "experts without a gate"),
+    "muse_spark.MuseSparkExperts": (20, "a norm after each expert"),
+    "inkling2.Inkling2Experts": (23, "its gate is not SwiGLU"),
+    "inkling2_loop.Inkling2LoopExperts": (24, "its gate is not SwiGLU"),
 }
+"""Name: the first version with it, and why ``fused_moe`` cannot run it."""
 
 
 class SmallConfig:
@@ -65,8 +70,9 @@ def classes():
 
 
 def test_every_class_gives_eagers_result_or_a_refusal():
-    refused, wrong = {}, {}
-    for name, cls in classes().items():
+    refused, wrong, found = {}, {}, classes()
+    assert len(found) == CLASSES[MINOR]
+    for name, cls in found.items():
         torch.manual_seed(0)
         module = cls(SmallConfig())
         with torch.no_grad():
@@ -86,8 +92,9 @@ def test_every_class_gives_eagers_result_or_a_refusal():
         if not error < 1e-5:
             wrong[name] = float(error)
     assert not wrong
-    assert refused.keys() == REFUSED.keys()
-    for name, reason in REFUSED.items():
+    reasons = {name: reason for name, (first, reason) in REFUSED.items() if first <= MINOR}
+    assert refused.keys() == reasons.keys()
+    for name, reason in reasons.items():
         assert reason in refused[name]
 
 
