@@ -51,12 +51,12 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
             f"attention dropout: got {dropout} with a cache and without gradients; call model.eval(), or pass "
             "use_cache=False"
         )
-    few = query.shape[2] <= DECODE_TOKENS and layer.new_kept is None
+    few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
     if indices is not None and indices.shape[-1]:
         return (_sparse_decode if few else _sparse_prefill)(module, query, layer, indices, scaling), None
     if few:
         return _decode(module, query, layer, scaling), None
-    if has_prefill(module):
+    if has_prefill(module) and (layer.new_kept is None or not torch.compiler.is_compiling()):
         return _cached_prefill(module, query, key, value, layer, scaling), None
     if layer.length > query.shape[2]:
         key, value = layer.keys, layer.values

@@ -106,7 +106,10 @@ class LatentLayer(CacheLayerMixin):
         self.length += tokens
 
     def _store(self, rows: torch.Tensor, new: torch.Tensor) -> None:
-        """Put the newest tokens, ``[batch, tokens, width]`` and counted already, into ``[batch, slots, width]``."""
+        """Put the newest tokens, ``[batch, tokens, width]`` and counted already, into ``[batch, slots, width]``.
+
+        Padding goes to its sequence's first free slot, which the next real token takes.
+        """
         batch, tokens, _ = new.shape
         if self.kept is None:
             rows[:, self.length - tokens : self.length] = new
@@ -114,10 +117,7 @@ class LatentLayer(CacheLayerMixin):
         sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, tokens)
         kept = self.kept[:, self.length - tokens :]
         offsets = self.seq_lens[:, None] - kept.sum(-1, keepdim=True) + kept.cumsum(-1) - 1  # [batch, tokens]
-        if self.new_kept is None:
-            rows[sequence, offsets] = new
-        else:
-            rows[sequence[kept], offsets[kept]] = new[kept]
+        rows[sequence, torch.where(kept, offsets, self.seq_lens[:, None])] = new
 
     def _rows(self) -> torch.Tensor:
         """The pages of each sequence end to end: [batch, slots of a sequence, width]."""

@@ -81,15 +81,17 @@ def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
     first = cache.layers[0]
     if mask is None and first.kept is not None:
         raise ValueError("attention_mask: got None, but the cache holds padding; pass the mask of all tokens")
-    if mask is not None and past and mask.device.type == "cpu":
+    traced = torch.compiler.is_compiling()  # then nobody can look at values
+    if mask is not None and past and mask.device.type == "cpu" and not traced:
         before = first.kept if first.kept is not None else torch.ones_like(mask[:, :past])
         if not torch.equal(before, mask[:, :past]):
             raise ValueError("attention_mask: it masks cached tokens in another way than when they were stored")
-    new = None if mask is None or bool(mask[:, past:].all()) else mask[:, past:]
+    new = None if mask is None or (not traced and bool(mask[:, past:].all())) else mask[:, past:]
     for layer in cache.layers:
         kept = None if new is None else new.to(getattr(layer, "device", new.device))
         layer.expect(kept, differentiable=differentiable)
-    if not differentiable and has_prefill(base.config):
+    packs = tokens == 1 or new is None or not traced  # else the number of real tokens would be needed
+    if not differentiable and has_prefill(base.config) and packs:
         # These ops know what is causal and what is padding. In place of transformers' [batch, 1, tokens, keys], a view.
         keys = torch.ones(1, 1, dtype=torch.bool, device=inputs.device) if mask is None else mask
         kwargs["attention_mask"] = mark(keys[:, None, None].expand(batch, 1, tokens, past + tokens))

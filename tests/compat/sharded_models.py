@@ -34,3 +34,25 @@ def generate(rank: int, size: int, family: str, changes: dict, options: dict, ne
         outs = [_tokens(model, new)]
         model = shard(model, rank, size, options)
         return outs + [_tokens(switch(model), new) for switch in (disable, enable, disable)]
+
+
+def gradients(rank: int, size: int, family: str, changes: dict, options: dict) -> list[tuple]:
+    """(name, this rank's part of the gradient, the same of one process's gradient) of every parameter."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    from mla_kernels.compat.transformers import enable
+
+    ids = torch.randint(2, VOCABULARY, (2, 29), generator=torch.Generator().manual_seed(2))
+    models = tiny(family, **changes), enable(shard(tiny(family, **changes), rank, size, options))
+    with fast_cpu(), torch.enable_grad():
+        for model in models:
+            model.requires_grad_(True)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+    results = []
+    for (name, whole), part in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        expected, actual = whole.grad, part.grad
+        if isinstance(actual, DTensor):
+            expected = distribute_tensor(expected, actual.device_mesh, actual.placements, src_data_rank=None).to_local()
+            actual = actual.to_local()
+        results.append((name, actual, expected))
+    return results
