@@ -5,6 +5,7 @@ kernels behind it. Needs ``pip install 'mla_kernels[transformers]'``.
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import platform
@@ -184,19 +185,12 @@ def cache_table(theirs: Side, ours: Side, config):
     heads = config.num_attention_heads * width * element
     own = theirs.cache.layers[0]
     own_bytes = (own.keys.nbytes + own.values.nbytes) // own.keys.shape[-2]
-    latents = own.keys.shape[1] == 1
     made = Table(title="Cache: bytes a token and layer", box=box.SIMPLE_HEAD)
     for name in ("cache", "bytes", "of multi-head", "what it holds"):
         made.add_column(name, justify="right" if name in ("bytes", "of multi-head") else "left")
     rows = [
         ("multi-head K and V", heads, f"{config.num_attention_heads} heads x {width} values"),
-        (
-            "transformers",
-            own_bytes,
-            "latents too (as from 5.15 on); expands K and V of every token at every step"
-            if latents
-            else "K and V of every head",
-        ),
+        ("transformers", own_bytes, "latents too; expands K and V of every token at every step"),
         (
             "mla_kernels",
             layer.bytes_per_token,
@@ -330,13 +324,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo: 0, or 1 if the texts differ in fp32 or a kernel fails to compile, or 2 if a package is missing."""
+    """Run the demo: 0, or 1 if the texts differ in fp32 or a kernel fails to compile, or 2 if a package is missing or
+    of a version that is not supported."""
     options = parse(arguments)
     missing = [name for name in ("rich", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         print(
             f"error: the demo needs {' and '.join(missing)}: pip install 'mla_kernels[transformers]'", file=sys.stderr
         )
+        return 2
+    try:
+        importlib.import_module("mla_kernels.compat.transformers")
+    except ImportError as error:  # a version that is not supported
+        print(f"error: {error}", file=sys.stderr)
         return 2
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

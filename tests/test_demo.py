@@ -1,5 +1,7 @@
 """The demo on a tiny model: what it prints, and when it fails."""
 
+import sys
+
 import pytest
 import torch
 
@@ -128,6 +130,15 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     assert demo.main([]) == 2
     assert "the demo needs rich and transformers: pip install" in capsys.readouterr().err
+
+
+def test_a_version_that_is_not_supported_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.25.0")
+    monkeypatch.delitem(sys.modules, "mla_kernels.compat.transformers", raising=False)
+    assert demo.main(SMOKE) == 2
+    assert "error: mla_kernels.compat.transformers takes transformers from 5.18 to 5.24, not 5.25.0" in (
+        capsys.readouterr().err
+    )
 
 
 def test_weights_depend_on_the_seed():

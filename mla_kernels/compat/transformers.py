@@ -107,21 +107,38 @@ def enable(model):
     - Up to ``DECODE_TOKENS`` new tokens a sequence attend with ``mla_decode`` in the latent space. More are a prefill:
       ``mla_prefill`` over expanded K and V, or transformers' sdpa where that op has no tiles for the head's widths.
     - An indexer's scores and choice run in ``select_slots`` over paged indexer keys. Past its top_k, tokens attend
-      with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key.
+      with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key. A forward
+      hook on the indexer sees cache slots, where transformers' own has positions.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
     - Experts run in ``fused_moe``, forward and backward.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
+    Decoding absorbs the weight of ``kv_b_proj`` into the query and does not call that module. Parametrizations of the
+    weight act; adapters around the module, forward hooks and other forwards are refused, also where they come later.
+
+    Models that transformers sharded over processes (``tp_plan``, ``ep_plan``, FSDP2) stay so, and generate what one
+    process does; tensor parallel ones train so, too. A rank attends with its own heads and holds every token's latents.
+    Enable the model on every rank.
+
+    ``torch.compile(fullgraph=True)`` takes inference without a cache, prefills and decode steps. Values of a mask
+    cannot be looked at there: a prefill under a mask attends with transformers' sdpa, and a mask that contradicts the
+    cache is not refused. ``generate`` compiles nothing by itself, since this cache grows.
+
+    In float16 sums are float32 and what an op returns is rounded, so that values beyond 65,504 become inf, as in
+    transformers. The absorbed query and the weighted latents are roundings that transformers does not have.
+
     Args:
         model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
             and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
-            (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...).
+            (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
+            ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
 
     Raises:
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read.
-        NotImplementedError: experts that are not SwiGLU, sliding windows, methods that another library has
-            replaced, or a transformers without ``expand_kv``.
+        NotImplementedError: experts that are not SwiGLU, sliding windows, layers of several configurations, forward
+            hooks on ``kv_b_proj``, methods that another library has replaced, a stage of a pipeline, or a transformers
+            without ``expand_kv`` or with another name for the cache.
         ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
             from 16 to 256.
     """
@@ -181,6 +198,8 @@ def _bases(model) -> list[tuple[nn.Module, Family]]:
 
 
 def _check_config(config) -> None:
+    if config.is_heterogeneous:
+        raise NotImplementedError("enable: got layers of several configurations (per_layer_config), one is accepted")
     LatentCache.allocate(0, 64, latent_dim=config.kv_lora_rank, rope_dim=config.qk_rope_head_dim)
     if hasattr(config, "index_head_dim"):
         IndexerCache.allocate(0, 64, head_dim=config.index_head_dim)

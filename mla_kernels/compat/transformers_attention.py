@@ -1,7 +1,5 @@
 """The attention function that :mod:`mla_kernels.compat.transformers` registers with transformers."""
 
-import functools
-
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -89,14 +87,9 @@ def _sdpa(module, query, keys, values, attention_mask, indices, options):
 
 
 def has_prefill(module) -> bool:
-    """Whether ``mla_prefill`` has tiles for the widths of this module's heads."""
-    return _has_prefill(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
-
-
-@functools.cache
-def _has_prefill(nope: int, rope: int, value: int) -> bool:
+    """Whether ``mla_prefill`` has tiles for the widths of the heads of this module, or of this configuration."""
     try:
-        check_widths(nope, rope, value)
+        check_widths(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
     except NotImplementedError:
         return False
     return True

@@ -51,10 +51,8 @@ class LatentLayer(CacheLayerMixin):
                 "rotated key a token are accepted"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.cache = LatentCache.allocate(
-            0, self.page_size, latent_dim=latent_dim, rope_dim=value_states.shape[-1], dtype=self.dtype,
-            device=self.device,
-        )  # fmt: skip
+        width = latent_dim + value_states.shape[-1]
+        self.cache = LatentCache(key_states.new_zeros(0, self.page_size, width), latent_dim)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.block_table = torch.zeros(batch, 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True

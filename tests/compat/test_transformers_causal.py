@@ -173,7 +173,7 @@ def test_versions_outside_the_range_are_refused_at_import(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
     for version in ("5.17.4", "4.57.1", "5.25.0", "5.25.0.dev0", "6.0.0rc1"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
         with pytest.raises(ImportError, match=rf"takes transformers from 5\.18 to 5\.24, not {version}: pip install"):
             load()
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -293,6 +293,13 @@ def test_sliding_windows_are_refused():
     assert "mla_kernels" not in vars(model)
 
 
+def test_layers_of_several_configurations_are_refused():
+    model = tiny("DeepseekV3")
+    model.config.per_layer_config = {1: {"rope_interleave": False}}
+    with pytest.raises(NotImplementedError, match=r"layers of several configurations \(per_layer_config\), one is"):
+        enable(model)
+
+
 def test_attention_dropout_over_a_cache_is_refused():
     model = enable(tiny("Youtu", attention_dropout=0.1)).train()
     ids, mask = _batch()
