@@ -44,7 +44,7 @@ from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
 from mla_kernels.compat.transformers_forward import cache_keyword, install_hooks  # noqa: E402
 from mla_kernels.compat.transformers_indexer import choose_slots, choose_slots_interleaved  # noqa: E402
-from mla_kernels.compat.transformers_weights import absorbed_weight, is_parallel, shadow  # noqa: E402
+from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
 
 __all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
 
@@ -240,7 +240,7 @@ def _replacements(base, family: Family):
 
 
 def _unless_replaced(module, name: str, function):
-    if name in vars(module) and not (name == "forward" and is_parallel(module)):
+    if not can_shadow(module, name):
         raise NotImplementedError(
             f"enable: {type(module).__name__}.{name} of this model was replaced by other code (device hooks of "
             "accelerate, for example); remove it first"

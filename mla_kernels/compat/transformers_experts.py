@@ -62,13 +62,20 @@ def experts_with_identity(self, hidden_states, top_k_index, top_k_weights):
 
 def activation_of(module: nn.Module) -> Activation:
     """What these experts compute between their two products; NotImplementedError where ``fused_moe`` does not."""
-    if reason := why_not_fused(module):
-        raise NotImplementedError(f"fused_moe cannot run {type(module).__name__}: {reason}")
-    return Activation(*_recognised(*_gate(module)))
+    found = _arguments_or_reason(module)
+    if isinstance(found, str):
+        raise NotImplementedError(f"fused_moe cannot run {type(module).__name__}: {found}")
+    return Activation(*found)
 
 
 def why_not_fused(module: nn.Module) -> str | None:
     """Why ``fused_moe`` does not compute these experts; None if it does."""
+    found = _arguments_or_reason(module)
+    return found if isinstance(found, str) else None
+
+
+def _arguments_or_reason(module: nn.Module) -> tuple | str:
+    """The arguments of these experts' :class:`Activation`, or why they cannot be fused."""
     if not getattr(module, "has_gate", True):
         return "experts without a gate (has_gate=False)"
     if getattr(module, "has_post_expert_norm", False):
@@ -86,9 +93,7 @@ def why_not_fused(module: nn.Module) -> str | None:
     act_fn = getattr(module, "act_fn", None)
     if isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
         return "forward hooks on act_fn, which runs inside a kernel"
-    if _recognised(*_gate(module)) is None:
-        return "its gate is not SwiGLU with one of the clamps of mla_kernels.Activation"
-    return None
+    return _recognised(*_gate(module)) or "its gate is not SwiGLU with one of the clamps of mla_kernels.Activation"
 
 
 def _gate(module: nn.Module) -> tuple:
@@ -97,10 +102,11 @@ def _gate(module: nn.Module) -> tuple:
     to the next becomes a symbol, unless its value is asked for)."""
     act_fn = getattr(module, "act_fn", None)
     act = type(act_fn) if isinstance(act_fn, nn.Module) else act_fn
-    is_silu = None if act is None else any(act is silu for silu in _SILU)
-    numbers = tuple(getattr(module, name, None) for name in _NUMBERS)
+    is_silu = None if act is None else act in _SILU
+    own, cls = vars(module), type(module)  # a module is slow to say that it has no such attribute
+    numbers = [own[name] if name in own else getattr(cls, name, None) for name in _NUMBERS]
     numbers = tuple(number.hex() if isinstance(number, float) else number for number in numbers)
-    return getattr(type(module), "_apply_gate", None), is_silu, numbers
+    return getattr(cls, "_apply_gate", None), is_silu, numbers
 
 
 @torch.compiler.assume_constant_result

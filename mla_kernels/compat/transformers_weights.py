@@ -70,10 +70,21 @@ def is_parallel(module: nn.Module) -> bool:
     return (getattr(forward, "__module__", None) or "").startswith("transformers.distributed.")
 
 
+def can_shadow(module: nn.Module, name: str) -> bool:
+    """Whether :func:`shadow` leaves nothing out: the module has no such method of its own, or tensor parallelism's."""
+    return name not in vars(module) or (name == "forward" and bool(_around(module)))
+
+
 def shadow(module: nn.Module, name: str, function) -> None:
-    """Give the module a method of its own; a forward goes inside what parallelism put around the former one."""
-    inside = name == "forward" and is_parallel(module)
-    around = inspect.getclosurevars(vars(module)[name]).nonlocals if inside else None
+    """Give the module a method of its own; a forward goes inside what tensor parallelism put around the former one."""
+    around = _around(module) if name == "forward" else None
     setattr(module, name, function)
-    if around is not None:
-        around["self"].install_forward(module, around["mesh"])
+    if around:
+        style, mesh = around
+        style.install_forward(module, mesh)
+
+
+def _around(module: nn.Module) -> tuple | None:
+    """The style of tensor parallelism and the mesh of ranks that the module's forward was given, if it was."""
+    held = inspect.getclosurevars(vars(module)["forward"]).nonlocals if is_parallel(module) else {}
+    return (held["self"], held["mesh"]) if held.keys() >= {"self", "mesh"} else None

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_kernels.compat.transformers import experts
-from mla_kernels.compat.transformers_experts import activation_of
+from mla_kernels.compat.transformers_experts import _recognise, activation_of
 
 HIDDEN, INNER, EXPERTS = 32, 16, 4
 MINOR = int(transformers.__version__.split(".")[1])
@@ -122,3 +124,63 @@ def test_a_limit_that_changes_is_seen():
     assert activation_of(module).limit == 7.0
     module.limit = 3.0
     assert activation_of(module).limit == 3.0
+
+
+def _deepseek():
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    return DeepseekV3Experts(SmallConfig())
+
+
+def test_a_gate_is_recognised_under_the_callers_modes():
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    module = GptOssExperts(SmallConfig())
+    expected = activation_of(module)
+    _recognise.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("meta"), torch.autocast("cpu"), torch.inference_mode():
+            assert activation_of(module) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_gate_of_the_instance_is_refused():
+    module = _deepseek()
+    activation_of(module)
+    module._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
+    with pytest.raises(NotImplementedError, match="DeepseekV3Experts: its _apply_gate was replaced by other code"):
+        activation_of(module)
+
+
+@pytest.mark.parametrize("kind", ["other", "parameters", "hook", "pre-hook"])
+def test_an_activation_that_may_be_something_else_is_refused(kind):
+    """Only silu itself is known to be silu: a class derived from it, say with a slope, could be anything."""
+
+    class Slope(torch.nn.SiLU):
+        slope = 1.0
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.slope * x)
+
+    module = _deepseek()
+    reason = "its gate is not SwiGLU"
+    if kind == "other":
+        module.act_fn = torch.nn.GELU()
+    elif kind == "parameters":
+        module.act_fn = Slope()
+    else:
+        register = "register_forward_hook" if kind == "hook" else "register_forward_pre_hook"
+        getattr(module.act_fn, register)(lambda *args: None)
+        reason = "forward hooks on act_fn"
+    with pytest.raises(NotImplementedError, match=reason):
+        activation_of(module)
+
+
+@pytest.mark.parametrize("silu", [torch.nn.SiLU(), F.silu])
+def test_every_silu_is_known(silu):
+    module = _deepseek()
+    del module.act_fn
+    module.act_fn = silu
+    assert activation_of(module).arguments == ("none", None, 1.702, False)
