@@ -38,7 +38,7 @@ def absorbed_weight(attention: nn.Module, heads: int | None = None) -> torch.Ten
         raise NotImplementedError(f"{where}: got forward hooks, {_NOT_CALLED}")
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         raise NotImplementedError(f"{where}: got forward hooks of all modules, {_NOT_CALLED}")
-    if "forward" in vars(layer) and not is_parallel(layer):
+    if "forward" in vars(layer) and not is_parallel(layer) and not _only_moves_inputs(layer):
         raise NotImplementedError(f"{where}: its forward was replaced by other code, {_NOT_CALLED}")
     weight = layer.weight
     if hasattr(weight, "to_local"):  # a DTensor
@@ -68,6 +68,12 @@ def is_parallel(module: nn.Module) -> bool:
     """Whether the module's forward is the one that transformers' tensor or expert parallelism put around its own."""
     forward = vars(module).get("forward")
     return (getattr(forward, "__module__", None) or "").startswith("transformers.distributed.")
+
+
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """Whether the module's forward is the one that accelerate put there to bring inputs to the weight's device."""
+    hook = getattr(module, "_hf_hook", None)
+    return type(hook).__module__.startswith("accelerate.") and getattr(hook, "offload", True) is False
 
 
 def can_shadow(module: nn.Module, name: str) -> bool:

@@ -175,6 +175,21 @@ def test_hooks_of_all_modules_are_refused(register):
     assert torch.equal(_generate(model), expected)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_device_hooks_of_accelerate(offload):
+    """Hooks that bring inputs to a layer's device are accepted, and those that fetch its weight are not."""
+    model = tiny("DeepseekV3")
+    expected = _generate(model)
+    for layer in _projections(model):
+        layer._hf_hook = type("AlignDevicesHook", (), {"__module__": "accelerate.hooks", "offload": offload})()
+        layer.forward = lambda x, own=layer.forward: own(x.to(torch.device("cpu")))
+    if offload:
+        with pytest.raises(NotImplementedError, match="kv_b_proj of layer 0: its forward was replaced by other code"):
+            enable(model)
+    else:
+        assert torch.equal(_generate(enable(model)), expected)
+
+
 def _low_rank(layer):
     parametrize.register_parametrization(layer, "weight", Low(layer.weight))
 
