@@ -110,14 +110,22 @@ def _steps(model, ids, mask):
     return torch.cat(logits, 1), counter.frame_count
 
 
+def _model(family, **changes):
+    """One layer, with experts where the family allows that for its first: tracing takes seconds a layer."""
+    sizes = FAMILIES[family] | {"num_hidden_layers": 2 if family == "LongcatFlash" else 1}  # its layers are one fewer
+    if "first_k_dense_replace" in sizes:
+        sizes["first_k_dense_replace"] = 0
+    return tiny(family, **sizes | changes)
+
+
 def _families(*always):
     """Each takes seconds: these always, the others with --slow."""
     return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in FAMILIES]
 
 
-@pytest.mark.parametrize("family", _families("DeepseekV2", "DeepseekV32"))
+@pytest.mark.parametrize("family", _families("DeepseekV32"))
 def test_enabled_models(family):
-    model = tiny(family, num_hidden_layers=2)
+    model = _model(family)
     ids = torch.randint(2, VOCABULARY, (2, 26))
     expected = model(ids).logits
     enable(model)
@@ -130,9 +138,9 @@ def test_enabled_models(family):
     assert count == 2, "a length, and any length"
 
 
-@pytest.mark.parametrize("family", _families("DeepseekV32"))
+@pytest.mark.parametrize("family", _families("DeepseekV2"))
 def test_decode_steps_under_a_mask(family):
-    model = tiny(family, num_hidden_layers=2)
+    model = _model(family)
     ids = torch.randint(2, VOCABULARY, (2, 26))
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
@@ -161,10 +169,10 @@ def _positioned(model):
     return Positioned()
 
 
-@pytest.mark.parametrize("family", _families("DeepseekV2", "DeepseekV32"))
+@pytest.mark.parametrize("family", _families("DeepseekV2"))
 def test_a_padded_prefill(family):
     """Nothing says how many of its tokens are real while it is traced: it attends with sdpa, over the same cache."""
-    model = tiny(family, num_hidden_layers=2, **({"index_topk": 16} if "index_topk" in FAMILIES[family] else {}))
+    model = _model(family, **({"index_topk": 16} if "index_topk" in FAMILIES[family] else {}))
     ids = torch.randint(2, VOCABULARY, (2, 26))
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
