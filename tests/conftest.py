@@ -1,13 +1,22 @@
 """Backends and switches of the suite.
 
 ``--backend cpu,interpret,npu-emulated`` (default: all three) chooses what the parity tests run on; ``cuda`` and ``npu``
-run them on a device. The interpreter must be switched on before Triton is imported, hence the first lines.
+run them on a device, and leave out every test that takes no backend, since the default run has it. The interpreter must
+be switched on before Triton is imported, hence the first lines.
+
+A test that takes ``device`` (or ``backend``) is one of parity: it makes its tensors there, and it fails unless a kernel
+was launched there; ``no_launch(reason)`` marks the few in which none may be. Nothing skips itself: ``leave_out(reason,
+when=condition)`` names combinations of a test's parameters that do not exist, ``slow(when=condition)`` those that run
+with ``--slow``. A condition is a function of parameters, by their names.
 """
 
+import inspect
 import os
 import sys
+from collections import Counter
 
 BACKENDS = ("cpu", "interpret", "npu-emulated", "cuda", "npu")
+DEVICES = ("cuda", "npu")
 
 
 def _backends(arguments: list[str]) -> tuple[str, ...]:
@@ -20,8 +29,9 @@ def _backends(arguments: list[str]) -> tuple[str, ...]:
 
 
 CHOSEN = _backends(sys.argv)
+ON_DEVICE = bool(set(DEVICES) & set(CHOSEN))
 os.environ["PYTEST_BACKENDS"] = ",".join(CHOSEN)  # xdist workers see no command line
-if not {"cuda", "npu"} & set(CHOSEN):
+if not ON_DEVICE:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
@@ -41,16 +51,57 @@ def pytest_configure(config):
     unknown = set(CHOSEN) - set(BACKENDS)
     if unknown:
         raise pytest.UsageError(f"--backend: unknown {', '.join(unknown)}; accepted: {', '.join(BACKENDS)}")
-    if {"cuda", "npu"} & set(CHOSEN) and "interpret" in CHOSEN:
+    if ON_DEVICE and "interpret" in CHOSEN:
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    config.addinivalue_line("markers", "leave_out(reason, when): combinations of parameters that do not exist")
+    config.addinivalue_line("markers", "no_launch(reason): no kernel may be launched, on any backend")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        selected = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-        items[:] = selected
+    kept = [item for item in items if _runs(item, config.getoption("--slow"))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _runs(item, slow: bool) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if ON_DEVICE and "backend" not in parameters:
+        return False
+
+    def holds(marker) -> bool:
+        when = marker.kwargs.get("when")
+        return when is None or when(**{name: parameters[name] for name in inspect.signature(when).parameters})
+
+    return not any(holds(mark) for mark in item.iter_markers("leave_out")) and (
+        slow or not any(holds(mark) for mark in item.iter_markers("slow"))
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A check that skips itself is no check: what it needs and lacks is a failure."""
+    return _without_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _without_skip((yield))
+
+
+def _without_skip(report):
+    if report.skipped:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"{reason}\nA test does not skip itself; see tests/conftest.py."
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs
 
 
 @pytest.fixture(params=CHOSEN)
@@ -66,13 +117,44 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     """Device for the test's tensors."""
-    return torch.device(backend if backend in ("cuda", "npu") else "cpu")
+    return torch.device(backend, 0) if backend in DEVICES else torch.device("cpu")
 
 
-@pytest.fixture
-def thorough(request):
-    """Whether to run on every backend what costs it much and asks little more of it: with --slow."""
-    return request.config.getoption("--slow")
+_launched: Counter = Counter()
+"""Kernels launched since the test began, by what ran them: "interpret", "npu-emulated", or the device's type."""
+
+
+def _count_launches():
+    run = launch.Kernel.launch
+
+    def counted(kernel, chip, work, args, statics, tile):
+        run(kernel, chip, work, args, statics, tile)
+        if work:
+            place = args[0].device.type
+            _launched[launch.cpu_mode() if place == "cpu" else place] += 1
+
+    launch.Kernel.launch = counted
+
+
+_count_launches()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that takes a backend launches kernels there, and one that is marked ``no_launch`` does not."""
+    backend = pyfuncitem.callspec.params.get("backend") if hasattr(pyfuncitem, "callspec") else None
+    if backend in DEVICES and not (hasattr(torch, backend) and getattr(torch, backend).is_available()):
+        pytest.fail(f"--backend {backend}: torch {torch.__version__} sees no such device here", pytrace=False)
+    _launched.clear()
+    result = yield
+    if backend not in (None, "cpu"):
+        none_expected = pyfuncitem.get_closest_marker("no_launch")
+        if none_expected is None and not _launched[backend]:
+            where = f"; kernels ran on {', '.join(_launched)}" if _launched else ""
+            pytest.fail(f"no kernel was launched on {backend}{where}: are the tensors on `device`?", pytrace=False)
+        if none_expected is not None and _launched[backend]:
+            pytest.fail(f"{_launched[backend]} launches, marked no_launch: {none_expected.args[0]}", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,8 @@
-"""What the tests share: one comparison, poison, and the backends."""
+"""What the tests share: one comparison, poison, and what stands around a device."""
 
+import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
@@ -11,7 +13,9 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tens
     float32: the largest error is at most 1e-5 of the output's scale (its largest magnitude). bfloat16 and float16: the
     largest and the RMS error are at most twice those of ``baseline``, the same mathematics by torch in that dtype, with
     one rounding of the output's scale as a floor. Infinities and NaN must stand in the same places, with the same sign.
+    Each may lie on any device; they are compared on the CPU.
     """
+    actual, exact, baseline = on_cpu((actual, exact, baseline))
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert exact.dtype == torch.float64, "the exact result must be float64"
     got = actual.double()
@@ -40,6 +44,16 @@ def _errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     return error.max().item(), error.square().mean().sqrt().item()
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def on_cpu(value):
+    """``value`` with its tensors on the CPU, where references compute: a tensor, or tuples, lists and dicts of them."""
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, value)
+
+
+def not_on(reason: str, *backends: str) -> pytest.MarkDecorator:
+    """The mark of a test that does not exist on these backends."""
+    return pytest.mark.leave_out(reason, when=lambda backend: backend in backends)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """A tensor of NaN: whatever reads it shows."""
-    return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -10,6 +10,7 @@ from mla_kernels import launch
 from mla_kernels.attention import decode
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.problems import Problem, make
+from tests.support import not_on
 
 HEADS = (1, 3, 5, 12, 16, 20, 63, 96, 127, 128)
 PAGE_SIZES = (1, 16, 61, 64, 128)
@@ -109,9 +110,8 @@ def test_the_error_of_a_quantised_cache_is_the_quantisers(backend, device, layou
         (20, torch.float16, [1581, 777]),
     ],
 )
+@not_on("takes the interpreter minutes; the emulator runs these sizes", "interpret")
 def test_real_sizes(heads, dtype, lengths, backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
     problem = make(lengths, heads=heads, dtype=dtype, latent_dim=512, rope_dim=64, device=device)
     problem.check(problem.run())
 
@@ -153,9 +153,8 @@ def test_table_without_columns(backend, device):
 
 
 @pytest.mark.parametrize("value_tiles, block_n", [(2, 32), (4, 16)])
+@not_on("has no tiles", "cpu")
 def test_other_tiles(backend, device, value_tiles, block_n, monkeypatch):
-    if backend == "cpu":
-        pytest.skip("has no tiles")
     tile_for = decode.MLA_DECODE.tile_for
 
     def narrow(*problem):
@@ -298,9 +297,8 @@ def unchecked(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("page_size", [64, 16, 61])
+@not_on("values of CPU tensors are checked", "cpu")
 def test_garbage_in_device_tensors_is_absent_tokens(backend, device, page_size):
-    if backend == "cpu":
-        pytest.skip("values of CPU tensors are checked")
     problem = make([130, 200, 70, 66], queries=2, page_size=page_size, device=device)
     problem.cache.data[1:].nan_to_num_()  # page 0, where a careless clamp would look, stays NaN
     problem.block_table[0, 0] = -1

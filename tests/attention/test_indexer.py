@@ -11,6 +11,7 @@ from mla_kernels.attention.indexer_topk import indexer_topk
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.reference import indexer as reference
 from tests.attention.indexer_problems import make_paged, make_ragged
+from tests.support import not_on
 
 LENGTHS = (65, 0, 1, 130)
 
@@ -61,10 +62,9 @@ def test_every_shape(backend, device, heads, page_size, layout):
 
 
 @pytest.mark.parametrize("dtype, fp8", [(torch.bfloat16, True), (torch.bfloat16, False)])
+@not_on("takes the interpreter long; the emulator runs these sizes", "interpret")
 def test_real_sizes(backend, device, dtype, fp8):
     """DeepSeek-V3.2: 64 heads of 128, a causal chunk of a prompt."""
-    if backend == "interpret":
-        pytest.skip("takes the interpreter long; the emulator runs these sizes")
     problem = make_ragged(40, 1500, heads=64, head_dim=128, dtype=dtype, fp8=fp8, device=device)
     problem.starts[:], problem.ends[:] = 3, torch.arange(1459, 1499)
     problem.check(problem.run())
@@ -181,9 +181,8 @@ def test_nothing_to_do(backend, device):
 
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
+@not_on("values of CPU tensors are checked", "cpu")
 def test_a_device_takes_bad_pages_and_lengths_as_absent(backend, device, layout, monkeypatch):
-    if backend == "cpu":
-        pytest.skip("values of CPU tensors are checked")
     problem = make_paged([130, 70], layout=layout, device=device)
     problem.block_table[0, 1] = 99
     problem.seq_lens[1] = 1000

@@ -12,6 +12,7 @@ from mla_kernels.attention.indexer_select import select_keys, select_slots
 from mla_kernels.latent.indexer_cache import IndexerCache
 from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
 from mla_kernels.reference import indexer as reference
+from tests.support import not_on
 
 TOKENS, HIDDEN, Q_LORA, HEADS, HEAD_DIM, ROPE, TOP_K = 90, 96, 48, 32, 64, 16, 17
 SIZES = {
@@ -56,40 +57,49 @@ def theirs(module, hidden, q_resid, cos, sin):
     ], scores[0][0]
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
-@pytest.mark.parametrize("ours", ["reference", "ops"])
-def test_the_same_scores_and_keys(family, ours, backend, device):
-    if ours == "reference" and backend != "cpu":
-        pytest.skip("has one backend")
-    if backend == "interpret":
-        pytest.skip("takes the interpreter half a minute")
+FAMILIES = ("deepseek_v32", "glm_moe_dsa")
+
+
+def layer_of(family):
+    """(what the module calls its rotation, q, k, weights, norm and tables), and its own sets of keys and scores."""
     module, rope, cos, sin = indexer(family)
     hidden, q_resid = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, Q_LORA)
-    sets, scores = theirs(module, hidden, q_resid, cos, sin)
     weights = module.weights_proj(hidden) * (HEADS**-0.5 * HEAD_DIM**-0.5)
     q, k = module.wq_b(q_resid).view(TOKENS, HEADS, HEAD_DIM), module.wk(hidden)
+    norm_and_tables = module.k_norm.weight, module.k_norm.bias, cos, sin
+    return (rope, q, k, weights, norm_and_tables), *theirs(module, hidden, q_resid, cos, sin)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_scores_and_keys_by_the_reference(family):
+    (rope, q, k, weights, norm_and_tables), sets, scores = layer_of(family)
     positions, ends = torch.arange(TOKENS), torch.arange(1, TOKENS + 1).int()
-    slots = torch.randperm(96)[:TOKENS]
     options = {"rope_dim": ROPE, "rope": rope}
-    norm, tables = (module.k_norm.weight, module.k_norm.bias), (cos, sin)
-    if ours == "reference":
-        data = torch.zeros(6, 16, HEAD_DIM)
-        q = reference.rotate_indexer_query(q, *tables, positions, **options)
-        reference.write_indexer_key(k, *norm, *tables, positions, positions, data, **options)
-        k = data.flatten(0, 1)[:TOKENS]
-        logits = reference.indexer_logits(q, k, weights, 0 * ends, ends)
-        rows = reference.select_keys(q, k, weights, 0 * ends, ends, TOP_K)
-    else:
-        q, k, weights, ends, positions, slots, cos, sin = (
-            x.to(device) for x in (q, k, weights, ends, positions, slots, cos, sin)
-        )
-        norm, tables = tuple(x.to(device) for x in norm), (cos, sin)
-        cache = IndexerCache.allocate(6, 16, head_dim=HEAD_DIM, dtype=torch.float32, device=device)
-        q = rotate_indexer_query(q, *tables, positions, **options)
-        write_indexer_key(k, *norm, *tables, positions, slots, cache, **options)
-        k = cache.keys.flatten(0, 1)[slots]
-        logits = indexer_logits(q, k, weights, 0 * ends, ends)
-        rows = select_keys(q, k, weights, 0 * ends, ends, TOP_K)
+    data = torch.zeros(6, 16, HEAD_DIM)
+    q = reference.rotate_indexer_query(q, *norm_and_tables[2:], positions, **options)
+    reference.write_indexer_key(k, *norm_and_tables, positions, positions, data, **options)
+    k = data.flatten(0, 1)[:TOKENS]
+    logits = reference.indexer_logits(q, k, weights, 0 * ends, ends)
+    rows = reference.select_keys(q, k, weights, 0 * ends, ends, TOP_K)
+    torch.testing.assert_close(logits, scores, rtol=1e-5, atol=1e-5)
+    assert [set(row.tolist()) - {-1} for row in rows] == sets
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@not_on("takes the interpreter half a minute", "interpret")
+def test_the_same_scores_and_keys(family, device):
+    (rope, *inputs, norm_and_tables), sets, scores = layer_of(family)
+    q, k, weights = (tensor.to(device) for tensor in inputs)
+    norm_and_tables = tuple(tensor.to(device) for tensor in norm_and_tables)
+    positions, ends = torch.arange(TOKENS, device=device), torch.arange(1, TOKENS + 1, device=device).int()
+    slots = torch.randperm(96)[:TOKENS].to(device)
+    options = {"rope_dim": ROPE, "rope": rope}
+    cache = IndexerCache.allocate(6, 16, head_dim=HEAD_DIM, dtype=torch.float32, device=device)
+    q = rotate_indexer_query(q, *norm_and_tables[2:], positions, **options)
+    write_indexer_key(k, *norm_and_tables, positions, slots, cache, **options)
+    k = cache.keys.flatten(0, 1)[slots]
+    logits = indexer_logits(q, k, weights, 0 * ends, ends)
+    rows = select_keys(q, k, weights, 0 * ends, ends, TOP_K)
     torch.testing.assert_close(logits.cpu(), scores, rtol=1e-5, atol=1e-5)
     assert [set(row.tolist()) - {-1} for row in rows] == sets
 

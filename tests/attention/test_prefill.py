@@ -9,6 +9,7 @@ from mla_kernels import launch
 from mla_kernels.attention import prefill
 from mla_kernels.attention.merge import merge_states
 from tests.attention.prefill_problems import Problem, make
+from tests.support import not_on
 
 HEADS = (1, 3, 16, 128)
 LENGTHS = (0, 1, 63, 64, 65, 200)
@@ -65,9 +66,8 @@ def test_parity_of_every_shape(backend, device, dtype, widths, causal):
         (16, torch.bfloat16, [(400, 400)]),
     ],
 )
+@not_on("takes the interpreter too long; the emulator runs these sizes", "interpret")
 def test_real_sizes(heads, dtype, lengths, backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter too long; the emulator runs these sizes")
     problem = make(lengths, heads=heads, key=128, rope=64, value=128, dtype=dtype, device=device)
     problem.check(problem.run())
 
@@ -186,9 +186,8 @@ def test_nan_in_a_sequence_stays_there(backend, device):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@not_on("has no tiles", "cpu")
 def test_other_tiles(backend, device, causal, monkeypatch):
-    if backend == "cpu":
-        pytest.skip("has no tiles")
     tile_for = prefill.MLA_PREFILL.tile_for
     for block in ({"BLOCK_M": 16, "BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 32}):
         monkeypatch.setattr(prefill.MLA_PREFILL, "tile_for", lambda *a: tile_for(*a) | block)  # noqa: B023
@@ -214,9 +213,8 @@ def test_no_access_leaves_a_tensor(name):
         prefill._launch(*problem.arguments())
 
 
+@not_on("values of CPU tensors are checked", "cpu")
 def test_results_of_real_sequences_survive_garbage_in_others(backend, device):
-    if backend == "cpu":
-        pytest.skip("values of CPU tensors are checked")
     problem = make([(20, 70), (5, 5)], poison=False, device=device)
     bounds = torch.tensor([[0, 0, 20, 20, 25], [0, 0, 70, 70, 2**31 - 1]], dtype=torch.int32, device=device)
     good = problem.run()
@@ -225,9 +223,8 @@ def test_results_of_real_sequences_survive_garbage_in_others(backend, device):
         assert torch.equal(got, want)
 
 
+@not_on("the interpreter copies whole storages", "interpret")
 def test_offsets_past_two_to_the_31(backend, device):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole storages")
     small = make([(5, 70)], poison=False, heads=2, dtype=torch.bfloat16, device=device)
     stride = 1 << 22
     rows = 2**31 // stride + 80

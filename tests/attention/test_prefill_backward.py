@@ -8,7 +8,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import mla_prefill
 from mla_kernels.reference import prefill as reference
 from tests.attention.prefill_problems import make
-from tests.support import assert_close
+from tests.support import assert_close, not_on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RAGGED = [(5, 9), (65, 70), (0, 4), (70, 3), (3, 0), (64, 64)]
@@ -42,9 +42,8 @@ def test_gradients(backend, device, dtype, widths, heads, causal):
 @pytest.mark.parametrize(
     "heads, dtype", [(128, torch.bfloat16), (16, torch.float32)], ids=["128 heads bf16", "16 heads fp32"]
 )
+@not_on("takes the interpreter too long; the emulator runs these sizes", "interpret")
 def test_real_sizes(heads, dtype, backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter too long; the emulator runs these sizes")
     problem = make(
         [(70, 100), (33, 33)], heads=heads, key=128, rope=64, value=128, dtype=dtype, poison=False, device=device
     )
@@ -128,9 +127,8 @@ def test_repeats_and_the_rest_of_the_batch_change_no_bit(backend, device):
             assert torch.equal(got, joint[start : start + count])
 
 
+@not_on("has no tiles", "cpu")
 def test_other_tiles(backend, device, monkeypatch):
-    if backend == "cpu":
-        pytest.skip("has no tiles")
     for kernel in (prefill_backward.MLA_PREFILL_KEY_GRADIENT, prefill_backward.MLA_PREFILL_QUERY_GRADIENT):
         tile = {"BLOCK_M": 64, "BLOCK_N": 16, "PERSISTENT": int(backend in ("npu", "npu-emulated"))}
         monkeypatch.setattr(kernel, "tile_for", lambda *problem: tile | {"num_warps": 4, "num_stages": 1})  # noqa: B023

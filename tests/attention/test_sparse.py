@@ -11,6 +11,7 @@ from mla_kernels.attention.decode import mla_decode
 from mla_kernels.attention.sparse import sparse_mla_prefill
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import Decode, cache_of, make_decode, make_prefill, pick
+from tests.support import not_on
 
 HEADS = (1, 3, 5, 12, 16, 20, 63, 96, 127, 128)
 TOP_K = (1, 7, 31, 32, 33, 64, 100)
@@ -80,17 +81,15 @@ def test_other_widths(backend, device, rope_dim, latent_dim):
         (127, torch.float16, None),
     ],
 )
+@not_on("takes the interpreter minutes; the emulator runs these sizes", "interpret")
 def test_real_sizes(heads, dtype, layout, backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
     options = dict(latent_dim=512, rope_dim=64, dtype=dtype, layout=layout, page_size=64, device=device)
     problem = make_decode(2048, sequences=1, heads=heads, slots=5000, sink=True, **options)
     problem.check(problem.run())
 
 
+@not_on("takes the interpreter minutes; the emulator runs these sizes", "interpret")
 def test_real_prefill(backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
     options = dict(heads=128, rows=5000, latent_dim=512, rope_dim=64, dtype=torch.bfloat16, device=device)
     problem = make_prefill(3, 2048, lengths=True, **options)
     problem.check(problem.run())
@@ -193,9 +192,8 @@ def unchecked(problem: Decode) -> tuple[torch.Tensor, torch.Tensor]:
     return sparse._launch_decode(*problem.arguments())
 
 
+@not_on("values of CPU tensors are checked", "cpu")
 def test_lengths_out_of_range_are_clamped_on_a_device(backend, device):
-    if backend == "cpu":
-        pytest.skip("values of CPU tensors are checked")
     problem = make_decode(40, sequences=3, device=device)
     problem.topk_length = torch.tensor([2**31 - 1, -5, 41], dtype=torch.int32, device=device)
     problem.check(unchecked(problem))
@@ -248,9 +246,8 @@ def test_queries_rows_and_indices_of_any_stride(backend, device):
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
+@not_on("the interpreter copies whole storages", "interpret")
 def test_offsets_past_two_to_the_31(backend, device, page_size):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole storages")
     pages = 2**31 // (page_size * 80) + 20
     data = torch.empty(pages, page_size, 80, dtype=torch.bfloat16, device=device)  # only the pages in use become real
     small = make_decode(33, slots=10 * page_size, page_size=page_size, dtype=torch.bfloat16, device=device)

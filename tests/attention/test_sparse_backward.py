@@ -8,6 +8,7 @@ from mla_kernels.attention import sparse_backward
 from mla_kernels.attention.sparse import sparse_mla_prefill
 from mla_kernels.cpu import sparse as cpu_sparse
 from tests.attention.sparse_problems import make_prefill
+from tests.support import not_on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,9 +45,8 @@ def test_other_widths(backend, device, rope_dim, latent_dim):
     problem.check_gradients()
 
 
+@not_on("takes the interpreter minutes; the emulator runs these sizes", "interpret")
 def test_real_widths(backend, device):
-    if backend == "interpret":
-        pytest.skip("takes the interpreter minutes; the emulator runs these sizes")
     problem = make_prefill(2, 256, heads=64, rows=600, latent_dim=512, rope_dim=64, dtype=torch.bfloat16, device=device)
     problem.check_gradients()
 

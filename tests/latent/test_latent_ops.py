@@ -10,6 +10,7 @@ from mla_kernels.latent import compress, write
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import ROPE_MODES
 from tests.latent.problems import OPS, QUANTISED, bits, make, random_bits
+from tests.support import not_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -101,9 +102,8 @@ def test_parity_sweep(backend, device, seed):
     ("rope", "hidden_size"), [("interleaved_to_half", 7168), ("interleaved", 2048)], ids=["v3", "v2_lite"]
 )
 @pytest.mark.parametrize("layout", [None, *QUANTISED])
+@not_on("the interpreter takes minutes at this width", "interpret")
 def test_real_widths(backend, device, op, rope, hidden_size, layout):
-    if backend == "interpret":
-        pytest.skip("the interpreter takes minutes at this width")
     parity(
         make(
             op,
@@ -191,9 +191,8 @@ def test_a_token_that_is_not_finite_spoils_only_its_own_slot(backend, device, op
 
 
 @pytest.mark.parametrize("op", OPS)
+@not_on("the interpreter copies whole tensors", "interpret")
 def test_offsets_past_two_to_the_31(backend, device, op):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole tensors")
     problem = make(op, tokens=3, dtype=torch.bfloat16, device=device)
     width = problem.cache.data.shape[2]
     rows = (1 << 31) // width + 5
@@ -213,9 +212,8 @@ def test_offsets_past_two_to_the_31(backend, device, op):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", QUANTISED)
+@not_on("the interpreter copies whole tensors", "interpret")
 def test_quantised_offsets_past_two_to_the_31(backend, device, op, layout):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole tensors")
     problem = make(op, tokens=3, layout=layout, rope_dim=16, device=device)
     width = problem.cache.data.shape[2]
     pages = (1 << 31) // (5 * width) + 2

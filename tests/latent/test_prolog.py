@@ -16,7 +16,7 @@ from mla_kernels.reference import prolog as reference
 from tests.cpu.recorder import record
 from tests.latent.problems import QUANTISED, bits
 from tests.latent.prolog_problems import DTYPES, GLM_HEADS, OPS, V3_HEADS, Sizes, make, op_arguments, run
-from tests.support import assert_close, poisoned
+from tests.support import assert_close, not_on, poisoned
 
 SMALL = Sizes()
 ROPE_WIDTH = {"interleaved_to_half": 16, "interleaved": 64, "half": 32}
@@ -118,9 +118,8 @@ def test_widths_of_released_models(backend, device, op, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("heads", [20, 63, 96, 128])
+@not_on("the interpreter takes minutes at these sizes", "interpret")
 def test_many_heads_and_tokens(backend, device, op, heads):
-    if backend == "interpret":
-        pytest.skip("the interpreter takes minutes at these sizes")
     parity(op, dataclasses.replace(V3_HEADS, tokens=70, heads=heads), dtype=torch.bfloat16, device=device)
 
 
@@ -199,9 +198,8 @@ def test_strided_inputs(backend, device, op):
 
 
 @pytest.mark.parametrize("op", HEAD_OPS)
+@not_on("the interpreter copies whole tensors", "interpret")
 def test_offsets_past_two_to_the_31(backend, device, op):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole tensors")
     arguments = make(op, dtype=torch.bfloat16, device=device)
     name = "q" if op == "absorb_query" else "out"
     value = arguments[name]
@@ -264,10 +262,9 @@ def test_a_token_that_is_not_finite_spoils_only_itself(backend, device, op):
 
 
 @pytest.mark.parametrize("op", ["absorb_query", "norm_and_write", "mla_prolog"])
+@not_on("refused on a CPU", "cpu")
 def test_positions_outside_the_tables_on_a_device(backend, device, op):
     """Nothing is read outside them: such a token is not cached, and its query is turned by the nearest row."""
-    if backend == "cpu":
-        pytest.skip("refused on a CPU")
     arguments = make(op, device=device)
     arguments["positions"][1], arguments["positions"][3] = -5, 1 << 20
     call = prolog._launch_prolog if op == "mla_prolog" else prolog._launch_norm_and_write

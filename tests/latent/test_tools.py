@@ -9,6 +9,7 @@ from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.reference import latent as reference
 from tests.latent.problems import QUANTISED, bits, random_bits
+from tests.support import not_on
 
 LATENT, ROPE, PAGES, PAGE_SIZE = 128, 32, 7, 3
 KINDS = {
@@ -250,9 +251,11 @@ def test_launch_of_scatter_skips_what_is_out_of_range(mode):
 
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("target", KINDS)
-def test_convert_cache(backend, device, source, target):
-    if backend == "interpret" and {source, target} & {"fp16"}:
-        pytest.skip("the other backends cover it; the interpreter is slow")
+@pytest.mark.leave_out(
+    "the other backends cover it; the interpreter is slow",
+    when=lambda backend, source, target: backend == "interpret" and "fp16" in (source, target),
+)
+def test_convert_cache(device, source, target):
     cache = filled(source, device, strided=source == "int8", pages=2)
     layout, dtype = KINDS[target]
     converted = convert_cache(cache, layout, dtype=dtype)
@@ -328,9 +331,8 @@ def test_no_access_outside_the_tensors():
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_v32"])
+@not_on("the interpreter copies whole tensors", "interpret")
 def test_offsets_past_two_to_the_31(backend, device, kind):
-    if backend == "interpret":
-        pytest.skip("the interpreter copies whole tensors")
     layout, _ = KINDS[kind]
     small = filled(kind, device, pages=1)
     width = small.data.shape[2]

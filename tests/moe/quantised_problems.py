@@ -10,6 +10,7 @@ from mla_kernels.moe.weights import ExpertWeights
 from mla_kernels.reference import quant as reference
 from mla_kernels.reference.moe import Activation as ReferenceActivation
 from tests.moe.problems import distinct_ids
+from tests.support import on_cpu
 
 FORMATS = ("int8", "int4", "mxfp4", "fp8_block", "int8_w8a8")
 
@@ -30,10 +31,11 @@ class QuantisedLayer:
         return fused_experts(self.hidden, self.experts, self.weights, self.ids, **options)
 
     def answer(self, dtype):
-        """By the reference in ``dtype``."""
+        """By the reference in ``dtype``, on the CPU."""
         options = {"activation": ReferenceActivation(**self.activation), "weight_at": self.weight_at}
-        weights = self.weights.double() if dtype == torch.float64 else self.weights
-        return reference.fused_experts(self.hidden.to(dtype), self.experts, weights, self.ids, **options)
+        hidden, weights, ids = on_cpu((self.hidden, self.weights, self.ids))
+        weights = weights.double() if dtype == torch.float64 else weights
+        return reference.fused_experts(hidden.to(dtype), self.experts.to("cpu"), weights, ids, **options)
 
     def exact(self):
         return self.answer(torch.float64)
@@ -48,7 +50,7 @@ class QuantisedLayer:
 
 def quantised_layer(
     form, tokens, experts, top_k, hidden, intermediate, dtype=torch.float32, *,
-    bias=False, activation=None, weight_at="output", ids=None, **options,
+    bias=False, activation=None, weight_at="output", ids=None, device="cpu", **options,
 ) -> QuantisedLayer:  # fmt: skip
     """A random layer whose activations keep the size of its inputs. ``options`` are those of ExpertWeights.quantise."""
     gate_up = torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5
@@ -57,10 +59,10 @@ def quantised_layer(
         options["gate_up_bias"] = (torch.randn(experts, 2 * intermediate) * 0.3).to(dtype)
         options["down_bias"] = (torch.randn(experts, hidden) * 0.3).to(dtype)
     return QuantisedLayer(
-        torch.randn(tokens, hidden).to(dtype),
-        ExpertWeights.quantise(gate_up.to(dtype), down.to(dtype), form, **options),
-        torch.rand(tokens, top_k),
-        distinct_ids(tokens, experts, top_k) if ids is None else ids,
+        torch.randn(tokens, hidden).to(device, dtype),
+        ExpertWeights.quantise(gate_up.to(dtype), down.to(dtype), form, **options).to(device),
+        torch.rand(tokens, top_k).to(device),
+        (distinct_ids(tokens, experts, top_k) if ids is None else ids).to(device),
         activation or {},
         weight_at,
     )

@@ -10,10 +10,11 @@ from mla_kernels.moe.align import align_blocks
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
 from tests.moe.test_dispatch import random_ids
+from tests.support import on_cpu
 
 
 def assert_same(got, want):
-    for one, other in zip(got, want, strict=True):
+    for one, other in zip(*on_cpu((got, want)), strict=True):
         assert one.dtype == torch.int32 and torch.equal(one, other)
 
 
@@ -21,29 +22,29 @@ def assert_same(got, want):
     "tokens, experts, top_k, block_size",
     [(0, 8, 2, 16), (1, 1, 1, 1), (2, 64, 6, 16), (17, 8, 1, 64), (61, 16, 6, 16), (300, 8, 6, 48), (3, 70, 8, 7)],
 )
-def test_parity(backend, tokens, experts, top_k, block_size):
-    ids = random_ids(tokens, experts, top_k)
-    assert_same(align_blocks(ids, experts, block_size), reference.align_blocks(ids, experts, block_size))
+def test_parity(device, tokens, experts, top_k, block_size):
+    ids = random_ids(tokens, experts, top_k, device)
+    assert_same(align_blocks(ids, experts, block_size), reference.align_blocks(ids.cpu(), experts, block_size))
 
 
-def test_documented_example(backend):
-    ids = torch.tensor([[2, 0], [0, -1], [2, 2]], dtype=torch.int32)
+def test_documented_example(device):
+    ids = torch.tensor([[2, 0], [0, -1], [2, 2]], dtype=torch.int32, device=device)
     sorted_ids, expert_ids, used = align_blocks(ids, 3, 2)
     assert sorted_ids.tolist() == [1, 2, 0, 4, 5, 6, 6, 6]
     assert expert_ids.tolist() == [0, 2, 2, -1] and used.tolist() == [6]
 
 
-def test_the_example_of_sglang_and_vllm(backend):
+def test_the_example_of_sglang_and_vllm(device):
     """That of their docstrings, its experts numbered from 0."""
     ids = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], dtype=torch.int32) - 1
-    sorted_ids, expert_ids, used = align_blocks(ids, 4, 4)
+    sorted_ids, expert_ids, used = align_blocks(ids.to(device), 4, 4)
     assert used.tolist() == [16] and expert_ids[:4].tolist() == [0, 1, 2, 3]
     assert sorted_ids[:16].tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
 
 
-def test_every_pair_with_an_expert_stands_once_in_a_block_of_its_own(backend):
+def test_every_pair_with_an_expert_stands_once_in_a_block_of_its_own(device):
     ids = random_ids(61, 16, 6)
-    sorted_ids, expert_ids, used = align_blocks(ids, 16, 16)
+    sorted_ids, expert_ids, used = on_cpu(align_blocks(ids.to(device), 16, 16))
     blocks = sorted_ids.view(-1, 16)
     flat = torch.cat([ids.flatten(), torch.tensor([-1], dtype=torch.int32)])
     in_use = int(used) // 16
@@ -56,18 +57,18 @@ def test_every_pair_with_an_expert_stands_once_in_a_block_of_its_own(backend):
 
 
 @pytest.mark.parametrize("expert", [0, 7, -1, 8])
-def test_all_tokens_to_one_expert(backend, expert):
+def test_all_tokens_to_one_expert(device, expert):
     ids = torch.full((100, 6), expert, dtype=torch.int32)
-    assert_same(align_blocks(ids, 8, 64), reference.align_blocks(ids, 8, 64))
+    assert_same(align_blocks(ids.to(device), 8, 64), reference.align_blocks(ids, 8, 64))
 
 
-def test_rows_with_a_stride(backend):
-    wide = random_ids(17, 8, 6)
+def test_rows_with_a_stride(device):
+    wide = random_ids(17, 8, 6, device)
     assert_same(align_blocks(wide[:, 1:4], 8, 16), align_blocks(wide[:, 1:4].contiguous(), 8, 16))
 
 
-def test_repeats_give_the_same_bits(backend):
-    ids = random_ids(61, 16, 6)
+def test_repeats_give_the_same_bits(backend, device):
+    ids = random_ids(61, 16, 6, device)
     first = align_blocks(ids, 16, 16)
     for _ in range(2 if backend == "interpret" else 20):
         assert_same(align_blocks(ids, 16, 16), first)

@@ -12,7 +12,7 @@ from mla_kernels.moe.load import expert_load, update_bias
 from mla_kernels.moe.route import route
 from mla_kernels.reference import balance as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, poisoned
+from tests.support import assert_close, on_cpu, poisoned
 
 BOUNDS = {
     "batch": None,
@@ -22,12 +22,12 @@ BOUNDS = {
 }
 
 
-def bounds_of(name):
-    return None if BOUNDS[name] is None else torch.tensor(BOUNDS[name], dtype=torch.int32)
+def bounds_of(name, device):
+    return None if BOUNDS[name] is None else torch.tensor(BOUNDS[name], dtype=torch.int32, device=device)
 
 
-def problem(tokens=203, experts=24, top_k=3, dtype=torch.float32, num_shared=0):
-    logits = (2 * torch.randn(tokens, experts)).to(dtype)
+def problem(tokens=203, experts=24, top_k=3, dtype=torch.float32, num_shared=0, device="cpu"):
+    logits = (2 * torch.randn(tokens, experts)).to(device, dtype)
     _, ids = route(logits, top_k, num_shared=num_shared)
     return logits, ids
 
@@ -38,38 +38,45 @@ def loss_and_gradient(function, logits, ids, **options):
     return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
 
 
+def exactly(logits, ids, dtype=torch.float64, **options):
+    """The reference's loss and gradient, computed in ``dtype`` on the CPU."""
+    logits, ids, options = on_cpu((logits, ids, options))
+    return loss_and_gradient(reference.balance_loss, logits.to(dtype), ids, **options)
+
+
 @pytest.mark.parametrize("experts", [1, 8, 160, 1024])
 @pytest.mark.parametrize("tokens", [0, 1, 77])
-def test_load(backend, tokens, experts):
+def test_load(device, tokens, experts):
     ids = torch.randint(-2, experts + 3, (tokens, 3), dtype=torch.int32)
     if tokens > 1:
         ids[0], ids[1, 0] = torch.tensor([2**31 - 1, -(2**31), 1 << 24]), experts
-    load = expert_load(ids, experts)
+    load = expert_load(ids.to(device), experts)
     assert load.dtype == torch.int32
-    assert torch.equal(load, reference.expert_load(ids, experts))
+    assert torch.equal(load.cpu(), reference.expert_load(ids, experts))
 
 
-def test_load_of_one_expert_and_of_a_view(backend):
-    assert expert_load(torch.full((900, 2), 5, dtype=torch.int32), 7).tolist() == [0, 0, 0, 0, 0, 1800, 0]
+def test_load_of_one_expert_and_of_a_view(device):
+    ids = torch.full((900, 2), 5, dtype=torch.int32, device=device)
+    assert expert_load(ids, 7).tolist() == [0, 0, 0, 0, 0, 1800, 0]
     wide = torch.randint(0, 9, (40, 8), dtype=torch.int32)
-    assert torch.equal(expert_load(wide[:, 2:5], 9), reference.expert_load(wide[:, 2:5], 9))
+    assert torch.equal(expert_load(wide.to(device)[:, 2:5], 9).cpu(), reference.expert_load(wide[:, 2:5], 9))
 
 
 @pytest.mark.parametrize("experts", [1, 8, 160, 1000])
-def test_bias(backend, experts):
+def test_bias(device, experts):
     load, bias = torch.randint(0, 9, (experts,), dtype=torch.int32), torch.randn(experts)
     load[0] += (-load.sum()) % experts  # the mean is an integer: some experts have it
     for delta in (0, 1):
         load[0] += delta
-        expected = bias.clone()
-        reference.update_bias(expected, load, 0.125)
-        update_bias(bias, load, 0.125)
-        assert torch.equal(bias, expected)
+        updated = bias.to(device, copy=True)
+        update_bias(updated, load.to(device), 0.125)
+        reference.update_bias(bias, load, 0.125)
+        assert torch.equal(updated.cpu(), bias)
 
 
-def test_bias_with_large_loads(backend):
+def test_bias_with_large_loads(device):
     """In fp32 these loads are equal to their mean."""
-    load, bias = torch.full((8,), 200_000_001, dtype=torch.int32), torch.zeros(8)
+    load, bias = torch.full((8,), 200_000_001, dtype=torch.int32, device=device), torch.zeros(8, device=device)
     load[3] -= 1
     update_bias(bias, load, 1.0)
     assert bias.tolist() == [-1, -1, -1, 1, -1, -1, -1, -1]
@@ -77,12 +84,13 @@ def test_bias_with_large_loads(backend):
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("name", BOUNDS)
-def test_parity(backend, name, scoring, thorough):
-    if backend == "npu-emulated" and name != "sequences" and scoring != "sigmoid" and not thorough:
-        pytest.skip("with --slow")
-    logits, ids = problem()
-    options = {"scoring": scoring, "cu_seqlens": bounds_of(name), "coefficient": 0.3}
-    exact, exact_gradient = loss_and_gradient(reference.balance_loss, logits.double(), ids, **options)
+@pytest.mark.slow(
+    when=lambda backend, name, scoring: backend == "npu-emulated" and name != "sequences" and scoring != "sigmoid"
+)
+def test_parity(device, name, scoring):
+    logits, ids = problem(device=device)
+    options = {"scoring": scoring, "cu_seqlens": bounds_of(name, device), "coefficient": 0.3}
+    exact, exact_gradient = exactly(logits, ids, **options)
     loss, gradient = loss_and_gradient(balance_loss, logits, ids, **options)
     assert loss.shape == () and loss.dtype == torch.float32
     assert_close(loss, exact)
@@ -90,12 +98,11 @@ def test_parity(backend, name, scoring, thorough):
 
 
 @pytest.mark.parametrize("experts, top_k, shared", [(160, 6, 2), (384, 8, 1), (1, 1, 0), (40, 16, 0)])
-def test_sizes(backend, experts, top_k, shared, thorough):
-    if backend == "npu-emulated" and experts not in (1, 384) and not thorough:
-        pytest.skip("with --slow")
-    logits, ids = problem(40, experts, top_k, num_shared=shared)
+@pytest.mark.slow(when=lambda backend, experts: backend == "npu-emulated" and experts not in (1, 384))
+def test_sizes(device, experts, top_k, shared):
+    logits, ids = problem(40, experts, top_k, num_shared=shared, device=device)
     options = {"num_shared": shared, "divide_by_top_k": False}
-    exact, exact_gradient = loss_and_gradient(reference.balance_loss, logits.double(), ids, **options)
+    exact, exact_gradient = exactly(logits, ids, **options)
     loss, gradient = loss_and_gradient(balance_loss, logits, ids, **options)
     assert_close(loss, exact)
     if experts == 1:  # its gradient is 0 but for rounding
@@ -105,10 +112,10 @@ def test_sizes(backend, experts, top_k, shared, thorough):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_logits(backend, dtype):
-    logits, ids = problem(40, dtype=dtype)
-    exact, exact_gradient = loss_and_gradient(reference.balance_loss, logits.double(), ids)
-    _, baseline = loss_and_gradient(reference.balance_loss, logits, ids)
+def test_16_bit_logits(device, dtype):
+    logits, ids = problem(40, dtype=dtype, device=device)
+    exact, exact_gradient = exactly(logits, ids)
+    _, baseline = exactly(logits, ids, dtype)
     loss, gradient = loss_and_gradient(balance_loss, logits, ids)
     assert gradient.dtype == dtype
     assert_close(loss, exact)
@@ -116,31 +123,32 @@ def test_16_bit_logits(backend, dtype):
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
-def test_nan_logits_and_ids_that_are_none(backend, scoring):
-    logits, ids = problem(60)
+def test_nan_logits_and_ids_that_are_none(device, scoring):
+    logits, ids = on_cpu(problem(60, device=device))
     logits[torch.rand(60, 24) < 0.1] = float("nan")
     logits[3] = float("nan")
     ids[torch.rand(60, 3) < 0.2] = -1
     ids[0, 0], ids[1, 1] = 2**31 - 1, 24
-    options = {"scoring": scoring, "cu_seqlens": torch.tensor([0, 20, 60], dtype=torch.int32)}
-    exact, exact_gradient = loss_and_gradient(reference.balance_loss, logits.double(), ids, **options)
+    logits, ids = logits.to(device), ids.to(device)
+    options = {"scoring": scoring, "cu_seqlens": torch.tensor([0, 20, 60], dtype=torch.int32, device=device)}
+    exact, exact_gradient = exactly(logits, ids, **options)
     loss, gradient = loss_and_gradient(balance_loss, logits, ids, **options)
     assert_close(loss, exact)
     assert not gradient[logits.isnan()].any()
-    assert_close(gradient, exact_gradient.masked_fill(logits.isnan(), 0.0))
+    assert_close(gradient, exact_gradient.masked_fill(logits.cpu().isnan(), 0.0))
 
 
-def test_no_tokens(backend):
-    logits, ids = torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.int32)
-    for bounds in (None, torch.zeros(3, dtype=torch.int32)):
+def test_no_tokens(device):
+    logits, ids = torch.zeros(0, 8, device=device), torch.zeros(0, 2, dtype=torch.int32, device=device)
+    for bounds in (None, torch.zeros(3, dtype=torch.int32, device=device)):
         loss, gradient = loss_and_gradient(balance_loss, logits, ids, cu_seqlens=bounds)
         assert loss == 0 and gradient.shape == (0, 8)
 
 
-def test_strides_and_poison(backend):
-    logits, ids = problem(30)
+def test_strides_and_poison(device):
+    logits, ids = problem(30, device=device)
     expected = loss_and_gradient(balance_loss, logits, ids)
-    wide, wide_ids = poisoned(30, 40), torch.full((30, 8), 1, dtype=torch.int32)
+    wide, wide_ids = poisoned(30, 40, device=device), torch.full((30, 8), 1, dtype=torch.int32, device=device)
     wide[:, 5:29], wide_ids[:, 2:5] = logits, ids
     leaf = wide.requires_grad_()
     loss = balance_loss(leaf[:, 5:29], wide_ids[:, 2:5])
@@ -148,9 +156,9 @@ def test_strides_and_poison(backend):
     torch.testing.assert_close(torch.autograd.grad(3 * loss, leaf)[0][:, 5:29], expected[1])
 
 
-def test_tokens_of_no_sequence_are_not_read_into_the_loss(backend):
-    logits, ids = problem(30)
-    bounds = torch.tensor([4, 11, 25], dtype=torch.int32)
+def test_tokens_of_no_sequence_are_not_read_into_the_loss(device):
+    logits, ids = problem(30, device=device)
+    bounds = torch.tensor([4, 11, 25], dtype=torch.int32, device=device)
     expected = loss_and_gradient(balance_loss, logits, ids, cu_seqlens=bounds)
     logits[:4], logits[25:], ids[25:] = float("nan"), 1e30, 0
     got = loss_and_gradient(balance_loss, logits, ids, cu_seqlens=bounds)
@@ -168,9 +176,9 @@ def test_bounds_that_are_wrong_stay_inside_the_tensors(mode):
     assert losses.isfinite().all() and gradient.isfinite().all() and losses[1] == 0
 
 
-def test_a_sequence_does_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend):
-    logits, ids = problem(64)
-    bounds = torch.tensor([0, 20, 64], dtype=torch.int32)
+def test_a_sequence_does_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, device):
+    logits, ids = problem(64, device=device)
+    bounds = torch.tensor([0, 20, 64], dtype=torch.int32, device=device)
     arguments = logits, ids, bounds, "sigmoid", 0, True, 1.0
     first = torch.ops.mla_kernels.balance_loss(*arguments)[0]
     for _ in range(20 if backend != "interpret" else 2):

@@ -12,25 +12,24 @@ from mla_kernels.moe.experts import expert_ffn
 from mla_kernels.moe.fused import WEIGHT_PLACES, fused_moe
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
-from tests.moe.problems import OPTIONS, Layer, distinct_ids, layer, with_options
-from tests.support import assert_close, poisoned
+from tests.moe.problems import OPTIONS, Layer, distinct_ids, double, layer, with_options
+from tests.support import assert_close, on_cpu, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_parity(backend, name, dtype, thorough):
-    if backend != "cpu" and dtype != torch.float32 and name != "gpt_oss" and not thorough:
-        pytest.skip("with --slow")
-    problem = with_options(layer(17, 8, 3, 80, 72, dtype), **OPTIONS[name])
+@pytest.mark.slow(when=lambda backend, dtype, name: backend != "cpu" and dtype != torch.float32 and name != "gpt_oss")
+def test_parity(device, name, dtype):
+    problem = with_options(layer(17, 8, 3, 80, 72, dtype, device=device), **OPTIONS[name])
     problem.ids[3, 1], problem.ids[7] = -1, 8
     assert_close(problem.run(), problem.exact(), problem.baseline())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_one_token(backend, name):
-    problem = with_options(layer(1, 8, 3, 80, 72), **OPTIONS[name])
+def test_one_token(device, name):
+    problem = with_options(layer(1, 8, 3, 80, 72, device=device), **OPTIONS[name])
     problem.ids[0, 1] = -1
     assert_close(problem.run(), problem.exact())
 
@@ -39,34 +38,34 @@ EVERY = list(itertools.product(Clamp, WEIGHT_PLACES, *[(False, True)] * 3))
 
 
 @pytest.mark.parametrize("clamp, weight_at, interleaved, biases, transposed", EVERY[::17])
-def test_sampled_combinations(backend, clamp, weight_at, interleaved, biases, transposed):
-    check_combination(clamp, weight_at, interleaved, biases, transposed)
+def test_sampled_combinations(device, clamp, weight_at, interleaved, biases, transposed):
+    check_combination(clamp, weight_at, interleaved, biases, transposed, device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clamp, weight_at, interleaved, biases, transposed", EVERY)
-def test_every_combination(backend, clamp, weight_at, interleaved, biases, transposed):
-    check_combination(clamp, weight_at, interleaved, biases, transposed)
+def test_every_combination(device, clamp, weight_at, interleaved, biases, transposed):
+    check_combination(clamp, weight_at, interleaved, biases, transposed, device)
 
 
-def check_combination(clamp, weight_at, interleaved, biases, transposed):
+def check_combination(clamp, weight_at, interleaved, biases, transposed, device):
     activation = Activation(clamp, limit=None if clamp is Clamp.NONE else 0.6, alpha=1.3, interleaved=interleaved)
     options = {"activation": activation, "weight_at": weight_at, "biases": biases, "transposed": transposed}
-    problem = with_options(layer(5, 4, 2, 40, 24), **options)
+    problem = with_options(layer(5, 4, 2, 40, 24, device=device), **options)
     assert_close(problem.run(), problem.exact())
 
 
 @pytest.mark.parametrize("which", ["gate_up", "down"])
-def test_only_one_weight_is_transposed(backend, which):
-    problem = layer(5, 4, 2, 40, 24)
+def test_only_one_weight_is_transposed(device, which):
+    problem = layer(5, 4, 2, 40, 24, device=device)
     stored = getattr(problem, which).transpose(1, 2).contiguous()
     setattr(problem, which, stored.transpose(1, 2))
     assert_close(problem.run(), problem.exact())
 
 
-def test_transposed_views_with_strides_among_nan(backend):
-    problem = layer(17, 8, 3, 80, 72)
-    gate_up, down = poisoned(8, 90, 150), poisoned(8, 80, 90)
+def test_transposed_views_with_strides_among_nan(device):
+    problem = layer(17, 8, 3, 80, 72, device=device)
+    gate_up, down = poisoned(8, 90, 150, device=device), poisoned(8, 80, 90, device=device)
     gate_up[:, 3:83, 2:146], down[:, 5:77, 1:81] = problem.gate_up.transpose(1, 2), problem.down.transpose(1, 2)
     views = gate_up[:, 3:83, 2:146].transpose(1, 2), down[:, 5:77, 1:81].transpose(1, 2)
     assert_close(fused_moe(problem.hidden, *views, problem.weights, problem.ids), problem.exact())
@@ -74,7 +73,7 @@ def test_transposed_views_with_strides_among_nan(backend):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("clamp", [Clamp.PRE, Clamp.POST, Clamp.GPT_OSS])
-def test_what_a_clamp_does_to_nan_and_infinity(backend, clamp):
+def test_what_a_clamp_does_to_nan_and_infinity(device, clamp):
     """The even tokens give infinite gates or ups of both signs, the last one NaN: as torch.clamp has it."""
     nan, inf = float("nan"), float("inf")
     hidden = torch.zeros(5, 16)
@@ -82,7 +81,8 @@ def test_what_a_clamp_does_to_nan_and_infinity(backend, clamp):
     gate_up = torch.zeros(1, 2, 16)
     gate_up[0, 0, 0], gate_up[0, 1, 1] = 10.0, 10.0
     options = {"activation": Activation(clamp, limit=7.0)}
-    problem = Layer(hidden, gate_up, torch.ones(1, 16, 1), torch.ones(5, 1), torch.zeros(5, 1).int(), options)
+    tensors = hidden, gate_up, torch.ones(1, 16, 1), torch.ones(5, 1), torch.zeros(5, 1).int()
+    problem = Layer(*(tensor.to(device) for tensor in tensors), options)
     exact = problem.exact()
     actual = problem.run()
     assert exact[:4].isfinite().all() and exact[4].isnan().all()
@@ -90,28 +90,30 @@ def test_what_a_clamp_does_to_nan_and_infinity(backend, clamp):
     assert inf > actual[:4].abs().max()
 
 
-def test_shared_experts_are_more_experts_that_every_token_chooses(backend):
+def test_shared_experts_are_more_experts_that_every_token_chooses(device):
     """Two shared experts at the end: their ids with weight 1 add the dense network of both."""
-    problem = layer(17, 10, 5, 80, 72)
+    problem = layer(17, 10, 5, 80, 72, device=device)
     problem.ids[:, :3] = distinct_ids(17, 8, 3)
-    problem.ids[:, 3:], problem.weights[:, 3:] = torch.tensor([8, 9], dtype=torch.int32), 1.0
+    problem.ids[:, 3], problem.ids[:, 4], problem.weights[:, 3:] = 8, 9, 1.0
     routed = Layer(problem.hidden, problem.gate_up[:8], problem.down[:8], problem.weights[:, :3], problem.ids[:, :3])
-    x, total = problem.hidden.double(), routed.exact()
+    x, gate_up, down = (tensor.cpu().double() for tensor in problem.inputs()[:3])
+    total = routed.exact()
     for expert in (8, 9):
-        gate, up = (x @ problem.gate_up[expert].double().T).chunk(2, -1)
-        total = total + (torch.nn.functional.silu(gate) * up) @ problem.down[expert].double().T
+        gate, up = (x @ gate_up[expert].T).chunk(2, -1)
+        total = total + (torch.nn.functional.silu(gate) * up) @ down[expert].T
     assert_close(problem.run(), total)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expert_ffn(backend, dtype):
-    problem = with_options(layer(17, 8, 3, 80, 72, dtype), **OPTIONS["gpt_oss"])
+def test_expert_ffn(device, dtype):
+    problem = with_options(layer(17, 8, 3, 80, 72, dtype, device=device), **OPTIONS["gpt_oss"])
     sorted_pairs = dispatch(problem.ids, 8)
-    inputs = problem.inputs()[:3]
-    wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in problem.options.items()}
-    exact = reference.expert_ffn(*(x.double() for x in inputs), sorted_pairs, **wide)
-    baseline = None if dtype == torch.float32 else reference.expert_ffn(*inputs, sorted_pairs, **problem.options)
-    assert_close(expert_ffn(*inputs, sorted_pairs, **problem.options), exact, baseline)
+    actual = expert_ffn(*problem.inputs()[:3], sorted_pairs, **problem.options)
+    inputs, pairs, options = on_cpu((problem.inputs()[:3], sorted_pairs, problem.options))
+    wide = {name: double(value) for name, value in options.items()}
+    exact = reference.expert_ffn(*map(double, inputs), pairs, **wide)
+    baseline = None if dtype == torch.float32 else reference.expert_ffn(*inputs, pairs, **options)
+    assert_close(actual, exact, baseline)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -123,8 +125,8 @@ def test_no_access_outside_the_tensors(name):
     assert_close(actual, problem.exact())
 
 
-def test_repeats_give_the_same_bits(backend):
-    problem = with_options(layer(5, 4, 2, 40, 24), **OPTIONS["gpt_oss"])
+def test_repeats_give_the_same_bits(backend, device):
+    problem = with_options(layer(5, 4, 2, 40, 24, device=device), **OPTIONS["gpt_oss"])
     first = problem.run()
     for _ in range(1 if backend == "interpret" else 20):
         assert torch.equal(first, problem.run())

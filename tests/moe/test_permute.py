@@ -11,38 +11,40 @@ from mla_kernels.moe.dispatch import dispatch
 from mla_kernels.moe.permute import permute, unpermute
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, poisoned
+from tests.support import assert_close, on_cpu, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS = 8
 
 
-def problem(tokens=17, top_k=3, hidden=80, dtype=torch.float32):
+def problem(tokens=17, top_k=3, hidden=80, dtype=torch.float32, device="cpu"):
     """Rows in expert order, weights and the sorted pairs of ids of which a third have no expert."""
     ids = torch.randint(-2, EXPERTS + 2, (tokens, top_k), dtype=torch.int32)
-    return torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, top_k), dispatch(ids, EXPERTS)
+    rows, weights = torch.randn(tokens, hidden).to(device, dtype), torch.rand(tokens, top_k).to(device)
+    return rows, weights, dispatch(ids.to(device), EXPERTS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, top_k, hidden", [(17, 3, 80), (1, 8, 33), (5, 1, 2100), (0, 2, 16)])
-def test_parity(backend, tokens, top_k, hidden, dtype):
-    x, weights, dispatched = problem(tokens, top_k, hidden, dtype)
+def test_parity(device, tokens, top_k, hidden, dtype):
+    x, weights, dispatched = problem(tokens, top_k, hidden, dtype, device)
     rows = permute(x, dispatched)
-    assert rows.dtype == dtype and torch.equal(rows, reference.permute(x, dispatched))
-    rows = torch.randn(tokens * top_k, hidden).to(dtype)
+    assert rows.dtype == dtype and torch.equal(rows.cpu(), reference.permute(*on_cpu((x, dispatched))))
+    rows = torch.randn(tokens * top_k, hidden).to(device, dtype)
     rows[int(dispatched.offsets[-1]) :] = float("nan")
     for options in ({"weights": weights}, {"top_k": top_k}, {}):
-        exact = reference.unpermute(rows.double(), dispatched, **options)
-        baseline = None if dtype == torch.float32 else reference.unpermute(rows, dispatched, **options)
+        inputs, same = on_cpu(((rows, dispatched), options))
+        exact = reference.unpermute(inputs[0].double(), inputs[1], **same)
+        baseline = None if dtype == torch.float32 else reference.unpermute(*inputs, **same)
         assert_close(unpermute(rows, dispatched, **options), exact, baseline)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gradients(backend, dtype, weighted):
-    x, weights, dispatched = problem(dtype=dtype)
+def test_gradients(device, dtype, weighted):
+    inputs = problem(dtype=dtype, device=device)
 
-    def gradients(run, dtype):
+    def gradients(run, dtype, x, weights, dispatched):
         hidden = x.to(dtype).requires_grad_()
         leaves = [hidden]
         options = {"top_k": 3}
@@ -56,26 +58,28 @@ def test_gradients(backend, dtype, weighted):
     class Ours:
         permute, unpermute = staticmethod(permute), staticmethod(unpermute)
 
-    baselines = (None, None) if dtype == torch.float32 else gradients(reference, dtype)
-    for got, want, baseline in zip(gradients(Ours, dtype), gradients(reference, torch.float64), baselines):
+    copies = on_cpu(inputs)
+    baselines = (None, None) if dtype == torch.float32 else gradients(reference, dtype, *copies)
+    exact = gradients(reference, torch.float64, *copies)
+    for got, want, baseline in zip(gradients(Ours, dtype, *inputs), exact, baselines):
         bound = baseline if got.dtype == dtype or baseline is None else baseline.float()
         assert_close(got, want, bound)
 
 
-def test_there_and_back_is_the_identity(backend):
-    x = torch.randn(17, 80)
-    ids = torch.randint(0, EXPERTS, (17, 3), dtype=torch.int32)
+def test_there_and_back_is_the_identity(device):
+    x = torch.randn(17, 80).to(device)
+    ids = torch.randint(0, EXPERTS, (17, 3), dtype=torch.int32).to(device)
     dispatched = dispatch(ids, EXPERTS)
     rows = permute(x, dispatched)
     assert torch.equal(unpermute(rows, dispatched), x.repeat_interleave(3, 0))
-    assert_close(unpermute(rows, dispatched, torch.full((17, 3), 1 / 3)), x.double())
-    weights = torch.rand(17, 3)
+    assert_close(unpermute(rows, dispatched, torch.full((17, 3), 1 / 3, device=device)), x.double())
+    weights = torch.rand(17, 3).to(device)
     assert torch.equal(unpermute(rows, dispatched, weights), combine(rows, weights, dispatched))
 
 
-def test_nothing_is_read_of_tokens_and_weights_without_an_expert(backend):
-    x, weights, _ = problem()
-    ids = torch.randint(0, EXPERTS, (17, 3), dtype=torch.int32)
+def test_nothing_is_read_of_tokens_and_weights_without_an_expert(device):
+    x, weights, _ = problem(device=device)
+    ids = torch.randint(0, EXPERTS, (17, 3), dtype=torch.int32).to(device)
     ids[4], ids[7, 1] = -1, EXPERTS
     dispatched = dispatch(ids, EXPERTS)
     x[4], weights[4], weights[7, 1] = float("nan"), float("nan"), float("nan")
@@ -86,27 +90,27 @@ def test_nothing_is_read_of_tokens_and_weights_without_an_expert(backend):
         assert grad.isfinite().all() and (grad[4] == 0).all()
 
 
-def test_strided_inputs(backend):
-    x, weights, dispatched = problem()
-    wide, wide_weights = poisoned(17, 100), poisoned(17, 5)
+def test_strided_inputs(device):
+    x, weights, dispatched = problem(device=device)
+    wide, wide_weights = poisoned(17, 100, device=device), poisoned(17, 5, device=device)
     wide[:, 4:84], wide_weights[:, 1:4] = x, weights
     rows = permute(wide[:, 4:84], dispatched)
     assert torch.equal(rows, permute(x, dispatched))
-    wide_rows = poisoned(51, 96)
+    wide_rows = poisoned(51, 96, device=device)
     wide_rows[:, 8:88] = rows
     got = unpermute(wide_rows[:, 8:88], dispatched, wide_weights[:, 1:4])
     assert torch.equal(got, unpermute(rows, dispatched, weights))
 
 
-def test_a_gradient_that_is_one_number_expanded(backend):
-    x, weights, dispatched = problem()
+def test_a_gradient_that_is_one_number_expanded(device):
+    x, weights, dispatched = problem(device=device)
     hidden = x.requires_grad_()
     unpermute(permute(hidden, dispatched), dispatched, weights.requires_grad_()).sum().backward()
     assert hidden.grad.isfinite().all() and weights.grad.isfinite().all()
 
 
-def test_repeats_give_the_same_bits(backend):
-    x, weights, dispatched = problem(dtype=torch.bfloat16)
+def test_repeats_give_the_same_bits(backend, device):
+    x, weights, dispatched = problem(dtype=torch.bfloat16, device=device)
     rows = permute(x, dispatched)
     first = unpermute(rows, dispatched, weights)
     for _ in range(2 if backend == "interpret" else 20):

@@ -6,7 +6,7 @@ import torch
 from mla_kernels.moe.route import route
 from mla_kernels.reference import route as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close
+from tests.support import assert_close, on_cpu, poisoned
 
 V2_LITE = {"top_k": 6, "scoring": "softmax", "renormalize": False}
 V2 = V2_LITE | {"num_groups": 8, "top_k_groups": 3, "routed_scale": 16.0}
@@ -43,12 +43,20 @@ CONFIGURATIONS = {
 }
 
 
-def problem(experts, options, tokens, dtype=torch.float32):
+def problem(experts, options, tokens, dtype=torch.float32, device="cpu"):
     """Logits and the arguments of route; ``bias`` is the size of a random one."""
     sigmoid = options.get("scoring", "sigmoid") == "sigmoid"
     size = options.get("bias", 0.1 if sigmoid and experts > 1 else 0.0)
-    bias = torch.randn(experts) * size if size else None
-    return (torch.randn(tokens, experts) * 2).to(dtype), options | {"bias": bias}
+    bias = (torch.randn(experts) * size).to(device) if size else None
+    return (torch.randn(tokens, experts) * 2).to(device, dtype), options | {"bias": bias}
+
+
+def check(logits, options, weights, ids):
+    """Hold a result against the reference in float64, on the CPU."""
+    exact_weights, exact_ids = reference.route(logits.cpu().double(), **on_cpu(options))
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert torch.equal(ids.cpu(), exact_ids)
+    assert_close(weights, exact_weights)
 
 
 EMULATED = ("V2-Lite", "V2", "V3", "V4", "LongCat", "AX-K2", "Mistral 4", "groups of one", "shared experts")
@@ -56,40 +64,42 @@ EMULATED = ("V2-Lite", "V2", "V3", "V4", "LongCat", "AX-K2", "Mistral 4", "group
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("tokens", [0, 17])
-def test_parity(backend, name, tokens, thorough):
-    if backend == "npu-emulated" and name not in EMULATED and not thorough:
-        pytest.skip("with --slow")
-    experts, options = CONFIGURATIONS[name]
-    logits, options = problem(experts, options, tokens)
-    weights, ids = route(logits, **options)
-    exact_weights, exact_ids = reference.route(logits.double(), **options)
-    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
-    assert torch.equal(ids, exact_ids)
-    assert_close(weights, exact_weights)
+@pytest.mark.parametrize("tokens", [pytest.param(0, marks=pytest.mark.no_launch("no tokens")), 17])
+@pytest.mark.slow(when=lambda backend, name: backend == "npu-emulated" and name not in EMULATED)
+def test_parity(device, name, tokens):
+    logits, options = problem(*CONFIGURATIONS[name], tokens, device=device)
+    check(logits, options, *route(logits, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parity_of_16_bit_logits(backend, dtype):
-    logits, options = problem(64, V2_LITE, 17, dtype)
-    weights, ids = route(logits, **options)
-    exact_weights, exact_ids = reference.route(logits.double(), **options)
+def test_parity_of_16_bit_logits(device, dtype):
+    logits, options = problem(64, V2_LITE, 17, dtype, device)
+    weights, ids = on_cpu(route(logits, **options))
+    exact_weights, exact_ids = reference.route(logits.cpu().double(), **options)
     assert torch.equal(ids, exact_ids)
     assert (weights - exact_weights).abs().max() <= 1e-6  # computed in fp32, whatever the logits' dtype
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
-def test_v3_router_at_real_size(backend, tokens):
+def test_v3_router_at_real_size(backend, device, tokens):
     if backend == "interpret":
         tokens = min(tokens, 20)
-    logits, options = problem(256, V3, tokens)
+    logits, options = problem(256, V3, tokens, device=device)
     weights, ids = route(logits, **options)
-    exact_weights, exact_ids = reference.route(logits.double(), **options)
-    assert torch.equal(ids.sort(1).values, exact_ids.sort(1).values)
+    exact_weights, exact_ids = reference.route(logits.cpu().double(), **on_cpu(options))
+    assert torch.equal(ids.cpu().sort(1).values, exact_ids.sort(1).values)
     assert_close(weights, exact_weights)
 
 
-def test_hugging_face_v3_router(backend):
+def assert_the_same_choice(ours, theirs):
+    """Weights and ids, in whatever order of the slots."""
+    (weights, ids), (their_weights, their_ids) = on_cpu((ours, theirs))
+    order, their_order = ids.argsort(1), their_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
+    assert torch.allclose(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-5, atol=1e-6)
+
+
+def test_hugging_face_v3_router(device):
     import transformers
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -98,14 +108,12 @@ def test_hugging_face_v3_router(backend):
     with torch.no_grad():
         router.weight.normal_()
         router.e_score_correction_bias.normal_(0, 0.1)
-        logits, theirs, their_ids = router(torch.randn(17, 32))
-        weights, ids = route(logits, **V3, bias=router.e_score_correction_bias)
-    order, their_order = ids.argsort(1), their_ids.argsort(1)
-    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
-    assert torch.allclose(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=1e-6)
+        logits, *theirs = router(torch.randn(17, 32))
+        ours = route(logits.to(device), **V3, bias=router.e_score_correction_bias.to(device))
+    assert_the_same_choice(ours, tuple(theirs))
 
 
-def test_hugging_face_v2_router(backend):
+def test_hugging_face_v2_router(device):
     import transformers
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
@@ -116,59 +124,54 @@ def test_hugging_face_v2_router(backend):
     router = DeepseekV2TopkRouter(config).eval()
     with torch.no_grad():
         router.weight.normal_()
-        logits, theirs, their_ids = router(torch.randn(17, 32))
-        weights, ids = route(logits, **V2)
-    order, their_order = ids.argsort(1), their_ids.argsort(1)
-    assert torch.equal(ids.gather(1, order).long(), their_ids.gather(1, their_order))
-    assert torch.allclose(weights.gather(1, order), theirs.gather(1, their_order), rtol=1e-5, atol=1e-6)
+        logits, *theirs = router(torch.randn(17, 32))
+        ours = route(logits.to(device), **V2)
+    assert_the_same_choice(ours, tuple(theirs))
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_equal_logits_choose_the_lowest_experts_and_groups(backend, scoring):
-    logits = torch.zeros(17, 160)
+def test_equal_logits_choose_the_lowest_experts_and_groups(device, scoring):
+    logits = torch.zeros(17, 160, device=device)
     _, ids = route(logits, 6, scoring=scoring, num_groups=8, top_k_groups=3)
-    assert torch.equal(ids, torch.arange(6, dtype=torch.int32).expand(17, 6))
+    assert ids.tolist() == [list(range(6))] * 17
     logits[:, 100:] = 1.0  # groups 5, 6 and 7 tie for the best
     _, ids = route(logits, 6, scoring=scoring, num_groups=8, top_k_groups=3)
-    assert torch.equal(ids, torch.arange(100, 106, dtype=torch.int32).expand(17, 6))
+    assert ids.tolist() == [list(range(100, 106))] * 17
 
 
 @pytest.mark.parametrize("name", ["V2-Lite", "V3", "V4", "AX-K2", "Mistral 4", "LongCat"])
-def test_nan_logits_are_never_chosen(backend, name):
-    experts, options = CONFIGURATIONS[name]
-    logits, options = problem(experts, options, 17)
-    logits[torch.rand(17, experts) < 0.3] = float("nan")
+def test_nan_logits_are_never_chosen(device, name):
+    logits, options = problem(*CONFIGURATIONS[name], 17, device=device)
+    logits[(torch.rand(logits.shape) < 0.3).to(device)] = float("nan")
     logits[3] = float("nan")  # nothing to choose
     logits[4, 5:] = float("nan")  # fewer than top_k left
     logits[5] = float("-inf")
     logits[5, 7] = 0.0
     weights, ids = route(logits, **options)
-    exact_weights, exact_ids = reference.route(logits.double(), **options)
-    assert torch.equal(ids, exact_ids)
-    assert_close(weights, exact_weights)
+    check(logits, options, weights, ids)
     ids, weights = ids[:, : options["top_k"]], weights[:, : options["top_k"]]
     assert (ids[3] == -1).all() and (weights[3] == 0).all()
     assert not logits.gather(1, ids.clamp(min=0).long())[ids >= 0].isnan().any()
 
 
-def test_chosen_experts_are_distinct_and_in_kept_groups(backend):
-    logits, options = problem(256, V3, 17)
-    weights, ids = route(logits, **options)
+def test_chosen_experts_are_distinct_and_in_kept_groups(device):
+    logits, options = problem(256, V3, 17, device=device)
+    weights, ids = on_cpu(route(logits, **options))
     assert all(len(row.unique()) == 8 for row in ids)
     assert all(len((row // 32).unique()) <= 4 for row in ids)
     assert torch.allclose(weights.sum(1), torch.full((17,), 2.5))
 
 
-def test_all_experts_chosen(backend):
+def test_all_experts_chosen(device):
     logits = torch.randn(17, 8)
-    weights, ids = route(logits, 8, scoring="softmax")
+    weights, ids = on_cpu(route(logits.to(device), 8, scoring="softmax"))
     assert torch.equal(ids.sort(1).values, torch.arange(8, dtype=torch.int32).expand(17, 8))
     assert torch.allclose(weights, logits.softmax(1).gather(1, ids.long()), atol=1e-6)
 
 
-def test_rows_with_a_stride(backend):
-    logits, options = problem(64, V2_LITE, 17)
-    wide = torch.full((17, 200), float("nan"))
+def test_rows_with_a_stride(device):
+    logits, options = problem(64, V2_LITE, 17, device=device)
+    wide = poisoned(17, 200, device=device)
     wide[:, 3:67] = logits
     for expected, actual in zip(route(logits, **options), route(wide[:, 3:67], **options)):
         assert torch.equal(expected, actual)
@@ -178,37 +181,34 @@ def test_rows_with_a_stride(backend):
 def test_no_access_outside_the_tensors(name):
     from mla_kernels import launch
 
-    experts, options = CONFIGURATIONS[name]
-    logits, options = problem(experts, options, 17)
+    logits, options = problem(*CONFIGURATIONS[name], 17)
     with launch.on_cpu("npu-emulated"), emulator.guarded():
         route(logits, **options)
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_a_bias_that_is_not_finite(backend, scoring, tokens):
-    logits = torch.randn(tokens, 12)
-    bias = torch.zeros(12)
+def test_a_bias_that_is_not_finite(device, scoring, tokens):
+    logits = torch.randn(tokens, 12).to(device)
+    bias = torch.zeros(12, device=device)
     bias[2], bias[5], bias[7] = float("-inf"), float("nan"), float("inf")
-    weights, ids = route(logits, 10, bias=bias, scoring=scoring)
-    exact, expected = reference.route(logits.double(), 10, bias=bias, scoring=scoring)
-    assert torch.equal(ids, expected)
-    assert_close(weights, exact)
+    options = {"top_k": 10, "bias": bias, "scoring": scoring}
+    check(logits, options, *route(logits, **options))
 
 
-def test_far_tails(backend):
+def test_far_tails(device):
     """Scores keep their relative precision where they are small."""
     logits = torch.linspace(-60, -20, 12).repeat(3, 1)
     for scoring in ("sigmoid", "sqrt_softplus"):
-        weights, ids = route(logits, 12, scoring=scoring, renormalize=False)
+        weights, ids = on_cpu(route(logits.to(device), 12, scoring=scoring, renormalize=False))
         exact, expected = reference.route(logits.double(), 12, scoring=scoring, renormalize=False)
         assert torch.equal(ids, expected)
         torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["V3", "V4", "Mistral 4"])
-def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, name):
-    logits, options = problem(*CONFIGURATIONS[name], 9)
+def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, device, name):
+    logits, options = problem(*CONFIGURATIONS[name], 9, device=device)
     weights, ids = route(logits, **options)
     for row in (0, 4, 8):
         alone = route(logits[row : row + 1], **options)
@@ -222,8 +222,8 @@ def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend,
         assert torch.equal(again[0], weights) and torch.equal(again[1], ids)
 
 
-def test_shared_experts_follow_every_token(backend):
-    logits = torch.randn(5, 8)
+def test_shared_experts_follow_every_token(device):
+    logits = torch.randn(5, 8).to(device)
     logits[2] = float("nan")
     weights, ids = route(logits, 2, num_shared=2, routed_scale=3.0)
     plain = route(logits, 2, routed_scale=3.0)
@@ -243,11 +243,11 @@ def test_one_launch(monkeypatch):
     assert names == ["route_kernel"]
 
 
-def test_rows_past_2_to_the_31_elements(backend):
+def test_rows_past_2_to_the_31_elements(device):
     """Rows so far apart that offsets within a tile need more than 32 bits."""
-    storage = torch.UntypedStorage(2 * ((1 << 28) * 8 + 64))  # of which little is ever touched
-    memory = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (9, 64), (1 << 28, 1))
-    small = torch.randn(9, 64).bfloat16()
+    far = torch.empty((1 << 28) * 8 + 64, dtype=torch.bfloat16, device=device)  # of which little is ever touched
+    memory = far.as_strided((9, 64), (1 << 28, 1))
+    small = torch.randn(9, 64).to(memory)
     memory.copy_(small)
     for got, expected in zip(route(memory, **V2_LITE), route(small, **V2_LITE)):
         assert torch.equal(got, expected)

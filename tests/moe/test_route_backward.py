@@ -5,7 +5,7 @@ import torch
 
 from mla_kernels.moe.route import route
 from mla_kernels.reference import route as reference
-from tests.support import assert_close
+from tests.support import assert_close, on_cpu, poisoned
 
 CONFIGURATIONS = {
     "sigmoid": (12, {"top_k": 3, "scoring": "sigmoid", "renormalize": False, "routed_scale": 2.5}),
@@ -30,10 +30,10 @@ CONFIGURATIONS = {
 }
 
 
-def problem(name, tokens, dtype=torch.float32, spread=2.0):
+def problem(name, tokens, dtype=torch.float32, device="cpu"):
     experts, options = CONFIGURATIONS[name]
-    bias = 0.1 * torch.randn(experts) if options.get("bias") else None
-    return (spread * torch.randn(tokens, experts)).to(dtype), options | {"bias": bias}
+    bias = (0.1 * torch.randn(experts)).to(device) if options.get("bias") else None
+    return (2 * torch.randn(tokens, experts)).to(device, dtype), options | {"bias": bias}
 
 
 def gradients(logits, options, toward, function=route):
@@ -41,40 +41,45 @@ def gradients(logits, options, toward, function=route):
     leaf = logits.clone().requires_grad_()
     weights, ids = function(leaf, **options)
     assert not ids.requires_grad
-    return torch.autograd.grad(weights, leaf, toward.to(weights.dtype))[0]
+    return torch.autograd.grad(weights, leaf, toward.to(weights))[0]
+
+
+def expected(logits, options, toward, dtype=torch.float64):
+    """The reference's gradient, computed in ``dtype`` on the CPU."""
+    return gradients(logits.detach().cpu().to(dtype), on_cpu(options), toward.cpu(), reference.route)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_parity(backend, name, tokens, thorough):
-    if backend == "npu-emulated" and tokens == 1 and name != "sigmoid, V3" and not thorough:
-        pytest.skip("with --slow")
-    logits, options = problem(name, tokens)
+@pytest.mark.slow(
+    when=lambda backend, tokens, name: backend == "npu-emulated" and tokens == 1 and name != "sigmoid, V3"
+)
+def test_parity(device, name, tokens):
+    logits, options = problem(name, tokens, device=device)
     toward = torch.randn(tokens, options["top_k"] + options.get("num_shared", 0))
-    exact = gradients(logits.double(), options, toward, reference.route)
     got = gradients(logits, options, toward)
     assert got.dtype == torch.float32
-    assert_close(got, exact)
+    assert_close(got, expected(logits, options, toward))
 
 
 @pytest.mark.parametrize("name", ["sigmoid, V3", "softmax, V2", "sqrt_softplus, V4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parity_of_16_bit_logits(backend, name, dtype, thorough):
-    if backend == "npu-emulated" and dtype == torch.float16 and name != "sigmoid, V3" and not thorough:
-        pytest.skip("with --slow")
-    logits, options = problem(name, 5, dtype)
+@pytest.mark.slow(
+    when=lambda backend, dtype, name: backend == "npu-emulated" and dtype == torch.float16 and name != "sigmoid, V3"
+)
+def test_parity_of_16_bit_logits(device, name, dtype):
+    logits, options = problem(name, 5, dtype, device)
     toward = torch.randn(5, options["top_k"] + options.get("num_shared", 0))
-    exact = gradients(logits.double(), options, toward, reference.route)
-    baseline = gradients(logits, options, toward, reference.route)
+    baseline = expected(logits, options, toward, dtype)
     assert baseline.dtype == dtype
-    assert_close(gradients(logits, options, toward), exact, baseline)
+    assert_close(gradients(logits, options, toward), expected(logits, options, toward), baseline)
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_extreme_logits(backend, scoring, renormalize):
+def test_extreme_logits(device, scoring, renormalize):
     """NaN logits and empty slots have no gradient; far tails have a finite one."""
-    logits = torch.randn(7, 12)
+    logits = torch.randn(7, 12).to(device)
     logits[0, :9] = float("nan")  # three left for four slots
     logits[1] = float("nan")
     logits[2] = torch.linspace(-60, -50, 12)
@@ -87,40 +92,40 @@ def test_extreme_logits(backend, scoring, renormalize):
     got = gradients(logits, options, toward)
     assert got.isfinite().all()
     assert not got[logits.isnan()].any() and not got[1].any() and not got[5, 2:].any()
-    exact = gradients(logits.double(), options, toward, reference.route)
+    exact = expected(logits, options, toward)
     for row in (0, 2, 3, 4):  # row by row: their sizes differ
         assert_close(got[row], exact[row])
 
 
-def test_rows_with_a_stride_and_gradients_with_another(backend):
-    logits, options = problem("sigmoid, V3", 5)
-    toward = torch.randn(5, 8)
-    wide = torch.full((5, 300), float("nan"))
+def test_rows_with_a_stride_and_gradients_with_another(device):
+    logits, options = problem("sigmoid, V3", 5, device=device)
+    toward = torch.randn(5, 8).to(device)
+    wide = poisoned(5, 300, device=device)
     wide[:, 7:263] = logits
-    expected = gradients(logits, options, toward)
+    plain = gradients(logits, options, toward)
     leaf = wide.requires_grad_()
     weights, _ = route(leaf[:, 7:263], **options)
     weights.backward(toward.t().contiguous().t())
-    assert torch.equal(leaf.grad[:, 7:263], expected)
+    assert torch.equal(leaf.grad[:, 7:263], plain)
     assert not leaf.grad[:, :7].any() and not leaf.grad[:, 263:].any()
 
 
-def test_gradient_of_a_sum_is_broadcast(backend):
-    logits, options = problem("sigmoid", 5)
+def test_gradient_of_a_sum_is_broadcast(device):
+    logits, options = problem("sigmoid", 5, device=device)
     leaf = logits.requires_grad_()
     route(leaf, **options)[0].sum().backward()
-    exact = gradients(logits.detach().double(), options, torch.ones(5, 3), reference.route)
-    assert_close(leaf.grad, exact)
+    assert_close(leaf.grad, expected(logits, options, torch.ones(5, 3)))
 
 
-def test_no_tokens(backend):
-    logits, options = problem("sigmoid, V3", 0)
+@pytest.mark.no_launch("no tokens")
+def test_no_tokens(device):
+    logits, options = problem("sigmoid, V3", 0, device=device)
     assert gradients(logits, options, torch.zeros(0, 8)).shape == (0, 256)
 
 
 @pytest.mark.parametrize("name", ["sigmoid, V3", "softmax, V2"])
-def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, name):
-    logits, options = problem(name, 9)
+def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend, device, name):
+    logits, options = problem(name, 9, device=device)
     toward = torch.randn(9, options["top_k"])
     first = gradients(logits, options, toward)
     # torch's functions may differ by an ulp between the vectors and the tail of a tensor
