@@ -5,9 +5,9 @@ run them on a device, and leave out every test that takes no backend, since the 
 be switched on before Triton is imported, hence the first lines.
 
 A test that takes ``device`` (or ``backend``) is one of parity: it makes its tensors there, and it fails unless a kernel
-was launched there; ``no_launch(reason)`` marks the few in which none may be. Nothing skips itself: ``leave_out(reason,
-when=condition)`` names combinations of a test's parameters that do not exist, ``slow(when=condition)`` those that run
-with ``--slow``. A condition is a function of parameters, by their names.
+was launched there. Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
+``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
+combinations that do not exist. Nothing skips itself.
 """
 
 import inspect
@@ -54,8 +54,8 @@ def pytest_configure(config):
     if ON_DEVICE and "interpret" in CHOSEN:
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    config.addinivalue_line("markers", "leave_out(reason, when): combinations of parameters that do not exist")
-    config.addinivalue_line("markers", "no_launch(reason): no kernel may be launched, on any backend")
+    config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
+    config.addinivalue_line("markers", "no_launch(reason, when=None): no kernel may be launched, on any backend")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,17 +69,23 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _runs(item, slow: bool) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if ON_DEVICE and "backend" not in parameters:
+    if ON_DEVICE and "backend" not in _parameters(item):
         return False
+    return not _mark(item, "leave_out") and (slow or not _mark(item, "slow"))
 
-    def holds(marker) -> bool:
-        when = marker.kwargs.get("when")
-        return when is None or when(**{name: parameters[name] for name in inspect.signature(when).parameters})
 
-    return not any(holds(mark) for mark in item.iter_markers("leave_out")) and (
-        slow or not any(holds(mark) for mark in item.iter_markers("slow"))
-    )
+def _parameters(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _mark(item, name: str):
+    """The mark of this name whose condition holds for the item's parameters; None if there is none."""
+    parameters = _parameters(item)
+    for mark in item.iter_markers(name):
+        when = mark.kwargs.get("when")
+        if when is None or when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
+            return mark
+    return None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -142,13 +148,13 @@ _count_launches()
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test that takes a backend launches kernels there, and one that is marked ``no_launch`` does not."""
-    backend = pyfuncitem.callspec.params.get("backend") if hasattr(pyfuncitem, "callspec") else None
+    backend = _parameters(pyfuncitem).get("backend")
     if backend in DEVICES and not (hasattr(torch, backend) and getattr(torch, backend).is_available()):
         pytest.fail(f"--backend {backend}: torch {torch.__version__} sees no such device here", pytrace=False)
     _launched.clear()
     result = yield
     if backend not in (None, "cpu"):
-        none_expected = pyfuncitem.get_closest_marker("no_launch")
+        none_expected = _mark(pyfuncitem, "no_launch")
         if none_expected is None and not _launched[backend]:
             where = f"; kernels ran on {', '.join(_launched)}" if _launched else ""
             pytest.fail(f"no kernel was launched on {backend}{where}: are the tensors on `device`?", pytrace=False)

@@ -93,6 +93,7 @@ def test_the_worked_example(backend, device):
     torch.testing.assert_close(lse[:, 0].cpu(), torch.tensor([3.0, 4, 1, 2, 3]).log())
 
 
+@pytest.mark.no_launch("no queries")
 def test_no_sequences_and_no_tokens(backend, device):
     nothing = make([], poison=False, device=device)
     out, lse = nothing.run()

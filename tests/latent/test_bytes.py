@@ -110,6 +110,7 @@ def test_pages_move_with_their_bytes(backend, device, name):
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "latent_32bit"])
+@pytest.mark.no_launch("torch casts", when=lambda name: name.startswith("latent_16bit"))
 def test_conversion_from_fp32_gives_these_bytes(backend, device, name):
     source, raw = make("latent_32bit", device)
     source.data.zero_()

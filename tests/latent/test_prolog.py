@@ -168,6 +168,7 @@ def test_the_prolog_is_its_parts(backend, device, layout):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.no_launch("no tokens")
 def test_no_tokens(backend, device, op):
     arguments = make(op, dataclasses.replace(SMALL, tokens=0), device=device)
     results = run(op, arguments)

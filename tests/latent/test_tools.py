@@ -255,6 +255,9 @@ def test_launch_of_scatter_skips_what_is_out_of_range(mode):
     "the other backends cover it; the interpreter is slow",
     when=lambda backend, source, target: backend == "interpret" and "fp16" in (source, target),
 )
+@pytest.mark.no_launch(
+    "torch casts and copies", when=lambda source, target: source == target or not {source, target} & {"fp8_v32", "int8"}
+)
 def test_convert_cache(device, source, target):
     cache = filled(source, device, strided=source == "int8", pages=2)
     layout, dtype = KINDS[target]
