@@ -2,12 +2,13 @@
 
 ``--backend cpu,interpret,npu-emulated`` (default: all three) chooses what the parity tests run on; ``cuda`` and ``npu``
 run them on a device, and leave out every test that takes no backend, since the default run has it. The interpreter must
-be switched on before Triton is imported, hence the first lines.
+be switched on before Triton is imported, hence the first lines. Where there is no device, CPU memory can pose as one:
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m pytest -p tests.npu.posing --backend npu``.
 
 A test that takes ``device`` (or ``backend``) is one of parity: it makes its tensors there, and it fails unless a kernel
 was launched there. Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
-combinations that do not exist. Nothing skips itself.
+combinations that do not exist. Nothing skips itself: a skipped test fails.
 """
 
 import inspect
@@ -55,6 +56,7 @@ def pytest_configure(config):
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
+    config.addinivalue_line("markers", "device_process: takes no backend, but runs where a device's tests do")
     config.addinivalue_line("markers", "no_launch(reason, when=None): no kernel may be launched, on any backend")
 
 
@@ -69,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _runs(item, slow: bool) -> bool:
-    if ON_DEVICE and "backend" not in _parameters(item):
+    if ON_DEVICE and "backend" not in _parameters(item) and not _mark(item, "device_process"):
         return False
     return not _mark(item, "leave_out") and (slow or not _mark(item, "slow"))
 

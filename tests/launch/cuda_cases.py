@@ -13,6 +13,7 @@ from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
 from tests.launch.cuda_recorder import record
 
+pytestmark = pytest.mark.device_process
 BF16, I32 = torch.bfloat16, torch.int32
 
 

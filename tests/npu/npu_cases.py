@@ -1,4 +1,4 @@
-"""Cases that tests/npu/test_npu_dispatch.py runs in a child process on the fake ``npu`` device."""
+"""Cases that tests/npu/test_npu_dispatch.py runs in a child process on a posing ``npu`` device."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,10 @@ import torch
 import mla_kernels
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
 from mla_kernels.reference import attention, balance, indexer, latent, moe, prefill, prolog, quant, route, sparse
-from tests.npu import fake_npu
+from tests.npu import posing
 from tests.support import assert_close
 
-
-@pytest.fixture(autouse=True)
-def _clear():
-    fake_npu.launches.clear()
+pytestmark = pytest.mark.device_process
 
 
 def npu(*tensors):
@@ -31,7 +28,7 @@ def test_mla_decode():
         npu(q), mla_kernels.LatentCache(npu(data), 512), *npu(block_table, seq_lens), softmax_scale=0.05
     )
     exact = attention.mla_decode(q.double(), data.double(), block_table, seq_lens, softmax_scale=0.05, latent_dim=512)
-    assert out.device.type == "npu" and "mla_decode_kernel" in fake_npu.launches
+    assert out.device.type == "npu" and "mla_decode_kernel" in posing.launches
     assert_close(out.cpu(), exact[0])
     assert_close(lse.cpu(), exact[1])
 
@@ -42,7 +39,7 @@ def test_mla_prefill():
     sizes = dict(max_seqlen_q=5, max_seqlen_k=6, softmax_scale=0.1)
     out, lse = mla_kernels.mla_prefill(*npu(q, k, v), *npu(*bounds), **sizes, k_rope=npu(k_rope))
     exact = prefill.mla_prefill(q.double(), k.double(), v.double(), *bounds, **sizes, k_rope=k_rope.double())
-    assert fake_npu.launches == ["mla_prefill_kernel"]
+    assert posing.launches == ["mla_prefill_kernel"]
     assert_close(out.cpu(), exact[0])
     assert_close(lse.cpu(), exact[1])
 
@@ -51,7 +48,7 @@ def test_merge_states():
     outs, lses = torch.randn(3, 5, 512), torch.randn(3, 5)
     out, lse = mla_kernels.merge_states(*npu(outs, lses))
     exact = attention.merge_states(outs.double(), lses.double())
-    assert len(fake_npu.launches) == 1
+    assert len(posing.launches) == 1
     assert_close(out.cpu(), exact[0])
     assert_close(lse.cpu(), exact[1])
 
@@ -67,7 +64,7 @@ def test_write_latent():
     mla_kernels.write_latent(*npu(kv_a, norm, cos, sin, positions, slots), cache, rope="interleaved_to_half")
     double = [tensor.double() for tensor in (kv_a, norm, cos, sin)]
     latent.write_latent(*double, positions, slots, exact, latent_dim=512, rope="interleaved_to_half")
-    assert fake_npu.launches
+    assert posing.launches
     assert_close(cache.data.cpu(), exact)
 
 
@@ -83,7 +80,7 @@ def test_mla_prolog_and_expand_output():
     moved = mla_kernels.PrologWeights(**{name: npu(value) for name, value in weights.items()})
     q, _ = mla_kernels.mla_prolog(npu(hidden), moved, *npu(cos, sin, positions, slots), cache, rope="half")
     values = mla_kernels.expand_output(q[..., :128], npu(kv_b)[:, 32:])
-    assert fake_npu.launches == ["norm_and_write_kernel", "absorb_query_kernel", "expand_output_kernel"]
+    assert posing.launches == ["norm_and_write_kernel", "absorb_query_kernel", "expand_output_kernel"]
     double = SimpleNamespace(down_bias=None, **{name: value.double() for name, value in weights.items()})
     places, exact = (cos.double(), sin.double(), positions, slots), torch.zeros(2, 16, 160, dtype=torch.float64)
     exact_q, _ = prolog.mla_prolog(hidden.double(), double, *places, exact, latent_dim=128, rope="half")
@@ -109,7 +106,7 @@ def test_quantised_cache_and_tools():
     assert torch.equal(cache.data.cpu(), exact)
     gathered = mla_kernels.gather_tokens(cache, npu(slots + 32))
     assert torch.equal(gathered.cpu().float(), latent.gather_tokens(exact, slots + 32, **options))
-    assert len(fake_npu.launches) == 4
+    assert len(posing.launches) == 4
     converted = mla_kernels.convert_cache(cache, "latent_16bit")
     assert converted.data.device.type == "npu"
     assert torch.equal(converted.data.cpu().float(), latent.dequantise_cache(exact, 512, "fp8_v32"))
@@ -131,7 +128,7 @@ def test_sparse_mla():
     )
     for actual, want in zip(got, exact):
         assert_close(actual.cpu(), want)
-    assert fake_npu.launches == ["sparse_mla_kernel"] * 2
+    assert posing.launches == ["sparse_mla_kernel"] * 2
 
 
 def test_latent_attention():
@@ -140,16 +137,13 @@ def test_latent_attention():
     hidden, positions = torch.randn(1, 9, 64), torch.arange(9)[None]
     expected = layer(hidden, *tables, positions)
     cache = mla_kernels.LatentCache(npu(torch.zeros(1, 16, 160)), 128)
-    for module in layer.modules():  # plain attributes: a parameter of the fake device loses its memory
-        for name in [name for name, value in module._parameters.items() if value is not None]:
-            weight = module._parameters.pop(name)
-            setattr(module, name, npu(weight.detach()))
+    layer = layer.to("npu")
     tables, places = npu(*tables), npu(hidden, positions)
     prompt = layer.prefill(places[0][:, :8], *tables, places[1][:, :8], places[1][:, :8], cache)
     block_table, seq_lens = npu(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([9], dtype=torch.int32))
     last = layer.decode(places[0][:, 8:], *tables, places[1][:, 8:], places[1][:, 8:], cache, block_table, seq_lens)
     torch.testing.assert_close(torch.cat((prompt.cpu(), last.cpu()), 1), expected, atol=1e-5, rtol=0)
-    assert {"mla_prefill_kernel", "mla_decode_kernel"} <= set(fake_npu.launches)
+    assert {"mla_prefill_kernel", "mla_decode_kernel"} <= set(posing.launches)
 
 
 def test_route_and_fused_moe():
@@ -160,7 +154,7 @@ def test_route_and_fused_moe():
     exact_weights, exact_ids = route.route(logits.double(), 3)
     assert torch.equal(ids.cpu().sort(1).values, exact_ids.int().sort(1).values)
     exact = moe.fused_moe(hidden.double(), gate_up.double(), down.double(), exact_weights, exact_ids)
-    assert {"moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)
+    assert {"moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"} <= set(posing.launches)
     assert_close(out.cpu(), exact)
 
 
@@ -169,9 +163,9 @@ def test_gradients_of_fused_moe():
     gate_up, down, out_grad = torch.randn(8, 96, 64) / 8, torch.randn(8, 64, 48) / 7, torch.randn(7, 64)
     leaves = [tensor.requires_grad_() for tensor in npu(hidden, gate_up, down, weights)]
     out = mla_kernels.fused_moe(*leaves, npu(ids))
-    fake_npu.launches.clear()
+    posing.launches.clear()
     grads = torch.autograd.grad(out, leaves, npu(out_grad))
-    assert fake_npu.launches == [
+    assert posing.launches == [
         "moe_dispatch_kernel", "moe_activation_gradient_kernel", "moe_down_kernel", "moe_combine_kernel",
         "moe_weight_gradient_kernel", "moe_weight_gradient_kernel", "moe_weight_parts_kernel",
     ]  # fmt: skip
@@ -193,7 +187,7 @@ def test_routers_and_balance():
     mla_kernels.update_bias(bias, load, 0.5)
     assert bias.cpu().abs().max() == 0.5
     assert_close(mla_kernels.balance_loss(npu(logits), ids).cpu(), balance.balance_loss(logits.double(), exact_ids))
-    assert fake_npu.launches == [
+    assert posing.launches == [
         "hash_route_kernel", "expert_load_kernel", "update_bias_kernel", "balance_sums_kernel", "balance_loss_kernel",
     ]  # fmt: skip
 
@@ -205,7 +199,7 @@ def test_fused_experts(form):
     experts = mla_kernels.ExpertWeights.quantise(gate_up, down, form)
     out = mla_kernels.fused_experts(npu(hidden), experts.to("npu"), *npu(weights, ids))
     family = "wo" if form == "int4" else "eb"
-    assert {f"{family}_gate_up_kernel", f"{family}_down_kernel", "moe_combine_kernel"} <= set(fake_npu.launches)
+    assert {f"{family}_gate_up_kernel", f"{family}_down_kernel", "moe_combine_kernel"} <= set(posing.launches)
     assert_close(out.cpu(), quant.fused_experts(hidden.double(), experts, weights.double(), ids))
 
 
@@ -220,5 +214,5 @@ def test_indexer():
     q, k, weights = torch.randn(3, 16, 32), torch.randn(40, 32), torch.randn(3, 16)
     starts, ends = torch.tensor([0, 3, 9], dtype=torch.int32), torch.tensor([40, 30, 12], dtype=torch.int32)
     chosen = mla_kernels.select_keys(*npu(q, k, weights, starts, ends), 5)
-    assert fake_npu.launches == ["indexer_logits_kernel", "topk_kernel"]
+    assert posing.launches == ["indexer_logits_kernel", "topk_kernel"]
     assert torch.equal(chosen.cpu(), indexer.select_keys(*(t.double() for t in (q, k, weights)), starts, ends, 5))
