@@ -1,9 +1,8 @@
 """Corrections to Triton's interpreter for bfloat16, applied once before the first interpreted launch.
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
-(results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
-right here. Its arithmetic on bfloat16 (``+``, ``*``, ``tl.sum``, comparisons) works on raw integers, too, and is not:
-kernels widen to float32 first.
+(results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put right
+here. Any other arithmetic on bfloat16, of which it would compute nonsense, is refused: kernels compute in float32.
 """
 
 import functools
@@ -12,6 +11,11 @@ import numpy as np
 
 from mla_kernels.language import INTERPRET, TRITON_VERSION, tl
 from mla_kernels.versions import minor
+
+_ARITHMETIC = (
+    "binary_op", "ternary_op", "unary_op", "create_clampf", "create_erf", "create_fabs", "create_fma", "create_rsqrt",
+)  # fmt: skip
+"""Methods of the interpreter through which all arithmetic goes."""
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -71,6 +75,20 @@ def prepare() -> None:
             return cast_impl(self, source, target)
         return convert(self, source, target, rounding_mode)
 
+    def widened(name):
+        compute = getattr(InterpreterBuilder, name)
+
+        def run(self, *operands):
+            if operands[-1] is not np.where:  # chooses, computes nothing
+                for operand in operands:
+                    if isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16:
+                        raise TypeError(f"{name}: got an operand in bfloat16; a kernel computes in float32")
+            return compute(self, *operands)
+
+        return run
+
+    for name in _ARITHMETIC:
+        setattr(InterpreterBuilder, name, widened(name))
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

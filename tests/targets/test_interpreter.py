@@ -25,6 +25,25 @@ def cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def unwidened_kernel(x_ptr, y_ptr, N: tl.constexpr, OP: tl.constexpr):
+    n = tl.arange(0, N)
+    x, first = tl.load(x_ptr + n), tl.load(x_ptr)
+    if OP == "add":
+        y = x + first
+    elif OP == "negate":
+        y = -x
+    elif OP == "fma":
+        y = tl.fma(x, x, x)
+    elif OP == "abs":
+        y = tl.abs(x)
+    elif OP == "compare":
+        y = tl.where(x < first, x, first)
+    else:
+        y = tl.where(n < 8, x, first)
+    tl.store(y_ptr + n, y)
+
+
+@triton.jit
 def masked_copy_kernel(x_ptr, y_ptr, size, N: tl.constexpr):
     n = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(y_ptr + n, tl.load(x_ptr + n, mask=n < size, other=0.0), mask=n < size)
@@ -56,6 +75,20 @@ def test_integers_reach_bfloat16_as_numbers():
     x, y = torch.arange(-8, 8, dtype=torch.int32), torch.empty(16, dtype=torch.bfloat16)
     cast_kernel[(1,)](x, y, N=16)
     assert torch.equal(y, x.bfloat16())
+
+
+@pytest.mark.parametrize("op", ["add", "negate", "fma", "abs", "compare"])
+def test_arithmetic_on_bfloat16_is_refused(op):
+    x, y = torch.randn(16).bfloat16(), torch.empty(16, dtype=torch.bfloat16)
+    with pytest.raises(Exception, match="got an operand in bfloat16; a kernel computes in float32"):
+        unwidened_kernel[(1,)](x, y, N=16, OP=op)
+    unwidened_kernel[(1,)](x.half(), y.half(), N=16, OP=op)
+
+
+def test_a_choice_between_bfloat16_values_is_none():
+    x, y = torch.randn(16).bfloat16(), torch.empty(16, dtype=torch.bfloat16)
+    unwidened_kernel[(1,)](x, y, N=16, OP="where")
+    assert torch.equal(y, torch.cat((x[:8], x[:1].expand(8))))
 
 
 def test_traffic_leaves_masked_lanes_out():
