@@ -203,6 +203,32 @@ def test_fused_experts(form):
     assert_close(out.cpu(), quant.fused_experts(hidden.double(), experts, weights.double(), ids))
 
 
+MIXTURES = {
+    "sum": lambda here, there: there + here,
+    "comparison": lambda here, there: torch.equal(here, there),
+    "product": lambda here, there: here @ there,
+    "choice": lambda here, there: torch.where(here > 0, there, 0.0),
+    "index of the device": lambda here, there: here[there.long()],
+    "written in place": lambda here, there: here.add_(there),
+    "gradient": lambda here, there: torch.autograd.grad(there.requires_grad_() * 2, there, here),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_device_does_not_take_cpu_tensors(name):
+    here = torch.ones(3, 3)
+    with pytest.raises(RuntimeError, match=r"same device|different devices|on cpu of an output on npu:0"):
+        MIXTURES[name](here, npu(here))
+
+
+def test_the_device_takes_numbers_indices_and_copies_of_the_cpu():
+    there = npu(torch.ones(3, 3))
+    there[torch.tensor([0, 2])] = 2.0
+    there[1].copy_(torch.full((3,), 5.0))
+    there = there[[1, 2]] * torch.tensor(2.0)
+    assert there.tolist() == [[10.0] * 3, [4.0] * 3]
+
+
 def test_mixed_devices_are_refused():
     data, q = torch.randn(6, 64, 576), torch.randn(2, 1, 4, 576)
     table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
