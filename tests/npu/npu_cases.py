@@ -217,7 +217,7 @@ MIXTURES = {
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_device_does_not_take_cpu_tensors(name):
     here = torch.ones(3, 3)
-    with pytest.raises(RuntimeError, match=r"same device|different devices|on cpu of an output on npu:0"):
+    with pytest.raises(RuntimeError, match=r"same device|on cpu of an output on npu:0"):
         MIXTURES[name](here, npu(here))
 
 
