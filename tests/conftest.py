@@ -65,15 +65,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = [item for item in items if _runs(item, config.getoption("--slow"))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    chosen = {True: [], False: []}
+    for item in items:
+        chosen[_runs(item, config.getoption("--slow"))].append(item)
+    items[:] = chosen[True]
+    config.hook.pytest_deselected(items=chosen[False])
 
 
 def _runs(item, slow: bool) -> bool:
-    if ON_DEVICE and "backend" not in _parameters(item) and not _mark(item, "device_process"):
+    if ON_DEVICE and "backend" not in _parameters(item) and _mark(item, "device_process") is None:
         return False
-    return not _mark(item, "leave_out") and (slow or not _mark(item, "slow"))
+    return _mark(item, "leave_out") is None and (slow or _mark(item, "slow") is None)
 
 
 def _parameters(item) -> dict:
