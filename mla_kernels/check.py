@@ -213,8 +213,8 @@ def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None =
         messages.print(f"[bold red]{report.target}[/] {escape(report.label)}: {escape(report.problem)}", soft_wrap=True)
     gaps = sum(report.unsupported for report in reports)
     messages.print(
-        f"{len(reports)} compilations by {compilers(reports)} in {seconds:.0f} s: {len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed"
-        f", {gaps} declared unsupported. Nothing ran on a device.",
+        f"{len(reports)} compilations by {compilers(reports)} in {seconds:.0f} s: "
+        f"{len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed, {gaps} declared unsupported. Nothing ran on a device.",
         soft_wrap=True,
     )
     return int(bool(wrong))

@@ -236,6 +236,10 @@ def fused_experts(
     ``int8_w8a8`` int8 by int8, int32 sums                                      T K (H + I) elements + T H
     ============= ============================================================= ========================================
 
+    Hopper's tensor cores add e4m3 products in about 14 bits: 1.2e-4 of a sum of 128 (relative RMS, seen on an H200) and
+    more the longer the chain (1.9e-3 at 7,168), which is why each block of 128 starts anew and is added in fp32. With
+    fp8_block, results in float32 are good to about 2e-4 of their scale there; other backends keep 1e-5.
+
     Quantised activations follow DeepSeek-V3, arXiv 2412.19437, section 3.3 (fp8_block: e4m3, one power of two for a
     token's 128 columns) and LLM.int8(), arXiv 2208.07339, section 2.1 (int8_w8a8: one scale a token, largest magnitude
     / 127). ``weight_at`` as in :func:`fused_moe`, and so are the limits of float16; a weight at "input" multiplies

@@ -45,7 +45,8 @@ class ExpertWeights:
     ============= ============================== ====================================== ============================
 
     ``fp8_block`` and ``int8_w8a8`` quantise activations, too: to e4m3 with a power of two for each token's 128 columns,
-    to int8 with one scale a token. The others multiply by activations as they are.
+    to int8 with one scale a token. The others multiply by activations as they are. How exact sums of e4m3 products are
+    on Hopper, :func:`mla_kernels.fused_experts` says.
 
     Two four-bit codes share a byte: a row's columns are cut into blocks of 128, 64 bytes each; byte j of a block holds
     column j in its low nibble and column j + 64 in its high one. Where 128 does not divide K the last block is the

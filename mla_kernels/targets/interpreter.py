@@ -1,8 +1,8 @@
 """Corrections to Triton's interpreter for bfloat16, applied once before the first interpreted launch.
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
-(results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put right
-here. Any other arithmetic on bfloat16, of which it would compute nonsense, is refused: kernels compute in float32.
+(results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
+right here. Other arithmetic on bfloat16, of which it would make nonsense, is refused: kernels compute in float32.
 """
 
 import functools
