@@ -214,7 +214,8 @@ def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None =
     gaps = sum(report.unsupported for report in reports)
     messages.print(
         f"{len(reports)} compilations by {compilers(reports)} in {seconds:.0f} s: "
-        f"{len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed, {gaps} declared unsupported. Nothing ran on a device.",
+        f"{len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed, {gaps} declared unsupported. "
+        "Nothing ran on a device.",
         soft_wrap=True,
     )
     return int(bool(wrong))
