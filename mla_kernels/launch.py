@@ -136,7 +136,7 @@ class Kernel:
         """Launch options that mean something on ``chip``.
 
         A product and the sum that it enters are fused on every GPU, whatever Triton's version takes by default: an
-        instruction and a rounding less, and the same bits from all of them.
+        instruction and a rounding less, and the same roundings with all of them.
         """
         if not chip.is_gpu:
             return {}
