@@ -177,7 +177,7 @@ def _prefill(g: Geometry, size, make: Make) -> Call:
     options = dict(softmax_scale=(g.nope + g.rope) ** -0.5, causal=bool(size["causal"]))
 
     def expected():
-        few = 256 if size["causal"] else tokens  # the first queries see the first keys alone
+        few = min(256, tokens) if size["causal"] else tokens  # the first queries see the first keys alone
         cut = make.counting(2) * few
         rotated = None if k_rope is None else k_rope[:few].float()
         parts = q[:few].float(), k[:few].float(), v[:few].float(), cut, cut

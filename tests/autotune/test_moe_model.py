@@ -148,7 +148,7 @@ def test_a_compiled_attention_loop_by_hand():
     """128 heads, 8 sequences of 4096 keys in 8 splits: 128 programs of 64 heads, 8 turns of 64 keys each."""
     kernel, chip = KERNELS["mla_decode_kernel"], CHIPS["sm_90"]
     case = next(case for case in kernel.cases if case.name == "v3")
-    tile = dict(kernel.rule(chip, "bf16", case.statics, case.sizes))
+    tile = dict(kernel.rule(chip, "bf16", case.statics, case.sizes)) | {"BLOCK_H": 64, "BLOCK_N": 64}
     work = kernel.work("bf16", case.statics, case.sizes, tile)
     turns = work.flops / 2 / (64 * 64 * (576 + 512))
     assert work.programs <= chip.dot_cores and turns == int(turns)

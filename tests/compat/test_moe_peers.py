@@ -245,6 +245,7 @@ def refused_calls(layer):
         )
 
 
+@pytest.mark.no_launch("every call is refused")
 def test_refusals(layer):
     hidden = layer.hidden.clone()
     for call, error, message in refused_calls(layer):

@@ -96,7 +96,7 @@ def test_traffic(rows, hidden, intermediate):
     """Bytes that all four launches request, over those of each input and output once, with so many rows an expert. At
     1,024 tokens DeepSeek-V2-Lite's 64 experts get 96 rows each; two of them take the interpreter a minute."""
     tokens, experts = 2 * rows, 2
-    problem = wide_layer(tokens, experts, 1, hidden, intermediate, torch.arange(tokens).int()[:, None] % 2)
+    problem = wide_layer(tokens, experts, 1, hidden, intermediate, torch.arange(tokens).int()[:, None] % 2, "cpu")
     result, traffic = traffic_of(problem)
     few = slice(0, 4)
     sample = used_experts(
