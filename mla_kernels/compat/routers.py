@@ -16,7 +16,10 @@ def check_router(hidden: torch.Tensor, logits: torch.Tensor, groups: int | None,
     groups, kept = groups or 1, kept or 1
     check_int("num_expert_group", groups, 1, experts)
     if experts % groups:
-        raise ValueError(f"num_expert_group: got {groups}, a divisor of the {experts} experts is accepted")
+        raise ValueError(
+            f"num_expert_group (num_groups of mla_kernels.route): got {groups}, a divisor of the {experts} experts is "
+            "accepted"
+        )
     check_int("topk_group", kept, 1, groups)
     return groups, kept
 

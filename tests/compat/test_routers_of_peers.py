@@ -126,7 +126,11 @@ def test_router_refusals():
         (lambda: v3(hidden, logits, bias.expand(3, -1), 4, True), ValueError, "correction_bias: got 2 dimensions"),
         (lambda: v3(hidden, logits, bias, 5, True, 2, 1), ValueError, "topk: got 5 experts of 1 groups that hold 4"),
         (lambda: vllm.grouped_topk(hidden, logits, 5, True, 2, 1), ValueError, "topk: got 5 experts of 1 groups"),
-        (lambda: vllm.grouped_topk(hidden, logits, 2, True, 3, 1), ValueError, "num_expert_group: got 3, a divisor"),
+        (
+            lambda: vllm.grouped_topk(hidden, logits, 2, True, 3, 1),
+            ValueError,
+            r"num_expert_group \(num_groups of mla_kernels.route\): got 3, a divisor",
+        ),
         (lambda: vllm.grouped_topk(hidden, logits, 2, True, 2, 3), ValueError, "topk_group: got 3"),
         (lambda: vllm.grouped_topk(hidden[:2], logits, 2, True), ValueError, "hidden_states: got 2 tokens, 3 are acc"),
         (lambda: vllm.grouped_topk(None, logits, 2, True), TypeError, "hidden_states: got NoneType"),

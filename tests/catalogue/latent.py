@@ -1,0 +1,169 @@
+"""Caches: what is written into them, and what moves tokens about."""
+
+import torch
+
+import mla_kernels as mk
+from tests.catalogue.calls import HEADS, HIDDEN, LATENT, PAGE, ROPE, call, latent_data, rope_tables
+
+
+def _slots(n):
+    slots = torch.randperm(2 * n * PAGE)[:n].clone()
+    slots[0] = -1
+    return {"slot_mapping": slots, "positions": torch.randint(0, 128, (n,))}
+
+
+_WRITTEN = {"positions": {0: "tokens"}, "slot_mapping": {0: "tokens"}, "data": {0: "pages"}}
+
+
+@call("write_latent", {"kv_a": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(kv_a, norm_weight, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        cache = mk.LatentCache(data, 128, "int8")
+        mk.write_latent(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, rope="half")
+        return data
+
+    def example(n):
+        kv_a = torch.randn(n, 128 + ROPE).bfloat16()
+        return {"kv_a": kv_a, "norm_weight": torch.rand(128).bfloat16(), **rope_tables(), **_slots(n),
+                "data": latent_data(2 * n, "int8")}  # fmt: skip
+
+    return run, example
+
+
+@call("compress_latent", {"hidden": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        cache = mk.LatentCache(data, LATENT)
+        mk.compress_latent(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, rope="half")
+        return data
+
+    def example(n):
+        hidden, weight = torch.randn(n, HIDDEN).bfloat16(), torch.randn(LATENT + ROPE, HIDDEN).bfloat16()
+        return {"hidden": hidden, "weight": weight, "norm_weight": torch.rand(LATENT).bfloat16(), **rope_tables(),
+                **_slots(n), "data": latent_data(2 * n, None)}  # fmt: skip
+
+    return run, example
+
+
+@call("norm_and_write", {"q_a": {0: "tokens"}, "kv_a": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        cache = mk.LatentCache(data, LATENT)
+        q = mk.norm_and_write(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, rope="half")
+        return q, data
+
+    def example(n):
+        q_a, kv_a = torch.randn(n, 24).bfloat16(), torch.randn(n, LATENT + ROPE).bfloat16()
+        return {"q_a": q_a, "q_norm": torch.rand(24).bfloat16(), "kv_a": kv_a, **rope_tables(), **_slots(n),
+                "kv_norm": torch.rand(LATENT).bfloat16(), "data": latent_data(2 * n, None)}  # fmt: skip
+
+    return run, example
+
+
+@call("mla_prolog", {"hidden": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(hidden, down, kv_norm, q_up, w_uk, q_norm, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        cache, weights = mk.LatentCache(data, LATENT), mk.PrologWeights(down, kv_norm, q_up, w_uk, q_norm)
+        return *mk.mla_prolog(hidden, weights, cos, sin, positions, slot_mapping, cache, rope="half"), data
+
+    def example(n):
+        return {
+            "hidden": torch.randn(n, HIDDEN).bfloat16(),
+            "down": torch.randn(24 + LATENT + ROPE, HIDDEN).bfloat16(),
+            "kv_norm": torch.rand(LATENT).bfloat16(),
+            "q_up": torch.randn(HEADS * (20 + ROPE), 24).bfloat16(),
+            "w_uk": torch.randn(HEADS, 20, LATENT).bfloat16(),
+            "q_norm": torch.rand(24).bfloat16(),
+            **rope_tables(),
+            **_slots(n),
+            "data": latent_data(2 * n, None),
+        }
+
+    return run, example
+
+
+@call("absorb_query", "q positions")
+def _():
+    def run(q, w_uk, cos, sin, positions):
+        return mk.absorb_query(q, w_uk, cos, sin, positions, rope="interleaved")
+
+    def example(n):
+        q, w_uk = torch.randn(n, HEADS, 20 + ROPE), torch.randn(HEADS, 20, LATENT)
+        return {"q": q, "w_uk": w_uk, **rope_tables(), "positions": torch.randint(0, 128, (n,))}
+
+    return run, example
+
+
+@call("expand_output", "out")
+def _():
+    return mk.expand_output, lambda n: {"out": torch.randn(n, HEADS, LATENT), "w_uv": torch.randn(HEADS, 20, LATENT)}
+
+
+@call("write_indexer_key", {"k": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        cache = mk.IndexerCache(data, 32)
+        options = {"rope_dim": ROPE, "rope": "half"}
+        mk.write_indexer_key(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, **options)
+        return data
+
+    def example(n):
+        data = mk.IndexerCache.allocate(2 * n, PAGE, head_dim=32, layout="fp8").data
+        return {"k": torch.randn(n, 32), "norm_weight": torch.rand(32), "norm_bias": torch.rand(32), **rope_tables(),
+                **_slots(n), "data": data}  # fmt: skip
+
+    return run, example
+
+
+@call("rotate_indexer_query", "q positions")
+def _():
+    def run(q, cos, sin, positions):
+        return mk.rotate_indexer_query(q, cos, sin, positions, rope_dim=ROPE, rope="half", hadamard=True)
+
+    return run, lambda n: {"q": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
+
+
+@call("copy_pages", {"data": {0: "pages"}, "source": {0: "tokens"}, "target": {0: "tokens"}})
+def _():
+    def run(data, source, target):
+        data = data.clone()
+        mk.copy_pages(mk.LatentCache(data, LATENT), source, target)
+        return data
+
+    def example(n):
+        pages = torch.randperm(2 * n)
+        return {"data": latent_data(2 * n, None), "source": pages[:n], "target": pages[n:]}
+
+    return run, example
+
+
+@call("gather_tokens", {"data": {0: "pages"}, "slots": {0: "tokens"}})
+def _():
+    def run(data, slots):
+        return mk.gather_tokens(mk.LatentCache(data, 128, "fp8_v32"), slots, dtype=torch.float32)
+
+    return run, lambda n: {"data": latent_data(2 * n, "fp8_v32"), "slots": torch.randint(-1, 2 * n, (n,))}
+
+
+@call("scatter_tokens", {"data": {0: "pages"}, **{key: {0: "tokens"} for key in ("latent", "rope", "slots")}})
+def _():
+    def run(latent, rope, slots, data):
+        data = data.clone()
+        mk.scatter_tokens(latent, rope, slots, mk.LatentCache(data, 128, "fp8_v32"))
+        return data
+
+    def example(n):
+        latent, rope = torch.randn(n, 128).bfloat16(), torch.randn(n, ROPE).bfloat16()
+        return {
+            "latent": latent,
+            "rope": rope,
+            "slots": _slots(n)["slot_mapping"],
+            "data": latent_data(2 * n, "fp8_v32"),
+        }
+
+    return run, example
