@@ -87,10 +87,12 @@ def _others(path: Path, chip: Chip, options, made: set) -> list[Entry]:
         kept = read_table(path, chip.device) if path.exists() else []
     except BadFile:
         return []
+    remade = options.kernel or KERNELS
     return [
         entry
         for entry in kept
         if (entry.kernel, entry.dtype, tuple(entry.statics.items()), tuple(entry.sizes.items())) not in made
+        and (entry.kernel not in remade or entry.source == KERNELS[entry.kernel].source_hash)
     ]
 
 
