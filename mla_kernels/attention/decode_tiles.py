@@ -17,8 +17,8 @@ def token_bytes(dtype, statics) -> int:
 def rule(chip, dtype, statics, sizes):
     """:func:`widest` tile, narrowed on sm_90 where 64 rows and 64 paged keys are more than the registers hold.
 
-    Triton 3.9 has ptxas allocate them by another level (--regAllocOptLevel=2), at which 64 keys spill; Triton 3.6
-    spills where 64 are decoded from fp8.
+    Triton 3.9 compiles by ptxas 13 and --regAllocOptLevel=2, at which 64 keys spill; Triton 3.6 spills where 64 are
+    decoded from fp8.
     """
     tile, newest = widest(chip, dtype, statics, sizes), TRITON_VERSION >= (3, 9)
     if chip.architecture != "90" or tile["BLOCK_H"] < 64 or statics["LATENT"] < 512:
