@@ -412,7 +412,7 @@ def mla_prolog(
     check_latent_arguments(hidden.shape[0], weights.kv_norm, cos, sin, positions, slot_mapping, cache, rope, eps)
     parts, biases = weights.down_parts, weights.bias_parts
     if torch.is_grad_enabled():
-        named = {f"weights.{name}": value for name, value in vars(weights).items() if isinstance(value, torch.Tensor)}
+        named = {f"weights.{name}": getattr(weights, name) for name in ("kv_norm", "q_up", "w_uk", "q_norm")}
         named |= {f"weights.down[{i}]": part for i, part in enumerate(parts)}
         named |= {f"weights.down_bias[{i}]": bias for i, bias in enumerate(biases)}
         check_no_grad("mla_prolog", hidden=hidden, **named, cos=cos, sin=sin, cache=cache.data)
