@@ -69,12 +69,14 @@ def _ascend(chip, dtype, statics, rows):
 
 
 def _amd(chip, dtype, statics, rows):
+    """Triton 3.6 spills at the widest tile, and where masks or scattered keys need registers beside 32 keys."""
     wide = dtype == "bf16" and chip.memory["shared"] > 65536 and statics["PAGE_SIZE"] % 32 == 0
-    wide = wide and rows > 32 and not statics["CAUSAL"] and statics["LAYOUT"] == "plain"
+    wide = wide and rows > 32 and not statics["CAUSAL"] and statics["LAYOUT"] == "plain" and TRITON_VERSION >= (3, 7)
     tile = {"BLOCK_H": 16 if dtype == "fp32" or rows <= 16 else 64 if wide else 32, "BLOCK_N": 32, "num_stages": 1}
     page = statics["PAGE_SIZE"]
     scattered = statics["CAUSAL"] and page % 32 and (statics["WINDOW"] or page % 16)
-    if dtype == "fp32" or (statics["LAYOUT"] == "int8" and rows > 16) or scattered:
+    crowded = TRITON_VERSION < (3, 7) and rows > 16 and (statics["CAUSAL"] or statics["WINDOW"] or page % 16)
+    if dtype == "fp32" or (statics["LAYOUT"] == "int8" and rows > 16) or scattered or crowded:
         tile["BLOCK_N"] = 16
     return tile
 
