@@ -232,7 +232,7 @@ def mla_prefill_query_gradient_kernel(
 
 def _key_rule(chip, dtype, statics, sizes):
     tile = _rule(chip, dtype, statics)
-    if chip.architecture == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are 192 wide or Triton is 3.9
+    if chip.architecture == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are wide or Triton is 3.9
         newest = TRITON_VERSION >= (3, 9)
         tile |= {"BLOCK_M": 16} if statics["REST"] or newest else {}
         tile |= {"num_stages": 3} if statics["REST"] and newest else {}
