@@ -13,7 +13,7 @@ demo: .venv/.demo
 	.venv/bin/python -m mla_kernels demo
 
 test: .venv/.dev .venv-ascend/.ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --turns
 
 test-slow: .venv/.dev .venv-ascend/.ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --slow --timeout 3600

@@ -9,6 +9,9 @@ A test that takes ``device`` (or ``backend``) is one of parity: it makes its ten
 was launched there. Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
 combinations that do not exist. Nothing skips itself: a skipped test fails.
+
+With ``--turns`` (as ``make test`` has it) a test of many combinations runs each of them on the interpreter or on the
+emulator, by turns, and not on both.
 """
 
 import inspect
@@ -18,6 +21,8 @@ from collections import Counter
 
 BACKENDS = ("cpu", "interpret", "npu-emulated", "cuda", "npu")
 DEVICES = ("cuda", "npu")
+EXECUTORS = ("interpret", "npu-emulated")
+MANY = 3
 
 
 def _backends(arguments: list[str]) -> tuple[str, ...]:
@@ -46,6 +51,9 @@ MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
+    parser.addoption(
+        "--turns", action="store_true", help=f"run each of {MANY} combinations or more on one of {' and '.join(EXECUTORS)}"
+    )
 
 
 def pytest_configure(config):
@@ -68,8 +76,28 @@ def pytest_collection_modifyitems(config, items):
     chosen = {True: [], False: []}
     for item in items:
         chosen[_runs(item, config.getoption("--slow"))].append(item)
+    if config.getoption("--turns"):
+        out_of_turn = _out_of_turn(chosen[True])
+        chosen[False] += [item for item in chosen[True] if item in out_of_turn]
+        chosen[True] = [item for item in chosen[True] if item not in out_of_turn]
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
+
+
+def _out_of_turn(items) -> set:
+    """Of each test with many combinations that both executors can run: those of the one whose turn it is not."""
+    combinations: dict = {}
+    for item in items:
+        backend = _parameters(item).get("backend")
+        if backend in EXECUTORS:
+            test = combinations.setdefault((item.path, item.cls, item.originalname), {})
+            test.setdefault(item.callspec.id.replace(backend, "", 1), {})[backend] = item
+    found = set()
+    for test in combinations.values():
+        both = [runs for runs in test.values() if len(runs) == len(EXECUTORS)]
+        if len(both) >= MANY:
+            found |= {runs[EXECUTORS[turn % 2]] for turn, runs in enumerate(both)}
+    return found
 
 
 def _runs(item, slow: bool) -> bool:

@@ -27,6 +27,11 @@ def test_passes_with_and_without_rows(device, rows):
     merge(rows, device)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_passes_by_turns(device, place):
+    merge(3, device)
+
+
 @pytest.mark.slow(when=lambda backend: backend == "interpret")
 def test_passes_but_is_slow_in_the_interpreter(device):
     merge(3, device)

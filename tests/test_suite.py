@@ -10,9 +10,9 @@ CASES = Path(__file__).with_name("suite_cases.py")
 LINE = re.compile(r"^(PASSED|FAILED|SKIPPED|ERROR) \S*::test_(passes|fails)(\w*)(?:\[(.*?)\])?", re.MULTILINE)
 
 
-def outcomes(backend, **environment):
+def outcomes(backend, options="", **environment):
     """(outcome, "passes" or "fails", rest of its name, parameters) of each case, and the report."""
-    child = run_cases(CASES, backend, PYTEST_ADDOPTS="-rA", **environment)
+    child = run_cases(CASES, backend, PYTEST_ADDOPTS=f"-rA {options}", **environment)
     return LINE.findall(child.stdout), child.stdout
 
 
@@ -21,7 +21,7 @@ def test_outcomes():
     for outcome, promise, rest, parameters in found:
         expected = "FAILED" if promise == "fails" and parameters != "cpu" else "PASSED"
         assert outcome == expected, f"{promise}{rest}[{parameters}]: {outcome}\n{text}"
-    assert Counter(promise for _, promise, *_ in found) == {"passes": 9, "fails": 7}
+    assert Counter(promise for _, promise, *_ in found) == {"passes": 15, "fails": 7}
     assert "no kernel was launched on interpret: are the tensors on `device`?" in text
     assert "no kernel was launched on interpret; kernels ran on npu-emulated" in text
     assert "1 launches, marked no_launch: no rows" in text
@@ -31,5 +31,16 @@ def test_outcomes():
 def test_a_device_that_is_not_there():
     """Every test of the device fails, and those that take no backend are left to the default run."""
     found, text = outcomes("cuda", CUDA_VISIBLE_DEVICES="")
-    assert Counter(outcome for outcome, *_ in found) == {"FAILED": 8}, text
-    assert text.count("--backend cuda: torch ") >= 8 and "sees no such device here" in text
+    assert Counter(outcome for outcome, *_ in found) == {"FAILED": 11}, text
+    assert text.count("--backend cuda: torch ") >= 11 and "sees no such device here" in text
+
+
+def test_turns():
+    """Each of many combinations runs on one executor; where there are few, or one executor, nothing is left out."""
+    found, text = outcomes("cpu,interpret,npu-emulated", "--turns -k test_passes_")
+    by_turns = {parameters for _, _, rest, parameters in found if rest == "_by_turns"}
+    assert by_turns == {*(f"cpu-{n}" for n in range(3)), "npu-emulated-0", "interpret-1", "npu-emulated-2"}, text
+    few = {parameters for _, _, rest, parameters in found if rest == "_with_and_without_rows"}
+    assert few == {f"{backend}-{rows}" for backend in ("cpu", "interpret", "npu-emulated") for rows in (0, 3)}
+    found, text = outcomes("interpret", "--turns -k by_turns")
+    assert {parameters for *_, parameters in found} == {f"interpret-{n}" for n in range(3)}, text

@@ -1,7 +1,7 @@
 """Every kernel on every target: the real compilers take the tile that a launch would take.
 
-Each kernel's first case in its first dtype always runs, on one chip of each kind; its other cases and dtypes on one
-chip each, all chips in turns. ``--slow`` runs all of the matrix and holds the README's table against it.
+Each kernel's first case always runs on one chip of each kind; its other cases each on one chip in one dtype, all of these
+by turns. ``--slow`` runs all of the matrix and holds the README's table against it.
 """
 
 import functools
@@ -26,17 +26,13 @@ def problems(reports):
 @functools.cache
 def cells():
     """What runs: chip -> requests."""
-    first = {kernel.name: (kernel.cases[0].dtypes[0], kernel.cases[0].name) for kernel in KERNELS.values()}
     found = {chip: [] for chip in CHIPS}
-    for requests in zip(*(check.requests([chip]) for chip in CHIPS), strict=True):
-        one = requests[0]
-        assert len({(request.kernel.name, request.dtype, request.case) for request in requests}) == 1
-        if (one.dtype, one.case) == first[one.kernel.name]:
-            for name in ONE_OF_EACH_KIND:
-                found[name].append(requests[list(CHIPS).index(name)])
-        else:
-            fewest = min(CHIPS, key=lambda name: len(found[name]))
-            found[fewest].append(requests[list(CHIPS).index(fewest)])
+    for kernel in KERNELS.values():
+        for turn, case in enumerate(kernel.cases):
+            dtype = case.dtypes[turn % len(case.dtypes)]
+            chips = ONE_OF_EACH_KIND if turn == 0 else [min(CHIPS, key=lambda name: len(found[name]))]
+            for chip in chips:
+                found[chip] += check.requests([chip], [kernel.name], [dtype], [case.name])
     return found
 
 
