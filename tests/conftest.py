@@ -51,9 +51,7 @@ MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
-    parser.addoption(
-        "--turns", action="store_true", help=f"run each of {MANY} combinations or more on one of {' and '.join(EXECUTORS)}"
-    )
+    parser.addoption("--turns", action="store_true", help=f"many combinations: each on one of {' and '.join(EXECUTORS)}")
 
 
 def pytest_configure(config):

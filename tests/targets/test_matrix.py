@@ -1,7 +1,7 @@
 """Every kernel on every target: the real compilers take the tile that a launch would take.
 
-Each kernel's first case always runs on one chip of each kind; its other cases each on one chip in one dtype, all of these
-by turns. ``--slow`` runs all of the matrix and holds the README's table against it.
+Each kernel's first case always runs on one chip of each kind; its other cases each on one chip in one dtype, all of
+these by turns. ``--slow`` runs all of the matrix and holds the README's table against it.
 """
 
 import functools
