@@ -51,7 +51,7 @@ MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
-    parser.addoption("--turns", action="store_true", help=f"many combinations: each on one of {' and '.join(EXECUTORS)}")
+    parser.addoption("--turns", action="store_true", help=f"of many combinations each on one of {', '.join(EXECUTORS)}")
 
 
 def pytest_configure(config):
