@@ -10,7 +10,7 @@ was launched there. Marks say what differs, ``when`` a condition on the test's p
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
 combinations that do not exist. Nothing skips itself: a skipped test fails.
 
-With ``--turns`` (as ``make test`` has it) a test of many combinations runs each of them on the interpreter or on the
+With ``--turns`` (as ``make test`` has it) a combination of a test's other parameters runs on the interpreter or on the
 emulator, by turns, and not on both.
 """
 
@@ -22,7 +22,6 @@ from collections import Counter
 BACKENDS = ("cpu", "interpret", "npu-emulated", "cuda", "npu")
 DEVICES = ("cuda", "npu")
 EXECUTORS = ("interpret", "npu-emulated")
-MANY = 3
 
 
 def _backends(arguments: list[str]) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
-    parser.addoption("--turns", action="store_true", help=f"of many combinations each on one of {', '.join(EXECUTORS)}")
+    parser.addoption("--turns", action="store_true", help=f"run each case on one of {' and '.join(EXECUTORS)}")
 
 
 def pytest_configure(config):
@@ -83,19 +82,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _out_of_turn(items) -> set:
-    """Of each test with many combinations that both executors can run: those of the one whose turn it is not."""
-    combinations: dict = {}
+    """Of the cases that both executors can run: each on the one whose turn it is not."""
+    cases: dict = {}
     for item in items:
         backend = _parameters(item).get("backend")
         if backend in EXECUTORS:
-            test = combinations.setdefault((item.path, item.cls, item.originalname), {})
-            test.setdefault(item.callspec.id.replace(backend, "", 1), {})[backend] = item
-    found = set()
-    for test in combinations.values():
-        both = [runs for runs in test.values() if len(runs) == len(EXECUTORS)]
-        if len(both) >= MANY:
-            found |= {runs[EXECUTORS[turn % 2]] for turn, runs in enumerate(both)}
-    return found
+            name = item.callspec.id.replace(backend, "", 1)
+            cases.setdefault((item.path, item.cls, item.originalname, name), {})[backend] = item
+    both = [runs for runs in cases.values() if len(runs) == len(EXECUTORS)]
+    return {runs[EXECUTORS[turn % 2]] for turn, runs in enumerate(both)}
 
 
 def _runs(item, slow: bool) -> bool:

@@ -17,7 +17,7 @@ from mla_kernels.targets.compile import Request, compile_many
 from mla_kernels.targets.devices import DEVICES
 from mla_kernels.tiles import Problem
 
-SAMPLED = 2
+SAMPLED = 1
 NAMED = ("a100", "h100", "h200", "b200", "l40s", "rtx-4090", "mi300x", "910b", "910c", "950pr")
 
 

@@ -56,6 +56,7 @@ def test_int8_on_hopper_is_multiplied_as_it_is(rows):
         ("ascend910b", "int8", 0, True, False), ("ascend950", "int4", 32, True, True),
     ],
 )  # fmt: skip
+@pytest.mark.slow(when=lambda chip, bias, even: chip in ("gfx942", "ascend950") or bias == even)
 def test_options_that_no_case_declares_compile_within_limits(chip, form, group, bias, even):
     """Large tiles with a bias, with rows that no step divides, and with small groups."""
     wanted = []
