@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from mla_kernels import check, launch
+from mla_kernels import check, launch, tiles
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compiler_version, write_artefacts
@@ -73,6 +73,7 @@ def run_check(options) -> int:
     partial = options.target or options.kernel or options.dtype or options.case
     if partial and options.markdown not in ("", "-"):
         options.error("--markdown FILE writes the whole matrix: it takes no --target, --kernel, --dtype or --case")
+    tiles.LOG.setLevel("ERROR")  # declared cases need no table
     wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
     if not wanted:
         options.error("no declared kernel has this combination of --kernel, --case and --dtype")
