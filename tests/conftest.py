@@ -10,8 +10,8 @@ was launched there. Marks say what differs, ``when`` a condition on the test's p
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
 combinations that do not exist. Nothing skips itself: a skipped test fails.
 
-With ``--turns`` (as ``make test`` has it) a combination of a test's other parameters runs on the interpreter or on the
-emulator, by turns, and not on both.
+With ``--turns`` (as ``make test`` has it) the cases of a test take turns: one runs in the interpreter, one in the
+emulator, and from the third on one in neither; on the CPU code all of them run.
 """
 
 import inspect
@@ -50,7 +50,7 @@ MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
-    parser.addoption("--turns", action="store_true", help=f"run each case on one of {' and '.join(EXECUTORS)}")
+    parser.addoption("--turns", action="store_true", help=f"cases share {' and '.join(EXECUTORS)} between them")
 
 
 def pytest_configure(config):
@@ -82,15 +82,20 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _out_of_turn(items) -> set:
-    """Of the cases that both executors can run: each on the one whose turn it is not."""
-    cases: dict = {}
+    """Of the cases that both executors can run: on the executors whose turn it is not."""
+    tests: dict = {}
     for item in items:
         backend = _parameters(item).get("backend")
         if backend in EXECUTORS:
-            name = item.callspec.id.replace(backend, "", 1)
-            cases.setdefault((item.path, item.cls, item.originalname, name), {})[backend] = item
-    both = [runs for runs in cases.values() if len(runs) == len(EXECUTORS)]
-    return {runs[EXECUTORS[turn % 2]] for turn, runs in enumerate(both)}
+            cases = tests.setdefault((item.path, item.cls, item.originalname), {})
+            cases.setdefault(item.callspec.id.replace(backend, "", 1), {})[backend] = item
+    left_out = set()
+    for number, cases in enumerate(tests.values()):
+        both = [runs for runs in cases.values() if len(runs) == len(EXECUTORS)]
+        for place, runs in enumerate(both):
+            turn = (number + place) % 2 if place < 2 else place % 3
+            left_out |= {item for executor, item in runs.items() if EXECUTORS[turn : turn + 1] != (executor,)}
+    return left_out
 
 
 def _runs(item, slow: bool) -> bool:

@@ -27,7 +27,7 @@ def test_passes_with_and_without_rows(device, rows):
     merge(rows, device)
 
 
-@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("place", range(4))
 def test_passes_by_turns(device, place):
     merge(3, device)
 

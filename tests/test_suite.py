@@ -21,7 +21,7 @@ def test_outcomes():
     for outcome, promise, rest, parameters in found:
         expected = "FAILED" if promise == "fails" and parameters != "cpu" else "PASSED"
         assert outcome == expected, f"{promise}{rest}[{parameters}]: {outcome}\n{text}"
-    assert Counter(promise for _, promise, *_ in found) == {"passes": 15, "fails": 7}
+    assert Counter(promise for _, promise, *_ in found) == {"passes": 17, "fails": 7}
     assert "no kernel was launched on interpret: are the tensors on `device`?" in text
     assert "no kernel was launched on interpret; kernels ran on npu-emulated" in text
     assert "1 launches, marked no_launch: no rows" in text
@@ -31,14 +31,15 @@ def test_outcomes():
 def test_a_device_that_is_not_there():
     """Every test of the device fails, and those that take no backend are left to the default run."""
     found, text = outcomes("cuda", CUDA_VISIBLE_DEVICES="")
-    assert Counter(outcome for outcome, *_ in found) == {"FAILED": 11}, text
-    assert text.count("--backend cuda: torch ") >= 11 and "sees no such device here" in text
+    assert Counter(outcome for outcome, *_ in found) == {"FAILED": 12}, text
+    assert text.count("--backend cuda: torch ") >= 12 and "sees no such device here" in text
 
 
 def test_turns():
-    """Each case runs on one executor, and where there is but one, none is left out."""
+    """Cases share the executors between them, and where there is but one executor, none is left out."""
     found, text = outcomes("cpu,interpret,npu-emulated", "--turns -k by_turns")
-    turns = {parameters for *_, parameters in found}
-    assert turns == {*(f"cpu-{n}" for n in range(3)), "npu-emulated-0", "interpret-1", "npu-emulated-2"}, text
+    turns = {parameters for *_, parameters in found} - {f"cpu-{n}" for n in range(4)}
+    assert turns in ({"interpret-0", "npu-emulated-1", "interpret-3"}, {"npu-emulated-0", "interpret-1", "interpret-3"})
+    assert len(found) == 7, text
     found, text = outcomes("interpret", "--turns -k by_turns")
-    assert {parameters for *_, parameters in found} == {f"interpret-{n}" for n in range(3)}, text
+    assert {parameters for *_, parameters in found} == {f"interpret-{n}" for n in range(4)}, text
