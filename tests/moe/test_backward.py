@@ -233,7 +233,7 @@ def test_recompute_must_be_a_bool():
         fused_moe(**inputs_of(layer(5, 4, 2, 80, 72)), recompute=1)
 
 
-@pytest.mark.parametrize("name", ["plain", "gpt_oss"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_under_torchs_tools(name):
     problem = with_options(layer(5, 4, 2, 32, 24), **OPTIONS.get(name, {}))
     arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in problem.inputs()]

@@ -222,6 +222,7 @@ def test_plain_weights_are_multiplied_by_fused_moe(device):
     problem.check(problem.run())
 
 
+@pytest.mark.slow(when=lambda backend: backend == "interpret")
 def test_mxfp4_scales_at_the_ends(device):
     """2^-127 counts as nothing beside other weights, and 255 is NaN for the tokens that meet it."""
     problem = small("mxfp4", device, 2)

@@ -71,6 +71,7 @@ def test_options_that_no_case_declares_compile_within_limits(chip, form, group, 
 
 @pytest.mark.parametrize("form, group", [("int8", 0), ("int4", 128), ("mxfp4", 32)])
 @pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.slow(when=lambda form, rows: (form == "int8") == (rows == 16))
 def test_weights_on_hopper_are_decoded_in_registers(form, group, rows):
     """Codes come asynchronously, and the tensor cores take decoded weights from registers: none goes back to shared
     memory."""
