@@ -210,12 +210,13 @@ def _grad_rule(chip, dtype, statics, sizes):
 
 
 def _query_rule(chip, dtype, statics, sizes):
-    """On sm_90 the tile that Triton's version keeps in registers."""
+    """The tile that Triton's version keeps in registers."""
     tile, hopper, newest = _grad_rule(chip, dtype, statics, sizes), chip.architecture == "90", TRITON_VERSION >= (3, 9)
+    halves = newest and chip.architecture in ("90", "100")
     if chip.vendor == "amd" and dtype == "fp32":
         tile |= {"VALUE_TILES": 4, "num_stages": 2}
     elif chip.vendor == "nvidia" and dtype == "fp32":
-        tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if hopper and newest else 1}
+        tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if halves else 1}
     elif chip.dot_from_shared and sizes["heads"] > 32:
         tile |= {"BLOCK_H": 32 if hopper and newest else 64, "BLOCK_N": 16 if hopper else 32}
     return tile
