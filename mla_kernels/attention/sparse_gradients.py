@@ -212,7 +212,7 @@ def _grad_rule(chip, dtype, statics, sizes):
 def _query_rule(chip, dtype, statics, sizes):
     """The tile that Triton's version keeps in registers."""
     tile, hopper, newest = _grad_rule(chip, dtype, statics, sizes), chip.architecture == "90", TRITON_VERSION >= (3, 9)
-    halves = newest and chip.architecture in ("90", "100")
+    halves = newest and chip.architecture in ("90", "100", "120")
     if chip.vendor == "amd" and dtype == "fp32":
         tile |= {"VALUE_TILES": 4, "num_stages": 2}
     elif chip.vendor == "nvidia" and dtype == "fp32":
