@@ -217,6 +217,7 @@ def _query_rule(chip, dtype, statics, sizes):
         tile |= {"VALUE_TILES": 4, "num_stages": 2}
     elif chip.vendor == "nvidia" and dtype == "fp32":
         tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if halves else 1}
+        tile |= {"BLOCK_H": 4, "BLOCK_N": 32} if newest and chip.architecture == "89" else {}
     elif chip.dot_from_shared and sizes["heads"] > 32:
         tile |= {"BLOCK_H": 32 if hopper and newest else 64, "BLOCK_N": 16 if hopper else 32}
     return tile
@@ -308,7 +309,7 @@ _SIZES = {
 }
 _GRAD_STATICS = ("LATENT", "ROPE", "WIDE", "LENGTHS", "SINK")
 _GRAD_TILES = {
-    "BLOCK_H": (8, 16, 32, 64),
+    "BLOCK_H": (4, 8, 16, 32, 64),
     "BLOCK_N": (16, 32, 64),
     "VALUE_TILES": (1, 2, 4),
     "PERSISTENT": (0, 1),
