@@ -86,7 +86,8 @@ def test_bounds_of_the_backward_loops_on_hopper(kernel, products, core, serial):
     assert {tile["BLOCK_M"], tile["BLOCK_N"]} == {128, streamed} and tile["num_stages"] == 2
     report = compile_kernel(kernel, chip, "bf16", case.statics, tile)
     assert report.ok, report.problem
-    assert report.spills <= 2 and report.detail["async_copy"]  # none of them in the loop
+    outside_the_loop = 2 if kernel is MLA_PREFILL_KEY_GRADIENT and TRITON_VERSION < (3, 9) else 0
+    assert report.spills <= outside_the_loop and report.detail["async_copy"]
     bounds = report.detail["loop_bounds"]
     assert bounds["core"] / 2 <= core and bounds["serial"] / 2 <= serial
     assert bounds["multiply_adds"] <= 1.10 * 128 * streamed * products

@@ -33,6 +33,7 @@ def cells():
             chips = ALWAYS if turn == 0 else [min(CHIPS, key=lambda name: len(found[name]))]
             for chip in chips:
                 found[chip] += check.requests([chip], [kernel.name], [dtype], [case.name])
+    assert all({request.kernel.name for request in found[chip]} == set(KERNELS) for chip in ALWAYS)
     return found
 
 
