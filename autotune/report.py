@@ -89,14 +89,13 @@ def run(options) -> int:
 
 def collect(problems: list[Problem], chip: Chip) -> tuple[list[Row], dict[str, str]]:
     """A row for every problem that has a tile; kernel -> reason for those that have none here."""
-    tiles.LOG.disabled = True  # the page says what is missing
     found, refused = [], {}
-    for problem in problems:
-        try:
-            found.append((problem, tiles.look_up(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes)))
-        except NotImplementedError as error:
-            refused[problem.kernel.name] = str(error)
-    tiles.LOG.disabled = False
+    with tiles.silent():  # the page says what is missing
+        for p in problems:
+            try:
+                found.append((p, tiles.look_up(p.kernel, chip, p.dtype, p.statics, p.sizes)))
+            except NotImplementedError as error:
+                refused[p.kernel.name] = str(error)
     requests = [Request(p.kernel, chip, p.dtype, p.statics, answer.tile) for p, answer in found]
     with common.progress() as bar:
         task = bar.add_task(f"compiling for {chip.name}", total=len(requests))

@@ -29,13 +29,13 @@ def run(options) -> int:
     chips = options.target or ([chip_of(here)] if here is not None else [])
     if not chips:
         raise ValueError(f"no device here; name one with --target: {', '.join(DEVICES)}")
-    tiles.LOG.disabled = True  # the table says what is missing
     printed = Table("device", "kernel", "constants", "sizes", "tile", "from")
     for chip in chips:
         for task in itertools.chain.from_iterable(tune.tasks(options, chip)):
             problem = task.problem
             try:
-                found = tiles.look_up(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes)
+                with tiles.silent():  # the table says what is missing
+                    found = tiles.look_up(problem.kernel, chip, problem.dtype, problem.statics, problem.sizes)
             except NotImplementedError as error:
                 found = tiles.Found({}, f"none: {error}")
             tile, origin = _words(found.tile), found.origin

@@ -73,8 +73,8 @@ def run_check(options) -> int:
     partial = options.target or options.kernel or options.dtype or options.case
     if partial and options.markdown not in ("", "-"):
         options.error("--markdown FILE writes the whole matrix: it takes no --target, --kernel, --dtype or --case")
-    tiles.LOG.setLevel("ERROR")  # declared cases need no table
-    wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
+    with tiles.silent():  # declared cases need no table
+        wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
     if not wanted:
         options.error("no declared kernel has this combination of --kernel, --case and --dtype")
     return check.show(wanted, markdown=options.markdown, output=options.json)

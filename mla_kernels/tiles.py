@@ -11,6 +11,7 @@ are read at a kernel's first launch. :func:`reload` forgets what was read.
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import math
@@ -77,6 +78,7 @@ _overrides: dict = {}  # kernel -> tile values
 _override_tiles: dict = {}  # (kernel, what is overridden) -> lookups under it
 _recorded: list[list[Problem]] = []  # open recordings
 _told: set = set()  # misses and bad files that were logged
+_silent = contextvars.ContextVar("silent", default=False)
 
 
 def look_up(kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) -> Found:
@@ -310,8 +312,18 @@ def _tell_miss(kernel, chip, dtype, statics, sizes) -> None:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Within the block, lookups log nothing, and what they would have said is said at the next one outside."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def _warn(what, message: str, *arguments, level: int = logging.WARNING) -> None:
-    if what not in _told:
+    if what not in _told and not _silent.get():
         _told.add(what)
         LOG.log(level, message, *arguments)
 

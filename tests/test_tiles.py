@@ -189,6 +189,17 @@ def test_a_miss_logs_once_with_the_command_that_would_fix_it(files, caplog, monk
     assert not caplog.records
 
 
+def test_silent_lookups_log_nothing_and_the_next_one_does(files, caplog, monkeypatch):
+    monkeypatch.setattr(launch, "cpu_mode", lambda: "torch")
+    kernel = declare()
+    with pytest.raises(ZeroDivisionError), tiles.silent():
+        look_up(kernel)
+        raise ZeroDivisionError
+    assert not caplog.records
+    look_up(kernel, rows=1030)
+    assert len(caplog.records) == 1
+
+
 def test_overrides_are_checked():
     kernel = declare()
     with pytest.raises(ValueError, match=r"kernel 'conv' is unknown; known kernels: .*mla_decode_kernel"):

@@ -98,7 +98,7 @@ def test_tune_stores_shortlists_that_launches_find(compiler, tmp_path, capsys, m
     assert len(compiler.tiles) == compiled
     assert cli.main(["show", "--target", "h20", "--kernel", kernel.name]) == 0
     assert "store of h20" in capsys.readouterr().out
-    tiles.LOG.disabled = False
+    assert not tiles.LOG.disabled
 
 
 def test_the_command_that_a_miss_logs_works(compiler, tmp_path, monkeypatch):

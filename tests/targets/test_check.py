@@ -1,13 +1,14 @@
 """The command line: the compile matrix, single compilations, exit codes."""
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
 
 from mla_kernels import __main__ as command
-from mla_kernels import check, launch
+from mla_kernels import check, launch, tiles
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work
 from mla_kernels.targets.chips import CHIPS
@@ -79,6 +80,7 @@ def test_check_fails_if_a_cell_fails(capsys, monkeypatch):
     bad = report(compiled=False, reason="no such thing", target="sm_90")
     monkeypatch.setattr(check, "compile_many", lambda wanted, progress: [report(), bad])
     assert command.main(["check", "--target", "sm_90"]) == 1
+    assert tiles.LOG.isEnabledFor(logging.WARNING) and not tiles.LOG.disabled
     printed = capsys.readouterr()
     assert "no such thing" in printed.err and "error" in printed.out
 
