@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.experts.activation import Activation
 
 
 @dataclass(frozen=True)

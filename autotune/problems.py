@@ -16,7 +16,7 @@ import torch
 import mla_kernels as mk
 from mla_kernels.autotune.models import Geometry
 from mla_kernels.launch import DTYPE_NAMES, on_cpu
-from mla_kernels.moe.formats import FORMATS, WeightFormat
+from mla_kernels.moe.quantised.formats import FORMATS, WeightFormat
 from mla_kernels.reference import attention, moe, prefill, prolog, quant, route, sparse
 from mla_kernels.targets.chips import Chip
 from mla_kernels.tiles import Problem, record

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
 from mla_kernels.reference import moe as reference
 from tests.moe.ranks import Ranks
 

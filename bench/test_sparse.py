@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import LatentCache
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.reference import sparse as reference
 
 LATENT, ROPE, PAGE_SIZE = 512, 64, 64

@@ -1,36 +1,39 @@
 """Triton kernels for multi-head latent attention and mixture of experts, from one source on NVIDIA, AMD and Ascend."""
 
 from mla_kernels import versions  # noqa: F401  first, for it refuses what the rest would fail on
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.attention.indexer import indexer_logits, paged_indexer_logits
-from mla_kernels.attention.indexer_select import select_keys, select_slots
-from mla_kernels.attention.indexer_topk import indexer_topk
+from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.indexer.op import indexer_logits, paged_indexer_logits
+from mla_kernels.attention.indexer.select import select_keys, select_slots
+from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.attention.merge import merge_states
-from mla_kernels.attention.prefill import mla_prefill
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.prefill.op import mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
-from mla_kernels.latent.indexer_cache import IndexerCache
-from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
-from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
+from mla_kernels.latent.tools.convert import convert_cache
+from mla_kernels.latent.tools.copy import copy_pages
+from mla_kernels.latent.tools.gather import gather_tokens
+from mla_kernels.latent.tools.scatter import scatter_tokens
 from mla_kernels.latent.write import write_latent
-from mla_kernels.moe.activation import Activation, Clamp
-from mla_kernels.moe.align import align_blocks
-from mla_kernels.moe.balance import balance_loss
-from mla_kernels.moe.combine import combine
-from mla_kernels.moe.dispatch import Dispatch, dispatch
-from mla_kernels.moe.experts import expert_ffn
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.hash_route import hash_route
-from mla_kernels.moe.load import expert_load, update_bias
-from mla_kernels.moe.parallel import ExpertParallel
-from mla_kernels.moe.permute import permute, unpermute
-from mla_kernels.moe.quantisation_error import WeightError, quantisation_error
-from mla_kernels.moe.quantised import fused_experts
-from mla_kernels.moe.route import route
-from mla_kernels.moe.weights import ExpertWeights, WeightFormat
+from mla_kernels.moe.dispatch.align import align_blocks
+from mla_kernels.moe.dispatch.combine import combine
+from mla_kernels.moe.dispatch.dispatch import Dispatch, dispatch
+from mla_kernels.moe.dispatch.permute import permute, unpermute
+from mla_kernels.moe.experts.activation import Activation, Clamp
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.experts.parts import expert_ffn
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
+from mla_kernels.moe.quantised.error import WeightError, quantisation_error
+from mla_kernels.moe.quantised.fused_experts import fused_experts
+from mla_kernels.moe.quantised.weights import ExpertWeights, WeightFormat
+from mla_kernels.moe.route.balance import balance_loss
+from mla_kernels.moe.route.hash_route import hash_route
+from mla_kernels.moe.route.load import expert_load, update_bias
+from mla_kernels.moe.route.route import route
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,8 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.indexer_cache import IndexerCache
-from mla_kernels.latent.tools import gather_tokens
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.tools.gather import gather_tokens
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
 from mla_kernels.nn import attention as nn_attention
 from tests.compat.models import YARN, fast_cpu, tiny

@@ -10,7 +10,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from mla_kernels import launch
 from mla_kernels.cpu.packed import packed
-from mla_kernels.moe.activation import Activation
+from mla_kernels.moe.experts.activation import Activation
 from mla_kernels.nn import MoE, MoEConfig
 from tests.compat.models import EXPERTS, tiny
 from tests.moe.ranks import Ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.nn import AttentionConfig, LatentAttention, MoE, MoEConfig, rope_tables
 
 MOE = MoEConfig(64, 32, 32, 64, 4, num_groups=1, top_k_groups=1)

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.indexer_cache import IndexerCache
-from mla_kernels.moe.activation import Activation
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.moe.experts.activation import Activation
 from mla_kernels.nn import AttentionConfig, LatentAttention, MoE, MoEConfig, rope_tables
 
 SIZES = dict(hidden_size=64, num_heads=4, q_lora_rank=48, kv_lora_rank=32, nope_dim=32, rope_dim=16, v_dim=32)

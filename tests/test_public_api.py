@@ -7,7 +7,7 @@ import re
 import torch
 
 import mla_kernels
-from mla_kernels.moe.activation import SWIGLU
+from mla_kernels.moe.experts.activation import SWIGLU
 
 SIGNATURES = {
     "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",

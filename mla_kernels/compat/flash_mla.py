@@ -16,9 +16,9 @@ import math
 
 import torch
 
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.attention.prefill import mla_prefill
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.prefill.op import mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.quantised import fused_experts
-from mla_kernels.moe.weights import ExpertWeights, WeightFormat
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.quantised.fused_experts import fused_experts
+from mla_kernels.moe.quantised.weights import ExpertWeights, WeightFormat
 
 _INT4 = (
     "neighbouring columns share a byte there, while the kernels here read bytes whose halves lie half a block apart; "

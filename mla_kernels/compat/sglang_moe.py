@@ -8,9 +8,9 @@ import torch
 from mla_kernels.checks import check_choice, check_int, check_tensor
 from mla_kernels.compat.fused_experts import quantised_weights, run
 from mla_kernels.compat.routers import check_enough, check_router
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.align import align_blocks
-from mla_kernels.moe.route import route
+from mla_kernels.moe.dispatch.align import align_blocks
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.route.route import route
 
 
 def fused_experts(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer.cache import IndexerCache
 
 OLDEST, NEXT = (5, 18), (5, 25)
 """The first version of transformers that this module takes, and the first one after them."""

@@ -3,9 +3,9 @@
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.attention.prefill import check_widths, mla_prefill
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.prefill.op import check_widths, mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.compat.transformers_cache import even_starts, starts
 from mla_kernels.compat.transformers_weights import absorbed_weight
 from mla_kernels.nn import absorb_query, expand_output

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer.cache import IndexerCache
 
 
 class LatentLayer(CacheLayerMixin):

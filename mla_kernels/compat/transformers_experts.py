@@ -10,8 +10,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from mla_kernels.checks import FLOATS
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.experts.fused import fused_moe
 
 _NUMBERS = ("limit", "swiglu_limit", "alpha", "swiglu_alpha")
 """What the gates of transformers read of their module, besides ``act_fn``."""

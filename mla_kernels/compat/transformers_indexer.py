@@ -3,7 +3,7 @@
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb, apply_rotary_pos_emb_interleave
 
-from mla_kernels.attention.indexer_select import select_slots
+from mla_kernels.attention.indexer.select import select_slots
 
 
 def choose_slots(indexer, hidden, q_residual, angles, mask, positions, cache=None, past_key_values=None):

@@ -18,7 +18,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.checks import FLOATS, INDICES, check_int, check_no_grad, check_tensor
 from mla_kernels.compat.vllm_moe import fused_experts, grouped_topk, moe_align_block_size
 from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.scatter import scatter_tokens
+from mla_kernels.latent.tools.scatter import scatter_tokens
 
 __all__ = ["concat_and_cache_mla", "fused_experts", "grouped_topk", "merge_attn_states", "moe_align_block_size"]
 

@@ -84,7 +84,7 @@ def _forward(q, sources, scale, latent_dim, sink, dtype):
 def sparse_mla_prefill_backward(
     q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_dim, topk_length, sink
 ):
-    """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse_backward.py."""
+    """Gradients of q, kv and sink (fp32 [heads]), block by block as forward; see attention/sparse/backward.py."""
     tokens, heads, _ = q.shape
     dtype = torch.float32 if q.dtype == torch.float16 or heads < _FEW_HEADS else q.dtype
     all_rows = _dense_rows(q, kv, indices, topk_length, dtype)

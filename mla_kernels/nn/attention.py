@@ -4,17 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.merge import merge_states
-from mla_kernels.attention.prefill import mla_prefill
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.prefill.op import mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.checks import INDICES, check_int, check_range, check_tensor
 from mla_kernels.cpu.packed import packed, prepack
 from mla_kernels.latent import absorb
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.gather import gather_tokens
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
+from mla_kernels.latent.tools.gather import gather_tokens
 from mla_kernels.latent.write import write_latent
 from mla_kernels.nn.batch import Span, Tokens, causal_rows
 from mla_kernels.nn.indexer import Indexer

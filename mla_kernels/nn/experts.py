@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from mla_kernels.checks import FLOATS, check_choice, check_tensor
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.convert import add_zeros, empty_parts
-from mla_kernels.moe.formats import WeightFormat
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.quantised import fused_experts
-from mla_kernels.moe.weights import ExpertWeights, as_stored
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.quantised.converters import add_zeros, empty_parts
+from mla_kernels.moe.quantised.formats import WeightFormat
+from mla_kernels.moe.quantised.fused_experts import fused_experts
+from mla_kernels.moe.quantised.weights import ExpertWeights, as_stored
 from mla_kernels.quant.int4 import GROUP_SIZES
 
 OPTIONS = {"group_size": 128, "symmetric": True, "scale_dtype": torch.bfloat16}

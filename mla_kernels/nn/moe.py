@@ -9,11 +9,11 @@ from torch import nn
 
 from mla_kernels.checks import check_choice, check_tensor
 from mla_kernels.cpu.packed import prepack
-from mla_kernels.moe.formats import WeightFormat
-from mla_kernels.moe.hash_route import hash_route
-from mla_kernels.moe.parallel import ExpertParallel
-from mla_kernels.moe.route import route
-from mla_kernels.moe.weights import ExpertWeights
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
+from mla_kernels.moe.quantised.formats import WeightFormat
+from mla_kernels.moe.quantised.weights import ExpertWeights
+from mla_kernels.moe.route.hash_route import hash_route
+from mla_kernels.moe.route.route import route
 from mla_kernels.nn.experts import OPTIONS, Experts, QuantizedExperts
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.moe_config import MoEConfig

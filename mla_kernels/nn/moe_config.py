@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from mla_kernels.checks import check_choice, check_int
-from mla_kernels.moe.activation import SWIGLU, Activation
-from mla_kernels.moe.scores import SCORINGS
+from mla_kernels.moe.experts.activation import SWIGLU, Activation
+from mla_kernels.moe.route.scores import SCORINGS
 
 MOE_FAMILIES = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2",

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from mla_kernels.moe.convert import DOWN, GATE, PUBLISHED, UP, check_format, write_projection
-from mla_kernels.moe.formats import WeightFormat
+from mla_kernels.moe.quantised.converters import DOWN, GATE, PUBLISHED, UP, check_format, write_projection
+from mla_kernels.moe.quantised.formats import WeightFormat
 from mla_kernels.nn.experts import QuantizedExperts, check_codes
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.quant.nibbles import BLOCK

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_kernels.attention.indexer import indexer_logits, paged_indexer_logits
-from mla_kernels.attention.indexer_select import select_keys, select_slots
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.attention.indexer.op import indexer_logits, paged_indexer_logits
+from mla_kernels.attention.indexer.select import select_keys, select_slots
+from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import indexer as reference
 from tests.support import assert_close
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.reference import prefill as reference
 from tests.support import assert_close
 

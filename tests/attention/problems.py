@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mla_kernels.attention.decode import NO_WINDOW, mla_decode
+from mla_kernels.attention.decode.forward import NO_WINDOW
+from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.reference import attention as reference
 from mla_kernels.reference import latent as latent_reference

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.reference import sparse as reference
 from mla_kernels.reference.latent import dequantise_cache

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels.attention import decode
-from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.decode import op as decode
+from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.problems import make
 from tests.support import not_on

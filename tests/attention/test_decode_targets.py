@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention.decode import MLA_DECODE
+from mla_kernels.attention.decode.forward import MLA_DECODE
 from mla_kernels.attention.merge import MERGE_SPLITS, MERGE_STATES
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.targets.chips import CHIPS

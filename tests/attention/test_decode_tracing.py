@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mla_kernels.attention.decode import mla_decode
+from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.problems import make

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention import indexer_select
-from mla_kernels.attention.indexer import indexer_logits, paged_indexer_logits
-from mla_kernels.attention.indexer_select import select_keys, select_slots
-from mla_kernels.attention.indexer_topk import indexer_topk
-from mla_kernels.latent.indexer_cache import IndexerCache
+from mla_kernels.attention.indexer import select as indexer_select
+from mla_kernels.attention.indexer.op import indexer_logits, paged_indexer_logits
+from mla_kernels.attention.indexer.select import select_keys, select_slots
+from mla_kernels.attention.indexer.topk import indexer_topk
+from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import indexer as reference
 from tests.attention.indexer_problems import make_paged, make_ragged
 from tests.support import not_on
@@ -191,7 +191,7 @@ def test_a_device_takes_bad_pages_and_lengths_as_absent(backend, device, layout,
     wide = problem.seq_lens.cpu().clamp_max(problem.block_table.shape[1] * 64)
     arguments = (problem.q, problem.cache.data, problem.cache.head_dim, problem.weights, problem.block_table)
     with launch.on_cpu(launch.cpu_mode()):
-        from mla_kernels.attention.indexer import launch_paged_logits
+        from mla_kernels.attention.indexer.forward import launch_paged_logits
 
         got = launch_paged_logits(*arguments, problem.seq_lens).cpu()
     q, data, weights, table, _ = problem.tensors()

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention.indexer import INDEXER_LOGITS
-from mla_kernels.attention.indexer_select import SLOTS
-from mla_kernels.attention.indexer_topk import TOPK, indexer_topk
-from mla_kernels.latent.indexer_key import ROTATE_INDEXER_QUERY, WRITE_INDEXER_KEY
+from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
+from mla_kernels.attention.indexer.select import SLOTS
+from mla_kernels.attention.indexer.topk import TOPK, indexer_topk
+from mla_kernels.latent.indexer.key import ROTATE_INDEXER_QUERY, WRITE_INDEXER_KEY
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
 from tests.attention.indexer_problems import make_ragged, rows_of

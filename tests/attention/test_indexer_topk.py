@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention import indexer_topk as module
-from mla_kernels.attention.indexer_topk import indexer_topk
+from mla_kernels.attention.indexer import topk as module
+from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.reference import indexer as reference
 from tests.attention.indexer_problems import rows_of
 from tests.support import poisoned

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention import prefill
 from mla_kernels.attention.merge import merge_states
+from mla_kernels.attention.prefill import forward as prefill
+from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import Problem, make
 from tests.support import not_on
 
@@ -87,7 +88,7 @@ def test_the_worked_example(backend, device):
     v = torch.eye(7, 16, device=device)[:, None]
     bounds = [torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 2, 5], [0, 4, 7])]
     sizes = dict(max_seqlen_q=3, max_seqlen_k=4, softmax_scale=1.0)
-    out, lse = prefill.mla_prefill(torch.zeros(5, 1, 16, device=device), k, v, *bounds, **sizes)
+    out, lse = mla_prefill(torch.zeros(5, 1, 16, device=device), k, v, *bounds, **sizes)
     seen = [out[i, 0].nonzero().flatten().tolist() for i in range(5)]
     assert seen == [[0, 1, 2], [0, 1, 2, 3], [4], [4, 5], [4, 5, 6]]
     torch.testing.assert_close(lse[:, 0].cpu(), torch.tensor([3.0, 4, 1, 2, 3]).log())
@@ -211,7 +212,7 @@ def test_no_access_leaves_a_tensor(name):
     queries, keys = (torch.tensor(values, dtype=torch.int32) for values in GARBAGE[name])
     problem.cu_seqlens_q, problem.cu_seqlens_k = queries, keys
     with launch.on_cpu("npu-emulated"), emulator.guarded():
-        prefill._launch(*problem.arguments())
+        prefill.launch_prefill(*problem.arguments())
 
 
 @not_on("values of CPU tensors are checked", "cpu")
@@ -220,7 +221,7 @@ def test_results_of_real_sequences_survive_garbage_in_others(backend, device):
     bounds = torch.tensor([[0, 0, 20, 20, 25], [0, 0, 70, 70, 2**31 - 1]], dtype=torch.int32, device=device)
     good = problem.run()
     problem.cu_seqlens_q, problem.cu_seqlens_k = bounds
-    for got, want in zip(prefill._launch(*problem.arguments()), good):
+    for got, want in zip(prefill.launch_prefill(*problem.arguments()), good):
         assert torch.equal(got, want)
 
 

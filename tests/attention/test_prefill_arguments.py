@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels.attention import prefill
-from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.prefill import op as prefill
+from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import make
 from tests.support import not_on
 

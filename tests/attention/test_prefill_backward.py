@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mla_kernels.attention import prefill_backward
 from mla_kernels.attention.merge import merge_states
-from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.prefill import backward as prefill_backward
+from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.reference import prefill as reference
 from tests.attention.prefill_problems import make
 from tests.support import assert_close, not_on

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mla_kernels.attention import prefill, prefill_backward
-from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.prefill import backward as prefill_backward
+from mla_kernels.attention.prefill import forward as prefill
+from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import Problem, make
 from tests.support import not_on
 
@@ -79,7 +80,7 @@ def test_rows_that_a_device_does_not_take(backend, device):
     for bound, first in zip(bounds, (3, 4)):
         bound[0] = first
     arguments = [*problem.arguments()[:4], *bounds, 16, 64, problem.softmax_scale, True]
-    out, lse = prefill._launch(*arguments)
+    out, lse = prefill.launch_prefill(*arguments)
     for rows in (slice(3), slice(7 + 16, 7 + 20)):
         assert not out[rows].any() and (lse[rows] == float("-inf")).all()
     assert out[3:23].any(2).all() and not out.isnan().any()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention.prefill import MLA_PREFILL
-from mla_kernels.attention.prefill_backward import MLA_PREFILL_KEY_GRADIENT, MLA_PREFILL_QUERY_GRADIENT
-from mla_kernels.attention.prefill_rows import MLA_PREFILL_DELTA, MLA_PREFILL_ROPE_GRADIENT
+from mla_kernels.attention.prefill.backward import MLA_PREFILL_KEY_GRADIENT, MLA_PREFILL_QUERY_GRADIENT
+from mla_kernels.attention.prefill.backward_rows import MLA_PREFILL_DELTA, MLA_PREFILL_ROPE_GRADIENT
+from mla_kernels.attention.prefill.forward import MLA_PREFILL
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.launch import DTYPE_NAMES
 from mla_kernels.targets.chips import CHIPS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mla_kernels.attention.prefill import mla_prefill
+from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import make
 
 LENGTHS = [(20, 30), (0, 4), (5, 3)]

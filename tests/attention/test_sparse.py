@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention import sparse
-from mla_kernels.attention.decode import mla_decode
-from mla_kernels.attention.sparse import sparse_mla_prefill
+from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.sparse import forward as sparse
+from mla_kernels.attention.sparse.op import sparse_mla_prefill
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import Decode, cache_of, make_decode, make_prefill, pick
 from tests.support import not_on
@@ -189,7 +189,7 @@ def test_repeats_give_the_same_bits(backend, device):
 
 def unchecked(problem: Decode) -> tuple[torch.Tensor, torch.Tensor]:
     """The launcher, without the value checks that CPU tensors go through."""
-    return sparse._launch_decode(*problem.arguments())
+    return sparse.launch_decode(*problem.arguments())
 
 
 @not_on("values of CPU tensors are checked", "cpu")

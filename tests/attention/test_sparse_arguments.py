@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels.attention import sparse
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.sparse import op as sparse
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import make_decode, make_prefill
 from tests.support import not_on

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mla_kernels import launch, tiles
-from mla_kernels.attention import sparse_backward
-from mla_kernels.attention.sparse import sparse_mla_prefill
+from mla_kernels.attention.sparse import backward as sparse_backward
+from mla_kernels.attention.sparse.op import sparse_mla_prefill
 from mla_kernels.cpu import sparse as cpu_sparse
 from tests.attention.sparse_problems import make_prefill
 from tests.support import not_on

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.attention.sparse_backward import SPARSE_GATE, SPARSE_ROW_SUM
-from mla_kernels.attention.sparse_forward import SPARSE_MERGE, SPARSE_MLA
-from mla_kernels.attention.sparse_gradients import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
+from mla_kernels.attention.sparse.backward import SPARSE_GATE, SPARSE_ROW_SUM
+from mla_kernels.attention.sparse.backward_products import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
+from mla_kernels.attention.sparse.forward import SPARSE_MLA
+from mla_kernels.attention.sparse.merge import SPARSE_MERGE
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import LatentCache, convert_cache, launch, mla_decode, mla_prefill
-from mla_kernels.attention.sparse import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.cpu import attention, prefill, sparse
 from mla_kernels.reference import attention as reference
 from mla_kernels.reference import prefill as prefill_reference

@@ -6,10 +6,9 @@ latent_dim is 128 and rope_dim 16 but where said. Numbers are little-endian, so 
 import pytest
 import torch
 
-from mla_kernels import launch
+from mla_kernels import convert_cache, copy_pages, gather_tokens, launch, scatter_tokens
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.compress import compress_latent
-from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
 from mla_kernels.latent.write import write_latent
 from mla_kernels.reference import latent as reference
 

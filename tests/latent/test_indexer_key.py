@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels.latent.indexer_cache import IndexerCache
-from mla_kernels.latent.indexer_key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
 from mla_kernels.reference import indexer as reference
 from tests.support import assert_close, not_on
 
@@ -210,7 +210,7 @@ def test_refused(name):
 
 @not_on("values of CPU tensors are checked", "cpu")
 def test_a_device_skips_bad_slots_and_positions(backend, device):
-    from mla_kernels.latent.indexer_key import _launch_write
+    from mla_kernels.latent.indexer.key import _launch_write
 
     given = on(device, arguments(32, 16, torch.float32))
     given["slot_mapping"][0], given["slot_mapping"][1], given["positions"][3] = 15, -(2**31), 9

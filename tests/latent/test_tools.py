@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from mla_kernels import launch
-from mla_kernels.latent import copy, gather, scatter
+from mla_kernels import convert_cache, copy_pages, gather_tokens, launch, scatter_tokens
 from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.tools import convert_cache, copy_pages, gather_tokens, scatter_tokens
+from mla_kernels.latent.tools import copy, gather, scatter
 from mla_kernels.reference import latent as reference
 from tests.latent.problems import QUANTISED, bits, random_bits
 from tests.support import not_on
@@ -280,7 +279,7 @@ def test_convert_cache(device, source, target):
 
 
 def test_convert_takes_many_tokens_in_parts(monkeypatch):
-    from mla_kernels.latent import tools
+    from mla_kernels.latent.tools import convert as tools
 
     cache = filled("bf16", pages=9)
     whole = convert_cache(cache, CacheLayout.FP8_V32)

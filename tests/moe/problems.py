@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.reference import moe as reference
 from tests.support import on_cpu
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.quantised import fused_experts
-from mla_kernels.moe.weights import ExpertWeights
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.quantised.fused_experts import fused_experts
+from mla_kernels.moe.quantised.weights import ExpertWeights
 from mla_kernels.reference import quant as reference
 from mla_kernels.reference.moe import Activation as ReferenceActivation
 from tests.moe.problems import distinct_ids

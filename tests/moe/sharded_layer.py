@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
 from mla_kernels.nn import MoE
 
 EXPERTS_PER_RANK = (3, 5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.align import align_blocks
+from mla_kernels.moe.dispatch.align import align_blocks
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
 from tests.moe.test_dispatch import random_ids

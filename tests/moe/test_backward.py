@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import OPTIONS, distinct_ids, layer, with_options
@@ -294,7 +294,7 @@ def test_against_gpt_oss_experts(device):
     import transformers
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    from mla_kernels.moe.activation import Activation
+    from mla_kernels.moe.experts.activation import Activation
 
     config = transformers.GptOssConfig(hidden_size=80, intermediate_size=72, num_local_experts=4, swiglu_limit=0.8)
     config._experts_implementation_internal = "eager"

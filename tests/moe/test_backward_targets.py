@@ -6,16 +6,16 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.language import TRITON_VERSION
-from mla_kernels.moe.activate import ACTIVATE
-from mla_kernels.moe.activation_gradient import ACTIVATION_GRADIENT, WEIGHT_PARTS
-from mla_kernels.moe.align import ALIGN
-from mla_kernels.moe.bias_gradient import BIAS_GRADIENT
-from mla_kernels.moe.dispatch import DISPATCH, INVERSE, launch_order
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.grouped import Rows
-from mla_kernels.moe.permute import PAIR_DOTS, PERMUTE
-from mla_kernels.moe.projection import PROJECT, launch_project
-from mla_kernels.moe.weight_gradient import WEIGHT_GRADIENT, launch_weight_gradient
+from mla_kernels.moe.dispatch.align import ALIGN
+from mla_kernels.moe.dispatch.dispatch import DISPATCH, INVERSE, launch_order
+from mla_kernels.moe.dispatch.permute import PAIR_DOTS, PERMUTE
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.experts.grouped import Rows
+from mla_kernels.moe.training.activate import ACTIVATE
+from mla_kernels.moe.training.activation_gradient import ACTIVATION_GRADIENT, WEIGHT_PARTS
+from mla_kernels.moe.training.bias_gradient import BIAS_GRADIENT
+from mla_kernels.moe.training.projection import PROJECT, launch_project
+from mla_kernels.moe.training.weight_gradient import WEIGHT_GRADIENT, launch_weight_gradient
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
 from tests.moe.problems import layer

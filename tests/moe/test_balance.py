@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe import balance as module
-from mla_kernels.moe.balance import balance_loss
-from mla_kernels.moe.load import expert_load, update_bias
-from mla_kernels.moe.route import route
+from mla_kernels.moe.route import balance as module
+from mla_kernels.moe.route.balance import balance_loss
+from mla_kernels.moe.route.load import expert_load, update_bias
+from mla_kernels.moe.route.route import route
 from mla_kernels.reference import balance as reference
 from mla_kernels.targets import emulator
 from tests.support import assert_close, on_cpu, poisoned

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.dispatch import dispatch
+from mla_kernels.moe.dispatch.dispatch import dispatch
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.support import on_cpu

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.activation import SWIGLU
-from mla_kernels.moe.combine import combine
-from mla_kernels.moe.dispatch import dispatch
-from mla_kernels.moe.experts import _launch, expert_ffn
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.dispatch.combine import combine
+from mla_kernels.moe.dispatch.dispatch import dispatch
+from mla_kernels.moe.experts.activation import SWIGLU
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.experts.parts import _launch, expert_ffn
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import Layer, distinct_ids, double, layer, used_experts, wide_layer

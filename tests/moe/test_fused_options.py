@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.activation import Activation, Clamp
-from mla_kernels.moe.dispatch import dispatch
-from mla_kernels.moe.experts import expert_ffn
-from mla_kernels.moe.fused import WEIGHT_PLACES, fused_moe
+from mla_kernels.moe.dispatch.dispatch import dispatch
+from mla_kernels.moe.experts.activation import Activation, Clamp
+from mla_kernels.moe.experts.fused import WEIGHT_PLACES, fused_moe
+from mla_kernels.moe.experts.parts import expert_ffn
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import OPTIONS, Layer, distinct_ids, double, layer, with_options

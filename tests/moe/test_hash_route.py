@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe import hash_route as module
-from mla_kernels.moe.hash_route import hash_route
+from mla_kernels.moe.route import hash_route as module
+from mla_kernels.moe.route.hash_route import hash_route
 from mla_kernels.reference import route as reference
 from mla_kernels.targets import emulator
 from tests.support import assert_close, on_cpu, poisoned

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.combine import combine
-from mla_kernels.moe.dispatch import Dispatch, dispatch
-from mla_kernels.moe.experts import expert_ffn
-from mla_kernels.moe.fused import fused_moe
+from mla_kernels.moe.dispatch.combine import combine
+from mla_kernels.moe.dispatch.dispatch import Dispatch, dispatch
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.experts.parts import expert_ffn
 
 IDS = torch.zeros(2, 3, dtype=torch.int32)
 HIDDEN, GATE_UP, DOWN, WEIGHTS = torch.zeros(2, 32), torch.zeros(8, 48, 32), torch.zeros(8, 32, 24), torch.zeros(2, 3)

@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_kernels import launch
 from mla_kernels.launch import Kernel
-from mla_kernels.moe import fused
-from mla_kernels.moe.activation import SWIGLU, Activation
-from mla_kernels.moe.down import DOWN
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.gate_up import GATE_UP
-from mla_kernels.moe.route import route
+from mla_kernels.moe.experts import fused
+from mla_kernels.moe.experts.activation import SWIGLU, Activation
+from mla_kernels.moe.experts.down import DOWN
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.experts.gate_up import GATE_UP
+from mla_kernels.moe.route.route import route
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_kernel, compile_many
 from tests.moe.problems import layer, used_experts, wide_layer

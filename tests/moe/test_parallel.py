@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mla_kernels import launch
-from mla_kernels.moe import exchange as module
-from mla_kernels.moe.activation import Activation
-from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.experts.activation import Activation
+from mla_kernels.moe.parallel import exchange as module
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
 from mla_kernels.reference import moe as reference
 from tests.moe.problems import distinct_ids
 from tests.moe.ranks import Ranks

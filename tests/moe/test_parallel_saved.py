@@ -9,8 +9,8 @@ import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mla_kernels.moe.fused import fused_moe
-from mla_kernels.moe.parallel import ExpertParallel
+from mla_kernels.moe.experts.fused import fused_moe
+from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
 from tests.moe.problems import distinct_ids
 from tests.moe.ranks import Ranks
 

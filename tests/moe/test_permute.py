@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe.combine import combine
-from mla_kernels.moe.dispatch import dispatch
-from mla_kernels.moe.permute import permute, unpermute
+from mla_kernels.moe.dispatch.combine import combine
+from mla_kernels.moe.dispatch.dispatch import dispatch
+from mla_kernels.moe.dispatch.permute import permute, unpermute
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
 from tests.support import assert_close, on_cpu, poisoned

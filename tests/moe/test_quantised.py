@@ -8,9 +8,9 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from mla_kernels import launch
-from mla_kernels.moe.activation import Clamp
-from mla_kernels.moe.fused import WEIGHT_PLACES
-from mla_kernels.moe.weights import ExpertWeights
+from mla_kernels.moe.experts.activation import Clamp
+from mla_kernels.moe.experts.fused import WEIGHT_PLACES
+from mla_kernels.moe.quantised.weights import ExpertWeights
 from mla_kernels.targets import emulator, interpreter
 from tests.moe.problems import distinct_ids
 from tests.moe.quantised_problems import FORMATS, quantised_layer

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mla_kernels import launch
-from mla_kernels.moe import eight_bit, weight_only
-from mla_kernels.moe.quantised_tiles import sizes_of
+from mla_kernels.moe.quantised import eight_bit, weight_only
+from mla_kernels.moe.quantised.tiles import sizes_of
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_many
 from tests.moe.problems import distinct_ids

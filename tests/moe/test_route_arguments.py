@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from mla_kernels.moe.hash_route import hash_route
-from mla_kernels.moe.route import route
+from mla_kernels.moe.route.hash_route import hash_route
+from mla_kernels.moe.route.route import route
 
 LOGITS = torch.zeros(2, 8)
 META = torch.device("meta")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.moe.route import route
+from mla_kernels.moe.route.route import route
 from mla_kernels.reference import route as reference
 from tests.support import assert_close, on_cpu, poisoned
 

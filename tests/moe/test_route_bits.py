@@ -13,10 +13,10 @@ import torch
 
 from mla_kernels.autotune import search
 from mla_kernels.launch import Kernel
-from mla_kernels.moe.hash_route import HASH_ROUTE, hash_route
-from mla_kernels.moe.route import ROUTE, route
-from mla_kernels.moe.route_backward import ROUTE_BACKWARD
-from mla_kernels.moe.scores import router_statics
+from mla_kernels.moe.route.backward import ROUTE_BACKWARD
+from mla_kernels.moe.route.hash_route import HASH_ROUTE, hash_route
+from mla_kernels.moe.route.route import ROUTE, route
+from mla_kernels.moe.route.scores import router_statics
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, write_artefacts
 

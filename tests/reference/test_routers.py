@@ -13,8 +13,8 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
 from mla_kernels import launch
-from mla_kernels.moe.hash_route import hash_route as public_hash_route
-from mla_kernels.moe.route import route as public_route
+from mla_kernels.moe.route.hash_route import hash_route as public_hash_route
+from mla_kernels.moe.route.route import route as public_route
 from mla_kernels.reference import route as reference
 
 ROWS = 4096

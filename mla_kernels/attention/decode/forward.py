@@ -1,0 +1,375 @@
+"""The kernel of mla_decode: absorbed latent attention of a few query tokens per sequence over a paged cache.
+
+Source of the mathematics: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2 (absorbed projections);
+FlashAttention, https://arxiv.org/abs/2205.14135 (running softmax); Flash-Decoding (splits over the keys).
+"""
+
+import math
+
+import torch
+
+from mla_kernels.attention.decode import tiles as decode_tiles
+from mla_kernels.attention.merge import first_key, merge_splits, sink_factor, split_length
+from mla_kernels.language import tl, triton
+from mla_kernels.latent.cache import LatentCache
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import decode_e4m3
+
+MIN_SPLIT = 512  # fewest keys in a split of up to 63 query rows; see _min_split
+MAX_SPLITS = 32  # most splits of a sequence
+NO_WINDOW = 1 << 30  # window that holds every sequence: the largest, and what None means to the op
+
+SCALE_BLOCK = tl.constexpr(128)  # latent values that share a scale in fp8_v32
+LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl.constexpr):
+    """Pointers [BLOCK_N, 1] to tokens: of one page from ``offset`` on, or each of its own page and offset."""
+    at = page.to(tl.int64) * page_stride + offset.to(tl.int64) * token_stride
+    return base_ptr + at + key[:, None] * token_stride if PAGED else base_ptr + at[:, None]
+
+
+@triton.jit
+def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr):
+    """Latent values first .. first + WIDTH - 1 of each token, [BLOCK_N, WIDTH]; unseen tokens are 0.
+
+    int8 codes come without their token's scale, which the caller puts on scores and weights.
+    """
+    values = tl.load(rows + first + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)
+    if LAYOUT == "int8":
+        values = values.to(tl.float32).to(DTYPE)
+    if LAYOUT == "fp8_v32":
+        block = first // SCALE_BLOCK
+        column_block = block + tl.arange(0, WIDTH) // SCALE_BLOCK
+        scales = tl.load(scale_rows + block, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1], then [BLOCK_N, WIDTH]
+        for number in tl.static_range(1, WIDTH // SCALE_BLOCK):
+            other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
+            scales = tl.where(column_block[None, :] < block + number, scales, other)
+        values = (decode_e4m3(values).to(tl.float32) * scales).to(DTYPE)
+    return values
+
+
+@triton.jit
+def add_latent_scores(scores, q_latent, latent, scales, LAYOUT: tl.constexpr):
+    """scores [BLOCK_H, BLOCK_N] plus q_latent . latent, times each token's scale where latents are int8 codes."""
+    if LAYOUT == "int8":
+        scores += tl.dot(q_latent, tl.trans(latent), input_precision="ieee") * scales
+    else:
+        scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def mla_decode_kernel(
+    q_ptr, latent_ptr, scale_ptr, rope_ptr, block_table_ptr, seq_lens_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
+    score_scale, q_stride, q_row_stride, page_stride, token_stride, table_stride,
+    sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, work,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr,
+    BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_H query rows over one split of a sequence's keys, for BLOCK_V columns of the value.
+
+    Rows of a sequence are numbered query * heads + head. An item is ((sequence * splits + split) * VALUE_TILES + value
+    tile) * row tiles + row tile: row tiles that read the same keys are neighbours, so that L2 serves the second.
+    A row's bits depend on its query and its sequence's keys, length and page size alone.
+
+    BRANCH: NVIDIA's compiler gives a product the layout of the next one that its result enters, unless a branch ends
+    between them; with 64 rows and 8 warps that layout computes every score twice. So scores are computed in branches
+    that are always taken. The product in the one never taken keeps the softmax from being computed in both layouts.
+    """
+    BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
+    PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    CODES: tl.constexpr = 1 if LAYOUT == "plain" else 2  # elements of the latents in one of the rotated key
+    line = tl.arange(0, BLOCK_H)
+    key = tl.arange(0, BLOCK_N)
+    latent_column = tl.arange(0, LATENT)
+    value_column = tl.arange(0, BLOCK_V)
+    row_tiles = tl.cdiv(rows, BLOCK_H)
+    item_end = tl.program_id(0) + 1
+    item_step = 1
+    if PERSISTENT:
+        item_end = work
+        item_step = tl.num_programs(0)
+    for item in range(tl.program_id(0), item_end, item_step):
+        row = (item % row_tiles) * BLOCK_H
+        value = (item // row_tiles) % VALUE_TILES * BLOCK_V
+        split = item // (row_tiles * VALUE_TILES) % splits
+        sequence = item // (row_tiles * VALUE_TILES * splits)
+        length = tl.maximum(tl.load(seq_lens_ptr + sequence), 0)
+        stored = tl.minimum(length, capacity)
+        unseen = rows // heads - 1  # keys hidden from the first query
+        base = 0
+        if WINDOW:
+            base = first_key(length, window + unseen)
+        share = split_length(tl.maximum(stored - base, 0), min_split, max_splits)
+        start = base + split * share
+        if (split == 0) | (start < stored):
+            end = tl.minimum(start + share, stored)
+            if CAUSAL:
+                query = ((row + line).to(tl.float32) + 0.5) * (1.0 / heads)
+                query = query.to(tl.int32).to(tl.float32)  # [BLOCK_H]
+                end = tl.minimum(end, length - unseen + tl.minimum((row + BLOCK_H - 1) // heads, unseen))
+            if WINDOW:
+                lowest = length - unseen - window + row // heads  # what the tile's first query sees begins here
+                start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+            inside = line < rows - row
+            q_base = q_ptr + tl.cast(sequence, tl.int64) * q_stride + tl.cast(row, tl.int64) * q_row_stride
+            q_rows = q_base + line[:, None] * q_row_stride
+            q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
+            if ROPE > 0:
+                rope_column = tl.arange(0, ROPE)
+                q_rope = tl.load(q_rows + (LATENT + rope_column)[None, :], mask=inside[:, None], other=0.0)
+            largest = tl.full([BLOCK_H], LOWEST, tl.float32)
+            total = tl.zeros([BLOCK_H], tl.float32)
+            acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
+            pages = block_table_ptr + tl.cast(sequence, tl.int64) * table_stride
+            for first in range(start, end, BLOCK_N):
+                count = end - first
+                if PAGED:
+                    page = tl.load(pages + first // PAGE_SIZE)
+                    valid = (page >= 0) & (page < num_pages)
+                    count = tl.where(valid, count, 0)
+                    page = tl.where(valid, page, 0)
+                    offset = first % PAGE_SIZE
+                    seen = key < count
+                else:
+                    offset = first % PAGE_SIZE + key
+                    index = ((offset.to(tl.float32) + 0.5) * (1.0 / PAGE_SIZE)).to(tl.int32)
+                    offset -= index * PAGE_SIZE
+                    index = tl.minimum(index, (first % PAGE_SIZE + count - 1) // PAGE_SIZE)
+                    page = tl.load(pages + first // PAGE_SIZE + index)
+                    seen = (key < count) & (page >= 0) & (page < num_pages)
+                    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+                if WINDOW:
+                    seen = seen & (key >= lowest - first)
+                keys = token_rows(latent_ptr, page, offset, key, page_stride, token_stride, PAGED)
+                scale_rows = keys
+                if LAYOUT != "plain":
+                    scale_rows = token_rows(scale_ptr, page, offset, key, page_stride // 4, token_stride // 4, PAGED)
+                latent = load_latents(keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)  # [BLOCK_N, LATENT]
+                if ROPE > 0:
+                    rope_rows = token_rows(
+                        rope_ptr, page, offset, key, page_stride // CODES, token_stride // CODES, PAGED
+                    )
+                    rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
+                if LAYOUT == "int8":
+                    scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
+                    scales = tl.reshape(scales, (1, BLOCK_N))
+                else:
+                    scales = 1.0
+                scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+                if BRANCH:
+                    if count > 0:
+                        if first < length:  # always
+                            scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                        scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                    else:
+                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                else:
+                    if ROPE > 0:
+                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+                    scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
+                if CAUSAL:
+                    limit = query + (length - unseen - first).to(tl.float32)
+                    scores = tl.where(key.to(tl.float32)[None, :] < limit[:, None], scores, float("-inf"))
+                    if WINDOW:
+                        limit = query + (length - unseen - window - first).to(tl.float32)
+                        scores = tl.where(key.to(tl.float32)[None, :] >= limit[:, None], scores, float("-inf"))
+                new = tl.maximum(largest, tl.max(scores, 1))
+                keep = tl.exp2(largest - new)
+                weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
+                total = total * keep + tl.sum(weights, 1)
+                acc = acc * keep[:, None]
+                if BLOCK_V == LATENT:
+                    values = latent
+                else:
+                    values = load_latents(keys, scale_rows, value, seen, DTYPE, BLOCK_V, LAYOUT)
+                if LAYOUT == "int8":
+                    weights *= scales
+                acc = tl.dot(weights.to(DTYPE), values, acc, input_precision="ieee")  # [BLOCK_H, BLOCK_V]
+                largest = new
+            empty = total == 0.0
+            total = tl.where(empty, 1.0, total)
+            acc = acc / total[:, None]
+            lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
+            if SINK:
+                sink = tl.load(sink_ptr + row + line, mask=inside, other=0.0)
+                acc *= sink_factor(lse, sink)[:, None]
+            target = tl.cast(split * sequences + sequence, tl.int64) * rows + row
+            tile = line[:, None] * LATENT + value_column[None, :]
+            if SPLIT:
+                tl.store(partial_ptr + (target * LATENT + value) + tile, acc, mask=inside[:, None])
+            else:
+                acc = acc.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + (target * LATENT + value) + tile, acc, mask=inside[:, None])
+            if value == 0:
+                tl.store(lse_ptr + target + line, lse, mask=inside)
+
+
+def _min_split(rows: int) -> int:
+    """Fewest keys in a split: more where there are more query rows, whose partial results must stay a small share of
+    the keys' bytes."""
+    return MIN_SPLIT * min(4, max(1, rows // 32))
+
+
+def _splits(keys: int, rows: int) -> int:
+    """Most splits that a sequence of at most ``keys`` seen keys has."""
+    return min(MAX_SPLITS, max(1, -(-keys // _min_split(rows))))
+
+
+def _keys(sizes) -> int:
+    """Keys that a sequence's queries see: all, or those of the window."""
+    return min(sizes["tokens"], sizes.get("window", sizes["tokens"]) + sizes["queries"] - 1)
+
+
+def _cost(dtype, statics, sizes):
+    sequences, keys, rows = sizes["batch"], _keys(sizes), sizes["queries"] * sizes["heads"]
+    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    splits = _splits(keys, rows)
+    return Cost(
+        flops=2.0 * sequences * rows * keys * (width + latent),
+        bytes=sequences * (rows * (width + latent) * size + keys * decode_tiles.token_bytes(dtype, statics) + rows * 4),
+        workspace=splits * sequences * rows * (latent + 1) * 4 if splits > 1 else 0,
+    )
+
+
+def _work(dtype, statics, sizes, tile):
+    rows, latent, size = sizes["queries"] * sizes["heads"], statics["LATENT"], DTYPE_BYTES[dtype]
+    width, value = latent + statics["ROPE"], latent // tile["VALUE_TILES"]
+    splits = _splits(_keys(sizes), rows)
+    keys = -(-_keys(sizes) // splits)
+    keys = -(-keys // tile["BLOCK_N"]) * tile["BLOCK_N"]
+    read = decode_tiles.token_bytes(dtype, statics) + (value * size if value < latent else 0)
+    return Work(
+        programs=sizes["batch"] * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]),
+        flops=2.0 * tile["BLOCK_H"] * keys * (width + value),
+        bytes=tile["BLOCK_H"] * (width * size + value * 4) + keys * read,
+    )
+
+
+def _case(
+    name, heads, *, batch=8, tokens=4096, queries=1, page=64, window=None, sink=False, layout="plain",
+    latent=512, rope=64, dtypes=("bf16",),
+):  # fmt: skip
+    sizes = {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens}
+    if window is not None:
+        sizes["window"] = window
+    split = _splits(_keys(sizes), queries * heads) > 1
+    statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "LAYOUT": layout, "CAUSAL": queries > 1}
+    statics |= {"WINDOW": window is not None, "SINK": sink and not split, "SPLIT": split}
+    return Case(name, statics, sizes, dtypes)
+
+
+_ALL = ("bf16", "fp16", "fp32")
+MLA_DECODE = Kernel(
+    mla_decode_kernel,
+    arguments={
+        "q_ptr": "*T",
+        "latent_ptr": "*L",
+        "scale_ptr": "*fp32",
+        "rope_ptr": "*T",
+        **dict.fromkeys(("block_table_ptr", "seq_lens_ptr"), "*i32"),
+        "sink_ptr": "*fp32",
+        "out_ptr": "*T",
+        **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
+        "score_scale": "fp32",
+        **dict.fromkeys(("q_stride", "q_row_stride", "page_stride", "token_stride"), "i32:16"),
+        **dict.fromkeys(
+            (
+                "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split",
+                "max_splits", "splits", "work",
+            ),
+            "i32",
+        ),
+    },
+    statics=("LATENT", "ROPE", "PAGE_SIZE", "LAYOUT", "CAUSAL", "WINDOW", "SINK", "SPLIT"),
+    tiles={
+        "BLOCK_H": (16, 32, 64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "VALUE_TILES": (1, 2, 4),
+        "PERSISTENT": (0, 1),
+        "BRANCH": (0, 1),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    rule=decode_tiles.rule,
+    memory=decode_tiles.memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        _case("v2_lite", 16, dtypes=_ALL),
+        _case("v3", 128, dtypes=_ALL),
+        _case("v3_tp8", 16, batch=64, dtypes=_ALL),
+        _case("v3_one_split", 128, tokens=2048),
+        _case("v3_two_tokens", 128, queries=2, dtypes=_ALL),
+        _case("odd_heads", 20),
+        _case("small_pages", 128, page=16, dtypes=_ALL),
+        _case("v3_fp8", 128, layout="fp8_v32"),
+        _case("v3_fp8_tp8", 16, layout="fp8_v32"),
+        _case("v3_int8", 128, layout="int8"),
+        _case("v3_int8_tp8", 16, layout="int8"),
+        _case("window_and_sink", 128, queries=2, window=512, sink=True),
+        _case("minicpm3", 40, latent=256, rope=32),
+        _case("no_rope", 128, rope=0),
+    ),
+    uses_dot=True,
+)  # fmt: skip
+
+
+def launch_decode(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+    cache = LatentCache(cache, latent_dim, layout)
+    sequences, queries, heads, _ = q.shape
+    rows = queries * heads
+    out, lse = empty_results(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim)
+    if queries > 1 and heads > 1 and q.stride(1) != heads * q.stride(2):
+        q = q.contiguous()
+    row_stride = q.stride(2) if heads > 1 else q.stride(1)
+    capacity = block_table.shape[1] * cache.page_size
+    windowed = window < NO_WINDOW
+    # a window's first key lies anywhere in its first SPLIT_ALIGN keys
+    reach = min(capacity, window + queries - 1 + 127) if windowed else capacity
+    min_split, splits = _min_split(rows), _splits(reach, rows)
+    statics = {
+        "LATENT": latent_dim,
+        "ROPE": cache.rope_dim,
+        "PAGE_SIZE": cache.page_size,
+        "LAYOUT": layout if cache.layout.quantised else "plain",
+        "CAUSAL": causal and queries > 1,
+        "WINDOW": windowed,
+        "SINK": False,
+        "SPLIT": True,
+    }
+    chip = chip_of(q.device)
+    # the same tile whatever the batch and the table's width, so that the same bits come out
+    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": heads, "queries": queries})
+    statics |= {"SPLIT": splits > 1, "SINK": sink is not None and splits == 1}
+    work = sequences * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"])
+    partial, partial_lse = lse, lse  # without splits the results go straight to out and lse
+    if splits > 1:
+        partial = torch.empty(splits, sequences, rows, latent_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(splits, sequences, rows, dtype=torch.float32, device=q.device)
+    if sink is not None:
+        sink = sink.repeat(queries) if queries > 1 else sink  # one a row
+    latents, data = cache.latents, cache.data
+    args = (
+        q, latents.view(torch.int8) if cache.layout.quantised else latents,
+        cache.scales if cache.layout.quantised else lse, cache.rope, block_table, seq_lens,
+        lse if sink is None else sink, out, partial, partial_lse,
+        softmax_scale / math.log(2.0), q.stride(0), row_stride, data.stride(0), data.stride(1), block_table.stride(0),
+        sequences, heads, rows, cache.num_pages, capacity, window, min_split, MAX_SPLITS, splits, work,
+    )  # fmt: skip
+    MLA_DECODE.launch(chip, work, args, statics, tile)
+    if splits > 1:
+        limits = capacity, window + queries - 1, min_split, MAX_SPLITS
+        merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse)
+    return out, lse
+
+
+def empty_results(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+    return q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)

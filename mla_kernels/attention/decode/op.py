@@ -1,0 +1,129 @@
+"""mla_decode: absorbed latent attention of a few query tokens per sequence over a paged cache."""
+
+import torch
+
+from mla_kernels.attention.decode.forward import NO_WINDOW, empty_results, launch_decode
+from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
+from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
+from mla_kernels.latent.cache import LatentCache
+from mla_kernels.shim import define_op
+
+
+def _check_values(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+    num_pages, page_size, _ = cache.shape
+    pages = block_table.shape[1]
+    check_range("seq_lens", seq_lens, 0, pages * page_size + 1, f"block_table holds {pages} pages of {page_size} a row")
+    first = torch.arange(pages, device=seq_lens.device) * page_size  # of each page, its first token
+    oldest = seq_lens[:, None] - q.shape[1] - window + 1  # that the first query sees
+    used = (first < seq_lens[:, None]) & (first + page_size > oldest)
+    check_range("block_table", block_table[used], 0, num_pages, "pages of the cache")
+    if sink is not None and sink.isnan().any():
+        raise ValueError(f"sink: got NaN for {int(sink.isnan().sum())} heads, any other number is accepted")
+
+
+_mla_decode = define_op(
+    "mla_decode",
+    "(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sink, float softmax_scale, bool causal,"
+    " int window, str layout, int latent_dim) -> (Tensor, Tensor)",
+    cpu=cpu_mla_decode,
+    device=launch_decode,
+    fake=empty_results,
+    check_values=_check_values,
+)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: LatentCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    sink: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed multi-head latent attention over a paged latent cache, for decoding.
+
+    For each sequence and head, with c_j the latent and r_j the rotated key of cached token j,
+    ``score_j = softmax_scale * (q_latent . c_j + q_rope . r_j)`` and ``out = sum_j softmax(score)_j c_j``: the latent
+    is key and value of every head, since ``q_latent = q_nope W_UK`` and the caller applies ``W_UV`` to ``out``.
+
+    Token j of sequence b stands in the cache at page ``block_table[b, j // page_size]``, row ``j % page_size``. With
+    page_size 4, ``block_table = [[7, 2, 99]]`` and ``seq_lens = [6]``, tokens 0 to 3 are rows 0 to 3 of page 7, tokens
+    4 and 5 rows 0 and 1 of page 2; the entry 99 and rows 2 and 3 of page 2 are never used and may hold anything.
+
+    With ``causal``, query i of S_q stands at position ``p = seq_lens[b] - S_q + i`` and sees tokens up to p: the S_q
+    newest tokens are the queries themselves. With ``window`` it sees of these the ``window`` newest, tokens j with
+    ``p - window < j <= p``; older tokens are not read, and neither are table entries of pages that hold no others. A
+    query that sees no token (``seq_lens[b]`` 0, or below S_q - i) has out 0 and lse -inf.
+
+    With ``sink``, each head has one more score in the denominator of its softmax: ``out`` is multiplied by
+    ``sigmoid(lse - sink)``. ``lse`` stays that of the tokens. A sink of -inf changes nothing, +inf gives zeros.
+
+    A cache in layout ``fp8_v32`` is read as bfloat16 values ``e4m3(code) * scale``, exactly where scales are powers of
+    two; of ``int8`` the codes are multiplied, and each token's scale put on its scores and on its weights. So the error
+    to what the cache holds is that of a bfloat16 cache; to the latents before quantisation, that of the quantiser.
+
+    Keys are worked on in splits whose length depends on that sequence's length, the heads and the queries alone, and
+    merged in a fixed order: the result has the same bits on every call and whatever else is in the batch. Device
+    workspace: 4 (latent_dim + 1) bytes a query row and split, where room for n tokens in a row of the table (or a
+    window of n - S_q tokens) makes ceil(n / s) splits, at most 32, with s = 512 below 64 query rows (S_q x heads),
+    1,024 below 96, 1,536 below 128 and then 2,048; none with one split. Nothing waits for the device.
+
+    Args:
+        q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one. With
+            rope_dim 0 the whole key is the value.
+        cache: the paged latents, in any layout.
+        block_table: [B, pages_per_seq] int32, the pages of each sequence in order.
+        seq_lens: [B] int32, cached tokens of each sequence, its S_q newest included.
+        softmax_scale: factor of the scores, before the softmax.
+        causal: whether a query sees only the tokens up to its own.
+        window: how many tokens a query sees at most, its own included; None: all. Needs ``causal``.
+        sink: [heads] float32, a score as it enters the softmax (``softmax_scale`` is not applied to it); None: none.
+
+    Returns:
+        (out [B, S_q, heads, latent_dim] in q's dtype, lse [B, S_q, heads] float32, natural logarithm).
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides that do not fit, a window below 1 or with ``causal=False``; on CPU
+            tensors (and on every device under MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or beyond the table, a
+            page outside the cache among those that are read, or a sink of NaN. A device takes a length below 0 as 0,
+            and tokens beyond the table or in such a page as absent.
+        NotImplementedError: q, the cache or sink requires grad while gradients are recorded; a width or a layout that
+            no tile of this chip holds.
+
+    Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2; sinks: StreamingLLM,
+    https://arxiv.org/abs/2309.17453, in the form of gpt-oss and FlashMLA (a learned score per head).
+    """
+    if not isinstance(cache, LatentCache):
+        raise TypeError(f"cache: got {type(cache).__name__}, a LatentCache is accepted")
+    data = cache.data
+    check_tensor("q", q, shape=(None, None, None, cache.width), dtypes=(cache.dtype,), device=data.device)
+    sequences, queries, heads, _ = q.shape
+    if queries == 0 or heads == 0:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token and one head are accepted")
+    if cache.num_pages == 0:
+        raise ValueError("cache: got 0 pages, at least 1 is accepted")
+    check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
+    check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
+    if block_table.shape[1] * cache.page_size >= 1 << 30:
+        raise ValueError(
+            f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than 2**30 "
+            "tokens are accepted"
+        )
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, a float is accepted")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {type(causal).__name__}, a bool is accepted")
+    if window is not None:
+        check_int("window", window, 1)
+        if not causal:
+            raise ValueError(f"window: got {window} with causal=False, a window is accepted with causal=True")
+    if sink is not None:
+        check_tensor("sink", sink, shape=(heads,), dtypes=(torch.float32,), device=q.device)
+    check_no_grad("mla_decode", q=q, cache=data, sink=sink)
+    window = NO_WINDOW if window is None else min(window, NO_WINDOW)
+    scale, layout = float(softmax_scale), cache.layout.value
+    return _mla_decode(q, data, block_table, seq_lens, sink, scale, causal, window, layout, cache.latent_dim)

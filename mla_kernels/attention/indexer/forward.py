@@ -1,0 +1,291 @@
+"""The kernel of indexer_logits and paged_indexer_logits.
+
+Source of the mathematics: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 2.1, equation 1.
+Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tokens of each, P pages of a table row.
+"""
+
+import torch
+
+from mla_kernels.language import tl, triton
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import decode_e4m3
+
+MAX_HEADS = 256
+
+
+@triton.jit
+def load_keys(k, codes, tile, exists, FP8: tl.constexpr):
+    """A tile of keys in their own type; codes as fp16, which holds all of their values."""
+    if FP8:
+        return decode_e4m3(tl.load(codes + tile, mask=exists[:, None], other=0)).to(tl.float32).to(k.dtype.element_ty)
+    else:
+        return tl.load(k + tile, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def indexer_logits_kernel(
+    q_ptr, k_ptr, codes_ptr, k_scale_ptr, weights_ptr, starts_ptr, ends_ptr, block_table_ptr, out_ptr,
+    q_stride, weights_stride, page_stride, key_stride, scale_stride, table_stride, out_stride,
+    tokens, keys, num_pages, token_tiles, key_tiles, work,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FILL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once.
+
+    Item: (sequence * token_tiles + token tile) * key_tiles + key tile. PAGE_SIZE 0: one sequence, keys in rows, ranges
+    from ``starts`` and ``ends``; else ``ends`` holds the lengths, and query i sees keys below length - tokens + 1 + i.
+    FILL: keys outside a range become -inf; without it, a tile that no token of the item sees is left as it was.
+    Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
+    """
+    HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    key = tl.arange(0, BLOCK_N)
+    head = tl.arange(0, BLOCK_H)
+    column = tl.arange(0, HEAD_DIM)
+    lane = tl.arange(0, BLOCK_T)
+    key_f = key.to(tl.float32)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        first_key = (item % key_tiles) * BLOCK_N
+        first = (item // key_tiles) % token_tiles * BLOCK_T
+        sequence = item // (key_tiles * token_tiles)
+        count = tl.minimum(tokens - first, BLOCK_T)
+        present = tl.minimum(keys - first_key, BLOCK_N)
+        row = tl.cast(sequence, tl.int64) * tokens + first
+        if PAGE_SIZE > 0:
+            length = tl.minimum(tl.maximum(tl.load(ends_ptr + sequence), 0), keys + tokens)
+            low = 0.0
+            high = (length - tokens + first + count).to(tl.float32)
+        else:
+            inside = lane < count
+            low = tl.min(tl.load(starts_ptr + row + lane, mask=inside, other=2147483647).to(tl.float32), 0)
+            high = tl.max(tl.load(ends_ptr + row + lane, mask=inside, other=-2147483647).to(tl.float32), 0)
+        seen = (high > first_key) & (low < first_key + present)
+        out = out_ptr + row * out_stride + first_key
+        if seen:
+            exists = key < present  # [BLOCK_N]
+            if PAGE_SIZE == 0:
+                place = tl.cast(first_key, tl.int64) * key_stride
+                rows = key * key_stride
+                scale_place = tl.cast(first_key, tl.int64)
+                scale_rows = key
+            else:
+                pages = block_table_ptr + tl.cast(sequence, tl.int64) * table_stride
+                present = tl.minimum(present, tl.maximum(length - first_key, 0))  # keys past the length are not read
+                if PAGE_SIZE % BLOCK_N == 0:
+                    page = tl.load(pages + first_key // PAGE_SIZE)
+                    valid = (page >= 0) & (page < num_pages)
+                    present = tl.where(valid, present, 0)
+                    exists = key < present
+                    page = tl.where(valid, page, 0)
+                    place = tl.cast(page, tl.int64) * page_stride
+                    place += tl.cast(first_key % PAGE_SIZE, tl.int64) * key_stride
+                    rows = key * key_stride
+                    scale_place = tl.cast(page, tl.int64) * scale_stride + first_key % PAGE_SIZE
+                    scale_rows = key
+                else:
+                    offset = first_key % PAGE_SIZE + key
+                    index = ((offset.to(tl.float32) + 0.5) * (1.0 / PAGE_SIZE)).to(tl.int32)
+                    offset -= index * PAGE_SIZE
+                    index = tl.minimum(index, tl.maximum(first_key % PAGE_SIZE + present - 1, 0) // PAGE_SIZE)
+                    page = tl.load(pages + first_key // PAGE_SIZE + index)
+                    exists = (key < present) & (page >= 0) & (page < num_pages)
+                    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+                    place = tl.cast(0, tl.int64)
+                    rows = page.to(tl.int64) * page_stride + offset.to(tl.int64) * key_stride
+                    scale_place = tl.cast(0, tl.int64)
+                    scale_rows = page.to(tl.int64) * scale_stride + offset
+            tile = rows[:, None] + column[None, :]
+            if FP8:
+                scale = tl.load(k_scale_ptr + scale_place + scale_rows, mask=exists, other=0.0)  # [BLOCK_N]
+            k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)  # [BLOCK_N, HEAD_DIM]
+            for token in range(0, count):
+                q = q_ptr + (row + token) * q_stride
+                w = weights_ptr + (row + token) * weights_stride
+                logits = tl.zeros([BLOCK_N], tl.float32)
+                for part in range(HEAD_TILES):
+                    q_tile = q + part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
+                    if HEADS % BLOCK_H == 0:
+                        q_heads = tl.load(q_tile)  # [BLOCK_H, HEAD_DIM]
+                        w_heads = tl.load(w + part * BLOCK_H + head)  # [BLOCK_H]
+                    else:
+                        real = head < HEADS - part * BLOCK_H
+                        q_heads = tl.load(q_tile, mask=real[:, None], other=0.0)
+                        w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)
+                    dots = tl.dot(k, tl.trans(q_heads), input_precision="ieee")  # [BLOCK_N, BLOCK_H]
+                    dots = tl.where(dots < 0.0, 0.0, dots)  # keeps NaN
+                    logits += tl.sum(dots * w_heads[None, :], 1)
+                if FP8:
+                    logits = logits * scale
+                if PAGE_SIZE > 0:
+                    logits = tl.where(exists, logits, float("-inf"))
+                    above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
+                    logits = tl.where(key_f < above, logits, float("-inf"))
+                else:
+                    below = tl.load(starts_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
+                    above = tl.load(ends_ptr + row + token).to(tl.float32) - first_key
+                    logits = tl.where((key_f >= below) & (key_f < above), logits, float("-inf"))
+                tl.store(out + token * out_stride + key, logits, mask=key < keys - first_key)
+        elif FILL:
+            for token in range(0, count):
+                nothing = tl.full([BLOCK_N], float("-inf"), tl.float32)
+                tl.store(out + token * out_stride + key, nothing, mask=key < keys - first_key)
+
+
+def _rule(chip, dtype, statics, sizes):
+    """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once."""
+    heads = max(16, 1 << (statics["HEADS"] - 1).bit_length())
+    tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
+    tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128}
+    if dtype == "fp32":
+        tile["BLOCK_N"] = 32
+    page = statics["PAGE_SIZE"]
+    while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
+        tile["BLOCK_N"] //= 2
+    wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
+    return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
+
+
+def _memory(chip, dtype, statics, tile):
+    """Upper bounds fitted to what the compilers report."""
+    size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
+    k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
+    dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
+    if chip.vendor == "amd":
+        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
+    if chip.is_gpu:
+        buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
+        return {"shared": k + q * buffers + 1024}
+    if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
+        vectors = 4 * dots + 16 * tile["BLOCK_N"] * width
+    else:
+        vectors = 3 * dots + (3 * k if statics["FP8"] else 4096)
+    return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
+
+
+def _cost(dtype, statics, sizes):
+    sequences, tokens, keys = sizes["sequences"], sizes["tokens"], sizes["keys"]
+    size, width, heads = DTYPE_BYTES[dtype], statics["HEAD_DIM"], statics["HEADS"]
+    a_key = width + 4 if statics["FP8"] else width * size
+    a_token = heads * (width * size + 4) + 4 * keys
+    return Cost(
+        flops=2.0 * sequences * tokens * keys * heads * (width + 1),
+        bytes=sequences * (keys * a_key + tokens * a_token),
+    )
+
+
+def _work(dtype, statics, sizes, tile):
+    tokens = min(tile["BLOCK_T"], sizes["tokens"])
+    tiles = -(-sizes["tokens"] // tile["BLOCK_T"]) * -(-sizes["keys"] // tile["BLOCK_N"])
+    heads = -(-statics["HEADS"] // tile["BLOCK_H"]) * tile["BLOCK_H"]
+    one = _cost(dtype, statics, {"sequences": 1, "tokens": tokens, "keys": tile["BLOCK_N"]})
+    return Work(sizes["sequences"] * tiles, one.flops * heads / statics["HEADS"], one.bytes)
+
+
+def _statics(heads, head_dim, page_size, fp8, fill):
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FP8": fp8, "FILL": fill}
+
+
+def _case(name, heads, *, sequences=1, tokens=4096, keys=32768, page=0, fp8=False, dtypes=("bf16",)):
+    sizes = {"sequences": sequences, "tokens": tokens, "keys": keys}
+    return Case(name, _statics(heads, 128, page, fp8, page == 0), sizes, dtypes)
+
+
+INDEXER_LOGITS = Kernel(
+    indexer_logits_kernel,
+    arguments={
+        "q_ptr": "*T",
+        "k_ptr": "*T",
+        "codes_ptr": "*i8",
+        "k_scale_ptr": "*fp32",
+        "weights_ptr": "*fp32",
+        "starts_ptr": "*i32",
+        "ends_ptr": "*i32",
+        "block_table_ptr": "*i32",
+        "out_ptr": "*fp32",
+        **dict.fromkeys(
+            ("q_stride", "weights_stride", "page_stride", "key_stride", "scale_stride"),
+            "i32:16",
+        ),
+        "table_stride": "i32",
+        "out_stride": "i32:16",
+        **dict.fromkeys(("tokens", "keys", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
+    },
+    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL"),
+    tiles={
+        "BLOCK_T": (8, 16, 32, 64),
+        "BLOCK_H": (16, 32, 64),
+        "BLOCK_N": (32, 64, 128, 256),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        _case("v32_prefill", 64, dtypes=("bf16", "fp16", "fp32")),
+        _case("v32_prefill_fp8", 64, fp8=True),
+        _case("v32_decode_fp8", 64, sequences=64, tokens=1, keys=131072, page=64, fp8=True),
+        _case("glm_decode", 32, sequences=64, tokens=2, keys=131072, page=64),
+        _case("small_pages", 12, sequences=64, tokens=1, page=16),
+    ),
+    uses_dot=True,
+)
+
+
+def launch_logits(q, k, weights, starts, ends, k_scale, fill=True):
+    """q [T, H, d] against keys in rows -> [T, S]; without ``fill``, tiles outside every range stay as allocated."""
+    tokens, heads, width = q.shape
+    q = q if q.stride(1) == width or heads == 1 else q.contiguous()
+    statics = _statics(heads, width, 0, k_scale is not None, fill)
+    out = torch.empty(tokens, k.shape[0], dtype=torch.float32, device=q.device)
+    scale = out if k_scale is None else k_scale
+    strides = q.stride(0), weights.stride(0), 0, k.stride(0), 0, 0
+    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, statics)
+    return out
+
+
+def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, fill=True):
+    """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`."""
+    cache = IndexerCache(data, head_dim)
+    sequences, tokens, heads, width = q.shape
+    q, weights = q.reshape(sequences * tokens, heads, width), weights.reshape(sequences * tokens, heads)
+    q = q if q.stride(1) == width or heads == 1 else q.contiguous()
+    capacity = block_table.shape[1] * cache.page_size
+    out = torch.empty(sequences * tokens, capacity, dtype=torch.float32, device=q.device)
+    statics = _statics(heads, width, cache.page_size, cache.quantised, fill)
+    keys, scale = cache.keys, out if cache.scales is None else cache.scales
+    scale_stride = scale.stride(0) if cache.quantised else 0
+    strides = q.stride(0), weights.stride(0), keys.stride(0), width, scale_stride, block_table.stride(0)
+    launch_indexer_logits(
+        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, cache.num_pages,
+        statics,
+    )  # fmt: skip
+    return out.view(sequences, tokens, capacity)
+
+
+def launch_indexer_logits(
+    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, statics
+):
+    chip = chip_of(q.device)
+    keys = out.shape[1]
+    # nothing that depends on the batch chooses the tile, so that the same bits come out
+    sizes = {"tokens": tokens if statics["PAGE_SIZE"] else 32}
+    tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+    token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
+    work = sequences * token_tiles * key_tiles
+    codes = k.view(torch.int8) if statics["FP8"] else out.view(torch.int8)
+    args = (
+        q, q if statics["FP8"] else k, codes, scale, weights, starts, ends, block_table, out, *strides, out.stride(0),
+        tokens, keys, num_pages, token_tiles, key_tiles, work,
+    )  # fmt: skip
+    INDEXER_LOGITS.launch(chip, work, args, statics, tile)
+
+
+def empty_logits(q, k, weights, starts, ends, k_scale):
+    return weights.new_empty(q.shape[0], k.shape[0])
+
+
+def empty_paged_logits(q, cache, head_dim, weights, block_table, seq_lens):
+    page_size = IndexerCache(cache, head_dim).page_size
+    return weights.new_empty(q.shape[0], q.shape[1], block_table.shape[1] * page_size)

@@ -1,0 +1,432 @@
+"""write_indexer_key and rotate_indexer_query: what the lightning indexer does to projected keys and queries.
+
+Symbols: T tokens, H index heads, d head_dim, D rope_dim.
+"""
+
+import torch
+
+from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_no_grad, check_range, check_tensor
+from mla_kernels.cpu import indexer as cpu
+from mla_kernels.language import tl, triton
+from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
+from mla_kernels.latent.write import ROPE_MODES, token_is_written
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import quantise_e4m3
+from mla_kernels.shim import define_op
+
+
+@triton.jit
+def signs(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sylvester-Hadamard signs [ROWS, COLUMNS], both up to 16: -1 where row and column share an odd number of bits."""
+    shared = tl.arange(0, ROWS)[:, None] & tl.arange(0, COLUMNS)[None, :]
+    shared = shared ^ (shared >> 2)
+    shared = (shared ^ (shared >> 1)) & 1
+    return 1.0 - 2.0 * shared.to(tl.float32)
+
+
+@triton.jit
+def rotate_row(
+    x,  # [HEAD_DIM] fp32
+    cos_row, sin_row,  # pointers to this token's rows of the tables
+    row_signs, column_signs,  # of the Hadamard matrix, which is their Kronecker product
+    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, START: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """RoPE on the ROPE values from START on, then the Hadamard transform if asked: [HEAD_DIM] fp32.
+
+    One-hot sums take the pairs apart and put them back: see :func:`mla_kernels.latent.write.store_token`.
+    """
+    HALF: tl.constexpr = ROPE // 2
+    lane = tl.arange(0, HEAD_DIM).to(tl.float32) - START
+    pairs = tl.arange(0, HALF)
+    pair = pairs.to(tl.float32)
+    if MODE == "half":
+        first_lane = pair
+        second_lane = pair + HALF
+    else:
+        first_lane = 2.0 * pair
+        second_lane = 2.0 * pair + 1.0
+    first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], x[:, None], 0.0), 0)  # [HEAD_DIM, HALF] -> [HALF]
+    second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], x[:, None], 0.0), 0)
+    cos = tl.load(cos_row + pairs)  # [HALF]
+    sin = tl.load(sin_row + pairs)
+    rotated_first = first * cos - second * sin
+    rotated_second = second * cos + first * sin
+    if MODE == "interleaved_to_half":
+        first_lane = pair
+        second_lane = pair + HALF
+    rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, HEAD_DIM]
+    rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
+    x = tl.where((lane >= 0.0) & (lane < ROPE), tl.sum(rotated, 0), x)
+    if HADAMARD:
+        COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
+        ROWS: tl.constexpr = HEAD_DIM // COLUMNS
+        grid = tl.reshape(x, [ROWS, COLUMNS])
+        grid = tl.sum(grid[:, :, None] * column_signs[None, :, :], 1)  # [ROWS, COLUMNS]
+        grid = tl.sum(row_signs[:, :, None] * grid[:, None, :], 0)
+        x = tl.reshape(grid, [HEAD_DIM]) * (1.0 / HEAD_DIM**0.5)
+    return x
+
+
+@triton.jit
+def write_indexer_key_kernel(
+    k_ptr,  # [tokens, HEAD_DIM]
+    norm_weight, norm_bias,  # [HEAD_DIM]
+    cos, sin,  # [table_rows, ROPE / 2]
+    positions, slot_mapping,  # [tokens]
+    values, codes, scales,  # the cache, as what its layout holds
+    tokens, table_rows, num_slots, page_size,
+    k_stride, cos_stride, sin_stride, page_stride, scale_stride,
+    eps,
+    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, START: tl.constexpr, HADAMARD: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Item: one token."""
+    COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
+    ROWS: tl.constexpr = HEAD_DIM // COLUMNS
+    row_signs = signs(ROWS, ROWS)
+    column_signs = signs(COLUMNS, COLUMNS)
+    lane = tl.arange(0, HEAD_DIM)
+    weight = tl.load(norm_weight + lane).to(tl.float32)
+    bias = tl.load(norm_bias + lane).to(tl.float32)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        slot = tl.load(slot_mapping + token).to(tl.int64)
+        position = tl.load(positions + token).to(tl.int64)
+        if token_is_written(slot, position, num_slots, table_rows):
+            x = tl.load(k_ptr + tl.cast(token, tl.int64) * k_stride + lane).to(tl.float32)  # [HEAD_DIM]
+            x = x - tl.sum(x, 0) / HEAD_DIM
+            x = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)) * weight + bias
+            x = rotate_row(
+                x, cos + position * cos_stride, sin + position * sin_stride, row_signs, column_signs,
+                HEAD_DIM, ROPE, MODE, START, HADAMARD,
+            )  # fmt: skip
+            page = slot // page_size
+            offset = slot - page * page_size
+            out = page * page_stride + offset * HEAD_DIM
+            if FP8:
+                code, scale = quantise_e4m3(tl.reshape(x, [1, HEAD_DIM]))
+                tl.store(codes + out + lane, tl.reshape(code, [HEAD_DIM]))
+                tl.store(scales + page * scale_stride + offset + tl.arange(0, 1), scale)
+            else:
+                tl.store(values + out + lane, x.to(values.dtype.element_ty))
+
+
+@triton.jit
+def rotate_indexer_query_kernel(
+    q_ptr,  # [tokens, heads, HEAD_DIM]
+    cos, sin,  # [table_rows, ROPE / 2]
+    positions,  # [tokens]
+    out_ptr,  # [tokens, heads, HEAD_DIM]
+    heads, table_rows, q_stride, head_stride, cos_stride, sin_stride, work,
+    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, START: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Item: one head of one token. A position outside the tables leaves zeros."""
+    COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
+    ROWS: tl.constexpr = HEAD_DIM // COLUMNS
+    row_signs = signs(ROWS, ROWS)
+    column_signs = signs(COLUMNS, COLUMNS)
+    lane = tl.arange(0, HEAD_DIM)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        token = item // heads
+        position = tl.load(positions + token).to(tl.int64)
+        known = (position >= 0) & (position < table_rows)
+        position = tl.where(known, position, 0)
+        source = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(item % heads, tl.int64) * head_stride
+        x = tl.load(source + lane).to(tl.float32)  # [HEAD_DIM]
+        x = rotate_row(
+            x, cos + position * cos_stride, sin + position * sin_stride, row_signs, column_signs,
+            HEAD_DIM, ROPE, MODE, START, HADAMARD,
+        )  # fmt: skip
+        x = tl.where(known, x, 0.0)
+        tl.store(out_ptr + tl.cast(item, tl.int64) * HEAD_DIM + lane, x.to(out_ptr.dtype.element_ty))
+
+
+def _rule(chip, dtype, statics, sizes):
+    tile = {"num_warps": 2}
+    for name, size in _memory(chip, dtype, statics, tile).items():
+        if size > chip.memory[name]:
+            raise NotImplementedError(
+                f"the indexer's keys and queries on {chip.name}: head_dim {statics['HEAD_DIM']} with rope_dim "
+                f"{statics['ROPE']} needs about {size:,} bytes of {name}, a program has {chip.memory[name]:,}"
+            )
+    return tile
+
+
+def _memory(chip, dtype, statics, tile):
+    """Ascend: the one-hot tiles and the products of the Hadamard transform, a few copies of each."""
+    width, half = statics["HEAD_DIM"], statics["ROPE"] // 2
+    return {"shared": 8 * width + 64 * tile["num_warps"]} if chip.is_gpu else {"UB": 36 * width * half + 64 * width}
+
+
+def _key_cost(dtype, statics, sizes):
+    width, rope = statics["HEAD_DIM"], statics["ROPE"]
+    written = width + 4 if statics["FP8"] else width * DTYPE_BYTES[dtype]
+    a_token = width * DTYPE_BYTES[dtype] + 4 * rope + 16 + written
+    return Cost(
+        flops=sizes["tokens"] * (8 * width + 3 * rope + 24 * width * statics["HADAMARD"]),
+        bytes=sizes["tokens"] * a_token + 2 * width * DTYPE_BYTES[dtype],
+    )
+
+
+def _query_cost(dtype, statics, sizes):
+    width, rope, rows = statics["HEAD_DIM"], statics["ROPE"], sizes["tokens"] * sizes["heads"]
+    return Cost(
+        flops=rows * (3 * rope + 24 * width * statics["HADAMARD"]),
+        bytes=rows * 2 * width * DTYPE_BYTES[dtype] + sizes["tokens"] * (4 * rope + 8),
+    )
+
+
+def _work(cost):
+    def work(dtype, statics, sizes, tile):
+        one = cost(dtype, statics, {"tokens": 1, "heads": 1})
+        return Work(programs=sizes["tokens"] * sizes.get("heads", 1), flops=one.flops, bytes=one.bytes)
+
+    return work
+
+
+def _statics(width, rope_dim, rope, rope_first, hadamard):
+    start = 0 if rope_first else width - rope_dim
+    return {"HEAD_DIM": width, "ROPE": rope_dim, "MODE": rope, "START": start, "HADAMARD": hadamard}
+
+
+_TABLES = {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"}
+
+WRITE_INDEXER_KEY = Kernel(
+    write_indexer_key_kernel,
+    arguments={
+        "k_ptr": "*T",
+        "norm_weight": "*T",
+        "norm_bias": "*T",
+        **_TABLES,
+        "slot_mapping": "*i64",
+        "values": "*T",
+        "codes": "*i8",
+        "scales": "*fp32",
+        **dict.fromkeys(("tokens", "table_rows", "num_slots", "page_size"), "i32"),
+        **dict.fromkeys(("k_stride", "cos_stride", "sin_stride", "page_stride", "scale_stride"), "i32:16"),
+        "eps": "fp32",
+    },
+    statics=("HEAD_DIM", "ROPE", "MODE", "START", "HADAMARD", "FP8"),
+    tiles={"num_warps": (1, 2, 4)},
+    rule=_rule,
+    memory=_memory,
+    cost=_key_cost,
+    work=_work(_key_cost),
+    cases=(
+        Case("v32_fp8", {**_statics(128, 64, "half", True, True), "FP8": True}, {"tokens": 4096}),
+        Case("glm", {**_statics(128, 64, "interleaved", True, False), "FP8": False}, {"tokens": 4096}),
+    ),
+    uses_dot=False,
+)
+
+ROTATE_INDEXER_QUERY = Kernel(
+    rotate_indexer_query_kernel,
+    arguments={
+        "q_ptr": "*T",
+        **_TABLES,
+        "out_ptr": "*T",
+        **dict.fromkeys(("heads", "table_rows"), "i32"),
+        **dict.fromkeys(("q_stride", "head_stride", "cos_stride", "sin_stride"), "i32:16"),
+        "work": "i32",
+    },
+    statics=("HEAD_DIM", "ROPE", "MODE", "START", "HADAMARD"),
+    tiles={"num_warps": (1, 2, 4)},
+    rule=_rule,
+    memory=_memory,
+    cost=_query_cost,
+    work=_work(_query_cost),
+    cases=(
+        Case("v32", _statics(128, 64, "half", True, True), {"tokens": 4096, "heads": 64}),
+        Case("glm", _statics(128, 64, "interleaved_to_half", True, False), {"tokens": 4096, "heads": 32}),
+    ),
+    uses_dot=False,
+)
+
+
+def _launch_write(
+    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps
+):
+    tokens, width = k.shape
+    cache = IndexerCache(cache, width)
+    statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": cache.quantised}
+    keys, scales = cache.keys, cache.scales if cache.quantised else cos
+    values, codes = (k, keys) if cache.quantised else (keys, cos)
+    chip = chip_of(k.device)
+    tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, {"tokens": tokens})
+    args = (
+        k, norm_weight, norm_bias, cos, sin, positions, slot_mapping,
+        values, codes.view(torch.int8), scales,
+        tokens, cos.shape[0], cache.num_slots, cache.page_size,
+        k.stride(0), cos.stride(0), sin.stride(0), keys.stride(0), scales.stride(0), eps,
+    )  # fmt: skip
+    WRITE_INDEXER_KEY.launch(chip, tokens, args, statics, tile)
+
+
+def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+    tokens, heads, width = q.shape
+    out = _fake_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
+    statics = _statics(width, rope_dim, rope, rope_first, hadamard)
+    chip = chip_of(q.device)
+    tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tokens, "heads": heads})
+    args = (
+        q, cos, sin, positions, out, heads, cos.shape[0],
+        q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), tokens * heads,
+    )  # fmt: skip
+    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, statics, tile)
+    return out
+
+
+def _fake_write(*arguments):
+    return None
+
+
+def _fake_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+    return q.new_empty(q.shape)
+
+
+def _check_write_values(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *options):
+    slots = IndexerCache(cache, k.shape[1]).num_slots
+    check_range("slot_mapping", slot_mapping, -1, slots, f"the cache has {slots} slots, -1 writes nothing")
+    check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
+
+
+def _check_rotate_values(q, cos, sin, positions, *options):
+    check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
+
+
+_write_indexer_key = define_op(
+    "write_indexer_key",
+    "(Tensor k, Tensor norm_weight, Tensor norm_bias, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
+    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first, bool hadamard, float eps) -> ()",
+    cpu=cpu.write_indexer_key,
+    device=_launch_write,
+    fake=_fake_write,
+    check_values=_check_write_values,
+)
+
+_rotate_indexer_query = define_op(
+    "rotate_indexer_query",
+    "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first, bool hadamard)"
+    " -> Tensor",
+    cpu=cpu.rotate_indexer_query,
+    device=_launch_rotate,
+    fake=_fake_rotate,
+    check_values=_check_rotate_values,
+)
+
+
+def _check_rotation(tokens, width, cos, sin, positions, rope_dim, rope, rope_first, hadamard, device) -> None:
+    check_int("rope_dim", rope_dim, 16, width)
+    if rope_dim & (rope_dim - 1):
+        raise ValueError(f"rope_dim: got {rope_dim}, powers of two from 16 to {width} are accepted")
+    check_choice("rope", rope, ROPE_MODES)
+    for name, value in (("rope_first", rope_first), ("hadamard", hadamard)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, a bool is accepted")
+    check_tensor("cos", cos, shape=(None, rope_dim // 2), dtypes=(torch.float32,), device=device)
+    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
+    check_tensor("positions", positions, shape=(tokens,), dtypes=INDICES, device=device)
+
+
+def write_indexer_key(
+    k: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: IndexerCache,
+    *,
+    rope_dim: int,
+    rope: str,
+    rope_first: bool = True,
+    hadamard: bool = False,
+    eps: float = 1e-6,
+) -> None:
+    """Normalise, rotate and quantise projected index keys and write them to their cache slots, in place, in one launch.
+
+    Token t goes to slot ``slot_mapping[t]``: ``LayerNorm(k[t]) * norm_weight + norm_bias``, RoPE of its first (else
+    last) ``rope_dim`` values by row ``positions[t]`` of the tables, then, if asked, the Hadamard transform times
+    ``d ** -0.5``. The arithmetic is float32 and is rounded once: to the cache's dtype, or to e4m3 with one power-of-two
+    scale a key (:class:`IndexerCache`).
+
+    Args:
+        k: [T, d], the output of ``wk``: in the cache's dtype, or bfloat16, float16 or float32 for a ``"fp8"`` cache.
+            Rows may have any stride.
+        norm_weight, norm_bias: [d], in k's dtype or float32, both in the same.
+        cos, sin: [positions, rope_dim / 2] float32 tables.
+        positions: [T] int32 or int64, each token's row of the tables.
+        slot_mapping: [T] int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call other
+            than -1 must differ.
+        cache: the :class:`IndexerCache` written to. Slots that are not named keep their bits.
+        rope_dim: how many values are rotated, a power of two from 16 to d.
+        rope: where the pairs stand before and after: ``"half"`` (DeepSeek-V3.2), ``"interleaved"`` or
+            ``"interleaved_to_half"`` (GLM-MoE-DSA as Hugging Face has it); see :func:`mla_kernels.write_latent`.
+        rope_first: whether the first values are rotated, or the last.
+        hadamard: apply the transform, as DeepSeek's fp8 code does; queries must have it, too.
+        eps: added to the variance.
+
+    On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
+
+    Raises:
+        TypeError: a dtype that is not accepted, or ``cache`` is no IndexerCache.
+        ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a slot below -1 or past
+            the cache, or a position outside the tables. Nothing was written then.
+        NotImplementedError: an input requires grad (there is no backward).
+
+    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, and the ``Indexer`` of its inference code.
+    """
+    check_indexer_cache(cache)
+    dtypes = FLOATS if cache.quantised else (cache.data.dtype,)
+    check_tensor("k", k, shape=(None, cache.head_dim), dtypes=dtypes, device=cache.data.device)
+    check_tensor("norm_weight", norm_weight, shape=k.shape[1:], dtypes=(k.dtype, torch.float32), device=k.device)
+    check_tensor("norm_bias", norm_bias, shape=k.shape[1:], like=norm_weight)
+    _check_rotation(k.shape[0], k.shape[1], cos, sin, positions, rope_dim, rope, rope_first, hadamard, k.device)
+    check_tensor("slot_mapping", slot_mapping, shape=(k.shape[0],), dtypes=INDICES, device=k.device)
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
+    check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
+    _write_indexer_key(
+        k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache.data, rope_dim, rope, rope_first, hadamard,
+        float(eps),
+    )  # fmt: skip
+
+
+def rotate_indexer_query(
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    rope_dim: int,
+    rope: str,
+    rope_first: bool = True,
+    hadamard: bool = False,
+) -> torch.Tensor:
+    """RoPE and, if asked, the Hadamard transform of index queries, as :func:`write_indexer_key` treats keys.
+
+    One launch; the arithmetic is float32, rounded once. Queries stay in their dtype: the logits decode fp8 keys
+    exactly, so quantising queries would only lose bits.
+
+    Args:
+        q: [T, H, d], the output of ``wq_b``, bfloat16, float16 or float32; tokens and heads of any stride.
+        cos, sin: [positions, rope_dim / 2] float32 tables.
+        positions: [T] int32 or int64, each token's row of the tables.
+        rope_dim, rope, rope_first, hadamard: as for :func:`write_indexer_key`.
+
+    Returns:
+        [T, H, d] in q's dtype. On ``cuda`` and ``npu`` a position outside the tables gives zeros.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a position outside the
+            tables.
+        NotImplementedError: q requires grad (there is no backward).
+
+    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, and the ``Indexer`` of its inference code.
+    """
+    check_tensor("q", q, rank=3)
+    check_head_dim(q.shape[2])
+    _check_rotation(q.shape[0], q.shape[2], cos, sin, positions, rope_dim, rope, rope_first, hadamard, q.device)
+    check_no_grad("rotate_indexer_query", q=q, cos=cos, sin=sin)
+    return _rotate_indexer_query(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
