@@ -27,8 +27,14 @@ from mla_kernels.attention.prefill.sequence_rows import (
     store_rows,
     widths,
 )
+from mla_kernels.attention.prefill.tiles import (
+    key_gradient_memory,
+    key_gradient_rule,
+    query_gradient_memory,
+    query_gradient_rule,
+)
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
-from mla_kernels.language import TRITON_VERSION, tl, triton
+from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -230,67 +236,6 @@ def mla_prefill_query_gradient_kernel(
                 store_rows(target + (WIDE + REST), stride, line, rows, q_rope_grad * softmax_scale, ROPE)
 
 
-def _key_rule(chip, dtype, statics, sizes):
-    tile = _rule(chip, dtype, statics)
-    if chip.architecture == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are wide or Triton is 3.9
-        newest = TRITON_VERSION >= (3, 9)
-        tile |= {"BLOCK_M": 16} if statics["REST"] or newest else {}
-        tile |= {"num_stages": 3} if statics["REST"] and newest else {}
-    return tile
-
-
-def _query_rule(chip, dtype, statics, sizes):
-    """As for keys, with the roles of queries and keys exchanged."""
-    tile = _rule(chip, dtype, statics)
-    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
-
-
-def _rule(chip, dtype, statics):
-    """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
-    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
-    large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
-    if chip.vendor == "nvidia":
-        tile |= {"num_stages": 2}
-        if dtype == "fp32":
-            tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
-        elif large or chip.dot_from_shared:
-            tile |= {"BLOCK_N": 32 if large else 128, "num_warps": 8}
-    elif dtype != "fp32" and not large:
-        tile |= {"BLOCK_N": 64}
-    return tile
-
-
-def _key_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]
-    return _memory(chip, dtype, statics, tile, tile["BLOCK_N"], tile["BLOCK_M"], gradient)
-
-
-def _query_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"]
-    return _memory(chip, dtype, statics, tile, tile["BLOCK_M"], tile["BLOCK_N"], gradient)
-
-
-def _memory(chip, dtype, statics, tile, fixed, streamed, gradient):
-    """Closed forms fitted to what the compilers report, for ``fixed`` rows with ``gradient`` columns to add up, and
-    ``streamed`` rows; a tile of the other launch form counts as too large."""
-    size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["WIDE"], statics["VALUE"])
-    row = (statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
-    pairs = fixed * streamed
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        return {
-            "UB": 16 * pairs + misfit,
-            "L1": (2 * fixed + 8 * streamed) * row + 6 * pairs * size,
-            "L0C": (fixed * gradient + 2 * pairs) * 4,
-        }
-    if chip.vendor == "amd":
-        return {"shared": max(fixed, streamed) * widest * size + (stages - 1) * streamed * row + misfit}
-    if not chip.dot_from_shared:
-        return {"shared": (fixed + max(stages - 1, 1) * streamed) * row + pairs * size + misfit}
-    copies = stages + 1 if chip.architecture == "100" else stages
-    return {"shared": (fixed + copies * streamed) * row + pairs * size * (copies - stages) + misfit}
-
-
 def _cost(dtype, statics, sizes):
     """Of the kernel pair: five products of queries x keys, and recomputed scores."""
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
@@ -366,16 +311,16 @@ MLA_PREFILL_KEY_GRADIENT = Kernel(
         **_STRIDES,
         **_SIZES,
     },
-    rule=_key_rule,
-    memory=_key_memory,
+    rule=key_gradient_rule,
+    memory=key_gradient_memory,
     **_SHARED,
 )
 
 MLA_PREFILL_QUERY_GRADIENT = Kernel(
     mla_prefill_query_gradient_kernel,
     arguments={**_INPUTS, "q_grad_ptr": "*T", "softmax_scale": "fp32", **_STRIDES, **_SIZES},
-    rule=_query_rule,
-    memory=_query_memory,
+    rule=query_gradient_rule,
+    memory=query_gradient_memory,
     **_SHARED,
 )
 
