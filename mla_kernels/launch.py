@@ -17,7 +17,7 @@ from mla_kernels.gpu_launch import GpuLaunch
 from mla_kernels.language import HAS_TRITON
 from mla_kernels.placement import chip_of, cpu_mode, on_cpu
 from mla_kernels.targets.chips import Chip
-from mla_kernels.targets.source import python_function, standalone
+from mla_kernels.targets.source import code_of, python_function, standalone
 from mla_kernels.tiles import GPU_OPTIONS, KERNELS
 
 __all__ = [
@@ -139,7 +139,8 @@ class Kernel:
 
     @functools.cached_property
     def source_hash(self) -> str:
-        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        """Of the kernel's code; a comment or a docstring changes nothing."""
+        return hashlib.sha256(code_of(self.source).encode()).hexdigest()[:16]
 
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """Run-time argument -> Triton type for offline compiles, ``:16`` suffixes kept."""
