@@ -144,7 +144,8 @@ def test_code_is_the_same_whatever_is_said_about_it(old, new):
 
 
 @pytest.mark.parametrize(
-    "old, new", [("1)", "2)"), ("text", "texts"), ("    tl.store(x_ptr, 1)", "        tl.store(x_ptr, 1)"), ("size", "n")]
+    "old, new",
+    [("1)", "2)"), ("text", "texts"), ("    tl.store(x_ptr, 1)", "        tl.store(x_ptr, 1)"), ("size", "n")],
 )
 def test_other_code_is_told_apart(old, new):
     assert old in CODE and code_of(CODE.replace(old, new)) != code_of(CODE)

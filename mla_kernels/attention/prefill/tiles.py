@@ -6,7 +6,7 @@ from mla_kernels.launch import DTYPE_BYTES
 
 def forward_rule(chip, dtype, statics, sizes):
     """The tile by what key and value take on chip; it looks at no size, so that nothing depends on the batch."""
-    width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
+    width = statics["FIRST"] + statics["REST"] + statics["ROPE"]
     large = max(width, statics["VALUE"]) > 192 or statics["VALUE"] > 128
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 2}
     if chip.vendor == "ascend":
@@ -28,7 +28,7 @@ def forward_rule(chip, dtype, statics, sizes):
 def forward_memory(chip, dtype, statics, tile):
     """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
     size, value, stages = DTYPE_BYTES[dtype], statics["VALUE"], tile["num_stages"]
-    width = statics["WIDE"] + statics["REST"] + statics["ROPE"]
+    width = statics["FIRST"] + statics["REST"] + statics["ROPE"]
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     q, keys, p = block_m * width * size, block_n * (width + value) * size, block_m * block_n * size
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
@@ -39,7 +39,7 @@ def forward_memory(chip, dtype, statics, tile):
             "L0C": block_m * (value + block_n) * 4,
         }
     if chip.vendor == "amd":
-        part = max(block_m * statics["WIDE"], block_n * max(statics["WIDE"], value)) * size
+        part = max(block_m * statics["FIRST"], block_n * max(statics["FIRST"], value)) * size
         return {"shared": max(part, (stages - 1) * keys + p) + misfit}
     if not chip.dot_from_shared:
         return {"shared": max(q, stages * keys + 2 * p) + misfit}
@@ -64,7 +64,7 @@ def query_gradient_rule(chip, dtype, statics, sizes):
 def _gradient_rule(chip, dtype, statics):
     """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
-    large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
+    large = max(statics["FIRST"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
     if chip.vendor == "nvidia":
         tile |= {"num_stages": 2}
         if dtype == "fp32":
@@ -77,20 +77,20 @@ def _gradient_rule(chip, dtype, statics):
 
 
 def key_gradient_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]
+    gradient = statics["FIRST"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]
     return _gradient_memory(chip, dtype, statics, tile, tile["BLOCK_N"], tile["BLOCK_M"], gradient)
 
 
 def query_gradient_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"]
+    gradient = statics["FIRST"] + statics["REST"] + statics["ROPE"]
     return _gradient_memory(chip, dtype, statics, tile, tile["BLOCK_M"], tile["BLOCK_N"], gradient)
 
 
 def _gradient_memory(chip, dtype, statics, tile, fixed, streamed, gradient):
     """Closed forms fitted to what the compilers report, for ``fixed`` rows with ``gradient`` columns to add up, and
     ``streamed`` rows; a tile of the other launch form counts as too large."""
-    size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["WIDE"], statics["VALUE"])
-    row = (statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
+    size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["FIRST"], statics["VALUE"])
+    row = (statics["FIRST"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
     pairs = fixed * streamed
     misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
