@@ -9,6 +9,7 @@ from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.cache_layout import SCALE_BLOCK
 from mla_kernels.quant.fp8 import quantise_e4m3
@@ -59,12 +60,7 @@ def store_token(
     eps,
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate one token and write it to its slot (int64).
-
-    One-hot sums take the rope pairs apart and put them side by side. Loads and stores with stride 2 would not do on
-    Ascend: such a load reads past the end of its tensor, such a store overflows the compiler's buffers, and split and
-    join crash the 950's compiler. The comparisons are of floats, because the 910 compares integers one by one.
-    """
+    """Normalise and rotate one token and write it to its slot (int64)."""
     page = slot // page_size
     offset = page * page_stride + (slot - page * page_size) * slot_stride
     scale = 1.0 / tl.sqrt(tl.sum(latent * latent, 0) / LATENT + eps)
@@ -74,23 +70,11 @@ def store_token(
         HALF: tl.constexpr = ROPE // 2
         pairs = tl.arange(0, HALF)
         lane = tl.arange(0, ROPE).to(tl.float32)
-        pair = pairs.to(tl.float32)
-        if MODE == "half":
-            first_lane = pair
-            second_lane = pair + HALF
-        else:
-            first_lane = 2.0 * pair
-            second_lane = 2.0 * pair + 1.0
-        first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], rope[:, None], 0.0), 0)  # [ROPE, HALF] -> [HALF]
-        second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], rope[:, None], 0.0), 0)
-        cos = tl.load(cos_row + pairs)  # [HALF]
-        sin = tl.load(sin_row + pairs)
-        rotated_first = first * cos - second * sin
-        rotated_second = second * cos + first * sin
+        first_lane, second_lane = pair_lanes(HALF, MODE)
+        rotated_first, rotated_second = rotate_pairs(rope, lane, first_lane, second_lane, cos_row, sin_row, HALF)
         if MODE == "interleaved":
-            rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, ROPE]
-            rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
-            tl.store(out + tl.arange(0, ROPE), tl.sum(rotated, 0).to(out.dtype.element_ty))
+            rotated = join_pairs(rotated_first, rotated_second, lane, first_lane, second_lane)
+            tl.store(out + tl.arange(0, ROPE), rotated.to(out.dtype.element_ty))
         else:
             tl.store(out + pairs, rotated_first.to(out.dtype.element_ty))
             tl.store(out + HALF + pairs, rotated_second.to(out.dtype.element_ty))
@@ -215,28 +199,27 @@ def cache_parts(cache: LatentCache, fp32: torch.Tensor) -> tuple[torch.Tensor, .
     return cache.data, cache.data.view(torch.int8), fp32, cache.data
 
 
+PLACE_ARGUMENTS = {
+    **dict.fromkeys(("cos", "sin"), "*fp32"),
+    **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
+}
+CACHE_ARGUMENTS = {"values": "*T", "codes": "*i8", "scales": "*fp32", "keys": "*T"}
+STRIDE_ARGUMENTS = dict.fromkeys(("cos_stride", "sin_stride", "page_stride", "slot_stride"), "i32:16")
+"""Arguments that the kernels which write tokens share, in order."""
+
 WRITE_LATENT = Kernel(
     write_latent_kernel,
     arguments={
         "kv_a": "*T",
         "norm_weight": "*T",
-        "cos": "*fp32",
-        "sin": "*fp32",
-        "positions": "*i64",
-        "slot_mapping": "*i64",
-        "values": "*T",
-        "codes": "*i8",
-        "scales": "*fp32",
-        "keys": "*T",
+        **PLACE_ARGUMENTS,
+        **CACHE_ARGUMENTS,
         "tokens": "i32",
         "table_rows": "i32",
         "num_slots": "i32",
         "page_size": "i32",
         "kv_stride": "i32:16",
-        "cos_stride": "i32:16",
-        "sin_stride": "i32:16",
-        "page_stride": "i32:16",
-        "slot_stride": "i32:16",
+        **STRIDE_ARGUMENTS,
         "eps": "fp32",
     },
     statics=("LATENT", "ROPE", "MODE", "LAYOUT"),

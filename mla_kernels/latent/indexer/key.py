@@ -9,6 +9,7 @@ from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_n
 from mla_kernels.cpu import indexer as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
+from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.latent.write import ROPE_MODES, token_is_written
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.fp8 import quantise_e4m3
@@ -31,32 +32,15 @@ def rotate_row(
     row_signs, column_signs,  # of the Hadamard matrix, which is their Kronecker product
     HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, START: tl.constexpr, HADAMARD: tl.constexpr,
 ):  # fmt: skip
-    """RoPE on the ROPE values from START on, then the Hadamard transform if asked: [HEAD_DIM] fp32.
-
-    One-hot sums take the pairs apart and put them back: see :func:`mla_kernels.latent.write.store_token`.
-    """
+    """RoPE on the ROPE values from START on, then the Hadamard transform if asked: [HEAD_DIM] fp32."""
     HALF: tl.constexpr = ROPE // 2
     lane = tl.arange(0, HEAD_DIM).to(tl.float32) - START
-    pairs = tl.arange(0, HALF)
-    pair = pairs.to(tl.float32)
-    if MODE == "half":
-        first_lane = pair
-        second_lane = pair + HALF
-    else:
-        first_lane = 2.0 * pair
-        second_lane = 2.0 * pair + 1.0
-    first = tl.sum(tl.where(lane[:, None] == first_lane[None, :], x[:, None], 0.0), 0)  # [HEAD_DIM, HALF] -> [HALF]
-    second = tl.sum(tl.where(lane[:, None] == second_lane[None, :], x[:, None], 0.0), 0)
-    cos = tl.load(cos_row + pairs)  # [HALF]
-    sin = tl.load(sin_row + pairs)
-    rotated_first = first * cos - second * sin
-    rotated_second = second * cos + first * sin
+    first_lane, second_lane = pair_lanes(HALF, MODE)
+    first, second = rotate_pairs(x, lane, first_lane, second_lane, cos_row, sin_row, HALF)
     if MODE == "interleaved_to_half":
-        first_lane = pair
-        second_lane = pair + HALF
-    rotated = tl.where(first_lane[:, None] == lane[None, :], rotated_first[:, None], 0.0)  # [HALF, HEAD_DIM]
-    rotated += tl.where(second_lane[:, None] == lane[None, :], rotated_second[:, None], 0.0)
-    x = tl.where((lane >= 0.0) & (lane < ROPE), tl.sum(rotated, 0), x)
+        first_lane, second_lane = pair_lanes(HALF, "half")
+    rotated = join_pairs(first, second, lane, first_lane, second_lane)
+    x = tl.where((lane >= 0.0) & (lane < ROPE), rotated, x)
     if HADAMARD:
         COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
         ROWS: tl.constexpr = HEAD_DIM // COLUMNS
