@@ -49,7 +49,7 @@ def _latent_products(statics, tile):
 PAIR_PRODUCTS = {
     "mla_decode_kernel": _latent_products,
     "sparse_mla_kernel": _latent_products,
-    "mla_prefill_kernel": lambda statics, tile: sum(statics[name] for name in ("WIDE", "REST", "ROPE", "VALUE")),
+    "mla_prefill_kernel": lambda statics, tile: sum(statics[name] for name in ("FIRST", "REST", "ROPE", "VALUE")),
 }
 """Attention kernels whose main loop takes BLOCK_N keys a turn -> multiply-adds for a query row and a key."""
 

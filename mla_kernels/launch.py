@@ -5,7 +5,6 @@ chooses, what fits, and what the work costs. The compile matrix, the autotuner, 
 launch all read it; nothing is listed twice.
 """
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -15,11 +14,26 @@ import torch
 
 from mla_kernels import tiles as tile_lookup
 from mla_kernels.gpu_launch import GpuLaunch
-from mla_kernels.language import HAS_TRITON, INTERPRET
-from mla_kernels.targets import devices
-from mla_kernels.targets.chips import CHIPS, Chip, nvidia_chip
-from mla_kernels.targets.source import python_function, standalone
-from mla_kernels.tiles import GPU_OPTIONS
+from mla_kernels.language import HAS_TRITON
+from mla_kernels.placement import chip_of, cpu_mode, on_cpu
+from mla_kernels.targets.chips import Chip
+from mla_kernels.targets.source import code_of, python_function, standalone
+from mla_kernels.tiles import GPU_OPTIONS, KERNELS
+
+__all__ = [
+    "DTYPE_BYTES",
+    "DTYPE_NAMES",
+    "GPU_OPTIONS",
+    "KERNELS",
+    "Case",
+    "Cost",
+    "Kernel",
+    "Tile",
+    "Work",
+    "chip_of",
+    "cpu_mode",
+    "on_cpu",
+]
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -125,7 +139,8 @@ class Kernel:
 
     @functools.cached_property
     def source_hash(self) -> str:
-        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        """Of the kernel's code; a comment or a docstring changes nothing."""
+        return hashlib.sha256(code_of(self.source).encode()).hexdigest()[:16]
 
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """Run-time argument -> Triton type for offline compiles, ``:16`` suffixes kept."""
@@ -170,7 +185,7 @@ class Kernel:
         if work == 0:
             return
         grid = self.programs(chip, work)
-        if args[0].is_cuda or (_cpu.mode == "cuda" and args[0].is_cpu):
+        if args[0].is_cuda or (args[0].is_cpu and cpu_mode() == "cuda"):
             self._launch_gpu(chip, grid, args, statics, tile)
             return
         device = args[0].device
@@ -190,73 +205,3 @@ class Kernel:
             return
         else:
             raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
-
-
-KERNELS: dict[str, Kernel] = {}
-"""Every declared kernel by name."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which chip, and what runs CPU tensors
-
-
-class _Cpu:
-    """How kernels of CPU tensors run: "torch" (the fast torch code), "interpret", "npu-emulated" or "cuda"."""
-
-    mode: str = "interpret" if INTERPRET else "torch"
-    chip: Chip = CHIPS["sm_90"]
-
-
-_cpu = _Cpu()
-
-
-def cpu_mode() -> str:
-    """What runs an op of CPU tensors now; see :func:`on_cpu`."""
-    return _cpu.mode
-
-
-@contextlib.contextmanager
-def on_cpu(mode: str, target: str | None = None):
-    """Within the block, ops of CPU tensors run in ``mode``, with tiles of ``target`` (a compile target or a device).
-
-    ``"torch"``: the fast torch code (default). ``"interpret"``: the Triton kernels in Triton's interpreter (needs
-    ``TRITON_INTERPRET=1`` at import). ``"npu-emulated"``: the kernels' Ascend lowering, executed natively.
-    ``"cuda"``: the CUDA launch path, with CPU memory posing as device memory, for launch tests over a stub driver.
-    """
-    modes = ("torch", "interpret", "npu-emulated", "cuda")
-    if mode not in modes:
-        raise ValueError(f"mode {mode!r}: accepted are {', '.join(modes)}")
-    target = target or {"npu-emulated": "ascend910b"}.get(mode, "sm_90")
-    if target not in CHIPS and target not in devices.DEVICES:
-        raise ValueError(f"target {target!r} is unknown; known targets: {', '.join((*CHIPS, *devices.DEVICES))}")
-    before = _cpu.mode, _cpu.chip
-    _cpu.mode, _cpu.chip = mode, devices.device(target)
-    try:
-        yield
-    finally:
-        _cpu.mode, _cpu.chip = before
-
-
-def chip_of(device: torch.device) -> Chip:
-    """The chip that tensors on ``device`` are launched for, with the figures of that very device."""
-    return _cpu.chip if device.type in ("cpu", "meta") else _device_chip(device.type, device.index)
-
-
-@functools.cache
-def _device_chip(kind: str, index: int | None) -> Chip:
-    if kind == "cuda":
-        part = torch.cuda.get_device_properties(index)
-        if torch.version.hip:
-            target = part.gcnArchName.split(":")[0]
-            if target not in CHIPS:
-                raise NotImplementedError(f"AMD {target}: gfx942 and gfx950 are supported")
-        else:
-            target = nvidia_chip(*torch.cuda.get_device_capability(index)).name
-        return devices.find(part.name, target, part.multi_processor_count, part.total_memory)
-    if kind == "npu":
-        name = torch.npu.get_device_name(index)
-        for prefix, chip in (("Ascend910_93", "ascend910c"), ("Ascend910B", "ascend910b"), ("Ascend950", "ascend950")):
-            if name.startswith(prefix):
-                return devices.find(name, chip)
-        raise NotImplementedError(f"NPU {name}: Ascend 910B, 910C and 950 are supported")
-    raise NotImplementedError(f"tensors on {kind}: cuda, npu and cpu are supported")

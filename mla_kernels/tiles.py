@@ -19,11 +19,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mla_kernels import tile_files
+from mla_kernels.placement import cpu_mode
 from mla_kernels.targets import devices
 from mla_kernels.targets.chips import Chip
 from mla_kernels.tile_files import BadFile, Entry
 
 LOG = logging.getLogger("mla_kernels.tiles")
+
+KERNELS: dict[str, "object"] = {}
+"""Every declared :class:`mla_kernels.launch.Kernel` by name."""
 
 DYNAMIC = frozenset(
     (
@@ -144,8 +148,6 @@ def override(kernel, tile: Mapping[str, int]) -> Iterator[None]:
 def record() -> Iterator[list[Problem]]:
     """Within the block, the list gets every :class:`Problem` that is looked up, and ops of ``meta`` tensors go as far
     as their launches without running anything: so a model's problems are found without its memory."""
-    from mla_kernels.launch import KERNELS
-
     recording: list[Problem] = []
     kept = {kernel: kernel._tiles for kernel in KERNELS.values()}
     for kernel in kept:
@@ -171,8 +173,6 @@ class _Forgetful(dict):
 
 def reload() -> None:
     """Forget every tile that was looked up and every file that was read."""
-    from mla_kernels.launch import KERNELS
-
     _entries.cache_clear()
     _override_tiles.clear()
     _told.clear()
@@ -300,8 +300,6 @@ def _plain(value) -> str:
 def _tell_miss(kernel, chip, dtype, statics, sizes) -> None:
     """Say once for a kernel and a model's sizes that the rule's tile is launched. Under an interpreter or emulator of
     CPU tensors, where a tile changes nothing, only to those who ask for it (INFO)."""
-    from mla_kernels.launch import cpu_mode
-
     if all(len(values) == 1 for values in kernel.tiles.values()) or _recorded:
         return
     _warn(
@@ -329,8 +327,6 @@ def _warn(what, message: str, *arguments, level: int = logging.WARNING) -> None:
 
 
 def _kernel(kernel):
-    from mla_kernels.launch import KERNELS
-
     if not isinstance(kernel, str):
         return kernel
     if kernel not in KERNELS:

@@ -176,7 +176,7 @@ def test_no_home_folder(monkeypatch, caplog):
 
 
 def test_a_miss_logs_once_with_the_command_that_would_fix_it(files, caplog, monkeypatch):
-    monkeypatch.setattr(launch, "cpu_mode", lambda: "torch")
+    monkeypatch.setattr(tiles, "cpu_mode", lambda: "torch")
     kernel = declare()
     for rows in (1024, 2048, 1024):
         look_up(kernel, rows=rows)
@@ -190,7 +190,7 @@ def test_a_miss_logs_once_with_the_command_that_would_fix_it(files, caplog, monk
 
 
 def test_silent_lookups_log_nothing_and_the_next_one_does(files, caplog, monkeypatch):
-    monkeypatch.setattr(launch, "cpu_mode", lambda: "torch")
+    monkeypatch.setattr(tiles, "cpu_mode", lambda: "torch")
     kernel = declare()
     with pytest.raises(ZeroDivisionError), tiles.silent():
         look_up(kernel)

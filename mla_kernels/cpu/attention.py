@@ -3,7 +3,7 @@
 import torch
 
 from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
-from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.quant.cache_layout import CacheLayout, PagedTokens
 
 _MAX_SCORES = 1 << 22  # scores held at once, 16 MiB of fp32
 _MAX_ROWS = 4096  # query rows (queries x heads) handled at once
@@ -31,7 +31,7 @@ def mla_decode(
     The work is cut into blocks whose sizes depend on the sequence's own length, the heads and the queries.
     """
     batch, queries, heads, _ = q.shape
-    cache = LatentCache(cache, latent_dim, layout)
+    cache = PagedTokens(cache, latent_dim, CacheLayout(layout))
     out = q.new_empty(batch, queries, heads, latent_dim)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32)
     step = max(1, _MAX_ROWS // max(heads, 1))
@@ -77,7 +77,7 @@ def _attend(q, cache, pages, length, limits, window, scale):
     return out.view(queries, heads, cache.latent_dim), lse.view(queries, heads)
 
 
-def is_fused(q: torch.Tensor, rows: int, cache: LatentCache) -> bool:
+def is_fused(q: torch.Tensor, rows: int, cache: PagedTokens) -> bool:
     """Whether torch's fused attention multiplies, in bfloat16, and not torch.mm in float32.
 
     For a few rows the conversion of the keys is affordable; float16 products are slow on CPUs; int8 codes times a scale
@@ -104,13 +104,13 @@ def _hidden(first, last, limits, window, heads):
     return ((at >= limit) | (at < limit - window)).repeat_interleave(heads, 0)[None]
 
 
-def _values(tokens: torch.Tensor, cache: LatentCache, dtype: torch.dtype) -> torch.Tensor:
+def _values(tokens: torch.Tensor, cache: PagedTokens, dtype: torch.dtype) -> torch.Tensor:
     """Tokens as they lie in ``cache`` -> their values [tokens, width] in ``dtype``."""
     if not cache.layout.quantised:
         return tokens.to(dtype)
     values = torch.empty(tokens.shape[0], cache.width, dtype=dtype)
     for first in range(0, tokens.shape[0], _DECODED):
-        part = LatentCache(tokens[None, first : first + _DECODED], cache.latent_dim, cache.layout)
+        part = PagedTokens(tokens[None, first : first + _DECODED], cache.latent_dim, cache.layout)
         latents = values[first : first + _DECODED, : cache.latent_dim]
         if cache.layout is CacheLayout.FP8_V32:
             latents = latents.unflatten(1, (part.scales.shape[-1], -1))

@@ -10,7 +10,7 @@ from mla_kernels.cpu.attention import is_fused
 from mla_kernels.cpu.gemm import linear
 from mla_kernels.cpu.latent import decode_e4m3
 from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
-from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
+from mla_kernels.quant.cache_layout import SCALE_BLOCK, CacheLayout, PagedTokens
 
 _MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat16
 _MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
@@ -25,7 +25,7 @@ _LOWEST = torch.finfo(torch.float32).min
 
 def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
     """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits (empty unless asked for)."""
-    cache = LatentCache(kv[:, None], latent_dim)
+    cache = PagedTokens(kv[:, None], latent_dim, CacheLayout.of(kv.dtype))
     dtype = q.dtype if is_fused(q, q.shape[1], cache) and not max_logits else torch.float32
     rows = _dense_rows(q, kv, indices, topk_length, dtype)
     if rows is not None:
@@ -40,9 +40,9 @@ def sparse_mla_decode(
     extra_topk_length,
 ):  # fmt: skip
     """q [B, S_q, heads, width], indices [B, S_q, top_k] of cache slots -> out, lse."""
-    sources = [(LatentCache(cache, latent_dim, layout), indices.flatten(0, 1), topk_length)]
+    sources = [(PagedTokens(cache, latent_dim, CacheLayout(layout)), indices.flatten(0, 1), topk_length)]
     if extra_cache is not None:
-        extra = LatentCache(extra_cache, latent_dim, layout)
+        extra = PagedTokens(extra_cache, latent_dim, CacheLayout(layout))
         sources.append((extra, extra_indices.flatten(0, 1), extra_topk_length))
     queries = q.shape[1]
     dtype = q.dtype if is_fused(q, q.shape[2], sources[0][0]) else torch.float32
@@ -88,7 +88,7 @@ def sparse_mla_prefill_backward(
     tokens, heads, _ = q.shape
     dtype = torch.float32 if q.dtype == torch.float16 or heads < _FEW_HEADS else q.dtype
     all_rows = _dense_rows(q, kv, indices, topk_length, dtype)
-    cache = LatentCache(kv[:, None], latent_dim)
+    cache = PagedTokens(kv[:, None], latent_dim, CacheLayout.of(kv.dtype))
     q_grad = torch.zeros(q.shape, dtype=q.dtype)
     kv_grad = torch.zeros(kv.shape, dtype=torch.float32)
     sink_grad = torch.zeros(heads, dtype=torch.float32)
@@ -253,7 +253,7 @@ def _gather(cache, ids, seen, dtype):
     else:
         rows = data[flat // cache.page_size, flat % cache.page_size]
     if cache.layout.quantised:
-        rows = _dequantise(LatentCache(rows[None], cache.latent_dim, cache.layout), dtype)
+        rows = _dequantise(PagedTokens(rows[None], cache.latent_dim, cache.layout), dtype)
     rows = rows.to(dtype)
     absent = (~seen).flatten().nonzero().squeeze(1)
     if absent.numel():
@@ -261,7 +261,7 @@ def _gather(cache, ids, seen, dtype):
     return rows.unflatten(0, ids.shape)
 
 
-def _dequantise(rows: LatentCache, dtype: torch.dtype) -> torch.Tensor:
+def _dequantise(rows: PagedTokens, dtype: torch.dtype) -> torch.Tensor:
     """A cache of one page -> its values [tokens, width] in ``dtype``, which those of int8 need to be float32."""
     codes, scales = rows.latents[0], rows.scales[0]
     if rows.layout is CacheLayout.FP8_V32:

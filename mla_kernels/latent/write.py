@@ -8,8 +8,9 @@ import torch
 from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import SCALE_BLOCK, CacheLayout, LatentCache
+from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.cache_layout import SCALE_BLOCK
 from mla_kernels.quant.fp8 import quantise_e4m3
 from mla_kernels.quant.int8 import quantise_int8
 from mla_kernels.shim import define_op

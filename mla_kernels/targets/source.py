@@ -9,7 +9,9 @@ import builtins
 import functools
 import importlib
 import inspect
+import io
 import sys
+import tokenize
 
 HEADER = "import triton\nimport triton.language as tl\n"
 
@@ -33,6 +35,19 @@ def standalone(kernel) -> str:
     pieces: dict[str, tuple[str, str]] = {}
     _collect(function.__module__, function.__name__, pieces)
     return HEADER + "\n\n" + "\n\n".join(text for _, text in pieces.values()) + "\n"
+
+
+def code_of(source: str) -> str:
+    """A module's tokens without its comments, docstrings and layout: equal for two texts of the same code."""
+    documented = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and ast.get_docstring(n)]
+    docstrings = {(node.body[0].lineno, node.body[0].col_offset) for node in documented}
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
+    marks = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+    return " ".join(
+        marks.get(token.type, token.string)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in layout and token.start not in docstrings
+    )
 
 
 def _collect(module_name: str, name: str, pieces: dict[str, tuple[str, str]]) -> None:

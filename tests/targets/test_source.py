@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mla_kernels.targets.source import HEADER, python_function, standalone
+from mla_kernels.targets.source import HEADER, code_of, python_function, standalone
 
 HELPERS = """
 from mla_kernels.language import tl, triton
@@ -114,3 +114,38 @@ def test_one_name_for_two_things_is_refused(load):
     module = load("mla_kernels.made_for_test", KERNELS.replace("def local(", "def deep(").replace("local(x", "deep(x"))
     with pytest.raises(NameError, match=r"'deep' is defined in \S+ and in \S+"):
         standalone(module.kernel)
+
+
+CODE = '''
+@triton.jit
+def kernel(x_ptr, size):  # fmt: skip
+    """One line,
+
+    and more."""
+    if size > 0:
+        tl.store(x_ptr, "text")
+    tl.store(x_ptr, 1)
+'''
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("  # fmt: skip", ""),
+        ('    """One line,\n\n    and more."""\n', ""),
+        ("One line", "Another line"),
+        ("\n    tl.store", "\n\n    # why\n    tl.store"),
+        ("(x_ptr, size)", "(\n    x_ptr,\n    size\n)"),
+        ("    ", "  "),
+    ],
+)
+def test_code_is_the_same_whatever_is_said_about_it(old, new):
+    assert old in CODE and code_of(CODE.replace(old, new)) == code_of(CODE)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [("1)", "2)"), ("text", "texts"), ("    tl.store(x_ptr, 1)", "        tl.store(x_ptr, 1)"), ("size", "n")],
+)
+def test_other_code_is_told_apart(old, new):
+    assert old in CODE and code_of(CODE.replace(old, new)) != code_of(CODE)

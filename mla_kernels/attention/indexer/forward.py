@@ -6,6 +6,7 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 
 import torch
 
+from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -131,37 +132,6 @@ def indexer_logits_kernel(
                 tl.store(out + token * out_stride + key, nothing, mask=key < keys - first_key)
 
 
-def _rule(chip, dtype, statics, sizes):
-    """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once."""
-    heads = max(16, 1 << (statics["HEADS"] - 1).bit_length())
-    tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
-    tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128}
-    if dtype == "fp32":
-        tile["BLOCK_N"] = 32
-    page = statics["PAGE_SIZE"]
-    while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
-        tile["BLOCK_N"] //= 2
-    wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
-    return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
-
-
-def _memory(chip, dtype, statics, tile):
-    """Upper bounds fitted to what the compilers report."""
-    size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
-    k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
-    dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
-    if chip.vendor == "amd":
-        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
-    if chip.is_gpu:
-        buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
-        return {"shared": k + q * buffers + 1024}
-    if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
-        vectors = 4 * dots + 16 * tile["BLOCK_N"] * width
-    else:
-        vectors = 3 * dots + (3 * k if statics["FP8"] else 4096)
-    return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
-
-
 def _cost(dtype, statics, sizes):
     sequences, tokens, keys = sizes["sequences"], sizes["tokens"], sizes["keys"]
     size, width, heads = DTYPE_BYTES[dtype], statics["HEAD_DIM"], statics["HEADS"]
@@ -218,8 +188,8 @@ INDEXER_LOGITS = Kernel(
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
-    rule=_rule,
-    memory=_memory,
+    rule=logits_rule,
+    memory=logits_memory,
     cost=_cost,
     work=_work,
     cases=(

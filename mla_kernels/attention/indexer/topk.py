@@ -6,13 +6,13 @@ on the order-preserving integer image of fp32, by counting instead of scattering
 
 import torch
 
+from mla_kernels.attention.indexer.tiles import RESIDENT_BLOCK, power_of_two, topk_memory, topk_rule
 from mla_kernels.checks import check_int, check_no_grad, check_tensor
 from mla_kernels.cpu.indexer import indexer_topk as cpu_indexer_topk
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
-RESIDENT_BLOCK = 8192  # most columns that a program keeps
 MAX_TOP_K = 1 << 16
 MAX_KEYS = 1 << 24  # indices are ranked in fp32, because the 910 compares integers one by one
 
@@ -142,32 +142,9 @@ def topk_kernel(
                 tl.store(out_values_ptr + (target + slot) + write_lane, nothing, mask=rest)
 
 
-def _power_of_two(value: int) -> int:
-    """The least power of two that is not below ``value``."""
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def _resident(columns: int, top_k: int) -> bool:
     """Whether chunks are read once and kept: they must leave few enough candidates, a quarter."""
-    return columns <= RESIDENT_BLOCK or 4 * _power_of_two(top_k) <= RESIDENT_BLOCK
-
-
-def _rule(chip, dtype, statics, sizes):
-    """A chunk fills the registers of 8 warps on GPUs, and a third of UB on Ascend with the lanes that it needs."""
-    block = min(RESIDENT_BLOCK if statics["RESIDENT"] else 2048, max(128, _power_of_two(sizes["columns"])))
-    return {
-        "BLOCK": block,
-        "BLOCK_W": min(block, 1024 if chip.is_gpu else 512),
-        "num_warps": max(1, min(8, block // 512)),
-    }
-
-
-def _memory(chip, dtype, statics, tile):
-    """Fitted to what the compilers report: the scans of BLOCK_W lanes, and on Ascend copies of BLOCK lanes."""
-    block, written = tile["BLOCK"], tile["BLOCK_W"]
-    if chip.is_gpu:
-        return {"shared": 8 * written + 64 * tile["num_warps"]}
-    return {"UB": (21 if statics["RESIDENT"] else 62) * block + 24 * written + 512}
+    return columns <= RESIDENT_BLOCK or 4 * power_of_two(top_k) <= RESIDENT_BLOCK
 
 
 def _cost(dtype, statics, sizes):
@@ -222,8 +199,8 @@ TOPK = Kernel(
         "BLOCK_W": (128, 256, 512, 1024, 2048),
         "num_warps": (1, 2, 4, 8, 16),
     },
-    rule=_rule,
-    memory=_memory,
+    rule=topk_rule,
+    memory=topk_memory,
     cost=_cost,
     work=_work,
     cases=(
@@ -247,10 +224,10 @@ def launch_topk(logits, top_k, starts, ends):
         sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": 1}
         tile = TOPK.tile_for(chip, "fp32", statics, sizes)
         if resident:  # a tuned block may belong to other sizes
-            chunk = max(tile["BLOCK"], min(_power_of_two(columns), 4 * _power_of_two(top_k)))
+            chunk = max(tile["BLOCK"], min(power_of_two(columns), 4 * power_of_two(top_k)))
             tile = tile | {"BLOCK": chunk}
         else:
-            chunk = 16 * _power_of_two(top_k)
+            chunk = 16 * power_of_two(top_k)
         chunks = max(1, -(-columns // chunk))
         statics = _statics(starts, ends, indices, chunks, resident)
         out_indices = torch.empty(rows, chunks * top_k, dtype=torch.int32, device=logits.device)

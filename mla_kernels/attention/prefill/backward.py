@@ -19,16 +19,27 @@ from mla_kernels.attention.prefill.backward_rows import query_stats, sum_over_he
 from mla_kernels.attention.prefill.sequence_rows import (
     LOG2E,
     MAX_STRIDE,
+    add_products,
+    empty_sums,
     hidden_as,
+    load_parts,
     load_rows,
+    multiply_parts,
     sequence_span,
     spare_blocks,
     spare_rows,
+    store_parts,
     store_rows,
     widths,
 )
+from mla_kernels.attention.prefill.tiles import (
+    key_gradient_memory,
+    key_gradient_rule,
+    query_gradient_memory,
+    query_gradient_rule,
+)
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
-from mla_kernels.language import TRITON_VERSION, tl, triton
+from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -38,7 +49,7 @@ def mla_prefill_key_gradient_kernel(
     q_ptr, k_ptr, rope_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_grad_ptr, stats_ptr, k_grad_ptr, rope_grad_ptr, v_grad_ptr,
     softmax_scale, q_stride, q_head_stride, k_stride, k_head_stride, rope_stride, v_stride, v_head_stride,
     grad_stride, grad_head_stride, heads, queries, tokens, max_queries, max_keys, tiles, work,
-    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one head; those of the rotated key as [heads, tokens, ROPE] in fp32.
@@ -64,15 +75,13 @@ def mla_prefill_key_gradient_kernel(
             row = tl.cast(first, tl.int64) * heads + head
             nothing = tl.zeros([BLOCK_N, VALUE], tl.float32)
             store_rows(v_grad_ptr + row * VALUE, heads * VALUE, key, count, nothing, VALUE)
-            k_target = k_grad_ptr + row * (WIDE + REST)
-            nothing = tl.zeros([BLOCK_N, WIDE], tl.float32)
-            store_rows(k_target, heads * (WIDE + REST), key, count, nothing, WIDE)
-            if REST:
-                nothing = tl.zeros([BLOCK_N, REST], tl.float32)
-                store_rows(k_target + WIDE, heads * (WIDE + REST), key, count, nothing, REST)
-            if ROPE:
-                nothing = tl.zeros([BLOCK_N, ROPE], tl.float32)
-                store_rows(rope_grad_ptr + (head * tokens + first) * ROPE, ROPE, key, count, nothing, ROPE)
+            k_target = k_grad_ptr + row * (FIRST + REST)
+            rope_target = rope_grad_ptr + (head * tokens + first) * ROPE
+            no_first, no_rest, no_rope = empty_sums(BLOCK_N, FIRST, REST, ROPE)
+            store_parts(
+                k_target, heads * (FIRST + REST), rope_target, ROPE, key, count, no_first, no_rest, no_rope,
+                FIRST, REST, ROPE,
+            )  # fmt: skip
         if place < keys:
             q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
             count = keys - place
@@ -82,14 +91,11 @@ def mla_prefill_key_gradient_kernel(
                 start = tl.maximum(place - past, 0) // BLOCK_M * BLOCK_M
             first_key = tl.cast(k_start + place, tl.int64)
             k_rows = k_ptr + first_key * k_stride + head * k_head_stride
-            k_wide = load_rows(k_rows, k_stride, key, count, WIDE, True)  # [BLOCK_N, WIDE]
-            k_wide_grad = tl.zeros([BLOCK_N, WIDE], tl.float32)
-            if REST:
-                k_rest = load_rows(k_rows + WIDE, k_stride, key, count, REST, True)  # [BLOCK_N, REST]
-                k_rest_grad = tl.zeros([BLOCK_N, REST], tl.float32)
-            if ROPE:
-                k_rope = load_rows(rope_ptr + first_key * rope_stride, rope_stride, key, count, ROPE, True)
-                k_rope_grad = tl.zeros([BLOCK_N, ROPE], tl.float32)
+            rope_rows = rope_ptr + first_key * rope_stride
+            k_first, k_rest, k_rope = load_parts(
+                k_rows, k_stride, rope_rows, rope_stride, key, count, FIRST, REST, ROPE, True
+            )
+            k_first_grad, k_rest_grad, k_rope_grad = empty_sums(BLOCK_N, FIRST, REST, ROPE)
             values = load_rows(v_ptr + first_key * v_stride + head * v_head_stride, v_stride, key, count, VALUE, True)
             v_grad = tl.zeros([BLOCK_N, VALUE], tl.float32)
             q_base = q_ptr + tl.cast(q_start, tl.int64) * q_stride + head * q_head_stride
@@ -101,14 +107,10 @@ def mla_prefill_key_gradient_kernel(
                 rows = q_count - first
                 step = tl.cast(first, tl.int64)
                 q_rows = q_base + step * q_stride
-                q_wide = load_rows(q_rows, q_stride, line, rows, WIDE, True)  # [BLOCK_M, WIDE]
-                scores = tl.dot(k_wide, tl.trans(q_wide), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-                if REST:
-                    q_rest = load_rows(q_rows + WIDE, q_stride, line, rows, REST, True)  # [BLOCK_M, REST]
-                    scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee")
-                if ROPE:
-                    q_rope = load_rows(q_rows + (WIDE + REST), q_stride, line, rows, ROPE, True)  # [BLOCK_M, ROPE]
-                    scores = tl.dot(k_rope, tl.trans(q_rope), scores, input_precision="ieee")
+                q_first, q_rest, q_rope = load_parts(
+                    q_rows, q_stride, q_rows + (FIRST + REST), q_stride, line, rows, FIRST, REST, ROPE, True
+                )
+                scores = multiply_parts(k_first, k_rest, k_rope, q_first, q_rest, q_rope, REST, ROPE)
                 lse = tl.load(stats + step + line, mask=line < rows, other=float("inf"))
                 delta = tl.load(deltas + step + line, mask=line < rows, other=0.0)
                 weights = tl.exp2(scores * score_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
@@ -119,20 +121,17 @@ def mla_prefill_key_gradient_kernel(
                 v_grad = tl.dot(weights.to(out_grad.dtype), out_grad, v_grad, input_precision="ieee")
                 toward = tl.dot(values, tl.trans(out_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 scores_grad = (weights * (toward - delta[None, :])).to(out_grad.dtype)
-                k_wide_grad = tl.dot(scores_grad, q_wide, k_wide_grad, input_precision="ieee")  # [BLOCK_N, WIDE]
-                if REST:
-                    k_rest_grad = tl.dot(scores_grad, q_rest, k_rest_grad, input_precision="ieee")
-                if ROPE:
-                    k_rope_grad = tl.dot(scores_grad, q_rope, k_rope_grad, input_precision="ieee")
+                k_first_grad, k_rest_grad, k_rope_grad = add_products(
+                    scores_grad, q_first, q_rest, q_rope, k_first_grad, k_rest_grad, k_rope_grad, REST, ROPE
+                )
             row = first_key * heads + head
             store_rows(v_grad_ptr + row * VALUE, heads * VALUE, key, count, v_grad, VALUE)
-            k_target = k_grad_ptr + row * (WIDE + REST)
-            store_rows(k_target, heads * (WIDE + REST), key, count, k_wide_grad * softmax_scale, WIDE)
-            if REST:
-                store_rows(k_target + WIDE, heads * (WIDE + REST), key, count, k_rest_grad * softmax_scale, REST)
-            if ROPE:
-                target = rope_grad_ptr + (head * tokens + first_key) * ROPE
-                store_rows(target, ROPE, key, count, k_rope_grad * softmax_scale, ROPE)
+            store_parts(
+                k_grad_ptr + row * (FIRST + REST), heads * (FIRST + REST),
+                rope_grad_ptr + (head * tokens + first_key) * ROPE, ROPE, key, count,
+                k_first_grad * softmax_scale, k_rest_grad * softmax_scale, k_rope_grad * softmax_scale,
+                FIRST, REST, ROPE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -140,7 +139,7 @@ def mla_prefill_query_gradient_kernel(
     q_ptr, k_ptr, rope_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_grad_ptr, stats_ptr, q_grad_ptr,
     softmax_scale, q_stride, q_head_stride, k_stride, k_head_stride, rope_stride, v_stride, v_head_stride,
     grad_stride, grad_head_stride, heads, queries, tokens, max_queries, max_keys, tiles, work,
-    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head. Items as in the forward kernel, tiles of most keys first. Rows in no
@@ -161,16 +160,13 @@ def mla_prefill_query_gradient_kernel(
         before, after, tail, stop = spare_blocks(cu_q_ptr, sequence, sequences, q_start, q_count, queries, BLOCK_M)
         for block in range(item % tiles, before + after, tiles):
             first, count = spare_rows(block, before, q_start, tail, stop, BLOCK_M)
-            stride = heads * (WIDE + REST + ROPE)
-            target = q_grad_ptr + (tl.cast(first, tl.int64) * heads + head) * (WIDE + REST + ROPE)
-            nothing = tl.zeros([BLOCK_M, WIDE], tl.float32)
-            store_rows(target, stride, line, count, nothing, WIDE)
-            if REST:
-                nothing = tl.zeros([BLOCK_M, REST], tl.float32)
-                store_rows(target + WIDE, stride, line, count, nothing, REST)
-            if ROPE:
-                nothing = tl.zeros([BLOCK_M, ROPE], tl.float32)
-                store_rows(target + (WIDE + REST), stride, line, count, nothing, ROPE)
+            stride = heads * (FIRST + REST + ROPE)
+            target = q_grad_ptr + (tl.cast(first, tl.int64) * heads + head) * (FIRST + REST + ROPE)
+            no_first, no_rest, no_rope = empty_sums(BLOCK_M, FIRST, REST, ROPE)
+            store_parts(
+                target, stride, target + (FIRST + REST), stride, line, count, no_first, no_rest, no_rope,
+                FIRST, REST, ROPE,
+            )  # fmt: skip
         if row < q_count:
             k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
             past = keys - q_count
@@ -185,14 +181,11 @@ def mla_prefill_query_gradient_kernel(
             v_base = v_ptr + first_key * v_stride + head * v_head_stride
             rope_base = rope_ptr + first_key * rope_stride
             grads = out_grad_ptr + first_row * grad_stride + head * grad_head_stride
-            q_wide = load_rows(q_base, q_stride, line, rows, WIDE, True)  # [BLOCK_M, WIDE]
-            q_wide_grad = tl.zeros([BLOCK_M, WIDE], tl.float32)
-            if REST:
-                q_rest = load_rows(q_base + WIDE, q_stride, line, rows, REST, True)  # [BLOCK_M, REST]
-                q_rest_grad = tl.zeros([BLOCK_M, REST], tl.float32)
-            if ROPE:
-                q_rope = load_rows(q_base + (WIDE + REST), q_stride, line, rows, ROPE, True)  # [BLOCK_M, ROPE]
-                q_rope_grad = tl.zeros([BLOCK_M, ROPE], tl.float32)
+            q_rope_base = q_base + (FIRST + REST)
+            q_first, q_rest, q_rope = load_parts(
+                q_base, q_stride, q_rope_base, q_stride, line, rows, FIRST, REST, ROPE, True
+            )
+            q_first_grad, q_rest_grad, q_rope_grad = empty_sums(BLOCK_M, FIRST, REST, ROPE)
             out_grad = load_rows(grads, grad_stride, line, rows, VALUE, True)  # [BLOCK_M, VALUE]
             stats = stats_ptr + (head * queries + first_row)
             lse = tl.load(stats + line, mask=line < rows, other=float("inf"))
@@ -203,98 +196,31 @@ def mla_prefill_query_gradient_kernel(
                 step = tl.cast(first, tl.int64)
                 count = keys - first
                 k_rows = k_base + step * k_stride
-                k_wide = load_rows(k_rows, k_stride, key, count, WIDE, True)  # [BLOCK_N, WIDE]
-                scores = tl.dot(q_wide, tl.trans(k_wide), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-                if REST:
-                    k_rest = load_rows(k_rows + WIDE, k_stride, key, count, REST, True)  # [BLOCK_N, REST]
-                    scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
-                if ROPE:
-                    k_rope = load_rows(rope_base + step * rope_stride, rope_stride, key, count, ROPE, True)
-                    scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+                k_first, k_rest, k_rope = load_parts(
+                    k_rows, k_stride, rope_base + step * rope_stride, rope_stride, key, count, FIRST, REST, ROPE, True
+                )
+                scores = multiply_parts(q_first, q_rest, q_rope, k_first, k_rest, k_rope, REST, ROPE)
                 weights = tl.exp2(scores * score_scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
                 weights = hidden_as(weights, line, key, past + row - first, count, 0.0, CAUSAL)
                 values = load_rows(v_base + step * v_stride, v_stride, key, count, VALUE, True)  # [BLOCK_N, VALUE]
                 toward = tl.dot(out_grad, tl.trans(values), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-                scores_grad = (weights * (toward - delta[:, None])).to(k_wide.dtype)
-                q_wide_grad = tl.dot(scores_grad, k_wide, q_wide_grad, input_precision="ieee")  # [BLOCK_M, WIDE]
-                if REST:
-                    q_rest_grad = tl.dot(scores_grad, k_rest, q_rest_grad, input_precision="ieee")
-                if ROPE:
-                    q_rope_grad = tl.dot(scores_grad, k_rope, q_rope_grad, input_precision="ieee")
-            stride = heads * (WIDE + REST + ROPE)
-            target = q_grad_ptr + (first_row * heads + head) * (WIDE + REST + ROPE)
-            store_rows(target, stride, line, rows, q_wide_grad * softmax_scale, WIDE)
-            if REST:
-                store_rows(target + WIDE, stride, line, rows, q_rest_grad * softmax_scale, REST)
-            if ROPE:
-                store_rows(target + (WIDE + REST), stride, line, rows, q_rope_grad * softmax_scale, ROPE)
-
-
-def _key_rule(chip, dtype, statics, sizes):
-    tile = _rule(chip, dtype, statics)
-    if chip.architecture == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are wide or Triton is 3.9
-        newest = TRITON_VERSION >= (3, 9)
-        tile |= {"BLOCK_M": 16} if statics["REST"] or newest else {}
-        tile |= {"num_stages": 3} if statics["REST"] and newest else {}
-    return tile
-
-
-def _query_rule(chip, dtype, statics, sizes):
-    """As for keys, with the roles of queries and keys exchanged."""
-    tile = _rule(chip, dtype, statics)
-    return tile | {"BLOCK_M": tile["BLOCK_N"], "BLOCK_N": tile["BLOCK_M"]}
-
-
-def _rule(chip, dtype, statics):
-    """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
-    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "PERSISTENT": int(not chip.is_gpu), "num_warps": 4, "num_stages": 1}
-    large = max(statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"]) > 192
-    if chip.vendor == "nvidia":
-        tile |= {"num_stages": 2}
-        if dtype == "fp32":
-            tile |= {"BLOCK_M": 16, "BLOCK_N": 16}
-        elif large or chip.dot_from_shared:
-            tile |= {"BLOCK_N": 32 if large else 128, "num_warps": 8}
-    elif dtype != "fp32" and not large:
-        tile |= {"BLOCK_N": 64}
-    return tile
-
-
-def _key_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]
-    return _memory(chip, dtype, statics, tile, tile["BLOCK_N"], tile["BLOCK_M"], gradient)
-
-
-def _query_memory(chip, dtype, statics, tile):
-    gradient = statics["WIDE"] + statics["REST"] + statics["ROPE"]
-    return _memory(chip, dtype, statics, tile, tile["BLOCK_M"], tile["BLOCK_N"], gradient)
-
-
-def _memory(chip, dtype, statics, tile, fixed, streamed, gradient):
-    """Closed forms fitted to what the compilers report, for ``fixed`` rows with ``gradient`` columns to add up, and
-    ``streamed`` rows; a tile of the other launch form counts as too large."""
-    size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["WIDE"], statics["VALUE"])
-    row = (statics["WIDE"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
-    pairs = fixed * streamed
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        return {
-            "UB": 16 * pairs + misfit,
-            "L1": (2 * fixed + 8 * streamed) * row + 6 * pairs * size,
-            "L0C": (fixed * gradient + 2 * pairs) * 4,
-        }
-    if chip.vendor == "amd":
-        return {"shared": max(fixed, streamed) * widest * size + (stages - 1) * streamed * row + misfit}
-    if not chip.dot_from_shared:
-        return {"shared": (fixed + max(stages - 1, 1) * streamed) * row + pairs * size + misfit}
-    copies = stages + 1 if chip.architecture == "100" else stages
-    return {"shared": (fixed + copies * streamed) * row + pairs * size * (copies - stages) + misfit}
+                scores_grad = (weights * (toward - delta[:, None])).to(k_first.dtype)
+                q_first_grad, q_rest_grad, q_rope_grad = add_products(
+                    scores_grad, k_first, k_rest, k_rope, q_first_grad, q_rest_grad, q_rope_grad, REST, ROPE
+                )
+            stride = heads * (FIRST + REST + ROPE)
+            target = q_grad_ptr + (first_row * heads + head) * (FIRST + REST + ROPE)
+            store_parts(
+                target, stride, target + (FIRST + REST), stride, line, rows,
+                q_first_grad * softmax_scale, q_rest_grad * softmax_scale, q_rope_grad * softmax_scale,
+                FIRST, REST, ROPE,
+            )  # fmt: skip
 
 
 def _cost(dtype, statics, sizes):
     """Of the kernel pair: five products of queries x keys, and recomputed scores."""
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
-    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = statics["FIRST"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
     pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
     return Cost(
         flops=2.0 * sequences * heads * pairs * (2 * width + value),
@@ -303,7 +229,7 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = statics["FIRST"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
     block, other = tile["BLOCK_M"], tile["BLOCK_N"]
     seen = math.ceil((sizes["keys"] - (sizes["queries"] / 2 if statics["CAUSAL"] else 0)) / other) * other
     return Work(
@@ -314,8 +240,8 @@ def _work(dtype, statics, sizes, tile):
 
 
 def _case(name, key, rope, value, heads, *, causal=True, dtypes=("bf16",)):
-    wide, rest = widths(key)
-    statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    first, rest = widths(key)
+    statics = {"FIRST": first, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
     return Case(name, statics, {"heads": heads, "batch": 1, "queries": 4096, "keys": 4096}, dtypes)
 
 
@@ -341,7 +267,7 @@ _INPUTS = {
     "stats_ptr": "*fp32",
 }
 _SHARED = {
-    "statics": ("WIDE", "REST", "ROPE", "VALUE", "CAUSAL"),
+    "statics": ("FIRST", "REST", "ROPE", "VALUE", "CAUSAL"),
     "tiles": {
         "BLOCK_M": (16, 32, 64, 128),
         "BLOCK_N": (16, 32, 64, 128),
@@ -366,16 +292,16 @@ MLA_PREFILL_KEY_GRADIENT = Kernel(
         **_STRIDES,
         **_SIZES,
     },
-    rule=_key_rule,
-    memory=_key_memory,
+    rule=key_gradient_rule,
+    memory=key_gradient_memory,
     **_SHARED,
 )
 
 MLA_PREFILL_QUERY_GRADIENT = Kernel(
     mla_prefill_query_gradient_kernel,
     arguments={**_INPUTS, "q_grad_ptr": "*T", "softmax_scale": "fp32", **_STRIDES, **_SIZES},
-    rule=_query_rule,
-    memory=_query_memory,
+    rule=query_gradient_rule,
+    memory=query_gradient_memory,
     **_SHARED,
 )
 
@@ -395,8 +321,8 @@ def _launch(
     chip, dtype = chip_of(q.device), DTYPE_NAMES[q.dtype]
 
     stats = query_stats(out, out_grad, lse, lse_grad)
-    wide, rest = widths(k.shape[2])
-    statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    first, rest = widths(k.shape[2])
+    statics = {"FIRST": first, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
     inputs = (q, k, k if k_rope is None else k_rope, v, cu_seqlens_q, cu_seqlens_k, out_grad, stats)
     strides = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if k_rope is None else k_rope.stride(0),

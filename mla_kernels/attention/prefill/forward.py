@@ -3,7 +3,7 @@
 Source of the mathematics: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2 (each head has a key part and a
 value of its own, all heads share one rotated key); FlashAttention-2, https://arxiv.org/abs/2307.08691.
 
-Tiles: BLOCK_M queries of one head by BLOCK_N keys. A key is cut into the parts WIDE, REST and ROPE, see sequence_rows.
+Tiles: BLOCK_M queries of one head by BLOCK_N keys. Parts of a key (FIRST, REST, ROPE): see sequence_rows.
 """
 
 import math
@@ -14,7 +14,9 @@ from mla_kernels.attention.prefill.sequence_rows import (
     LN2,
     LOWEST,
     hidden_as,
+    load_parts,
     load_rows,
+    multiply_parts,
     sequence_span,
     spare_blocks,
     spare_rows,
@@ -28,9 +30,9 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 
 @triton.jit
 def attend(
-    acc, total, largest, q_wide, q_rest, q_rope, k_base, rope_base, v_base, k_stride, rope_stride, v_stride,
+    acc, total, largest, q_first, q_rest, q_rope, k_base, rope_base, v_base, k_stride, rope_stride, v_stride,
     score_scale, start, end, keys, row, past,
-    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take keys start to end of a sequence into the running softmax of rows row to row + BLOCK_M."""
@@ -40,14 +42,10 @@ def attend(
         step = tl.cast(first, tl.int64)
         count = keys - first
         k_rows = k_base + step * k_stride
-        k_wide = load_rows(k_rows, k_stride, key, count, WIDE, MASKED)  # [BLOCK_N, WIDE]
-        scores = tl.dot(q_wide, tl.trans(k_wide), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if REST:
-            k_rest = load_rows(k_rows + WIDE, k_stride, key, count, REST, MASKED)  # [BLOCK_N, REST]
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
-        if ROPE:
-            k_rope = load_rows(rope_base + step * rope_stride, rope_stride, key, count, ROPE, MASKED)
-            scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+        k_first, k_rest, k_rope = load_parts(
+            k_rows, k_stride, rope_base + step * rope_stride, rope_stride, key, count, FIRST, REST, ROPE, MASKED
+        )
+        scores = multiply_parts(q_first, q_rest, q_rope, k_first, k_rest, k_rope, REST, ROPE)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             scores = hidden_as(scores, line, key, past + row - first, count, float("-inf"), CAUSAL)
         new = tl.maximum(largest, tl.max(scores, 1) * score_scale)
@@ -66,7 +64,7 @@ def mla_prefill_kernel(
     q_ptr, k_ptr, rope_ptr, v_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr,
     score_scale, q_stride, q_head_stride, k_stride, k_head_stride, rope_stride, v_stride, v_head_stride,
     heads, queries, tokens, max_queries, max_keys, tiles, work,
-    WIDE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_M queries of one head over their sequence's keys.
@@ -111,25 +109,22 @@ def mla_prefill_kernel(
             k_base = k_ptr + first_key * k_stride + head * k_head_stride
             v_base = v_ptr + first_key * v_stride + head * v_head_stride
             rope_base = rope_ptr + first_key * rope_stride
-            q_wide = load_rows(q_base, q_stride, line, rows, WIDE, True)  # [BLOCK_M, WIDE]
-            q_rest = q_wide
-            q_rope = q_wide
-            if REST:
-                q_rest = load_rows(q_base + WIDE, q_stride, line, rows, REST, True)  # [BLOCK_M, REST]
-            if ROPE:
-                q_rope = load_rows(q_base + (WIDE + REST), q_stride, line, rows, ROPE, True)  # [BLOCK_M, ROPE]
+            q_rope_base = q_base + (FIRST + REST)
+            q_first, q_rest, q_rope = load_parts(
+                q_base, q_stride, q_rope_base, q_stride, line, rows, FIRST, REST, ROPE, True
+            )
             acc = tl.zeros([BLOCK_M, VALUE], tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             largest = tl.full([BLOCK_M], LOWEST, tl.float32)
             acc, total, largest = attend(
-                acc, total, largest, q_wide, q_rest, q_rope, k_base, rope_base, v_base,
+                acc, total, largest, q_first, q_rest, q_rope, k_base, rope_base, v_base,
                 k_stride, rope_stride, v_stride, score_scale, 0, full, keys, row, past,
-                WIDE, REST, ROPE, VALUE, CAUSAL, BLOCK_M, BLOCK_N, False,
+                FIRST, REST, ROPE, VALUE, CAUSAL, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
             acc, total, largest = attend(
-                acc, total, largest, q_wide, q_rest, q_rope, k_base, rope_base, v_base,
+                acc, total, largest, q_first, q_rest, q_rope, k_base, rope_base, v_base,
                 k_stride, rope_stride, v_stride, score_scale, full, end, keys, row, past,
-                WIDE, REST, ROPE, VALUE, CAUSAL, BLOCK_M, BLOCK_N, True,
+                FIRST, REST, ROPE, VALUE, CAUSAL, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
             empty = total == 0.0
             total = tl.where(empty, 1.0, total)
@@ -143,9 +138,9 @@ def mla_prefill_kernel(
 
 def _cost(dtype, statics, sizes):
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
-    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = statics["FIRST"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
     pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
-    own = statics["WIDE"] + statics["REST"] + value
+    own = statics["FIRST"] + statics["REST"] + value
     return Cost(
         flops=2.0 * sequences * heads * pairs * (width + value),
         bytes=sequences
@@ -154,7 +149,7 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    width, value, size = statics["WIDE"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = statics["FIRST"] + statics["REST"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     seen = sizes["keys"] - (sizes["queries"] / 2 if statics["CAUSAL"] else 0)
     keys = math.ceil(seen / block_n) * block_n
@@ -166,8 +161,8 @@ def _work(dtype, statics, sizes, tile):
 
 
 def _case(name, key, rope, value, heads, *, queries=4096, keys=4096, causal=True, dtypes=("bf16",)):
-    wide, rest = widths(key)
-    statics = {"WIDE": wide, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    first, rest = widths(key)
+    statics = {"FIRST": first, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
     return Case(name, statics, {"heads": heads, "batch": 1, "queries": queries, "keys": keys}, dtypes)
 
 
@@ -194,7 +189,7 @@ MLA_PREFILL = Kernel(
         ),
         **dict.fromkeys(("heads", "queries", "tokens", "max_queries", "max_keys", "tiles", "work"), "i32"),
     },
-    statics=("WIDE", "REST", "ROPE", "VALUE", "CAUSAL"),
+    statics=("FIRST", "REST", "ROPE", "VALUE", "CAUSAL"),
     tiles={
         "BLOCK_M": (16, 32, 64, 128),
         "BLOCK_N": (16, 32, 64, 128),
@@ -216,10 +211,10 @@ def launch_prefill(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     out, lse = empty_results(
         q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
     )
-    wide, rest = widths(k.shape[2])
+    first, rest = widths(k.shape[2])
     rope = k if k_rope is None else k_rope  # never read without k_rope
     statics = {
-        "WIDE": wide,
+        "FIRST": first,
         "REST": rest,
         "ROPE": 0 if k_rope is None else k_rope.shape[1],
         "VALUE": v.shape[2],

@@ -149,8 +149,8 @@ def mla_prefill(
 
 def check_widths(key: int, rope: int, value: int) -> None:
     """NotImplementedError where a head of ``key + rope`` and ``value`` columns has no tiles; rope may be 0."""
-    wide, rest = widths(key)
-    if not 16 <= key <= 384 or wide > 256 or (rest and (rest < 16 or rest & (rest - 1))):
+    first, rest = widths(key)
+    if not 16 <= key <= 384 or first > 256 or (rest and (rest < 16 or rest & (rest - 1))):
         raise NotImplementedError(
             f"k: got width {key}, accepted: powers of two from 16 to 256, and sums of two different ones"
         )

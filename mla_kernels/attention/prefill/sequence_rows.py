@@ -1,8 +1,8 @@
 """What the kernels of ``mla_prefill`` and of its backward share: where a sequence stands, and how a key is cut.
 
-A key of any width is cut into powers of two, which tiles need: ``WIDE`` and ``REST`` columns of ``k`` (REST may be 0),
+A key of any width is cut into powers of two, which tiles need: ``FIRST`` and ``REST`` columns of ``k`` (REST may be 0),
 then ``ROPE`` columns of ``k_rope`` (0 without it). A query row is the same parts one after another. DeepSeek-V3's
-128 + 64 is WIDE 128, ROPE 64 with ``k_rope``, and WIDE 128, REST 64 where the rotated key was expanded into ``k``.
+128 + 64 is FIRST 128, ROPE 64 with ``k_rope``, and FIRST 128, REST 64 where the rotated key was expanded into ``k``.
 """
 
 from mla_kernels.language import tl, triton
@@ -59,6 +59,71 @@ def store_rows(base, stride, line, count, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_parts(
+    base, stride, rope_base, rope_stride, line, count,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The parts of keys, or queries, [lines, FIRST], [lines, REST], [lines, ROPE]; see :func:`load_rows`. A part that
+    a key does not have is the first one again, and no code."""
+    first = load_rows(base, stride, line, count, FIRST, MASKED)
+    rest = first
+    rope = first
+    if REST:
+        rest = load_rows(base + FIRST, stride, line, count, REST, MASKED)
+    if ROPE:
+        rope = load_rows(rope_base, rope_stride, line, count, ROPE, MASKED)
+    return first, rest, rope
+
+
+@triton.jit
+def multiply_parts(a_first, a_rest, a_rope, b_first, b_rest, b_rope, REST: tl.constexpr, ROPE: tl.constexpr):
+    """Scores [lines of a, lines of b]: the sum of the products of their parts."""
+    scores = tl.dot(a_first, tl.trans(b_first), input_precision="ieee")
+    if REST:
+        scores = tl.dot(a_rest, tl.trans(b_rest), scores, input_precision="ieee")
+    if ROPE:
+        scores = tl.dot(a_rope, tl.trans(b_rope), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def add_products(weights, first, rest, rope, first_sum, rest_sum, rope_sum, REST: tl.constexpr, ROPE: tl.constexpr):
+    """The sums [lines, part] plus weights [lines, rows] times the parts of rows."""
+    first_sum = tl.dot(weights, first, first_sum, input_precision="ieee")
+    if REST:
+        rest_sum = tl.dot(weights, rest, rest_sum, input_precision="ieee")
+    if ROPE:
+        rope_sum = tl.dot(weights, rope, rope_sum, input_precision="ieee")
+    return first_sum, rest_sum, rope_sum
+
+
+@triton.jit
+def empty_sums(LINES: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr):
+    """Zeros [LINES, part] in fp32 for each part."""
+    first = tl.zeros([LINES, FIRST], tl.float32)
+    rest = first
+    rope = first
+    if REST:
+        rest = tl.zeros([LINES, REST], tl.float32)
+    if ROPE:
+        rope = tl.zeros([LINES, ROPE], tl.float32)
+    return first, rest, rope
+
+
+@triton.jit
+def store_parts(
+    base, stride, rope_base, rope_stride, line, count, first, rest, rope,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """Write the parts where :func:`load_parts` reads them."""
+    store_rows(base, stride, line, count, first, FIRST)
+    if REST:
+        store_rows(base + FIRST, stride, line, count, rest, REST)
+    if ROPE:
+        store_rows(rope_base, rope_stride, line, count, rope, ROPE)
+
+
+@triton.jit
 def hidden_as(scores, line, key, diagonal, keys, value, CAUSAL: tl.constexpr):
     """scores [lines, keys] with ``value`` where a line does not see a key: key > line + diagonal, or key >= keys.
 
@@ -72,6 +137,6 @@ def hidden_as(scores, line, key, diagonal, keys, value, CAUSAL: tl.constexpr):
 
 
 def widths(k_width: int) -> tuple[int, int]:
-    """(WIDE, REST) of a key part: its largest power of two, and what is left."""
-    wide = 1 << (k_width.bit_length() - 1) if k_width else 0
-    return wide, k_width - wide
+    """(FIRST, REST) of a key part: its largest power of two, and what is left."""
+    first = 1 << (k_width.bit_length() - 1) if k_width else 0
+    return first, k_width - first

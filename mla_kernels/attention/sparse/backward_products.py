@@ -4,7 +4,8 @@ Both compute scores and their gradients anew. One goes over a token's picks and 
 goes over its heads and sums what these give to each pick's row.
 """
 
-from mla_kernels.language import TRITON_VERSION, tl, triton
+from mla_kernels.attention.sparse.tiles import gradient_memory, pick_gradient_rule, query_gradient_rule
+from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Kernel, Work
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -194,68 +195,6 @@ def sparse_pick_grad_kernel(
                     tl.store(target + LATENT + rope_column[None, :], rope_store, mask=stored[:, None])
 
 
-def _grad_rule(chip, dtype, statics, sizes):
-    """Tiles whose accumulators and operands stay on chip without spills; checked by compiling for every chip."""
-    heads = sizes["heads"]
-    tile = {"BLOCK_H": 16, "BLOCK_N": 16, "VALUE_TILES": 1, "PERSISTENT": int(not chip.is_gpu)}
-    tile |= {"num_warps": 4, "num_stages": 1}
-    if chip.vendor == "ascend":
-        narrow = dtype == "fp32" or chip.memory["L0C"] > 128 << 10
-        tile |= {"BLOCK_H": 32, "BLOCK_N": 32, "VALUE_TILES": 2 if narrow else 1}
-    elif chip.vendor == "nvidia" and dtype != "fp32":
-        roomy = chip.memory["shared"] >= 160 << 10
-        size = 32 if roomy and heads > 16 else 16
-        tile |= {"BLOCK_H": size, "BLOCK_N": size, "num_warps": 8}
-    return tile
-
-
-def _query_rule(chip, dtype, statics, sizes):
-    """The tile that Triton's version keeps in registers."""
-    tile, hopper, newest = _grad_rule(chip, dtype, statics, sizes), chip.architecture == "90", TRITON_VERSION >= (3, 9)
-    halves = newest and chip.architecture in ("90", "100", "120")
-    if chip.vendor == "amd" and dtype == "fp32":
-        tile |= {"VALUE_TILES": 4, "num_stages": 2}
-    elif chip.vendor == "nvidia" and dtype == "fp32":
-        tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if halves else 1}
-        tile |= {"BLOCK_H": 4, "BLOCK_N": 32} if newest and chip.architecture == "89" else {}
-    elif chip.dot_from_shared and sizes["heads"] > 32:
-        tile |= {"BLOCK_H": 32 if hopper and newest else 64, "BLOCK_N": 16 if hopper else 32}
-    return tile
-
-
-def _pick_rule(chip, dtype, statics, sizes):
-    tile = _grad_rule(chip, dtype, statics, sizes) | {"STREAM": int(dtype == "fp32" and chip.is_gpu)}
-    if tile["STREAM"]:
-        tile |= {"VALUE_TILES": 4, "num_warps": 8 if chip.vendor == "nvidia" else 4}
-    return tile
-
-
-def _grad_memory(chip, dtype, statics, tile):
-    """Closed forms fitted to what the compilers report; a tile of the other launch form counts as too large."""
-    size, latent, width = DTYPE_BYTES[dtype], statics["LATENT"], statics["LATENT"] + statics["ROPE"]
-    block_h, block_n, value = tile["BLOCK_H"], tile["BLOCK_N"], latent // tile["VALUE_TILES"]
-    heads, rows, weights = block_h * (width + latent) * size, block_n * width * size, block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
-    if chip.vendor == "ascend":
-        newer = chip.memory["L0C"] > 128 << 10
-        buffers = 2 if newer else 1
-        return {
-            "UB": 2 * rows + block_h * value * (12 if newer else 4) + misfit,
-            "L1": 2 * heads + rows,
-            "L0C": buffers * max(block_h, block_n) * (value + statics["ROPE"]) * 4,
-        }
-    if tile.get("STREAM"):
-        return {"shared": (3 if chip.vendor == "nvidia" else 1) * max(block_h, block_n) * value * size + misfit}
-    if chip.vendor == "amd":
-        pipelined = (tile["num_stages"] - 1) * (rows + (block_n * value * size if value < latent else 0))
-        return {"shared": max(max(block_h, block_n) * latent * size, pipelined) + misfit}
-    if "STREAM" in tile:
-        return {"shared": tile["num_stages"] * heads + rows + 2 * weights + misfit}
-    if tile["num_stages"] > 1 or block_h >= 64 or dtype == "fp32":
-        return {"shared": heads + tile["num_stages"] * rows + misfit}
-    return {"shared": heads + 2 * block_n * latent * size + misfit}
-
-
 def _grad_cost(dtype, statics, sizes):
     """Of either kernel: scores and their gradients are computed in both, then d q in one and d k in the other."""
     tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
@@ -335,8 +274,8 @@ SPARSE_QUERY_GRAD = Kernel(
     arguments={**_INPUTS, "q_grad_ptr": "*T", **_SIZES},
     statics=_GRAD_STATICS,
     tiles=_GRAD_TILES,
-    rule=_query_rule,
-    memory=_grad_memory,
+    rule=query_gradient_rule,
+    memory=gradient_memory,
     cost=_grad_cost,
     work=_grad_work,
     cases=_GRAD_CASES,
@@ -348,8 +287,8 @@ SPARSE_PICK_GRAD = Kernel(
     arguments={**_INPUTS, "picks_ptr": "*T", **_SIZES},
     statics=_GRAD_STATICS,
     tiles=_GRAD_TILES | {"STREAM": (0, 1)},
-    rule=_pick_rule,
-    memory=_grad_memory,
+    rule=pick_gradient_rule,
+    memory=gradient_memory,
     cost=_pick_cost,
     work=_pick_work,
     cases=_GRAD_CASES,

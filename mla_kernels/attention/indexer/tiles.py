@@ -1,0 +1,60 @@
+"""Which tile the kernels of the indexer take on which chip, and what a tile needs of its memories."""
+
+from mla_kernels.launch import DTYPE_BYTES
+
+
+def logits_rule(chip, dtype, statics, sizes):
+    """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once."""
+    heads = max(16, 1 << (statics["HEADS"] - 1).bit_length())
+    tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
+    tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128}
+    if dtype == "fp32":
+        tile["BLOCK_N"] = 32
+    page = statics["PAGE_SIZE"]
+    while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
+        tile["BLOCK_N"] //= 2
+    wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
+    return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
+
+
+def logits_memory(chip, dtype, statics, tile):
+    """Upper bounds fitted to what the compilers report."""
+    size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
+    k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
+    dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
+    if chip.vendor == "amd":
+        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
+    if chip.is_gpu:
+        buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
+        return {"shared": k + q * buffers + 1024}
+    if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
+        vectors = 4 * dots + 16 * tile["BLOCK_N"] * width
+    else:
+        vectors = 3 * dots + (3 * k if statics["FP8"] else 4096)
+    return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
+
+
+RESIDENT_BLOCK = 8192  # most columns that a program keeps
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def topk_rule(chip, dtype, statics, sizes):
+    """A chunk fills the registers of 8 warps on GPUs, and a third of UB on Ascend with the lanes that it needs."""
+    block = min(RESIDENT_BLOCK if statics["RESIDENT"] else 2048, max(128, power_of_two(sizes["columns"])))
+    return {
+        "BLOCK": block,
+        "BLOCK_W": min(block, 1024 if chip.is_gpu else 512),
+        "num_warps": max(1, min(8, block // 512)),
+    }
+
+
+def topk_memory(chip, dtype, statics, tile):
+    """Fitted to what the compilers report: the scans of BLOCK_W lanes, and on Ascend copies of BLOCK lanes."""
+    block, written = tile["BLOCK"], tile["BLOCK_W"]
+    if chip.is_gpu:
+        return {"shared": 8 * written + 64 * tile["num_warps"]}
+    return {"UB": (21 if statics["RESIDENT"] else 62) * block + 24 * written + 512}

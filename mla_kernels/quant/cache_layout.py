@@ -1,0 +1,147 @@
+"""How the bytes of cached latents lie: CacheLayout, and typed views of the parts of tokens in pages."""
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+SCALE_BLOCK = 128  # latent values that share a scale in FP8_V32
+ALIGNMENT = 16  # bytes; scales are followed by zeros up to it
+
+
+class CacheLayout(enum.Enum):
+    """How the bytes of one token lie in a page; R is ``latent_dim``, D is ``rope_dim``.
+
+    ================  ==========  =========================================================  ===========
+    layout            data dtype  bytes of a token, in order                                 512 + 64
+    ================  ==========  =========================================================  ===========
+    ``LATENT_16BIT``  bf16, fp16  R values, D rotated values                                 1,152 bytes
+    ``LATENT_32BIT``  fp32        R values, D rotated values                                 2,304 bytes
+    ``FP8_V32``       uint8       R e4m3 codes, R / 128 fp32 scales, D rotated bf16          656 bytes
+    ``INT8``          uint8       R int8 codes, 1 fp32 scale, 12 zero bytes, D rotated bf16  656 bytes
+    ================  ==========  =========================================================  ===========
+
+    ``FP8_V32`` is FlashMLA's and DeepSeek-V3.2's: latent value i is ``e4m3(code_i) * scale[i // 128]``, where the
+    writer picks ``scale = 2 ** ceil(log2(max(amax / 448, 1e-4)))``, amax being the largest magnitude of the 128 values.
+    e4m3 is the OCP "fn" kind on every chip, MI300 included. ``INT8`` is for chips without fp8: latent value i is
+    ``code_i * scale`` with ``scale = amax / 127`` (1 where that is no normal number: an all-zero latent, above all).
+    A block with a NaN or an infinity gets the scale NaN. Zero bytes keep every part on 16 bytes; ``FP8_V32`` needs
+    them where R is 128 or 256. Multi-head K and V of DeepSeek-V3 would take 128 x (192 + 128) x 2 = 81,920 bytes.
+    """
+
+    LATENT_16BIT = "latent_16bit"
+    LATENT_32BIT = "latent_32bit"
+    FP8_V32 = "fp8_v32"
+    INT8 = "int8"
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "CacheLayout":
+        """The unquantised layout with this element type; TypeError names the accepted ones."""
+        for layout in (cls.LATENT_16BIT, cls.LATENT_32BIT):
+            if dtype in layout.dtypes:
+                return layout
+        raise TypeError(
+            f"dtype: got {str(dtype).removeprefix('torch.')} for a latent cache, accepted: bfloat16, float16, float32 "
+            "(and uint8 with layout fp8_v32 or int8)"
+        )
+
+    @classmethod
+    def named(cls, value: "CacheLayout | str") -> "CacheLayout":
+        """The layout with this value; ValueError names the accepted ones."""
+        try:
+            return cls(value)
+        except ValueError:
+            accepted = ", ".join(layout.value for layout in cls)
+            raise ValueError(f"layout: got {value!r}, accepted: {accepted}") from None
+
+    @property
+    def quantised(self) -> bool:
+        return self in (CacheLayout.FP8_V32, CacheLayout.INT8)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Element types of ``LatentCache.data`` in this layout."""
+        if self.quantised:
+            return (torch.uint8,)
+        return (torch.bfloat16, torch.float16) if self is CacheLayout.LATENT_16BIT else (torch.float32,)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of ``LatentCache.data``."""
+        return self.dtypes[0].itemsize
+
+    def rope_start(self, latent_dim: int) -> int:
+        """Where a token's rotated key begins, in elements of ``LatentCache.data``."""
+        if not self.quantised:
+            return latent_dim
+        scales = 4 * (latent_dim // SCALE_BLOCK if self is CacheLayout.FP8_V32 else 1)
+        return latent_dim + -(-scales // ALIGNMENT) * ALIGNMENT
+
+    # methods are called through the class where a cache is made inside torch.compile: torch 2.11 traces no member's own
+
+    def rope_dim(self, elements: int, latent_dim: int) -> int:
+        """Width of the rotated key of tokens that take so many elements of ``LatentCache.data``."""
+        return (elements - CacheLayout.rope_start(self, latent_dim)) // (2 if self.quantised else 1)
+
+    def bytes_per_token(self, latent_dim: int, rope_dim: int) -> int:
+        """Bytes of one token in one layer."""
+        rope = rope_dim * (2 if self.quantised else 1)
+        return (CacheLayout.rope_start(self, latent_dim) + rope) * self.element_bytes
+
+    def bytes_per_page(self, page_size: int, latent_dim: int, rope_dim: int) -> int:
+        """Bytes of one page in one layer."""
+        return page_size * self.bytes_per_token(latent_dim, rope_dim)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedTokens:
+    """Typed views of tokens in pages; nothing is checked. :class:`mla_kernels.LatentCache` is what users hold."""
+
+    data: torch.Tensor
+    latent_dim: int
+    layout: CacheLayout
+
+    @property
+    def rope_dim(self) -> int:
+        return CacheLayout.rope_dim(self.layout, self.data.shape[2], self.latent_dim)
+
+    @property
+    def width(self) -> int:
+        """Values of a token: ``latent_dim + rope_dim``."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What queries and new tokens must be: the element type, bfloat16 for the quantised layouts."""
+        return torch.bfloat16 if self.layout.quantised else self.data.dtype
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """View ``[num_pages, page_size, latent_dim]``: values; e4m3 codes as uint8; int8 codes as int8."""
+        codes = self.data[..., : self.latent_dim]
+        return codes.view(torch.int8) if self.layout is CacheLayout.INT8 else codes
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """fp32 view ``[num_pages, page_size, count]``: latent_dim / 128 (``fp8_v32``) or 1 (``int8``); else None."""
+        if not self.layout.quantised:
+            return None
+        count = self.latent_dim // SCALE_BLOCK if self.layout is CacheLayout.FP8_V32 else 1
+        return self.data[..., self.latent_dim : self.latent_dim + 4 * count].view(torch.float32)
+
+    @property
+    def rope(self) -> torch.Tensor:
+        """View ``[num_pages, page_size, rope_dim]`` of the rotated keys, in :attr:`dtype`."""
+        return self.data[..., CacheLayout.rope_start(self.layout, self.latent_dim) :].view(self.dtype)
+
+    @property
+    def page_size(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.data.shape[0] * self.data.shape[1]
