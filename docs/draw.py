@@ -15,14 +15,15 @@ INK, PALE, GRID, FAST, SLOW = "#24292f", "#57606a", "#d0d7de", "#0969da", "#bc4c
 FONT = 'font-family="system-ui, sans-serif"'
 SMALL = 12
 
-FLOORS = (  # from the ground up; a module imports its own floor and those below
-    ("language, checks", "Triton or its stand-in; argument checks"),
-    ("quant, targets", "number formats; chips, compilers, emulator"),
-    ("launch", "Kernel, tiles, the cached launch, define_op"),
+FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
+    ("language, versions, checks", "Triton or its stand-in; argument checks"),
+    ("quant, targets, reference", "number formats; chips, compilers, emulator; the specification"),
+    ("launch, cpu", "Kernel, tiles, the cached launch, define_op; torch code of CPU ops"),
     ("latent", "caches, and what writes and moves them"),
     ("attention, moe", "the ops"),
     ("nn", "modules with Hugging Face's weight names"),
     ("compat", "other libraries' signatures"),
+    ("check, demo", "the commands"),
     ("autotune", "the tuner and the tables' tools"),
 )
 AGAINST = {  # group of the H200 file -> the kind of its rows that the picture shows: peers, or our own bf16
@@ -193,7 +194,7 @@ def floors() -> str:
     """Who imports whom."""
     step = 40
     parts = [text(16, 24, "Floors of the package", size=15, bold=True)]
-    parts.append(text(16, 42, "a module imports from its own floor and from those below it", fill=PALE))
+    parts.append(text(16, 42, "a module imports from its own room and from lower floors", fill=PALE))
     for number, (names, note) in enumerate(reversed(FLOORS)):
         parts += box(16, 58 + step * number, 828, step - 6, "", "")
         y = 58 + step * number + (step - 6) / 2 + 4

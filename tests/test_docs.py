@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import mla_kernels
 from mla_kernels import launch, nn
-from tests import published
+from tests import published, test_rooms
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -221,6 +221,8 @@ def test_pictures_and_figures_are_what_the_data_gives():
     spec.loader.exec_module(draw)
     for name, picture in draw.PICTURES.items():
         assert (DOCS / "images" / name).read_text() == picture(), f"{name}: run python docs/draw.py"
+    for (names, _), floor in zip(draw.FLOORS, test_rooms.FLOORS, strict=True):
+        assert set(names.split(", ")) <= set().union(*floor)
     for group, (cases, least, mean, most) in draw.h200_summary().items():
         if cases > 1 and group != "whole model":
             figure = f"{mean:.2f} ({least:.2f}, {most:.2f})"
