@@ -49,6 +49,16 @@ REFUSED = {
         ValueError,
         "block_table: got 2 pages of 536870912 tokens a sequence, less than",
     ),
+    "odd large pages": (
+        lambda p: dict(cache=LatentCache(torch.empty(1, 1, 80).expand(1, (1 << 19) + 8, 80), 64)),  # never read
+        ValueError,
+        "page_size: got 524,296, less than 524,288 and multiples of 256 are accepted",
+    ),
+    "many query rows": (
+        lambda p: dict(q=torch.empty(1, 1, 1, 80).expand(2, 1 << 19, 3, 80)),  # never read
+        ValueError,
+        "q: got 524288 query tokens of 3 heads, at most 1,048,576 together are accepted",
+    ),
     "lengths shape": (lambda p: dict(seq_lens=p.seq_lens[:1]), ValueError, r"seq_lens: got shape \(1,\), \(2\)"),
     "lengths dtype": (lambda p: dict(seq_lens=p.seq_lens.long()), TypeError, "seq_lens: got dtype int64"),
     "lengths device": (lambda p: dict(seq_lens=p.seq_lens.to("meta")), ValueError, "seq_lens: got a tensor on meta"),

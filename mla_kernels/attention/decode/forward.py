@@ -9,56 +9,16 @@ import math
 import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
+from mla_kernels.attention.latents import LN2, LOWEST, load_latents, score_tile, token_rows
 from mla_kernels.attention.merge import first_key, merge_splits, sink_factor, split_length
+from mla_kernels.attention.paging import find_tokens, quotient
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.fp8 import decode_e4m3
 
 MIN_SPLIT = 512  # fewest keys in a split of up to 63 query rows; see _min_split
 MAX_SPLITS = 32  # most splits of a sequence
 NO_WINDOW = 1 << 30  # window that holds every sequence: the largest, and what None means to the op
-
-SCALE_BLOCK = tl.constexpr(128)  # latent values that share a scale in fp8_v32
-LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl.constexpr):
-    """Pointers [BLOCK_N, 1] to tokens: of one page from ``offset`` on, or each of its own page and offset."""
-    at = page.to(tl.int64) * page_stride + offset.to(tl.int64) * token_stride
-    return base_ptr + at + key[:, None] * token_stride if PAGED else base_ptr + at[:, None]
-
-
-@triton.jit
-def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr):
-    """Latent values first .. first + WIDTH - 1 of each token, [BLOCK_N, WIDTH]; unseen tokens are 0.
-
-    int8 codes come without their token's scale, which the caller puts on scores and weights.
-    """
-    values = tl.load(rows + first + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)
-    if LAYOUT == "int8":
-        values = values.to(tl.float32).to(DTYPE)
-    if LAYOUT == "fp8_v32":
-        block = first // SCALE_BLOCK
-        column_block = block + tl.arange(0, WIDTH) // SCALE_BLOCK
-        scales = tl.load(scale_rows + block, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1], then [BLOCK_N, WIDTH]
-        for number in tl.static_range(1, WIDTH // SCALE_BLOCK):
-            other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
-            scales = tl.where(column_block[None, :] < block + number, scales, other)
-        values = (decode_e4m3(values).to(tl.float32) * scales).to(DTYPE)
-    return values
-
-
-@triton.jit
-def add_latent_scores(scores, q_latent, latent, scales, LAYOUT: tl.constexpr):
-    """scores [BLOCK_H, BLOCK_N] plus q_latent . latent, times each token's scale where latents are int8 codes."""
-    if LAYOUT == "int8":
-        scores += tl.dot(q_latent, tl.trans(latent), input_precision="ieee") * scales
-    else:
-        scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")
-    return scores
 
 
 @triton.jit
@@ -76,10 +36,6 @@ def mla_decode_kernel(
     Rows of a sequence are numbered query * heads + head. An item is ((sequence * splits + split) * VALUE_TILES + value
     tile) * row tiles + row tile: row tiles that read the same keys are neighbours, so that L2 serves the second.
     A row's bits depend on its query and its sequence's keys, length and page size alone.
-
-    BRANCH: NVIDIA's compiler gives a product the layout of the next one that its result enters, unless a branch ends
-    between them; with 64 rows and 8 warps that layout computes every score twice. So scores are computed in branches
-    that are always taken. The product in the one never taken keeps the softmax from being computed in both layouts.
     """
     BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
     PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
@@ -111,8 +67,7 @@ def mla_decode_kernel(
         if (split == 0) | (start < stored):
             end = tl.minimum(start + share, stored)
             if CAUSAL:
-                query = ((row + line).to(tl.float32) + 0.5) * (1.0 / heads)
-                query = query.to(tl.int32).to(tl.float32)  # [BLOCK_H]
+                query = quotient(row + line, heads).to(tl.float32)  # [BLOCK_H]
                 end = tl.minimum(end, length - unseen + tl.minimum((row + BLOCK_H - 1) // heads, unseen))
             if WINDOW:
                 lowest = length - unseen - window + row // heads  # what the tile's first query sees begins here
@@ -121,6 +76,7 @@ def mla_decode_kernel(
             q_base = q_ptr + tl.cast(sequence, tl.int64) * q_stride + tl.cast(row, tl.int64) * q_row_stride
             q_rows = q_base + line[:, None] * q_row_stride
             q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
+            q_rope = q_latent
             if ROPE > 0:
                 rope_column = tl.arange(0, ROPE)
                 q_rope = tl.load(q_rows + (LATENT + rope_column)[None, :], mask=inside[:, None], other=0.0)
@@ -130,21 +86,7 @@ def mla_decode_kernel(
             pages = block_table_ptr + tl.cast(sequence, tl.int64) * table_stride
             for first in range(start, end, BLOCK_N):
                 count = end - first
-                if PAGED:
-                    page = tl.load(pages + first // PAGE_SIZE)
-                    valid = (page >= 0) & (page < num_pages)
-                    count = tl.where(valid, count, 0)
-                    page = tl.where(valid, page, 0)
-                    offset = first % PAGE_SIZE
-                    seen = key < count
-                else:
-                    offset = first % PAGE_SIZE + key
-                    index = ((offset.to(tl.float32) + 0.5) * (1.0 / PAGE_SIZE)).to(tl.int32)
-                    offset -= index * PAGE_SIZE
-                    index = tl.minimum(index, (first % PAGE_SIZE + count - 1) // PAGE_SIZE)
-                    page = tl.load(pages + first // PAGE_SIZE + index)
-                    seen = (key < count) & (page >= 0) & (page < num_pages)
-                    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+                page, offset, seen = find_tokens(pages, first, count, key, num_pages, PAGE_SIZE, BLOCK_N)
                 if WINDOW:
                     seen = seen & (key >= lowest - first)
                 keys = token_rows(latent_ptr, page, offset, key, page_stride, token_stride, PAGED)
@@ -152,6 +94,7 @@ def mla_decode_kernel(
                 if LAYOUT != "plain":
                     scale_rows = token_rows(scale_ptr, page, offset, key, page_stride // 4, token_stride // 4, PAGED)
                 latent = load_latents(keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)  # [BLOCK_N, LATENT]
+                rope = latent
                 if ROPE > 0:
                     rope_rows = token_rows(
                         rope_ptr, page, offset, key, page_stride // CODES, token_stride // CODES, PAGED
@@ -162,18 +105,9 @@ def mla_decode_kernel(
                     scales = tl.reshape(scales, (1, BLOCK_N))
                 else:
                     scales = 1.0
-                scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-                if BRANCH:
-                    if count > 0:
-                        if first < length:  # always
-                            scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                        scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
-                    else:
-                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                else:
-                    if ROPE > 0:
-                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                    scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+                scores = score_tile(
+                    q_latent, q_rope, latent, rope, scales, count > 0, first < length, LAYOUT, ROPE, BRANCH
+                )
                 scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
                 if CAUSAL:
                     limit = query + (length - unseen - first).to(tl.float32)

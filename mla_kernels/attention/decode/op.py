@@ -3,6 +3,7 @@
 import torch
 
 from mla_kernels.attention.decode.forward import NO_WINDOW, empty_results, launch_decode
+from mla_kernels.attention.paging import MAX_QUOTIENT, check_page_size
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
 from mla_kernels.latent.cache import LatentCache
@@ -87,7 +88,8 @@ def mla_decode(
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes, devices or strides that do not fit, a window below 1 or with ``causal=False``; on CPU
+        ValueError: shapes, devices or strides that do not fit, more than 2^20 query rows a sequence, a page_size from
+            2^19 on that is no multiple of 256, a window below 1 or with ``causal=False``; on CPU
             tensors (and on every device under MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or beyond the table, a
             page outside the cache among those that are read, or a sink of NaN. A device takes a length below 0 as 0,
             and tokens beyond the table or in such a page as absent.
@@ -112,6 +114,11 @@ def mla_decode(
         raise ValueError(
             f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than 2**30 "
             "tokens are accepted"
+        )
+    check_page_size(cache.page_size)
+    if queries * heads > MAX_QUOTIENT:
+        raise ValueError(
+            f"q: got {queries} query tokens of {heads} heads, at most {MAX_QUOTIENT:,} together are accepted"
         )
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, a float is accepted")

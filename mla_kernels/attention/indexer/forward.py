@@ -7,6 +7,7 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 import torch
 
 from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
+from mla_kernels.attention.paging import find_tokens
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -72,25 +73,13 @@ def indexer_logits_kernel(
             else:
                 pages = block_table_ptr + tl.cast(sequence, tl.int64) * table_stride
                 present = tl.minimum(present, tl.maximum(length - first_key, 0))  # keys past the length are not read
+                page, offset, exists = find_tokens(pages, first_key, present, key, num_pages, PAGE_SIZE, BLOCK_N)
                 if PAGE_SIZE % BLOCK_N == 0:
-                    page = tl.load(pages + first_key // PAGE_SIZE)
-                    valid = (page >= 0) & (page < num_pages)
-                    present = tl.where(valid, present, 0)
-                    exists = key < present
-                    page = tl.where(valid, page, 0)
-                    place = tl.cast(page, tl.int64) * page_stride
-                    place += tl.cast(first_key % PAGE_SIZE, tl.int64) * key_stride
+                    place = tl.cast(page, tl.int64) * page_stride + tl.cast(offset, tl.int64) * key_stride
                     rows = key * key_stride
-                    scale_place = tl.cast(page, tl.int64) * scale_stride + first_key % PAGE_SIZE
+                    scale_place = tl.cast(page, tl.int64) * scale_stride + offset
                     scale_rows = key
                 else:
-                    offset = first_key % PAGE_SIZE + key
-                    index = ((offset.to(tl.float32) + 0.5) * (1.0 / PAGE_SIZE)).to(tl.int32)
-                    offset -= index * PAGE_SIZE
-                    index = tl.minimum(index, tl.maximum(first_key % PAGE_SIZE + present - 1, 0) // PAGE_SIZE)
-                    page = tl.load(pages + first_key // PAGE_SIZE + index)
-                    exists = (key < present) & (page >= 0) & (page < num_pages)
-                    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
                     place = tl.cast(0, tl.int64)
                     rows = page.to(tl.int64) * page_stride + offset.to(tl.int64) * key_stride
                     scale_place = tl.cast(0, tl.int64)

@@ -10,6 +10,7 @@ from mla_kernels.attention.indexer.forward import (
     launch_paged_logits,
 )
 from mla_kernels.attention.indexer.topk import MAX_KEYS
+from mla_kernels.attention.paging import check_page_size
 from mla_kernels.checks import FLOATS, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
 from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
@@ -100,6 +101,7 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens) -> None:
     check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=(torch.float32,), device=q.device)
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
+    check_page_size(cache.page_size)
     if block_table.shape[1] * cache.page_size >= MAX_KEYS:
         raise ValueError(
             f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than "

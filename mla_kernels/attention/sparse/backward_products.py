@@ -4,11 +4,10 @@ Both compute scores and their gradients anew. One goes over a token's picks and 
 goes over its heads and sums what these give to each pick's row.
 """
 
+from mla_kernels.attention.sparse.picks import load_pick_rows, load_row_numbers
 from mla_kernels.attention.sparse.tiles import gradient_memory, pick_gradient_rule, query_gradient_rule
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Kernel, Work
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,9 +46,7 @@ def sparse_query_grad_kernel(
         q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
         grads = out_grad_ptr + row * LATENT + line[:, None] * LATENT + latent_column[None, :]
         out_grad = tl.load(grads, mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-        lse = tl.load(lse_ptr + row + line, mask=inside, other=0.0)
-        lse = tl.where(lse > float("-inf"), lse * LOG2E, 0.0)
-        shift = tl.load(shift_ptr + row + line, mask=inside, other=0.0)
+        lse, shift = load_row_numbers(lse_ptr, shift_ptr, row, line, inside)
         if SINK:
             gate = tl.load(gate_ptr + row + line, mask=inside, other=0.0) * scale
         latent_grad = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
@@ -59,12 +56,7 @@ def sparse_query_grad_kernel(
             rope_grad = tl.zeros([BLOCK_H, ROPE], tl.float32)
         indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
         for first in range(0, end, BLOCK_N):
-            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
-            seen = (slot >= 0) & (slot < num_rows)
-            slot = tl.minimum(tl.maximum(slot, 0), num_rows - 1)
-            if WIDE:
-                slot = slot.to(tl.int64)
-            rows = kv_ptr + (slot * kv_stride)[:, None]
+            rows, seen = load_pick_rows(kv_ptr, indices, first, end, key, num_rows, kv_stride, WIDE)
             latent = tl.load(rows + latent_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, LATENT]
             if ROPE > 0:
                 rope = tl.load(rows + LATENT + rope_column[None, :], mask=seen[:, None], other=0.0)
@@ -124,12 +116,7 @@ def sparse_pick_grad_kernel(
             end = tl.minimum(tl.load(lengths_ptr + token), top_k)
         if first < end:
             indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
-            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
-            seen = (slot >= 0) & (slot < num_rows)
-            slot = tl.minimum(tl.maximum(slot, 0), num_rows - 1)
-            if WIDE:
-                slot = slot.to(tl.int64)
-            rows = kv_ptr + (slot * kv_stride)[:, None]
+            rows, seen = load_pick_rows(kv_ptr, indices, first, end, key, num_rows, kv_stride, WIDE)
             if not STREAM:
                 latent = tl.load(rows + latent_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, LATENT]
             latent_grad = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -146,9 +133,7 @@ def sparse_pick_grad_kernel(
                 if not STREAM:
                     q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)
                     out_grad = tl.load(grads + latent_column[None, :], mask=inside[:, None], other=0.0)
-                lse = tl.load(lse_ptr + row + line, mask=inside, other=0.0)
-                lse = tl.where(lse > float("-inf"), lse * LOG2E, 0.0)
-                shift = tl.load(shift_ptr + row + line, mask=inside, other=0.0)
+                lse, shift = load_row_numbers(lse_ptr, shift_ptr, row, line, inside)
                 if ROPE > 0:
                     q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
                     scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")

@@ -9,9 +9,10 @@ import math
 import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
-from mla_kernels.attention.decode.forward import LN2, LOWEST, SCALE_BLOCK, add_latent_scores, load_latents
+from mla_kernels.attention.latents import LN2, LOWEST, SCALE_BLOCK, load_latents, score_tile
 from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.merge import launch_merge
+from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.attention.sparse.tiles import forward_memory, forward_rule
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
@@ -85,6 +86,7 @@ def sparse_mla_kernel(
         q_rows = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(head, tl.int64) * head_stride
         q_rows += line[:, None] * head_stride
         q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
+        q_rope = q_latent
         if ROPE > 0:
             rope_column = tl.arange(0, ROPE)
             q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
@@ -93,9 +95,7 @@ def sparse_mla_kernel(
         acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
         indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
         for first in range(start, end, BLOCK_N):
-            slot = tl.load(indices + first + key, mask=key < end - first, other=-1)  # [BLOCK_N]
-            seen = (slot >= 0) & (slot < num_slots)
-            slot = tl.minimum(tl.maximum(slot, 0), num_slots - 1)
+            slot, seen = load_picks(indices, first, end, key, num_slots)
             rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
             scale_rows = scale_ptr + (rows * 4)[:, None]
             if LAYOUT == "plain":
@@ -107,6 +107,7 @@ def sparse_mla_kernel(
                 latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
             else:
                 latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
+            rope = latent
             if ROPE > 0:
                 rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
             if LAYOUT == "int8":
@@ -114,18 +115,9 @@ def sparse_mla_kernel(
                 scales = tl.reshape(scales, (1, BLOCK_N))
             else:
                 scales = 1.0
-            scores = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-            if BRANCH:
-                if first < end:  # always, as the other; see mla_decode_kernel
-                    if first < top_k:
-                        scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                    scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
-                else:
-                    scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-            else:
-                if ROPE > 0:
-                    scores = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
-                scores = add_latent_scores(scores, q_latent, latent, scales, LAYOUT)
+            scores = score_tile(
+                q_latent, q_rope, latent, rope, scales, first < end, first < top_k, LAYOUT, ROPE, BRANCH
+            )
             scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
             new = tl.maximum(largest, tl.max(scores, 1))
             keep = tl.exp2(largest - new)

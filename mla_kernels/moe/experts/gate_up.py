@@ -14,6 +14,7 @@ from mla_kernels.moe.experts.grouped import (
     Rows,
     block_e,
     fit,
+    gathered_product,
     last_weight_tile,
     layout_of,
     product_cases,
@@ -82,7 +83,6 @@ def moe_gate_up_kernel(
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     columns = tl.cdiv(intermediate, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
-    lane_k = tl.arange(0, BLOCK_K)
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = tile_of_item(item, slots, columns, GROUP_M)
         expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
@@ -96,7 +96,6 @@ def moe_gate_up_kernel(
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             gate = gate_up + tl.cast(expert, tl.int64) * expert_stride
             gate_bias = bias + tl.cast(expert, tl.int64) * bias_stride
-            whole = hidden_size // BLOCK_K * BLOCK_K
             if JOINED:
                 lane = tl.arange(0, 2 * BLOCK_N)
                 if INTERLEAVED:
@@ -106,17 +105,10 @@ def moe_gate_up_kernel(
                     both_n = column * BLOCK_N + lane % BLOCK_N
                     both_mask = both_n < intermediate
                     both_n += lane // BLOCK_N * intermediate
-                both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-                for start in range(0, whole, BLOCK_K):
-                    k = start + lane_k
-                    x = tl.load(x_rows + k[None, :])  # [BLOCK_M, BLOCK_K]
-                    w = weight_tile(gate, both_n, k, weight_stride, both_mask, TRANSPOSED)  # [BLOCK_K, 2 * BLOCK_N]
-                    both = tl.dot(x, w, both, input_precision="ieee")
-                if not EVEN_K:
-                    k = hidden_size - BLOCK_K + lane_k
-                    x = tl.load(x_rows + k[None, :])
-                    w = last_weight_tile(gate, both_n, k, weight_stride, both_mask, k >= whole, TRANSPOSED)
-                    both = tl.dot(x, w, both, input_precision="ieee")
+                both = gathered_product(
+                    x_rows, gate, both_n, both_mask, hidden_size, weight_stride,
+                    TRANSPOSED, EVEN_K, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
+                )  # fmt: skip
                 gate_sum, up_sum = _halves(both, BLOCK_M, BLOCK_N, INTERLEAVED)
             else:
                 gate_n = n * STEP
@@ -125,6 +117,8 @@ def moe_gate_up_kernel(
                     up = gate + (1 if TRANSPOSED else weight_stride)
                 else:
                     up = gate + tl.cast(intermediate, tl.int64) * (1 if TRANSPOSED else weight_stride)
+                lane_k = tl.arange(0, BLOCK_K)
+                whole = hidden_size // BLOCK_K * BLOCK_K
                 gate_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 up_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for start in range(0, whole, BLOCK_K):

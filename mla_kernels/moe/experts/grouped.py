@@ -74,6 +74,34 @@ def last_weight_tile(weight, out, k, stride, mask, k_mask, TRANSPOSED: tl.conste
     return tile
 
 
+@triton.jit
+def gathered_product(
+    x_rows, weight, n, mask, depth, stride,
+    TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N]: the rows at ``x_rows`` [BLOCK_M, 1] times columns ``n`` of an expert's weight, 0 where
+    not ``mask``.
+
+    Rows are read unmasked; the end of a row that BLOCK_K does not divide is its last BLOCK_K values, with the weights
+    of those already counted masked.
+    """
+    lane = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    whole = depth // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        k = start + lane
+        x = tl.load(x_rows + k[None, :])  # [BLOCK_M, BLOCK_K]
+        w = weight_tile(weight, n, k, stride, mask, TRANSPOSED)  # [BLOCK_K, BLOCK_N]
+        total = tl.dot(x, w, total, input_precision="ieee")
+    if not EVEN_K:
+        k = depth - BLOCK_K + lane
+        x = tl.load(x_rows + k[None, :])
+        w = last_weight_tile(weight, n, k, stride, mask, k >= whole, TRANSPOSED)
+        total = tl.dot(x, w, total, input_precision="ieee")
+    return total
+
+
 def tile_rule(products):
     """Tile rule of a kernel with ``products`` accumulators of [BLOCK_M, BLOCK_N], which is what limits a tile: fp32
     registers of GPU threads, the vector memory that gate_up's epilogue needs on Ascend."""

@@ -12,9 +12,9 @@ import torch
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.experts.activation import Activation, gated, gated_gradient
-from mla_kernels.moe.experts.grouped import TILES, Rows, fit, layout_of, tile_memory, tile_rule
+from mla_kernels.moe.experts.grouped import TILES, Rows, fit, gathered_product, layout_of, tile_memory, tile_rule
 from mla_kernels.moe.experts.schedule import num_slots, rows_of_slot, tile_of_item
-from mla_kernels.moe.training.projection import filled, gather_statics, gathered_product, row_pairs, token_of
+from mla_kernels.moe.training.projection import filled, gather_statics, row_pairs, token_of
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def moe_activation_gradient_kernel(
             token = token_of(pair, tokens, TOP_K, WIDE)
             y_grad = gathered_product(
                 out_grad + token[:, None] * grad_stride, down + tl.cast(expert, tl.int64) * expert_stride,
-                n, intermediate, hidden_size, weight_stride, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                n, n < intermediate, hidden_size, weight_stride, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             weight = tl.load(weights + pair)[:, None]
             inside = (m < end - first)[:, None] & (n < intermediate)[None, :]

@@ -14,11 +14,10 @@ from mla_kernels.moe.experts.grouped import (
     Rows,
     block_e,
     fit,
-    last_weight_tile,
+    gathered_product,
     layout_of,
     tile_memory,
     tile_rule,
-    weight_tile,
 )
 from mla_kernels.moe.experts.schedule import num_slots, rows_of_slot, tile_of_item
 
@@ -40,33 +39,6 @@ def token_of(pair, tokens, TOP_K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def gathered_product(
-    x_rows, weight, n, columns, depth, stride,
-    TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_M, BLOCK_N]: the rows at ``x_rows`` [BLOCK_M, 1] times columns ``n`` of an expert's weight.
-
-    Rows are read unmasked; the end of a row that BLOCK_K does not divide is its last BLOCK_K values, with the weights
-    of those already counted masked.
-    """
-    lane = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    whole = depth // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
-        k = start + lane
-        x = tl.load(x_rows + k[None, :])  # [BLOCK_M, BLOCK_K]
-        w = weight_tile(weight, n, k, stride, n < columns, TRANSPOSED)  # [BLOCK_K, BLOCK_N]
-        total = tl.dot(x, w, total, input_precision="ieee")
-    if not EVEN_K:
-        k = depth - BLOCK_K + lane
-        x = tl.load(x_rows + k[None, :])
-        w = last_weight_tile(weight, n, k, stride, n < columns, k >= whole, TRANSPOSED)
-        total = tl.dot(x, w, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
 def moe_project_kernel(
     hidden, weight, out, order, offsets,
     tokens, pairs, experts, depth, columns, hidden_stride, expert_stride, weight_stride,
@@ -85,7 +57,7 @@ def moe_project_kernel(
             token = token_of(row_pairs(order, first, end - first, m), tokens, TOP_K, WIDE)
             total = gathered_product(
                 hidden + token[:, None] * hidden_stride, weight + tl.cast(expert, tl.int64) * expert_stride,
-                n, columns, depth, weight_stride, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                n, n < columns, depth, weight_stride, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             place = out + tl.cast(first, tl.int64) * columns + m[:, None] * columns + n[None, :]
             mask = (m < end - first)[:, None] & (n < columns)[None, :]
