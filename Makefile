@@ -1,13 +1,13 @@
 # make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
 # make test-versions: what depends on the versions of torch, Triton and transformers, on older ones (tests/versions).
-# make tables: choose the tiles that ship.
+# make tables: choose the tiles that ship.  make docs: the pages of docs/ as a site in site/.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_WORKERS ?= 2
 VERSIONS = torch-2.11 torch-2.13
 PYTHONS_torch-2.11 = 3.12
 PYTHONS_torch-2.13 = 3.11 3.10 3.12 3.13
-.PHONY: demo test test-slow test-versions $(VERSIONS:%=test-%) bench lint tables wheel clean
+.PHONY: demo test test-slow test-versions $(VERSIONS:%=test-%) bench lint docs tables wheel clean
 
 demo: .venv/.demo
 	.venv/bin/python -m mla_kernels demo
@@ -32,6 +32,10 @@ lint: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+docs: .venv/.docs
+	.venv/bin/python docs/draw.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 tables: .venv/.dev .venv-ascend/.ready
 	.venv/bin/python -m mla_kernels.autotune tables
 
@@ -48,6 +52,10 @@ wheel: .venv/.dev
 
 .venv/.dev: .venv/.created pyproject.toml constraints.txt
 	.venv/bin/python $(PIP) --editable ".[dev,transformers]"
+	touch $@
+
+.venv/.docs: .venv/.created pyproject.toml constraints.txt
+	.venv/bin/python $(PIP) --editable ".[docs]"
 	touch $@
 
 # $(call environment,FOLDER,VERSIONS): a virtual environment of the first Python of these versions that is found; where none
@@ -72,4 +80,4 @@ $(VERSIONS:%=.venv-%/.ready): .venv-%/.ready: tests/versions/%.txt pyproject.tom
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks
