@@ -25,6 +25,7 @@ __all__ = [
     "DTYPE_NAMES",
     "GPU_OPTIONS",
     "KERNELS",
+    "NO_MEMORY",
     "Case",
     "Cost",
     "Kernel",
@@ -37,6 +38,8 @@ __all__ = [
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+NO_MEMORY = 1 << 30
+"""More bytes than a program of any chip has: what a kernel's ``memory`` says of a tile that does not exist."""
 MOST_TILES_KEPT = 65536
 """Lookups that a kernel keeps; sizes that never repeat fill it, and it starts again."""
 

@@ -131,7 +131,7 @@ def test_results_lie_as_compilers_are_told(dtype):
         hidden, *ids = moe_inputs(moe, 5)
         with mode:
             moe.to(dtype)(hidden.to(dtype), *ids)
-    assert {"mla_prolog", "mla_decode", "expand_output", "select_slots", "fused_moe", "quantised_moe"} <= mode.ops
+    assert {"mla_prolog", "mla_decode", "expand_output", "select_slots", "fused_moe", "fused_experts"} <= mode.ops
 
 
 @pytest.mark.parametrize("name", SOME_MOES)

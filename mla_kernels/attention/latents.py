@@ -1,9 +1,9 @@
 """What the kernels of absorbed attention share: how latents are read in each layout, and the scores of a tile."""
 
 from mla_kernels.language import tl, triton
+from mla_kernels.latent.write import SCALED_TOGETHER
 from mla_kernels.quant.fp8 import decode_e4m3
 
-SCALE_BLOCK = tl.constexpr(128)  # latent values that share a scale in fp8_v32
 LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -25,10 +25,10 @@ def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.c
     if LAYOUT == "int8":
         values = values.to(tl.float32).to(DTYPE)
     if LAYOUT == "fp8_v32":
-        block = first // SCALE_BLOCK
-        column_block = block + tl.arange(0, WIDTH) // SCALE_BLOCK
+        block = first // SCALED_TOGETHER
+        column_block = block + tl.arange(0, WIDTH) // SCALED_TOGETHER
         scales = tl.load(scale_rows + block, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1], then [BLOCK_N, WIDTH]
-        for number in tl.static_range(1, WIDTH // SCALE_BLOCK):
+        for number in tl.static_range(1, WIDTH // SCALED_TOGETHER):
             other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
             scales = tl.where(column_block[None, :] < block + number, scales, other)
         values = (decode_e4m3(values).to(tl.float32) * scales).to(DTYPE)

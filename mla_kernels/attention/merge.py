@@ -12,7 +12,8 @@ from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
-SPLIT_ALIGN = tl.constexpr(128)  # split lengths are multiples of this, and tiles of keys divide it
+SPLIT_STEP = 128
+SPLIT_ALIGN = tl.constexpr(SPLIT_STEP)  # split lengths are multiples of this, and tiles of keys divide it
 
 
 @triton.jit
@@ -233,7 +234,7 @@ def merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse) -> None
 
 def _launch_merge_states(outs, lses):
     parts, width = outs.shape[0], outs.shape[-1]
-    out, lse = _fake_merge_states(outs, lses)
+    out, lse = _empty_results(outs, lses)
     rows = lse.numel()
     outs = outs if outs[0].is_contiguous() else outs.contiguous()
     lses = lses if lses[0].is_contiguous() else lses.contiguous()
@@ -246,7 +247,7 @@ def _launch_merge_states(outs, lses):
     return out, lse
 
 
-def _fake_merge_states(outs, lses):
+def _empty_results(outs, lses):
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
@@ -270,7 +271,7 @@ _merge_states = define_op(
     "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     cpu=cpu_merge_states,
     device=_launch_merge_states,
-    fake=_fake_merge_states,
+    fake=_empty_results,
     autograd=(_save_for_backward, _backward),
 )
 

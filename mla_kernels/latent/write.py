@@ -11,13 +11,16 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import SCALE_BLOCK
+from mla_kernels.quant.cache_layout import ALIGNMENT, SCALE_BLOCK
 from mla_kernels.quant.fp8 import quantise_e4m3
 from mla_kernels.quant.int8 import quantise_int8
 from mla_kernels.shim import define_op
 
 ROPE_MODES = ("interleaved_to_half", "interleaved", "half")
 SCALED_TOGETHER = tl.constexpr(SCALE_BLOCK)
+UNIT = tl.constexpr(ALIGNMENT)  # bytes that every token and every part of one begins at a multiple of
+SCALE_BYTES = tl.constexpr(4)  # of a scale of a quantised token, in whose storage offsets count bytes
+KEY_BYTES = tl.constexpr(2)  # of a value of its rotated key
 
 
 @triton.jit
@@ -36,12 +39,15 @@ def store_latent(latent, values, codes, scales, offset, LATENT: tl.constexpr, LA
     elif LAYOUT == "int8":
         code, scale = quantise_int8(latent)
         tl.store(codes + offset + columns, code)
-        tl.store(scales + offset // 4 + tl.arange(0, 4), tl.where(tl.arange(0, 4).to(tl.float32) == 0.0, scale, 0.0))
+        tl.store(
+            scales + offset // SCALE_BYTES + tl.arange(0, 4),
+            tl.where(tl.arange(0, 4).to(tl.float32) == 0.0, scale, 0.0),
+        )
     else:
         BLOCKS: tl.constexpr = LATENT // SCALED_TOGETHER
         code, scale = quantise_e4m3(tl.reshape(latent, [BLOCKS, SCALED_TOGETHER]))
         tl.store(codes + offset + columns, tl.reshape(code, [LATENT]))
-        out = scales + offset // 4
+        out = scales + offset // SCALE_BYTES
         tl.store(out + tl.arange(0, BLOCKS), scale)
         if BLOCKS == 1:
             tl.store(out + 1, 0.0)
@@ -83,7 +89,7 @@ def store_token(
 @triton.jit
 def key_row(values, keys, offset, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
     """Pointer to the rotated key of the token that begins at ``offset``."""
-    return values + offset + LATENT if LAYOUT == "unquantised" else keys + offset // 2
+    return values + offset + LATENT if LAYOUT == "unquantised" else keys + offset // KEY_BYTES
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from mla_kernels.moe.quantised.fused_experts import fused_experts
 from mla_kernels.moe.route.route import route
 from tests.moe.quantised_problems import FORMATS, quantised_layer
 
-OP = torch.ops.mla_kernels.quantised_moe.default
+OP = torch.ops.mla_kernels.fused_experts.default
 SOME = [*(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "mxfp4", "int8_w8a8")), "int4", "fp8_block"]
 QUANTISED_KERNELS = [name for name in KERNELS if name.startswith(("wo_", "eb_"))]
 

@@ -62,7 +62,7 @@ def test_options_that_no_case_declares_compile_within_limits(chip, form, group, 
     wanted = []
     for kernel in (weight_only.GATE_UP, weight_only.DOWN):
         case = kernel.cases[-1]
-        options = {"FORMAT": form, "GROUP": group, "ZEROS": form == "int4", "BIAS": bias}
+        options = {"FORMAT": form, "GROUP": group, "ZEROS": form == "int4", "HAS_BIAS": bias}
         statics = dict(case.statics) | options | {"EVEN_K": even, "WEIGHT_AT": "activation" if bias else "none"}
         tile = kernel.rule(CHIPS[chip], "bf16", statics, case.sizes)
         wanted.append((kernel, CHIPS[chip], "bf16", statics, tile, case.name))

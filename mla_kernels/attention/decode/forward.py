@@ -10,15 +10,17 @@ import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LN2, LOWEST, load_latents, score_tile, token_rows
-from mla_kernels.attention.merge import first_key, merge_splits, sink_factor, split_length
+from mla_kernels.attention.merge import SPLIT_STEP, first_key, merge_splits, sink_factor, split_length
 from mla_kernels.attention.paging import find_tokens, quotient
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 
 MIN_SPLIT = 512  # fewest keys in a split of up to 63 query rows; see _min_split
 MAX_SPLITS = 32  # most splits of a sequence
-NO_WINDOW = 1 << 30  # window that holds every sequence: the largest, and what None means to the op
+MAX_LENGTH = 1 << 30  # a sequence is shorter
+NO_WINDOW = MAX_LENGTH  # window that holds every sequence: the largest, and what None means to the op
 
 
 @triton.jit
@@ -40,7 +42,7 @@ def mla_decode_kernel(
     BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
     PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    CODES: tl.constexpr = 1 if LAYOUT == "plain" else 2  # elements of the latents in one of the rotated key
+    KEY_STEP: tl.constexpr = 1 if LAYOUT == "plain" else KEY_BYTES  # elements of the latents in one of the rotated key
     line = tl.arange(0, BLOCK_H)
     key = tl.arange(0, BLOCK_N)
     latent_column = tl.arange(0, LATENT)
@@ -92,12 +94,14 @@ def mla_decode_kernel(
                 keys = token_rows(latent_ptr, page, offset, key, page_stride, token_stride, PAGED)
                 scale_rows = keys
                 if LAYOUT != "plain":
-                    scale_rows = token_rows(scale_ptr, page, offset, key, page_stride // 4, token_stride // 4, PAGED)
+                    scale_rows = token_rows(
+                        scale_ptr, page, offset, key, page_stride // SCALE_BYTES, token_stride // SCALE_BYTES, PAGED
+                    )
                 latent = load_latents(keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)  # [BLOCK_N, LATENT]
                 rope = latent
                 if ROPE > 0:
                     rope_rows = token_rows(
-                        rope_ptr, page, offset, key, page_stride // CODES, token_stride // CODES, PAGED
+                        rope_ptr, page, offset, key, page_stride // KEY_STEP, token_stride // KEY_STEP, PAGED
                     )
                     rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
                 if LAYOUT == "int8":
@@ -266,8 +270,8 @@ def launch_decode(q, cache, block_table, seq_lens, sink, softmax_scale, causal, 
     row_stride = q.stride(2) if heads > 1 else q.stride(1)
     capacity = block_table.shape[1] * cache.page_size
     windowed = window < NO_WINDOW
-    # a window's first key lies anywhere in its first SPLIT_ALIGN keys
-    reach = min(capacity, window + queries - 1 + 127) if windowed else capacity
+    # a window's first key lies anywhere in its first SPLIT_STEP keys
+    reach = min(capacity, window + queries - 1 + SPLIT_STEP - 1) if windowed else capacity
     min_split, splits = _min_split(rows), _splits(reach, rows)
     statics = {
         "LATENT": latent_dim,

@@ -2,7 +2,7 @@
 
 import torch
 
-from mla_kernels.attention.decode.forward import NO_WINDOW, empty_results, launch_decode
+from mla_kernels.attention.decode.forward import MAX_LENGTH, NO_WINDOW, empty_results, launch_decode
 from mla_kernels.attention.paging import MAX_QUOTIENT, check_page_size
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
@@ -110,7 +110,7 @@ def mla_decode(
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
-    if block_table.shape[1] * cache.page_size >= 1 << 30:
+    if block_table.shape[1] * cache.page_size >= MAX_LENGTH:
         raise ValueError(
             f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than 2**30 "
             "tokens are accepted"

@@ -1,7 +1,7 @@
 """Which tile ``mla_decode`` takes on which chip, and what a tile needs of its memories."""
 
 from mla_kernels.language import TRITON_VERSION
-from mla_kernels.launch import DTYPE_BYTES
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 _SCALE_BYTES = 16  # of a token: its scales, and zeros up to a multiple of this
 
@@ -109,7 +109,7 @@ def memory(chip, dtype, statics, tile):
     q, k = block_h * (latent + rope) * size, block_n * (latent + rope) * size
     split_value = block_n * value * size if value < latent else 0
     p = block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu or (tile["BRANCH"] and rope == 0) else 0
+    misfit = NO_MEMORY if tile["PERSISTENT"] == chip.is_gpu or (tile["BRANCH"] and rope == 0) else 0
     if chip.vendor == "ascend":
         decoded = block_n * latent * size if layout != "plain" else 0
         l0c = block_h * (value + block_n * (2 if layout == "int8" else 1)) * 4

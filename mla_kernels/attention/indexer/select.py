@@ -100,7 +100,7 @@ def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
     sequences, queries = q.shape[:2]
     page_size = IndexerCache(cache, head_dim).page_size
     capacity = block_table.shape[1] * page_size
-    slots = _fake_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k)
+    slots = _empty_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k)
     ends = seq_lens
     if queries > 1:
         last = torch.arange(1 - queries, 1, dtype=torch.int32, device=q.device)
@@ -128,11 +128,11 @@ def _launch_positions(positions, table, slots, queries, page_size):
     SLOTS.launch(chip, rows * blocks, args, {}, tile)
 
 
-def _fake_keys(q, k, weights, starts, ends, k_scale, top_k):
+def _empty_keys(q, k, weights, starts, ends, k_scale, top_k):
     return starts.new_empty(q.shape[0], top_k)
 
 
-def _fake_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
+def _empty_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
     return seq_lens.new_empty(*q.shape[:2], top_k)
 
 
@@ -150,7 +150,7 @@ _select_keys = define_op(
     "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale, int top_k) -> Tensor",
     cpu=cpu.select_keys,
     device=_launch_keys,
-    fake=_fake_keys,
+    fake=_empty_keys,
     check_values=_check_keys_values,
 )
 
@@ -159,7 +159,7 @@ _select_slots = define_op(
     "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, int top_k) -> Tensor",
     cpu=cpu.select_slots,
     device=_launch_slots,
-    fake=_fake_slots,
+    fake=_empty_slots,
     check_values=_check_slots_values,
 )
 

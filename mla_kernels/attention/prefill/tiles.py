@@ -1,7 +1,7 @@
 """Which tile ``mla_prefill`` and its gradients take on which chip, and what a tile needs of its memories."""
 
 from mla_kernels.language import TRITON_VERSION
-from mla_kernels.launch import DTYPE_BYTES
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 
 def forward_rule(chip, dtype, statics, sizes):
@@ -31,7 +31,7 @@ def forward_memory(chip, dtype, statics, tile):
     width = statics["FIRST"] + statics["REST"] + statics["ROPE"]
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     q, keys, p = block_m * width * size, block_n * (width + value) * size, block_m * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    misfit = NO_MEMORY if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
         return {
             "UB": 5 * block_m * value * 2 + 3 * block_m * block_n * 4 + misfit,
@@ -92,7 +92,7 @@ def _gradient_memory(chip, dtype, statics, tile, fixed, streamed, gradient):
     size, stages, widest = DTYPE_BYTES[dtype], tile["num_stages"], max(statics["FIRST"], statics["VALUE"])
     row = (statics["FIRST"] + statics["REST"] + statics["ROPE"] + statics["VALUE"]) * size
     pairs = fixed * streamed
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    misfit = NO_MEMORY if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
         return {
             "UB": 16 * pairs + misfit,

@@ -9,14 +9,16 @@ import math
 import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
-from mla_kernels.attention.latents import LN2, LOWEST, SCALE_BLOCK, load_latents, score_tile
+from mla_kernels.attention.latents import LN2, LOWEST, load_latents, score_tile
 from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.merge import launch_merge
 from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.attention.sparse.tiles import forward_memory, forward_rule
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.cache_layout import ALIGNMENT
 from mla_kernels.quant.fp8 import decode_e4m3
 
 SPLIT_PICKS = 256  # picks that a program of a decode step works on
@@ -40,10 +42,10 @@ def pick_offsets(slot, page_stride, token_stride, PAGE_SIZE: tl.constexpr, WIDE:
 @triton.jit
 def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     """What load_latents loads of fp8_v32; all scales of a token in one transfer take less of Ascend's UB."""
-    GROUPS: tl.constexpr = WIDTH // SCALE_BLOCK
+    GROUPS: tl.constexpr = WIDTH // SCALED_TOGETHER
     codes = tl.load(rows + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)  # [BLOCK_N, WIDTH]
     scales = tl.load(scale_rows + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, GROUPS]
-    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, SCALE_BLOCK])
+    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, SCALED_TOGETHER])
     values = (values * scales[:, :, None]).to(DTYPE)
     return tl.reshape(values, [codes.shape[0], WIDTH])
 
@@ -97,12 +99,12 @@ def sparse_mla_kernel(
         for first in range(start, end, BLOCK_N):
             slot, seen = load_picks(indices, first, end, key, num_slots)
             rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
-            scale_rows = scale_ptr + (rows * 4)[:, None]
+            scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
             if LAYOUT == "plain":
                 rope_rows = rope_ptr + rows[:, None]
             else:
-                rope_rows = rope_ptr + (rows * 8)[:, None]
-                rows = rows * 16
+                rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
+                rows = rows * UNIT
             if (LAYOUT == "fp8_v32") and PERSISTENT:
                 latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
             else:
@@ -233,7 +235,7 @@ def attend(q, cache, indices, lengths, queries, scale, parts, results, sink=None
     tokens, heads, _ = q.shape
     top_k = indices.shape[1]
     out, partial, lse, max_logits = results
-    unit = 16 if cache.layout.quantised else 1
+    unit = ALIGNMENT if cache.layout.quantised else 1
     page_stride, token_stride = cache.data.stride(0), cache.data.stride(1)
     page_size = cache.page_size
     last = (cache.num_pages - 1) * page_stride + (page_size - 1) * token_stride + cache.data.shape[2]

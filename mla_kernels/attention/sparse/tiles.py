@@ -2,7 +2,7 @@
 
 from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.language import TRITON_VERSION
-from mla_kernels.launch import DTYPE_BYTES
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 
 def _as_decode(statics):
@@ -72,7 +72,7 @@ def gradient_memory(chip, dtype, statics, tile):
     size, latent, width = DTYPE_BYTES[dtype], statics["LATENT"], statics["LATENT"] + statics["ROPE"]
     block_h, block_n, value = tile["BLOCK_H"], tile["BLOCK_N"], latent // tile["VALUE_TILES"]
     heads, rows, weights = block_h * (width + latent) * size, block_n * width * size, block_h * block_n * size
-    misfit = 1 << 30 if tile["PERSISTENT"] == chip.is_gpu else 0
+    misfit = NO_MEMORY if tile["PERSISTENT"] == chip.is_gpu else 0
     if chip.vendor == "ascend":
         newer = chip.memory["L0C"] > 128 << 10
         buffers = 2 if newer else 1

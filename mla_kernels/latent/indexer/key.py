@@ -247,7 +247,7 @@ def _launch_write(
 
 def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
     tokens, heads, width = q.shape
-    out = _fake_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
+    out = _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
     statics = _statics(width, rope_dim, rope, rope_first, hadamard)
     chip = chip_of(q.device)
     tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tokens, "heads": heads})
@@ -263,7 +263,7 @@ def _fake_write(*arguments):
     return None
 
 
-def _fake_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+def _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
     return q.new_empty(q.shape)
 
 
@@ -293,7 +293,7 @@ _rotate_indexer_query = define_op(
     " -> Tensor",
     cpu=cpu.rotate_indexer_query,
     device=_launch_rotate,
-    fake=_fake_rotate,
+    fake=_empty_rotated,
     check_values=_check_rotate_values,
 )
 

@@ -6,7 +6,7 @@ from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_range, chec
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.write import SCALED_TOGETHER, check_cache, check_fits, row_bytes
+from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, check_cache, check_fits, row_bytes
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
@@ -36,15 +36,15 @@ def gather_tokens_kernel(
             else:
                 if LAYOUT == "int8":
                     columns = tl.arange(0, LATENT)
-                    latent = tl.load(codes + offset + columns).to(tl.float32) * tl.load(scales + offset // 4)
+                    latent = tl.load(codes + offset + columns).to(tl.float32) * tl.load(scales + offset // SCALE_BYTES)
                 else:
                     BLOCKS: tl.constexpr = LATENT // SCALED_TOGETHER
                     columns = tl.arange(0, BLOCKS)[:, None] * SCALED_TOGETHER + tl.arange(0, SCALED_TOGETHER)[None, :]
-                    scale = tl.load(scales + offset // 4 + tl.arange(0, BLOCKS))  # [BLOCKS]
+                    scale = tl.load(scales + offset // SCALE_BYTES + tl.arange(0, BLOCKS))  # [BLOCKS]
                     latent = decode_e4m3(tl.load(codes + offset + columns)).to(tl.float32) * scale[:, None]
                 tl.store(row + columns, latent.to(out.dtype.element_ty))
                 if ROPE > 0:
-                    key = tl.load(keys + offset // 2 + tl.arange(0, ROPE)).to(tl.float32)
+                    key = tl.load(keys + offset // KEY_BYTES + tl.arange(0, ROPE)).to(tl.float32)
                     tl.store(row + LATENT + tl.arange(0, ROPE), key.to(out.dtype.element_ty))
         else:
             tl.store(row + tl.arange(0, LATENT), tl.zeros([LATENT], out.dtype.element_ty))

@@ -7,7 +7,7 @@ from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.tools.gather import tool_parts, tool_statics
-from mla_kernels.latent.write import check_cache, check_fits, load_row, row_bytes, store_latent
+from mla_kernels.latent.write import KEY_BYTES, check_cache, check_fits, load_row, row_bytes, store_latent
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -34,7 +34,7 @@ def scatter_tokens_kernel(
                 if LAYOUT == "unquantised":
                     tl.store(values + offset + LATENT + tl.arange(0, ROPE), key.to(values.dtype.element_ty))
                 else:
-                    tl.store(keys + offset // 2 + tl.arange(0, ROPE), key.to(tl.bfloat16))
+                    tl.store(keys + offset // KEY_BYTES + tl.arange(0, ROPE), key.to(tl.bfloat16))
 
 
 def _rule(chip, dtype, statics, sizes):

@@ -1,7 +1,7 @@
 """Grouped products of quantised weights with activations of 8 bits: fp8_block and int8_w8a8.
 
 Symbols: T tokens, K slots of a token, P = T * K pairs, E experts, H hidden size, I intermediate size. The formats are
-those of :class:`mla_kernels.moe.weights.ExpertWeights`; :mod:`mla_kernels.moe.quantised` launches these kernels.
+those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fused_experts` launches these kernels.
 
 fp8_block: hidden and the activation are e4m3 codes with a power of two for every token and 128 columns. Chips that
 multiply e4m3 do so (FP8); on others codes are read as fp16, which holds them all, so that products are the same.
@@ -12,7 +12,7 @@ Rows of codes, and of the activation, are padded with zeros to a multiple of 128
 """
 
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, Cost, Work
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Work
 from mla_kernels.moe.dispatch.dispatch import DISPATCH, place_expert
 from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
 from mla_kernels.moe.quantised.parts import (
@@ -25,12 +25,11 @@ from mla_kernels.moe.quantised.parts import (
     store_pairs,
     upright,
 )
-from mla_kernels.moe.quantised.tiles import BLOCK as COLUMNS
-from mla_kernels.moe.quantised.tiles import FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
+from mla_kernels.moe.quantised.tiles import COLUMNS, FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.quant.fp8 import decode_e4m3, quantise_e4m3
 from mla_kernels.quant.int8 import int8_scale, round_to_int8
 
-BLOCK = tl.constexpr(128)  # rows and columns that share a scale in fp8_block; columns of a step
+BLOCK = tl.constexpr(COLUMNS)  # rows and columns that share a scale in fp8_block; columns of a step
 
 
 @triton.jit
@@ -123,7 +122,7 @@ def add_scaled(total, x, x_scale, w, w_scale, ALIGNED: tl.constexpr, SWAP: tl.co
 def eb_gate_up_kernel(
     codes, code_scales, gate_up, scales, bias, weights, activation, activation_scales, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, padded, intermediate, limit, alpha,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr,
     WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +180,7 @@ def eb_gate_up_kernel(
                 up = up * x_scale * tl.load(scales + expert_rows + up_row, mask=mask, other=0.0)[None, :]
             y = activate(
                 gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
-                BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
+                HAS_BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
             )  # fmt: skip
             inside = m < end - first
             out = activation + tl.cast(first, tl.int64) * wide + m[:, None] * wide + n[None, :]
@@ -203,7 +202,7 @@ def eb_gate_up_kernel(
 def eb_down_kernel(
     activation, activation_scales, down, scales, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, parts,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
@@ -227,9 +226,8 @@ def eb_down_kernel(
             w_rows = e4m3_pointer(down, FP8) + expert_rows * intermediate + n[:, None] * intermediate
             row_blocks = tl.cdiv(hidden_size, BLOCK)
             w_scales = scales + tl.cast(expert, tl.int64) * row_blocks * blocks
-            scale = tl.zeros([BLOCK_M], tl.float32)
-            inverse = scale
             if FORMAT == "int8_w8a8":
+                scale = tl.zeros([BLOCK_M], tl.float32)
                 poison = tl.zeros([BLOCK_M], tl.float32)
                 for part in range(0, parts):
                     largest = tl.load(activation_scales + tl.cast(part, tl.int64) * (pairs + BLOCK) + first + m)
@@ -251,7 +249,7 @@ def eb_down_kernel(
             y = upright(total, SWAP)
             if FORMAT == "int8_w8a8":
                 y = y * scale[:, None] * tl.load(scales + expert_rows + n, mask=mask, other=0.0)[None, :]
-            store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, BIAS, WEIGHT_AT, BLOCK_M)
+            store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, HAS_BIAS, WEIGHT_AT, BLOCK_M)
 
 
 def _rule(products):
@@ -273,11 +271,11 @@ def _rule(products):
     return rule
 
 
-def statics_of(experts, form, bias, width, weight_at="none"):
+def statics_of(experts, format, bias, width, weight_at="none"):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
     return {
-        "FORMAT": form,
-        "BIAS": bias,
+        "FORMAT": format,
+        "HAS_BIAS": bias,
         "WEIGHT_AT": weight_at,
         "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
@@ -285,9 +283,9 @@ def statics_of(experts, form, bias, width, weight_at="none"):
 
 
 def _case_statics(products):
-    def of(form, sizes):
+    def of(format, sizes):
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(sizes["experts"], form, False, width)
+        statics = statics_of(sizes["experts"], format, False, width)
         return statics | (PLAIN | {"ALIGNED": True} if products == 2 else {})
 
     return of
@@ -297,9 +295,8 @@ def _memory(products):
     within = operand_memory(products)
 
     def memory(chip, dtype, statics, tile):
-        most = max(chip.memory.values()) + 1
         if (tile["FP8"] and not chip.dot_e4m3) or (statics["FORMAT"] == "fp8_block" and tile["BLOCK_N"] != 128):
-            return dict.fromkeys(chip.memory, most)  # no such kernel
+            return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
         return within(chip, dtype, statics, tile)
 
     return memory
@@ -328,9 +325,9 @@ def _dispatch_work(dtype, statics, sizes, tile):
     return Work(programs, whole.flops / programs, whole.bytes / programs)
 
 
-def dispatch_items(form, tokens, hidden, columns):
+def dispatch_items(format, tokens, hidden, columns):
     """Items of eb_dispatch_kernel that quantise."""
-    return tokens * (-(-hidden // columns) if form == "fp8_block" else 1)
+    return tokens * (-(-hidden // columns) if format == "fp8_block" else 1)
 
 
 PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
@@ -340,7 +337,7 @@ _CASES = (
     ("int8_w8a8", "v2_lite", 256),
     ("int8_w8a8", "v2_lite", 2048),
 )
-_STATICS = ("FORMAT", "BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "HAS_BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64),
     "BLOCK_N": (64, 128),
@@ -362,7 +359,7 @@ DISPATCH_QUANTISE = FormatKernel(
     memory=_dispatch_memory,
     cost=_dispatch_cost,
     work=_dispatch_work,
-    cases=cases(_CASES[::2], lambda form, sizes: {"FORMAT": form}),
+    cases=cases(_CASES[::2], lambda format, sizes: {"FORMAT": format}),
     uses_dot=False,
 )
 

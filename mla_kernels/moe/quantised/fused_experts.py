@@ -1,7 +1,7 @@
 """fused_experts: the experts of a mixture-of-experts layer with quantised weights, in one call.
 
 Symbols: T tokens, K slots of a token, P = T * K pairs, E experts, H hidden size, I intermediate size. Kernels of
-:mod:`mla_kernels.moe.weight_only` and :mod:`mla_kernels.moe.eight_bit`.
+:mod:`mla_kernels.moe.quantised.weight_only` and :mod:`mla_kernels.moe.quantised.eight_bit`.
 """
 
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from mla_kernels.moe.experts.parts import check_activation
 from mla_kernels.moe.experts.schedule import num_slots
 from mla_kernels.moe.quantised import eight_bit, weight_only
 from mla_kernels.moe.quantised.formats import WeightFormat
-from mla_kernels.moe.quantised.tiles import BLOCK, sizes_of
+from mla_kernels.moe.quantised.tiles import COLUMNS, sizes_of
 from mla_kernels.moe.quantised.weights import ExpertWeights
 from mla_kernels.shim import define_op
 
-EIGHT_BIT = ("fp8_block", "int8_w8a8")
+EIGHT_BIT_ACTIVATIONS = ("fp8_block", "int8_w8a8")
 
 
-class Weights(NamedTuple):
+class StoredWeights(NamedTuple):
     """What the op takes of an :class:`mla_kernels.ExpertWeights`; codes and 8-bit scales as int8."""
 
     format: str
@@ -49,7 +49,7 @@ class Call(NamedTuple):
     places: Places
     of_pairs: torch.Tensor  # weights [T, K], contiguous
     ids: torch.Tensor
-    experts: int
+    num_experts: int
     hidden: int
     inner: int
 
@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
     @property
     def sizes(self):
-        return sizes_of(*self.ids.shape, self.experts, self.hidden, self.inner)
+        return sizes_of(*self.ids.shape, self.num_experts, self.hidden, self.inner)
 
     @property
     def constants(self):
@@ -80,7 +80,7 @@ def _bytes(tensor):
 
 
 def _launch(
-    hidden, weights, ids, form, gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero,
+    hidden, weights, ids, format, gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero,
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
@@ -88,15 +88,15 @@ def _launch(
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
     tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero)
-    experts = Weights(form, *map(_bytes, tensors), gate_up_bias, down_bias, group_size)
+    stored = StoredWeights(format, *map(_bytes, tensors), gate_up_bias, down_bias, group_size)
     inner = gate_up.shape[1] // 2
     activation = activation_of(clamp, limit, alpha, interleaved)
-    codes = torch.int8 if form == "fp8_block" else hidden.dtype  # what the activation is stored in
+    codes = torch.int8 if format == "fp8_block" else hidden.dtype  # what the activation is stored in
     at = places(weight_at, hidden.dtype, codes)
     call = Call(activation, at, weights.contiguous(), ids, gate_up.shape[0], hidden.shape[1], inner)
     results = hidden.new_empty(call.pairs, hidden.shape[1])
-    (_eight_bit if form in EIGHT_BIT else _weight_only)(hidden, experts, call, results)
-    return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, call.experts)
+    (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(hidden, stored, call, results)
+    return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, call.num_experts)
 
 
 def _fit(tile, row):
@@ -105,92 +105,95 @@ def _fit(tile, row):
     return tile if tile["BLOCK_K"] <= longest else tile | {"BLOCK_K": max(16, longest)}
 
 
-def _weight_only(hidden, experts, call, results):
+def _launch_weight_only(hidden, stored, call, results):
     """Workspace: the order of the rows, and the activation, P * I elements."""
     chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-    order, offsets = launch_order(call.ids, call.experts)
-    activation = hidden.new_empty(call.pairs + BLOCK, call.inner)
-    bias, zero = experts.gate_up_bias, experts.gate_up_zero
+    order, offsets = launch_order(call.ids, call.num_experts)
+    activated = hidden.new_empty(call.pairs + COLUMNS, call.inner)
+    bias, zero = stored.gate_up_bias, stored.gate_up_zero
     zeros = zero is not None
-    common = call.experts, experts.format, experts.group_size, zeros
+    common = call.num_experts, stored.format, stored.group_size, zeros
     statics = weight_only.statics_of(*common, bias is not None, call.hidden)
     statics |= call.constants
     tile = _fit(weight_only.GATE_UP.tile_for(chip, dtype, statics, call.sizes), call.hidden)
     statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
-    groups = call.hidden // max(1, experts.group_size)
+    groups = call.hidden // max(1, stored.group_size)
     args = (
-        hidden, experts.gate_up, experts.gate_up_scale, zero if zeros else experts.gate_up,
-        hidden if bias is None else bias, call.of_pairs, activation, order, offsets,
-        call.tokens, call.pairs, call.experts, call.ids.shape[1], call.hidden, call.inner, groups,
+        hidden, stored.gate_up, stored.gate_up_scale, zero if zeros else stored.gate_up,
+        hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
+        call.tokens, call.pairs, call.num_experts, call.ids.shape[1], call.hidden, call.inner, groups,
         *call.limits, hidden.stride(0),
     )  # fmt: skip
     _run(weight_only.GATE_UP, chip, call, call.inner, args, statics, tile)
 
-    bias, zero = experts.down_bias, experts.down_zero
+    bias, zero = stored.down_bias, stored.down_zero
     statics = weight_only.statics_of(*common, bias is not None, call.inner)
     tile = _fit(weight_only.DOWN.tile_for(chip, dtype, statics, call.sizes), call.inner)
     statics["WEIGHT_AT"] = call.places.down
-    groups = call.inner // max(1, experts.group_size)
+    groups = call.inner // max(1, stored.group_size)
     args = (
-        activation, experts.down, experts.down_scale, zero if zeros else experts.down,
+        activated, stored.down, stored.down_scale, zero if zeros else stored.down,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
-        call.pairs, call.experts, call.hidden, call.inner, groups,
+        call.pairs, call.num_experts, call.hidden, call.inner, groups,
     )  # fmt: skip
     _run(weight_only.DOWN, chip, call, call.hidden, args, statics, tile)
 
 
-def _eight_bit(hidden, experts, call, results):
+def _launch_eight_bit(hidden, stored, call, results):
     """Workspace: the order of the rows, codes and scales of hidden (T * H bytes) and of the activation (P * I bytes;
     int8_w8a8: P * I elements and the largest magnitudes of their parts)."""
     chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-    fp8 = experts.format == "fp8_block"
-    blocks, inner_blocks = -(-call.hidden // BLOCK), -(-call.inner // BLOCK)
+    fp8 = stored.format == "fp8_block"
+    blocks, inner_blocks = -(-call.hidden // COLUMNS), -(-call.inner // COLUMNS)
     ids = call.ids.contiguous()
-    order, offsets = ids.new_empty(call.pairs), ids.new_empty(call.experts + 1)
-    codes = hidden.new_empty(call.tokens, blocks * BLOCK, dtype=torch.int8)
+    order, offsets = ids.new_empty(call.pairs), ids.new_empty(call.num_experts + 1)
+    codes = hidden.new_empty(call.tokens, blocks * COLUMNS, dtype=torch.int8)
     code_scales = hidden.new_empty(call.tokens, blocks if fp8 else 1, dtype=torch.float32)
-    statics = {"FORMAT": experts.format}
+    statics = {"FORMAT": stored.format}
     kernel = eight_bit.DISPATCH_QUANTISE
     tile = kernel.tile_for(chip, dtype, statics, call.sizes)
     args = (
         ids, order, offsets, hidden, codes, code_scales,
-        call.pairs, call.experts, call.tokens, call.hidden, blocks * BLOCK, hidden.stride(0),
+        call.pairs, call.num_experts, call.tokens, call.hidden, blocks * COLUMNS, hidden.stride(0),
     )  # fmt: skip
-    items = eight_bit.dispatch_items(experts.format, call.tokens, call.hidden, tile["BLOCK_H"])
-    kernel.launch(chip, call.experts + 1 + items, args, statics, tile)
+    items = eight_bit.dispatch_items(stored.format, call.tokens, call.hidden, tile["BLOCK_H"])
+    kernel.launch(chip, call.num_experts + 1 + items, args, statics, tile)
 
-    bias = experts.gate_up_bias
-    aligned = call.inner % BLOCK == 0 and not call.activation.interleaved
-    common = call.experts, experts.format
+    bias = stored.gate_up_bias
+    aligned = call.inner % COLUMNS == 0 and not call.activation.interleaved
+    common = call.num_experts, stored.format
     statics = eight_bit.statics_of(*common, bias is not None, call.hidden)
     statics |= call.constants | {"ALIGNED": aligned}
     tile = eight_bit.GATE_UP.tile_for(chip, dtype, statics, call.sizes)
     statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
     parts = -(-call.inner // tile["BLOCK_N"])
-    activation = hidden.new_empty(call.pairs + BLOCK, inner_blocks * BLOCK, dtype=torch.int8 if fp8 else hidden.dtype)
-    scales_shape = (call.pairs + BLOCK, inner_blocks) if fp8 else (parts, call.pairs + BLOCK)
-    activation_scales = hidden.new_empty(scales_shape, dtype=torch.float32)
+    activated = hidden.new_empty(
+        call.pairs + COLUMNS, inner_blocks * COLUMNS, dtype=torch.int8 if fp8 else hidden.dtype
+    )
+    scales_shape = (call.pairs + COLUMNS, inner_blocks) if fp8 else (parts, call.pairs + COLUMNS)
+    activated_scales = hidden.new_empty(scales_shape, dtype=torch.float32)
     args = (
-        codes, code_scales, experts.gate_up, experts.gate_up_scale, hidden if bias is None else bias,
-        call.of_pairs, activation, activation_scales, order, offsets,
-        call.tokens, call.pairs, call.experts, ids.shape[1], call.hidden, blocks * BLOCK, call.inner, *call.limits,
+        codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
+        call.of_pairs, activated, activated_scales, order, offsets,
+        call.tokens, call.pairs, call.num_experts, ids.shape[1], call.hidden, blocks * COLUMNS, call.inner,
+        *call.limits,
     )  # fmt: skip
     _run(eight_bit.GATE_UP, chip, call, call.inner, args, statics, tile)
 
-    bias = experts.down_bias
+    bias = stored.down_bias
     statics = eight_bit.statics_of(*common, bias is not None, call.inner)
     tile = eight_bit.DOWN.tile_for(chip, dtype, statics, call.sizes)
     statics["WEIGHT_AT"] = call.places.down
     args = (
-        activation, activation_scales, experts.down, experts.down_scale, hidden if bias is None else bias,
-        call.of_pairs, results, order, offsets, call.pairs, call.experts, call.hidden, call.inner, parts,
+        activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
+        call.of_pairs, results, order, offsets, call.pairs, call.num_experts, call.hidden, call.inner, parts,
     )  # fmt: skip
     _run(eight_bit.DOWN, chip, call, call.hidden, args, statics, tile)
 
 
 def _run(kernel, chip, call, width, args, statics, tile):
     """Launch a grouped product whose results are ``width`` columns wide."""
-    slots = num_slots(call.pairs, call.experts, tile["BLOCK_M"])
+    slots = num_slots(call.pairs, call.num_experts, tile["BLOCK_M"])
     kernel.launch(chip, slots * -(-width // tile["BLOCK_N"]), args, statics, tile)
 
 
@@ -199,7 +202,7 @@ def _fake(hidden, *_):
 
 
 _op = define_op(
-    "quantised_moe",
+    "fused_experts",
     "(Tensor hidden, Tensor weights, Tensor ids, str format, Tensor gate_up, Tensor down, Tensor gate_up_scale, "
     "Tensor down_scale, Tensor? gate_up_zero, Tensor? down_zero, Tensor? gate_up_bias, Tensor? down_bias, "
     f"int group_size, {OP_ARGUMENTS}, str weight_at) -> Tensor",

@@ -57,7 +57,7 @@ def gate_up_rows(n, intermediate, INTERLEAVED: tl.constexpr):
 @triton.jit
 def activate(
     gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
-    BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr,
 ):  # fmt: skip
     """The activation of a tile of gate's and up's sums (fp32 [BLOCK_M, BLOCK_N]), columns ``n``, and 0 past the last
     column. The pairs' weights multiply, WEIGHT_AT "input", the sums, which is as good as multiplying the input, or, at
@@ -68,7 +68,7 @@ def activate(
     if WEIGHT_AT == "input":
         gate = gate * weight[:, None]
         up = up * weight[:, None]
-    if BIAS:
+    if HAS_BIAS:
         base = bias + tl.cast(expert, tl.int64) * 2 * intermediate
         gate_row, up_row = gate_up_rows(n, intermediate, INTERLEAVED)
         gate += tl.load(base + gate_row, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -82,7 +82,7 @@ def activate(
 @triton.jit
 def store_pairs(
     y, rows, bias, weights, order, expert, first, end, n, hidden_size,
-    BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of results (fp32 [BLOCK_M, BLOCK_N]), each row where its pair stands: rows[pair]. The pairs' weights
     multiply, WEIGHT_AT "activation", before the bias, which is as good as multiplying the activation, or, at "output",
@@ -91,7 +91,7 @@ def store_pairs(
     pair = tl.load(order + first + m, mask=m < end - first, other=0)
     if WEIGHT_AT == "activation":
         y = y * tl.load(weights + pair)[:, None]
-    if BIAS:
+    if HAS_BIAS:
         base = bias + tl.cast(expert, tl.int64) * hidden_size
         y += tl.load(base + n, mask=n < hidden_size, other=0.0).to(tl.float32)[None, :]
     if WEIGHT_AT == "output":

@@ -7,7 +7,7 @@ from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Kernel, Work
 from mla_kernels.moe.experts.schedule import block_m
 
 WEIGHT_BYTES = {"int8": 1.0, "int8_w8a8": 1.0, "fp8_block": 1.0, "int4": 0.5, "mxfp4": 0.5}
-BLOCK = 128  # columns of a packed block of four-bit codes, rows and columns that share a scale in fp8_block
+COLUMNS = 128  # columns of a packed block of four-bit codes, rows and columns that share a scale in fp8_block
 
 MODELS = {  # experts, top_k, hidden, intermediate
     "v2_lite": (64, 6, 2048, 1408),
@@ -21,9 +21,9 @@ class FormatKernel(Kernel):
     """A kernel whose constant FORMAT fixes the types of some arguments."""
 
     def signature(self, dtype, statics):
-        form = statics["FORMAT"]
-        scales = {"int4": dtype, "mxfp4": "i8"}.get(form, "fp32")
-        activation = "i8" if form == "fp8_block" else dtype
+        format = statics["FORMAT"]
+        scales = {"int4": dtype, "mxfp4": "i8"}.get(format, "fp32")
+        activation = "i8" if format == "fp8_block" else dtype
         kinds = super().signature(dtype, statics)
         return {name: kind.replace("S", scales).replace("A", activation) for name, kind in kinds.items()}
 
@@ -45,10 +45,10 @@ def sizes_of(tokens, top_k, experts, hidden, intermediate):
 def cases(chosen, statics):
     """Cases of ``chosen``, triples of a format, a model and a number of tokens."""
     made = []
-    for form, model, tokens in chosen:
+    for format, model, tokens in chosen:
         experts, top_k, hidden, intermediate = MODELS[model]
         sizes = sizes_of(tokens, top_k, experts, hidden, intermediate)
-        made.append(Case(f"{form}_{model}_{tokens}", statics(form, sizes), sizes))
+        made.append(Case(f"{format}_{model}_{tokens}", statics(format, sizes), sizes))
     return tuple(made)
 
 
@@ -90,7 +90,7 @@ def operand_memory(products):
         m, n = tile["BLOCK_M"], tile["BLOCK_N"]
         eight_bit = statics["FORMAT"] in ("fp8_block", "int8_w8a8")
         size = 1 if eight_bit else DTYPE_BYTES[dtype]
-        depth = tile.get("BLOCK_K", BLOCK)
+        depth = tile.get("BLOCK_K", COLUMNS)
         x, w = m * depth * size, int(products * n * depth * WEIGHT_BYTES[statics["FORMAT"]])
         if chip.is_gpu:
             stages = tile["num_stages"]

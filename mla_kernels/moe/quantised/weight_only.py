@@ -1,7 +1,7 @@
 """Grouped products of quantised weights with activations of 16 or 32 bits: int8, int4 and mxfp4.
 
 Symbols: T tokens, K slots of a token, P = T * K pairs, E experts, H hidden size, I intermediate size. The formats are
-those of :class:`mla_kernels.moe.weights.ExpertWeights`; :mod:`mla_kernels.moe.quantised` launches these kernels.
+those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fused_experts` launches these kernels.
 """
 
 from mla_kernels.language import tl, triton
@@ -15,12 +15,11 @@ from mla_kernels.moe.quantised.parts import (
     store_pairs,
     upright,
 )
-from mla_kernels.moe.quantised.tiles import BLOCK as COLUMNS
-from mla_kernels.moe.quantised.tiles import FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
+from mla_kernels.moe.quantised.tiles import COLUMNS, FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.quant.decode import e2m1_values, int4_values, int8_values, ue8m0_values
 
 HALF = tl.constexpr(64)  # bytes of a packed block, and columns in either half of it
-BLOCK = tl.constexpr(128)
+BLOCK = tl.constexpr(COLUMNS)
 
 
 @triton.jit
@@ -61,7 +60,7 @@ def add_run(
 def wo_gate_up_kernel(
     hidden, gate_up, scales, zeros, bias, weights, activation, order, offsets,
     tokens, pairs, experts, top_k, hidden_size, intermediate, groups, limit, alpha, hidden_stride,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
     INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +134,7 @@ def wo_gate_up_kernel(
                         )  # fmt: skip
             y = activate(
                 upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
-                BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
+                HAS_BIAS, CLAMP, INTERLEAVED, WEIGHT_AT,
             )  # fmt: skip
             out = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate + n[None, :]
             tl.store(out, y.to(activation.dtype.element_ty), mask=(m < end - first)[:, None] & mask[None, :])
@@ -145,7 +144,7 @@ def wo_gate_up_kernel(
 def wo_down_kernel(
     activation, down, scales, zeros, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, groups,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +194,7 @@ def wo_down_kernel(
                         )  # fmt: skip
             store_pairs(
                 upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
-                BIAS, WEIGHT_AT, BLOCK_M,
+                HAS_BIAS, WEIGHT_AT, BLOCK_M,
             )  # fmt: skip
 
 
@@ -229,13 +228,13 @@ def _rule(products):
     return rule
 
 
-def statics_of(experts, form, group, zeros, bias, width, weight_at="none"):
+def statics_of(experts, format, group, zeros, bias, width, weight_at="none"):
     """Constants that both kernels have; ``width`` is the length of a row of weights."""
     return {
-        "FORMAT": form,
+        "FORMAT": format,
         "GROUP": group,
         "ZEROS": zeros,
-        "BIAS": bias,
+        "HAS_BIAS": bias,
         "WEIGHT_AT": weight_at,
         "EVEN_K": width % COLUMNS == 0,
         "BLOCK_E": block_e(experts),
@@ -243,10 +242,10 @@ def statics_of(experts, form, group, zeros, bias, width, weight_at="none"):
 
 
 def _case_statics(products):
-    def of(form, sizes):
-        group = {"int8": 0, "int4": 128, "mxfp4": 32}[form]
+    def of(format, sizes):
+        group = {"int8": 0, "int4": 128, "mxfp4": 32}[format]
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
-        statics = statics_of(sizes["experts"], form, group, False, False, width)
+        statics = statics_of(sizes["experts"], format, group, False, False, width)
         return statics | (PLAIN if products == 2 else {})
 
     return of
@@ -254,7 +253,7 @@ def _case_statics(products):
 
 PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 _CASES = (("int4", "v3", 16), ("int8", "v2_lite", 256), ("mxfp4", "v3_tp8", 2048), ("int4", "v2_lite", 4096))
-_STATICS = ("FORMAT", "GROUP", "ZEROS", "BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
+_STATICS = ("FORMAT", "GROUP", "ZEROS", "HAS_BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (16, 32, 64, 128),
