@@ -74,15 +74,29 @@ class Case:
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
 
 
+def _latent_type(dtype: str, statics: Mapping) -> str:
+    return "i8" if statics.get("LAYOUT") in ("fp8_v32", "int8") else dtype
+
+
+TYPES = {
+    "T": lambda dtype, statics: dtype,
+    "O": lambda dtype, statics: statics.get("OUT", dtype),
+    "L": _latent_type,
+}
+"""Letters that stand for types of a kernel's arguments: letter -> (dtype, statics) -> Triton type."""
+
+
 class Kernel:
     """One Triton kernel and what is known about it.
 
     Args:
         fn: the ``@triton.jit`` function. Its run-time arguments come first, its ``tl.constexpr`` arguments after them.
         arguments: run-time argument -> type, in order: ``"*T"`` (pointer to the element type), ``"*fp32"``, ``"*i32"``,
-            ``"i32"``, ``"fp32"``; ``"*L"`` (pointer to cached latents: int8 codes where the constant LAYOUT is
-            "fp8_v32" or "int8", else the element type). A type may end in ``":16"``: offline compiles assume
-            divisibility by 16, as the launch finds it on real sizes. Pointers are always assumed aligned offline.
+            ``"i32"``, ``"fp32"``; ``"*O"`` (pointer to results of the type that the constant OUT names: "fp32", "bf16",
+            "fp16", else the element type); ``"*L"`` (pointer to cached latents: int8 codes where the constant LAYOUT is
+            "fp8_v32" or "int8", else the element type); and the letters of ``types``. A type may end in ``":16"``:
+            offline compiles assume divisibility by 16, as the launch finds it on real sizes. Pointers are always
+            assumed aligned offline.
         statics: constexpr names that the problem fixes.
         tiles: constexpr or GPU option -> candidate values. Every other constexpr name is in ``statics``.
         rule: ``(chip, dtype, statics, sizes) -> tile``: the closed-form choice used where no table has an entry; it
@@ -93,6 +107,7 @@ class Kernel:
         cases: the problems that tools use.
         uses_dot: whether programs run on the matrix units (cube cores on Ascend).
         unsupported: chip name -> reason, for chips that this kernel has no path on.
+        types: letter -> ``(dtype, statics) -> Triton type``, for arguments whose type the constants fix.
     """
 
     def __init__(
@@ -109,10 +124,12 @@ class Kernel:
         cases: tuple[Case, ...],
         uses_dot: bool,
         unsupported: Mapping[str, str] = {},
+        types: Mapping[str, Callable[[str, Mapping], str]] = {},
     ):
         self.fn = fn
         self.name = python_function(fn).__name__
         self.arguments = dict(arguments)
+        self.types = TYPES | dict(types)
         self.statics = tuple(statics)
         self.tiles = {name: tuple(values) for name, values in tiles.items()}
         self.tile_constants = tuple(name for name in self.tiles if name not in GPU_OPTIONS)
@@ -147,8 +164,12 @@ class Kernel:
 
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """Run-time argument -> Triton type for offline compiles, ``:16`` suffixes kept."""
-        latents = "i8" if statics.get("LAYOUT") in ("fp8_v32", "int8") else dtype
-        return {name: kind.replace("T", dtype).replace("L", latents) for name, kind in self.arguments.items()}
+        known = {letter: of(dtype, statics) for letter, of in self.types.items()}
+        parts = {name: kind.lstrip("*").partition(":") for name, kind in self.arguments.items()}
+        return {
+            name: "*" * self.arguments[name].startswith("*") + known.get(letter, letter) + colon + divisor
+            for name, (letter, colon, divisor) in parts.items()
+        }
 
     def options(self, chip: Chip, tile: Mapping) -> dict[str, int | bool]:
         """Launch options that mean something on ``chip``.

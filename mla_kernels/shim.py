@@ -31,7 +31,8 @@ def define_op(
 
     Args:
         name: the op's name.
-        schema: its arguments and results in torch's schema language, ``"(Tensor x, ...) -> Tensor"``.
+        schema: its arguments and results in torch's schema language, ``"(Tensor x, float eps=1e-06) -> Tensor"``. All
+            arguments are positional. The functions below are called with all of them.
         cpu: the fast torch implementation for CPU tensors.
         device: the launcher of the Triton kernels, for ``cuda`` and ``npu`` tensors (and CPU tensors under
             :func:`mla_kernels.launch.on_cpu`). NPU goes under PrivateUse1, which works before torch_npu renames it.
@@ -52,23 +53,39 @@ def define_op(
             check_values(*args)
         return device(*args)
 
-    on_cpu, on_device = _without_autocast(on_cpu), _without_autocast(on_device)
     LIBRARY.define(name + schema, tags=_TAGS)
+    op = getattr(torch.ops.mla_kernels, name).default
+    complete = _completion(op)
+    on_cpu, on_device = _without_autocast(on_cpu, complete), _without_autocast(on_device, complete)
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_device, "CUDA")
     LIBRARY.impl(name, on_device, "PrivateUse1")
     qualified = f"mla_kernels::{name}"
-    torch.library.register_fake(qualified, lambda *args: (device if tiles.recording() else fake)(*args), lib=LIBRARY)
-    op = getattr(torch.ops.mla_kernels, name).default
+
+    def on_fake(*args):
+        return (device if tiles.recording() else fake)(*complete(args))
+
+    torch.library.register_fake(qualified, on_fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, *autograd), "Autograd", with_keyset=True)
     return op
 
 
-def _without_autocast(implementation: Callable) -> Callable:
+def _completion(op) -> Callable:
+    """Arguments -> all arguments: torch leaves out those at the end that equal the schema's defaults."""
+    arguments = op._schema.arguments
+    if any(argument.kwarg_only for argument in arguments):
+        raise TypeError(f"{op}: got keyword-only arguments in the schema, positional ones are accepted")
+    defaults = tuple(argument.default_value for argument in arguments if argument.has_default_value())
+    missing = {len(arguments) - count: defaults[len(defaults) - count :] for count in range(len(defaults) + 1)}
+    return lambda args: args + missing[len(args)]
+
+
+def _without_autocast(implementation: Callable, complete: Callable) -> Callable:
     """The implementation with autocast off inside it: an op computes in the dtypes that it is given."""
 
     def run(*args):
+        args = complete(args)
         kind = args[0].device.type
         if not torch.is_autocast_enabled(kind):
             return implementation(*args)

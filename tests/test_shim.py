@@ -38,6 +38,23 @@ scale = shim.define_op(
 )
 
 
+def _affine(x, factor, shift, offset):
+    return x * factor + shift + (0.0 if offset is None else offset)
+
+
+affine = shim.define_op(
+    "test_affine",
+    "(Tensor x, float factor, float shift=1.5, Tensor? offset=None) -> Tensor",
+    cpu=_affine,
+    device=_affine,
+    fake=lambda x, factor, shift, offset: torch.empty_like(x),
+    autograd=(
+        lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]),
+        lambda ctx, gradient: (gradient * ctx.factor, None, None, None),
+    ),
+)
+
+
 @pytest.fixture(autouse=True)
 def _torch_mode():
     calls.clear()
@@ -86,3 +103,22 @@ def test_compile_fullgraph():
 def test_npu_is_registered_under_privateuse1_before_any_rename():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("mla_kernels::test_scale", "PrivateUse1")
     assert torch._C._dispatch_has_kernel_for_dispatch_key("mla_kernels::test_scale", "CUDA")
+
+
+def test_defaults_of_the_schema_reach_every_implementation():
+    x = torch.randn(4)
+    for given, shift in (((), 1.5), ((1.5,), 1.5), ((2.0,), 2.0), ((1.5, x), 1.5 + x), ((2.0, None), 2.0)):
+        assert torch.equal(affine(x, 3.0, *given), 3 * x + shift)
+        assert torch.compile(lambda *a: affine(*a), fullgraph=True, backend="eager")(x, 3.0, *given).shape == (4,)
+        torch.library.opcheck(affine, (x.clone().requires_grad_(), 3.0, *given))
+    assert torch.equal(affine(x, 3.0, offset=x), 3 * x + 1.5 + x)
+    leaf = x.clone().requires_grad_()
+    affine(leaf, 3.0).sum().backward()
+    assert torch.equal(leaf.grad, torch.full((4,), 3.0))
+
+
+def test_keyword_only_arguments_are_refused():
+    with pytest.raises(TypeError, match="keyword-only arguments in the schema, positional ones are accepted"):
+        shim.define_op(
+            "test_keyword", "(Tensor x, *, float factor) -> Tensor", cpu=_cpu, device=_device, fake=_cpu
+        )  # fmt: skip

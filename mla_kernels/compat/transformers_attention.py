@@ -8,7 +8,7 @@ from mla_kernels.attention.prefill.op import check_widths, mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.compat.transformers_cache import even_starts, starts
 from mla_kernels.compat.transformers_weights import absorbed_weight
-from mla_kernels.nn import absorb_query, expand_output
+from mla_kernels.nn import from_latent, to_latent
 
 NAME = "mla_kernels"
 """Name of the attention and experts implementations in transformers' registries."""
@@ -150,19 +150,19 @@ def _absorb(module, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q [..., heads, nope + rope] -> absorbed [..., heads, latent + rope]; and kv_b [heads, nope + v, latent]."""
     kv_b = absorbed_weight(module, q.shape[-2]).view(q.shape[-2], -1, module.kv_lora_rank)
     q_nope, q_rope = q.split((module.qk_nope_head_dim, module.qk_rope_head_dim), -1)
-    return torch.cat((absorb_query(q_nope, kv_b), q_rope), -1), kv_b
+    return torch.cat((to_latent(q_nope, kv_b), q_rope), -1), kv_b
 
 
 def _decode(module, query, layer, scaling) -> torch.Tensor:
     q, kv_b = _absorb(module, query.transpose(1, 2))
     out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=float(scaling), causal=True)
-    return expand_output(out, kv_b, module.qk_nope_head_dim)
+    return from_latent(out, kv_b, module.qk_nope_head_dim)
 
 
 def _sparse_decode(module, query, layer, slots, scaling) -> torch.Tensor:
     q, kv_b = _absorb(module, query.transpose(1, 2))
     out, _ = sparse_mla_decode(q, layer.cache, slots, softmax_scale=float(scaling))
-    return expand_output(out, kv_b, module.qk_nope_head_dim)
+    return from_latent(out, kv_b, module.qk_nope_head_dim)
 
 
 def _sparse_prefill(module, query, layer, slots, scaling) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _sparse_prefill(module, query, layer, slots, scaling) -> torch.Tensor:
     out, _ = sparse_mla_prefill(
         q, rows, _pack(slots, layer), softmax_scale=float(scaling), latent_dim=layer.cache.latent_dim
     )
-    return _unpack(expand_output(out[None], kv_b, module.qk_nope_head_dim)[0], query, layer)
+    return _unpack(from_latent(out[None], kv_b, module.qk_nope_head_dim)[0], query, layer)
 
 
 def keep_latents(latents, rotated):

@@ -195,7 +195,7 @@ def _fake(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache,
 _compress_latent = define_op(
     "compress_latent",
     "(Tensor hidden, Tensor weight, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps) -> ()",
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> ()",
     cpu=cpu_latent.compress_latent,
     device=_launch,
     fake=_fake,

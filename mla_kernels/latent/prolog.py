@@ -197,7 +197,7 @@ def _fake_prolog(
 _norm_and_write = define_op(
     "norm_and_write",
     "(Tensor q_a, Tensor q_norm, Tensor kv_a, Tensor kv_norm, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps) -> Tensor",
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> Tensor",
     cpu=cpu.norm_and_write,
     device=_launch_norm_and_write,
     fake=lambda q_a, *rest: q_a.new_empty(q_a.shape),
@@ -210,7 +210,7 @@ _mla_prolog = define_op(
     "mla_prolog",
     "(Tensor hidden, Tensor[] down, Tensor[] down_bias, Tensor? q_norm, Tensor kv_norm, Tensor q_up, Tensor w_uk, "
     "Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, "
-    "str rope, float eps) -> (Tensor, Tensor)",
+    "str rope, float eps=1e-06) -> (Tensor, Tensor)",
     cpu=cpu.mla_prolog,
     device=_launch_prolog,
     fake=_fake_prolog,

@@ -277,7 +277,7 @@ def _fake(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, l
 _write_latent = define_op(
     "write_latent",
     "(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps) -> ()",
+    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> ()",
     cpu=cpu_latent.write_latent,
     device=launch_write,
     fake=_fake,

@@ -7,7 +7,7 @@ int4, and both train.
 """
 
 from mla_kernels.nn.attention import LatentAttention
-from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, absorb_query, expand_output
+from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, from_latent, to_latent
 from mla_kernels.nn.moe import MoE, SwiGLU
 from mla_kernels.nn.moe_config import MoEConfig
 from mla_kernels.nn.rope import apply_rope, rope_tables, softmax_scale, yarn_mscale
@@ -20,10 +20,10 @@ __all__ = [
     "MoEConfig",
     "RMSNorm",
     "SwiGLU",
-    "absorb_query",
     "apply_rope",
-    "expand_output",
+    "from_latent",
     "rope_tables",
     "softmax_scale",
+    "to_latent",
     "yarn_mscale",
 ]

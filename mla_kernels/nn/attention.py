@@ -22,12 +22,12 @@ from mla_kernels.nn.layers import (
     INNER_EPS,
     AttentionConfig,
     RMSNorm,
-    absorb_query,
     can_exceed,
-    expand_output,
+    from_latent,
     key_width,
     project,
     readable,
+    to_latent,
     value_width,
 )
 from mla_kernels.nn.loading import dequantise_state
@@ -438,10 +438,10 @@ class LatentAttention(nn.Module):
             sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
             chosen = self.indexer.select_rows(tokens.hidden, q_latent, tokens.tables, cu_seqlens[sequence], row + 1)
             out, _ = sparse_mla_prefill(
-                torch.cat((absorb_query(q[0], self._kv_b()), q[1]), -1), torch.cat((latent, k_rope), -1), chosen,
+                torch.cat((to_latent(q[0], self._kv_b()), q[1]), -1), torch.cat((latent, k_rope), -1), chosen,
                 softmax_scale=self.config.softmax_scale, latent_dim=self.config.kv_lora_rank,
             )  # fmt: skip
-            out = expand_output(out, self._kv_b(), self.config.nope_dim)
+            out = from_latent(out, self._kv_b(), self.config.nope_dim)
         else:
             out, _ = self._dense(q, latent, k_rope, cu_seqlens, cu_seqlens, (longest, longest))
         return project(self.o_proj, out.flatten(1)).view(hidden.shape)

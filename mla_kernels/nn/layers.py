@@ -118,7 +118,7 @@ def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return y if linear.bias is None else y + linear.bias
 
 
-def absorb_query(q_nope: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
+def to_latent(q_nope: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
     """q_nope [..., heads, nope] times W_UK, the first rows of kv_b [heads, nope + v, latent], head by head.
 
     Returns [..., heads, latent]. Differentiable, unlike :func:`mla_kernels.absorb_query`, which rotates as well.
@@ -127,7 +127,7 @@ def absorb_query(q_nope: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(by_head, kv_b[:, : q_nope.shape[-1]]).transpose(0, 1).unflatten(0, q_nope.shape[:-2])
 
 
-def expand_output(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch.Tensor:
+def from_latent(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch.Tensor:
     """out [..., heads, latent] times W_UV, the rows of kv_b [heads, nope + v, latent] from nope_dim on.
 
     Returns [..., heads, v]. Differentiable, unlike :func:`mla_kernels.expand_output`. For a few tokens in bfloat16 on a

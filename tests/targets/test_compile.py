@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from mla_kernels.language import TRITON_VERSION, tl, triton
-from mla_kernels.launch import KERNELS, Case, Cost, Kernel, Work
+from mla_kernels.launch import KERNELS, Case, Cost, Kernel, Work, chip_of, on_cpu
 from mla_kernels.targets import compile as compile_module
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
@@ -43,12 +44,20 @@ def broken_for_test_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), tl.no_such_function(BLOCK))
 
 
+@triton.jit
+def narrow_for_test_kernel(x_ptr, y_ptr, codes_ptr, size, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, (x * 1.5).to(y_ptr.dtype.element_ty), mask=offsets < size)
+    tl.store(codes_ptr + offsets, x.to(codes_ptr.dtype.element_ty), mask=offsets < size)
+
+
 def declare(fn, arguments, tiles, uses_dot=False, **options):
     """A declaration that stays out of the registry, so that the matrix of the package does not hold it."""
     kernel = Kernel(
         fn,
         arguments=arguments,
-        statics=(),
+        statics=options.pop("statics", ()),
         tiles={name: (value,) for name, value in tiles.items()},
         rule=lambda chip, dtype, statics, sizes: dict(tiles),
         memory=lambda chip, dtype, statics, tile: {},
@@ -227,3 +236,32 @@ def test_what_a_compiler_prints_does_not_reach_the_protocol():
     answer = service.pool().submit(kind, job | {"source": noisy}).result()
     assert answer["ok"], answer
     assert json.dumps(answer)
+
+
+RESULTS = declare(
+    narrow_for_test_kernel,
+    {"x_ptr": "*T", "y_ptr": "*O", "codes_ptr": "*C", "size": "i32:16"},
+    {"BLOCK": 1024, "num_warps": 4},
+    statics=("OUT",),
+    types={"C": lambda dtype, statics: "i8" if statics["OUT"] == "fp32" else "i32"},
+)
+
+
+@pytest.mark.parametrize("out, codes", [("fp32", "i8"), ("bf16", "i32"), ("fp16", "i32")])
+def test_results_of_another_dtype_are_declared_compiled_and_launched(out, codes):
+    statics = {"OUT": out}
+    kinds = {"x_ptr": "*bf16", "y_ptr": f"*{out}", "codes_ptr": f"*{codes}", "size": "i32:16"}
+    assert RESULTS.signature("bf16", statics) == kinds
+    assert RESULTS.signature("fp32", {"OUT": out})["x_ptr"] == "*fp32"
+    tile = {"BLOCK": 1024, "num_warps": 4}
+    for chip in ("sm_90", "gfx942", "ascend910b"):
+        report = compile_kernel(RESULTS, CHIPS[chip], "bf16", statics, tile)
+        assert report.ok, report.problem
+    x = torch.arange(2000).to(torch.bfloat16) % 64
+    y = torch.empty(2000, dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[out]))
+    seen = torch.empty(2000, dtype=torch.int8 if codes == "i8" else torch.int32)
+    for mode in ("interpret", "npu-emulated"):
+        with on_cpu(mode):
+            RESULTS.launch(chip_of(x.device), 2, (x, y, seen, 2000), statics, tile)
+        assert torch.equal(y.float(), x.float() * 1.5) and torch.equal(seen.float(), x.float())
+        y.zero_(), seen.zero_()

@@ -29,7 +29,7 @@ def _check_scale_values(q, k, weights, starts, ends, k_scale):
 
 _indexer_logits = define_op(
     "indexer_logits",
-    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale=None) -> Tensor",
     cpu=cpu.indexer_logits,
     device=launch_logits,
     fake=empty_logits,

@@ -250,7 +250,7 @@ def _fake(logits, top_k, starts, ends):
 
 _indexer_topk = define_op(
     "indexer_topk",
-    "(Tensor logits, int top_k, Tensor? starts, Tensor? ends) -> Tensor",
+    "(Tensor logits, int top_k, Tensor? starts=None, Tensor? ends=None) -> Tensor",
     cpu=cpu_indexer_topk,
     device=launch_topk,
     fake=_fake,

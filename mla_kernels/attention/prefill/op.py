@@ -41,7 +41,7 @@ def _some(values: torch.Tensor) -> str:
 _mla_prefill = define_op(
     "mla_prefill",
     "(Tensor q, Tensor k, Tensor v, Tensor? k_rope, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float softmax_scale, bool causal) -> (Tensor, Tensor)",
+    "SymInt max_seqlen_k, float softmax_scale, bool causal=True) -> (Tensor, Tensor)",
     cpu=cpu_mla_prefill,
     device=launch_prefill,
     fake=empty_results,

@@ -45,8 +45,9 @@ def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length
 
 _sparse_mla_decode = define_op(
     "sparse_mla_decode",
-    "(Tensor q, Tensor cache, Tensor indices, float softmax_scale, str layout, int latent_dim, Tensor? topk_length,"
-    " Tensor? sink, Tensor? extra_cache, Tensor? extra_indices, Tensor? extra_topk_length) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor cache, Tensor indices, float softmax_scale, str layout, int latent_dim,"
+    " Tensor? topk_length=None, Tensor? sink=None, Tensor? extra_cache=None, Tensor? extra_indices=None,"
+    " Tensor? extra_topk_length=None) -> (Tensor, Tensor)",
     cpu=cpu_sparse_mla_decode,
     device=launch_decode,
     fake=empty_decode_results,
@@ -56,7 +57,8 @@ _sparse_mla_decode = define_op(
 
 _sparse_mla_prefill = define_op(
     "sparse_mla_prefill",
-    "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim, Tensor? topk_length, Tensor? sink,"
+    "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim=512, Tensor? topk_length=None,"
+    " Tensor? sink=None,"
     " bool max_logits=True) -> (Tensor, Tensor, Tensor)",
     cpu=cpu_sparse_mla_prefill,
     device=launch_prefill,

@@ -280,7 +280,7 @@ def _check_rotate_values(q, cos, sin, positions, *options):
 _write_indexer_key = define_op(
     "write_indexer_key",
     "(Tensor k, Tensor norm_weight, Tensor norm_bias, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first, bool hadamard, float eps) -> ()",
+    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first=True, bool hadamard=False, float eps=1e-06) -> ()",
     cpu=cpu.write_indexer_key,
     device=_launch_write,
     fake=_fake_write,
@@ -289,8 +289,8 @@ _write_indexer_key = define_op(
 
 _rotate_indexer_query = define_op(
     "rotate_indexer_query",
-    "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first, bool hadamard)"
-    " -> Tensor",
+    "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first=True, "
+    "bool hadamard=False) -> Tensor",
     cpu=cpu.rotate_indexer_query,
     device=_launch_rotate,
     fake=_empty_rotated,

@@ -214,7 +214,7 @@ _permute = define_op(
 )
 _unpermute = define_op(
     "unpermute",
-    "(Tensor rows, Tensor order, Tensor inverse, Tensor offsets, Tensor? weights, int top_k) -> Tensor",
+    "(Tensor rows, Tensor order, Tensor inverse, Tensor offsets, Tensor? weights=None, int top_k=1) -> Tensor",
     cpu=cpu.unpermute,
     device=_launch_unpermute,
     fake=lambda rows, order, inverse, offsets, weights, top_k: rows.new_empty(inverse.shape[0] // top_k, rows.shape[1]),

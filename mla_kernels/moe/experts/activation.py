@@ -80,6 +80,9 @@ activation_of = functools.cache(Activation)
 SWIGLU = Activation()
 """silu(gate) * up without a clamp: DeepSeek-V2's and V3's experts, and the default."""
 
+OP_OPTIONS = f"str clamp='none', float? limit=None, float alpha={SWIGLU.alpha}, bool interleaved=False"
+"""The same in the schema of an op that need not be told: :data:`SWIGLU`."""
+
 
 @triton.jit
 def _below(x, limit):

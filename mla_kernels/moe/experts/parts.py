@@ -8,7 +8,7 @@ import torch
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import moe as cpu
 from mla_kernels.moe.dispatch.dispatch import MAX_PAIRS, Dispatch
-from mla_kernels.moe.experts.activation import OP_ARGUMENTS, SWIGLU, Activation, activation_of
+from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.down import launch_down
 from mla_kernels.moe.experts.gate_up import launch_gate_up
 from mla_kernels.moe.experts.grouped import Rows
@@ -33,8 +33,8 @@ def _check_values(hidden, gate_up, down, tokens, offsets, *_):
 
 _op = define_op(
     "expert_ffn",
-    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor tokens, Tensor offsets, Tensor? gate_up_bias, "
-    f"Tensor? down_bias, {OP_ARGUMENTS}) -> Tensor",
+    "(Tensor hidden, Tensor gate_up, Tensor down, Tensor tokens, Tensor offsets, Tensor? gate_up_bias=None, "
+    f"Tensor? down_bias=None, {OP_OPTIONS}) -> Tensor",
     cpu=cpu.expert_ffn,
     device=_launch,
     fake=_fake,

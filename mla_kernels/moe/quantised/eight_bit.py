@@ -12,7 +12,7 @@ Rows of codes, and of the activation, are padded with zeros to a multiple of 128
 """
 
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Work
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
 from mla_kernels.moe.dispatch.dispatch import DISPATCH, place_expert
 from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
 from mla_kernels.moe.quantised.parts import (
@@ -25,7 +25,7 @@ from mla_kernels.moe.quantised.parts import (
     store_pairs,
     upright,
 )
-from mla_kernels.moe.quantised.tiles import COLUMNS, FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
+from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.quant.fp8 import decode_e4m3, quantise_e4m3
 from mla_kernels.quant.int8 import int8_scale, round_to_int8
 
@@ -348,7 +348,7 @@ _TILES = {
     "num_stages": (2, 3, 4),
 }
 
-DISPATCH_QUANTISE = FormatKernel(
+DISPATCH_QUANTISE = Kernel(
     eb_dispatch_kernel,
     arguments={"ids": "*i32", "order": "*i32", "offsets": "*i32", "hidden": "*T", "codes": "*i8", "scales": "*fp32"}
     | {"pairs": "i32", "experts": "i32", "tokens": "i32", "hidden_size": "i32:16", "padded": "i32:16"}
@@ -361,9 +361,10 @@ DISPATCH_QUANTISE = FormatKernel(
     work=_dispatch_work,
     cases=cases(_CASES[::2], lambda format, sizes: {"FORMAT": format}),
     uses_dot=False,
+    types=TYPES,
 )
 
-GATE_UP = FormatKernel(
+GATE_UP = Kernel(
     eb_gate_up_kernel,
     arguments={"codes": "*i8", "code_scales": "*fp32", "gate_up": "*i8", "scales": "*fp32", "bias": "*T"}
     | {"weights": "*fp32", "activation": "*A", "activation_scales": "*fp32", "order": "*i32", "offsets": "*i32"}
@@ -377,9 +378,10 @@ GATE_UP = FormatKernel(
     work=work(2),
     cases=cases(_CASES, _case_statics(2)),
     uses_dot=True,
+    types=TYPES,
 )
 
-DOWN = FormatKernel(
+DOWN = Kernel(
     eb_down_kernel,
     arguments={"activation": "*A", "activation_scales": "*fp32", "down": "*i8", "scales": "*fp32", "bias": "*T"}
     | {"weights": "*fp32", "rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32"}
@@ -392,4 +394,5 @@ DOWN = FormatKernel(
     work=work(1),
     cases=cases(_CASES, _case_statics(1)),
     uses_dot=True,
+    types=TYPES,
 )

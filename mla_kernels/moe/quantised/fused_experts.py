@@ -13,7 +13,7 @@ from mla_kernels.cpu import quantised as cpu
 from mla_kernels.launch import DTYPE_NAMES, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch.dispatch import check_ids, launch_order
-from mla_kernels.moe.experts.activation import OP_ARGUMENTS, SWIGLU, Activation, activation_of
+from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, places
 from mla_kernels.moe.experts.parts import check_activation
@@ -205,7 +205,7 @@ _op = define_op(
     "fused_experts",
     "(Tensor hidden, Tensor weights, Tensor ids, str format, Tensor gate_up, Tensor down, Tensor gate_up_scale, "
     "Tensor down_scale, Tensor? gate_up_zero, Tensor? down_zero, Tensor? gate_up_bias, Tensor? down_bias, "
-    f"int group_size, {OP_ARGUMENTS}, str weight_at) -> Tensor",
+    f"int group_size, {OP_OPTIONS}, str weight_at='output') -> Tensor",
     cpu=cpu.fused_experts,
     device=_launch,
     fake=_fake,

@@ -3,7 +3,7 @@
 ``products`` is 2 for gate_up, whose item multiplies two tiles of weights, and 1 for down.
 """
 
-from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Kernel, Work
+from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Work
 from mla_kernels.moe.experts.schedule import block_m
 
 WEIGHT_BYTES = {"int8": 1.0, "int8_w8a8": 1.0, "fp8_block": 1.0, "int4": 0.5, "mxfp4": 0.5}
@@ -17,15 +17,11 @@ MODELS = {  # experts, top_k, hidden, intermediate
 }
 
 
-class FormatKernel(Kernel):
-    """A kernel whose constant FORMAT fixes the types of some arguments."""
-
-    def signature(self, dtype, statics):
-        format = statics["FORMAT"]
-        scales = {"int4": dtype, "mxfp4": "i8"}.get(format, "fp32")
-        activation = "i8" if format == "fp8_block" else dtype
-        kinds = super().signature(dtype, statics)
-        return {name: kind.replace("S", scales).replace("A", activation) for name, kind in kinds.items()}
+TYPES = {
+    "S": lambda dtype, statics: {"int4": dtype, "mxfp4": "i8"}.get(statics["FORMAT"], "fp32"),
+    "A": lambda dtype, statics: "i8" if statics["FORMAT"] == "fp8_block" else dtype,
+}
+"""Types that the constant FORMAT fixes: of weights' scales, and of the activation that is stored."""
 
 
 def block_e(experts: int) -> int:

@@ -5,6 +5,7 @@ those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fus
 """
 
 from mla_kernels.language import tl, triton
+from mla_kernels.launch import Kernel
 from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
 from mla_kernels.moe.quantised.parts import (
     activate,
@@ -15,7 +16,7 @@ from mla_kernels.moe.quantised.parts import (
     store_pairs,
     upright,
 )
-from mla_kernels.moe.quantised.tiles import COLUMNS, FormatKernel, block_e, cases, cost, operand_memory, rows_for, work
+from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.quant.decode import e2m1_values, int4_values, int8_values, ue8m0_values
 
 HALF = tl.constexpr(64)  # bytes of a packed block, and columns in either half of it
@@ -265,7 +266,7 @@ _TILES = {
 }
 _SIZES = {"experts": "i32", "hidden_size": "i32:16", "intermediate": "i32:16"}
 
-GATE_UP = FormatKernel(
+GATE_UP = Kernel(
     wo_gate_up_kernel,
     arguments={"hidden": "*T", "gate_up": "*i8", "scales": "*S", "zeros": "*i8", "bias": "*T", "weights": "*fp32"}
     | {"activation": "*T", "order": "*i32", "offsets": "*i32", "tokens": "i32", "pairs": "i32", "experts": "i32"}
@@ -279,9 +280,10 @@ GATE_UP = FormatKernel(
     work=work(2),
     cases=cases(_CASES, _case_statics(2)),
     uses_dot=True,
+    types=TYPES,
 )
 
-DOWN = FormatKernel(
+DOWN = Kernel(
     wo_down_kernel,
     arguments={"activation": "*T", "down": "*i8", "scales": "*S", "zeros": "*i8", "bias": "*T", "weights": "*fp32"}
     | {"rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", **_SIZES, "groups": "i32"},
@@ -293,4 +295,5 @@ DOWN = FormatKernel(
     work=work(1),
     cases=cases(_CASES, _case_statics(1)),
     uses_dot=True,
+    types=TYPES,
 )

@@ -408,8 +408,8 @@ def _backward(ctx, losses_grad, fractions_grad):
 
 _op = define_op(
     "balance_loss",
-    "(Tensor logits, Tensor ids, Tensor? cu_seqlens, str scoring, int num_shared, bool divide_by_top_k, "
-    "float coefficient) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor ids, Tensor? cu_seqlens=None, str scoring='sigmoid', int num_shared=0, "
+    "bool divide_by_top_k=True, float coefficient=1.0) -> (Tensor, Tensor)",
     cpu=cpu.balance_loss,
     device=_launch,
     fake=_fake,

@@ -162,8 +162,8 @@ def _backward(ctx, weights_grad, ids_grad):
 
 _op = define_op(
     "hash_route",
-    "(Tensor logits, Tensor table, Tensor token_ids, str scoring, bool renormalize, float routed_scale, "
-    "int num_shared) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor table, Tensor token_ids, str scoring='sqrt_softplus', bool renormalize=True, "
+    "float routed_scale=1.0, int num_shared=0) -> (Tensor, Tensor)",
     cpu=cpu.hash_route,
     device=_launch,
     fake=_fake,

@@ -241,8 +241,9 @@ def _backward(ctx, weights_grad, ids_grad):
 
 _op = define_op(
     "route",
-    "(Tensor logits, Tensor? bias, int top_k, str scoring, int num_groups, int top_k_groups, str? group_rank, "
-    "float? group_fill, bool renormalize, float routed_scale, int num_shared) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor? bias, int top_k, str scoring='sigmoid', int num_groups=1, int top_k_groups=1, "
+    "str? group_rank=None, float? group_fill=None, bool renormalize=True, float routed_scale=1.0, int num_shared=0)"
+    " -> (Tensor, Tensor)",
     cpu=cpu.route,
     device=_launch,
     fake=_fake,

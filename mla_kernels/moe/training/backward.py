@@ -12,7 +12,7 @@ import torch
 from mla_kernels.cpu import moe_backward as cpu
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch.dispatch import launch_order
-from mla_kernels.moe.experts.activation import OP_ARGUMENTS, activation_of
+from mla_kernels.moe.experts.activation import OP_ARGUMENTS, OP_OPTIONS, activation_of
 from mla_kernels.moe.experts.down import launch_down
 from mla_kernels.moe.experts.grouped import Rows, layout_of, places
 from mla_kernels.moe.training.activate import launch_activate
@@ -120,8 +120,8 @@ _backward = define_op(
 
 
 ARGUMENTS = (
-    "Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? gate_up_bias, Tensor? down_bias, "
-    f"{OP_ARGUMENTS}, str weight_at"
+    "Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? gate_up_bias=None, "
+    f"Tensor? down_bias=None, {OP_OPTIONS}, str weight_at='output'"
 )
 """The arguments of the op ``fused_moe`` in torch's schema language."""
 
