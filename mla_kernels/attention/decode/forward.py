@@ -259,6 +259,9 @@ MLA_DECODE = Kernel(
     uses_dot=True,
 )  # fmt: skip
 
+ANY = {"SINK": False, "SPLIT": True}
+"""Constants that change no tile, as tiles are looked up with."""
+
 
 def launch_decode(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
     cache = LatentCache(cache, latent_dim, layout)
@@ -280,12 +283,10 @@ def launch_decode(q, cache, block_table, seq_lens, sink, softmax_scale, causal, 
         "LAYOUT": layout if cache.layout.quantised else "plain",
         "CAUSAL": causal and queries > 1,
         "WINDOW": windowed,
-        "SINK": False,
-        "SPLIT": True,
     }
     chip = chip_of(q.device)
     # the same tile whatever the batch and the table's width, so that the same bits come out
-    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": heads, "queries": queries})
+    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics | ANY, {"heads": heads, "queries": queries})
     statics |= {"SPLIT": splits > 1, "SINK": sink is not None and splits == 1}
     work = sequences * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"])
     partial, partial_lse = lse, lse  # without splits the results go straight to out and lse
