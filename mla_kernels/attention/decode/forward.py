@@ -37,7 +37,7 @@ def mla_decode_kernel(
 
     Rows of a sequence are numbered query * heads + head. An item is ((sequence * splits + split) * VALUE_TILES + value
     tile) * row tiles + row tile: row tiles that read the same keys are neighbours, so that L2 serves the second.
-    A row's bits depend on its query and its sequence's keys, length and page size alone.
+    A row's bits depend on its query and its sequence's keys, length and page size alone. BRANCH: see score_tile.
     """
     BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
     PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0

@@ -63,7 +63,7 @@ def sparse_mla_kernel(
 
     An item is (token * splits + split) * head tiles + head tile: head tiles that read the same rows are neighbours, so
     that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
-    query, picks and length alone.
+    query, picks and length alone. BRANCH: see :func:`mla_kernels.attention.latents.score_tile`.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     line = tl.arange(0, BLOCK_H)
@@ -175,8 +175,8 @@ def _work(dtype, statics, sizes, tile):
     )
 
 
-def _case(name, heads, *, tokens=64, split=True, layout="plain", dtypes=("bf16", "fp16", "fp32")):
-    statics = _statics(512, 64, layout) | {"MAX_LOGITS": not split, "SPLIT": split}
+def _case(name, heads, *, tokens=64, split=True, layout="plain", rope=64, dtypes=("bf16", "fp16", "fp32")):
+    statics = _statics(512, rope, layout) | {"MAX_LOGITS": not split, "SPLIT": split}
     return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 2048}, dtypes)
 
 
@@ -225,6 +225,9 @@ SPARSE_MLA = Kernel(
         _case("v32_tp8", 16, dtypes=("bf16",)),
         _case("v32_fp8", 128, layout="fp8_v32", dtypes=("bf16",)),
         _case("v32_int8", 128, layout="int8", dtypes=("bf16",)),
+        _case("no_rope_prefill", 128, tokens=1024, split=False, rope=0, dtypes=("bf16",)),
+        _case("no_rope_decode", 128, rope=0, dtypes=("bf16",)),
+        _case("no_rope_tp4", 32, rope=0, dtypes=("bf16",)),
     ),
     uses_dot=True,
 )

@@ -18,6 +18,8 @@ def forward_rule(chip, dtype, statics, sizes):
     tile = decode_tiles.widest(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
     if layout == "fp8_v32" and chip.architecture == "90":  # gathers need registers for their addresses
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
+    if chip.architecture == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"] and TRITON_VERSION >= (3, 9):
+        tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
     if chip.architecture == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:
         tile["num_stages"] = 3  # with 2 a decode step spills in its loop
     return {name: size for name, size in tile.items() if name != "VALUE_TILES"}
