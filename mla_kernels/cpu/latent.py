@@ -43,6 +43,13 @@ def write_latent(
     latent, key = kv_a.float().split((latent_dim, width - latent_dim), -1)
     latent = F.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
     key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
+    if kv_a.shape[0] == 1 and layout not in QUANTISERS:
+        slot, page_size = int(slot_mapping), cache.shape[1]
+        if slot >= 0:  # copy_ rounds
+            row = cache[slot // page_size, slot % page_size]
+            row[:latent_dim].copy_(latent[0])
+            row[latent_dim:].copy_(key[0])
+        return
     _put(_rows(latent, key, cache.dtype, layout), slot_mapping, cache)
 
 
