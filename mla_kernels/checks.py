@@ -4,6 +4,7 @@ import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+_FEW = 32  # values that Python compares in less time than torch's operators take to be called
 
 
 def check_tensor(
@@ -75,7 +76,12 @@ def check_int(name: str, value, low: int, high: int | None = None) -> None:
 
 def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: str) -> None:
     """Refuse an index tensor with a value outside [low, high)."""
-    if value.numel():
-        least, most = int(value.min()), int(value.max())
+    count = value.numel()
+    if count:
+        if count <= _FEW:
+            values = value.flatten().tolist()
+            least, most = min(values), max(values)
+        else:
+            least, most = int(value.min()), int(value.max())
         if least < low or most >= high:
             raise ValueError(f"{name}: got values from {least} to {most}, accepted: {low} to {high - 1} ({meaning})")

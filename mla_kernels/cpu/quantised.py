@@ -6,7 +6,8 @@ expert are ever held as numbers. bfloat16 products are torch's bfloat16 ones; fl
 - int8 multiplies few rows by the codes as they are (torch._weight_int8pack_mm), int8_w8a8 any number (torch._int_mm).
 - fp8_block and mxfp4 multiply a single bfloat16 row by their codes as float16, which holds them: see `_one_row_fp8`.
 - int4 does so from a copy of the codes in the layout of torch._weight_int4pack_mm_for_cpu, half a byte a weight, which
-  `prepack` makes; without it, and for many rows, it converts the codes of each call, as fp8_block and mxfp4 do of many rows.
+  `prepack` makes; without it, and for many rows, it converts the codes of each call. So do fp8_block and mxfp4 for more
+  than one row.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Routers and the gradient of their weights, for CPU tensors."""
 
 import math
+from array import array
 from itertools import pairwise
 
 import torch
@@ -79,14 +80,20 @@ def _best_of_one(choice, top_k, num_groups, top_k_groups, group_rank, group_fill
         if not math.isfinite(sum(rank)):
             return None
         kept = sorted(range(num_groups), key=rank.__getitem__, reverse=True)[:top_k_groups]
-        choice = grouped[kept].view(1, -1)
+        choice = grouped.index_select(0, _indices(kept)).view(1, -1)
     best = choice.topk(top_k + 1)
     values = best.values.tolist()[0]  # NaN come first
     if not all(above > below for above, below in pairwise(values)) or not math.isfinite(values[0] - values[-1]):
         return None
     if kept is None:
         return best.indices[:, :top_k]
-    return torch.tensor([[kept[place // size] * size + place % size for place in best.indices.tolist()[0][:top_k]]])
+    places = best.indices.tolist()[0][:top_k]
+    return _indices([kept[place // size] * size + place % size for place in places]).unsqueeze(0)
+
+
+def _indices(values: list[int]) -> torch.Tensor:
+    """A third of the time of torch.tensor."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def _top2_sum(grouped):
