@@ -85,8 +85,8 @@ def plain_moe(hidden, gate_up, down, weights, ids):
     return total.to(hidden.dtype)
 
 
-def hf_experts(gate_up, down, hidden, weights, ids):
-    """transformers' experts over the same weights, one function for each experts_implementation."""
+def hf_module(gate_up, down):
+    """transformers' module of these experts."""
     import transformers
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -96,6 +96,13 @@ def hf_experts(gate_up, down, hidden, weights, ids):
     with torch.device("meta"):
         module = DeepseekV3Experts(config)
     module.gate_up_proj, module.down_proj = (torch.nn.Parameter(weight) for weight in (gate_up, down))
+    return module
+
+
+def hf_experts(gate_up, down, hidden, weights, ids):
+    """transformers' experts over the same weights, one function for each experts_implementation."""
+    module = hf_module(gate_up, down)
+    config = module.config
 
     def run(implementation):
         def step():
@@ -140,6 +147,52 @@ def test_fused_moe(race, weights_as, dtype, tokens):
         pick=lambda result: result[sample],
         nbytes=used * expert_bytes + 2 * hidden.nbytes,
         flops=6 * INTERMEDIATE * HIDDEN * tokens * TOP_K,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def moved_experts(dtype):
+    """What ``enable(model, prepack=True)`` makes of a layer's experts."""
+    from mla_kernels.compat.transformers_packed import pack
+
+    module = hf_module(*(weight.clone() for weight in expert_weights(dtype)))
+    pack([module])
+    return module
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_enabled_experts(race, dtype, tokens):
+    """Experts of a model after ``enable(model, prepack=True)``. Calls of a contestant follow one another with other
+    tokens, so that they read other experts than the call before did."""
+    from mla_kernels.compat.transformers_experts import experts
+
+    gate_up, down = expert_weights(dtype)
+    module = moved_experts(dtype)
+    problems = []
+    for _ in range(8 if tokens == 1 else 2):
+        hidden = torch.randn(tokens, HIDDEN).to(dtype)
+        weights, ids = route(torch.randn(tokens, EXPERTS), TOP_K)
+        problems.append((hidden, weights, ids, hf_experts(gate_up, down, hidden, weights, ids)))
+    names = [name for name in problems[0][3] if name != "HF batched_mm"]
+    sample = slice(0, 4)
+    hidden, weights, ids, _ = problems[0]
+
+    def over_all(call):
+        def run():
+            first, *_ = [call(problem) for problem in problems]
+            return first
+
+        return run
+
+    race(
+        over_all(lambda problem: experts(module, problem[0], problem[2], problem[1])),
+        {name: over_all(lambda problem, name=name: problem[3][name]()) for name in names},
+        exact_rows(hidden[sample], gate_up, down, weights[sample], ids[sample]),
+        pick=lambda result: result[sample],
+        nbytes=ids.unique().numel() * 3 * INTERMEDIATE * HIDDEN * dtype.itemsize + 2 * hidden.nbytes,
+        flops=6 * INTERMEDIATE * HIDDEN * tokens * TOP_K,
+        calls=len(problems),
     )
 
 

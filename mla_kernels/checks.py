@@ -4,6 +4,7 @@ import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+_FEW = 32  # values that Python compares in less time than torch's operators take to be called
 
 
 def check_tensor(
@@ -25,9 +26,7 @@ def check_tensor(
         raise TypeError(f"{name}: got {type(value).__name__}, a torch.Tensor is accepted")
     if rank is not None and value.dim() != rank:
         raise ValueError(f"{name}: got {value.dim()} dimensions {tuple(value.shape)}, {rank} are accepted")
-    if shape is not None and (
-        value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape))
-    ):
+    if shape is not None and not _fits(value.shape, shape):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, ({wanted}) is accepted")
     if like is not None:
@@ -41,6 +40,15 @@ def check_tensor(
         raise ValueError(
             f"{name}: got stride {value.stride(-1)} in the last dimension, 1 is accepted (contiguous rows)"
         )
+
+
+def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for want, got in zip(wanted, shape):  # noqa: SIM110 - any() takes twice as long
+        if want is not None and want != got:
+            return False
+    return True
 
 
 def check_no_grad(op: str, **tensors: torch.Tensor) -> None:
@@ -68,7 +76,12 @@ def check_int(name: str, value, low: int, high: int | None = None) -> None:
 
 def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: str) -> None:
     """Refuse an index tensor with a value outside [low, high)."""
-    if value.numel():
-        least, most = int(value.min()), int(value.max())
+    count = value.numel()
+    if count:
+        if count <= _FEW:
+            values = value.flatten().tolist()
+            least, most = min(values), max(values)
+        else:
+            least, most = int(value.min()), int(value.max())
         if least < low or most >= high:
             raise ValueError(f"{name}: got values from {least} to {most}, accepted: {low} to {high - 1} ({meaning})")

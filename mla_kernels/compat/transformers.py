@@ -44,6 +44,7 @@ from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
 from mla_kernels.compat.transformers_forward import cache_keyword, install_hooks  # noqa: E402
 from mla_kernels.compat.transformers_indexer import choose_slots, choose_slots_interleaved  # noqa: E402
+from mla_kernels.compat.transformers_packed import PLACE, check_packable, pack  # noqa: E402
 from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
 
 __all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
@@ -97,7 +98,7 @@ class _Switch:
     """Module, name and the method of its own that it had, for the methods that are shadowed."""
 
 
-def enable(model):
+def enable(model, *, prepack: bool = False):
     """Run ``model`` over this library from now on, and return it. Enabling twice changes nothing.
 
     Greedy, sampled, beam and assisted generation, left-padded batches and manual decode loops give what they gave
@@ -111,7 +112,7 @@ def enable(model):
       hook on the indexer sees cache slots, where transformers' own has positions.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
-    - Experts run in ``fused_moe``, forward and backward.
+    - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
     Decoding absorbs the weight of ``kv_b_proj`` into the query and does not call that module. Parametrizations of the
@@ -128,20 +129,32 @@ def enable(model):
     In float16 sums are float32 and what an op returns is rounded, so that values beyond 65,504 become inf, as in
     transformers. The absorbed query and the weighted latents are roundings that transformers does not have.
 
+    ``prepack`` moves the experts' weights, for inference on a CPU, out of their parameters: on processors with AMX
+    (Intel) into huge pages, elsewhere into oneDNN's layout. They take the same memory as before, and one parameter's
+    more while they are moved; a storage that something else holds, too, is not freed. docs/performance.md says what
+    it gains; moving a layer takes seconds. Until ``disable``, which gives the same parameters the same bits back, they
+    are empty ([0, out, in]): ``state_dict()``, copies of the model, other experts implementations and forwards that
+    would record gradients are refused, and ``torch.compile`` breaks its graph there (with ``fullgraph=True`` it says
+    so). ``prepack=True`` also packs a model that is enabled already.
+
     Args:
         model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
             and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
             (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
             ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
+        prepack: move the experts' weights, bfloat16 or float32 on the CPU, of a model in eval mode.
 
     Raises:
-        TypeError: another class, or layers (quantised, adapters) whose weights cannot be read.
+        TypeError: another class, or layers (quantised, adapters) whose weights cannot be read; ``prepack`` is no bool,
+            or experts of another dtype.
         NotImplementedError: experts that are not SwiGLU, sliding windows, layers of several configurations, forward
             hooks on ``kv_b_proj``, methods that another library has replaced, a stage of a pipeline, or a transformers
             without ``expand_kv`` or with another name for the cache.
         ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
-            from 16 to 256.
+            from 16 to 256. With ``prepack``: training mode, experts on another device, not contiguous or shared.
     """
+    if not isinstance(prepack, bool):
+        raise TypeError(f"prepack: got {type(prepack).__name__}, a bool is accepted")
     bases = _bases(model)
     if not bases:
         accepted = ", ".join(family.base for family in FAMILIES)
@@ -150,6 +163,11 @@ def enable(model):
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM, and those that hold one of these"
         )
     todo = [(base, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
+    if prepack:
+        packable = [(base, _experts_to_pack(base, family)) for base, family in bases]
+        for base, modules in packable:
+            check_packable(base, modules)
+        pack(module for _, modules in packable for module in modules)
     for base, replacements in todo:
         switch = _Switch(
             attention=base.config._attn_implementation,
@@ -174,6 +192,9 @@ def disable(model):
         switch = vars(base).pop(NAME, None)
         if switch is None:
             continue
+        for module in base.modules():
+            if PLACE in vars(module):
+                vars(module)[PLACE].restore()
         for hook in switch.hooks:
             hook.remove()
         for module, name, before in switch.replaced:
@@ -195,6 +216,10 @@ def _bases(model) -> list[tuple[nn.Module, Family]]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     pairs = ((module, family) for module in modules for family in FAMILIES)
     return [(module, family) for module, family in pairs if _is_a(module, family.base)]
+
+
+def _experts_to_pack(base, family: Family) -> list[nn.Module]:
+    return [module for module in base.modules() if _is_a(module, family.experts) and PLACE not in vars(module)]
 
 
 def _check_config(config) -> None:

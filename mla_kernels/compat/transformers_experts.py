@@ -10,6 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from mla_kernels.checks import FLOATS
+from mla_kernels.compat.transformers_packed import PLACE
 from mla_kernels.moe.experts.activation import Activation
 from mla_kernels.moe.experts.fused import fused_moe
 
@@ -33,8 +34,8 @@ def experts(self, hidden_states, top_k_index, top_k_weights):
     if getattr(self, "is_transposed", False):
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     has_bias = getattr(self, "has_bias", False)
-    return fused_moe(
-        hidden_states, gate_up, down, top_k_weights.float(), top_k_index.to(torch.int32),
+    return _run(
+        self, hidden_states, gate_up, down, top_k_weights.float(), top_k_index.to(torch.int32),
         gate_up_bias=self.gate_up_proj_bias if has_bias else None,
         down_bias=self.down_proj_bias if has_bias else None,
         activation=activation,
@@ -48,7 +49,8 @@ def experts_with_identity(self, hidden_states, top_k_index, top_k_weights):
     tensor parallelism divides by the number of ranks, since it sums theirs.
     """
     weights = top_k_weights.float()
-    routed = fused_moe(
+    routed = _run(
+        self,
         hidden_states,
         self.gate_up_proj[: self.num_routed_experts],
         self.down_proj,
@@ -58,6 +60,15 @@ def experts_with_identity(self, hidden_states, top_k_index, top_k_weights):
     )
     identity = weights.masked_fill(top_k_index < self.num_routed_experts, 0).sum(-1, keepdim=True)  # [tokens, 1]
     return routed + (self.identity_expert(hidden_states) * identity).to(routed.dtype)
+
+
+def _run(module, hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation):
+    """`fused_moe`, by the packed weights where ``enable`` moved the parameters' into those."""
+    options = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "activation": activation}
+    packed = vars(module).get(PLACE)
+    if packed is not None:
+        return packed.fused_moe(hidden, weights, ids, **options)
+    return fused_moe(hidden, gate_up, down, weights, ids, **options)
 
 
 def activation_of(module: nn.Module) -> Activation:

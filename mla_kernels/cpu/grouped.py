@@ -4,18 +4,15 @@ In float32 the gradients of weights are up to three times as fast in a batch of 
 eight experts that follow one another share a call, padded to the longest.
 """
 
-import ctypes
 from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
 from mla_kernels.cpu.gemm import linear, wide, wide_linear
+from mla_kernels.cpu.pages import empty
 
 _EXPERTS = 8  # of a call
-_HUGE_PAGES = 14  # MADV_HUGEPAGE
-_HUGE_BYTES = 64 << 20
-_PAGE = 4096
 
 
 def products(rows: torch.Tensor, weights: torch.Tensor, bounds: list[int], product=linear) -> torch.Tensor:
@@ -75,28 +72,5 @@ def _padded(rows, bounds, run, longest):
 def _like(weight):
     """An empty gradient of a weight [E, out, in], stored as the weight is."""
     if weight.stride(2) != 1 and weight.shape[2] > 1:
-        return _empty(weight, weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
-    return _empty(weight, *weight.shape)
-
-
-def _empty(like, *shape):
-    """An empty tensor; if large, in huge pages where the system has them: page by page, its first use costs as much
-    as filling it with a product."""
-    tensor = like.new_empty(shape)
-    if type(tensor) is torch.Tensor and tensor.nbytes >= _HUGE_BYTES:
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        size = (tensor.data_ptr() + tensor.nbytes - start) // _PAGE * _PAGE
-        advise = _madvise()
-        if advise is not None:
-            advise(start, size, _HUGE_PAGES)  # a hint: systems without huge pages refuse it
-    return tensor
-
-
-def _madvise():
-    """Linux's madvise, or None."""
-    try:
-        advise = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return advise
+        return empty(weight, weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
+    return empty(weight, *weight.shape)

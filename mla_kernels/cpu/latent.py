@@ -1,7 +1,6 @@
 """Latent compression and the write into a paged cache, for CPU tensors."""
 
 import torch
-import torch.nn.functional as F
 
 from mla_kernels.cpu.gemm import linear
 
@@ -40,9 +39,16 @@ def write_latent(
 ) -> None:
     """RMSNorm and RoPE of kv_a [tokens, latent_dim + rope_dim] in fp32, rounded once, written to the slots."""
     width = kv_a.shape[1]
-    latent, key = kv_a.float().split((latent_dim, width - latent_dim), -1)
-    latent = F.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
+    latent, key = kv_a.float().split_with_sizes((latent_dim, width - latent_dim), -1)
+    latent = torch.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
     key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
+    if kv_a.shape[0] == 1 and layout not in QUANTISERS:
+        slot, page_size = int(slot_mapping), cache.shape[1]
+        if slot >= 0:  # copy_ rounds
+            row = cache[slot // page_size, slot % page_size]
+            row[:latent_dim].copy_(latent[0])
+            row[latent_dim:].copy_(key[0])
+        return
     _put(_rows(latent, key, cache.dtype, layout), slot_mapping, cache)
 
 

@@ -3,18 +3,23 @@
 Loops run over experts that have tokens and over the slots of a token, never over tokens.
 """
 
+from array import array
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from mla_kernels.cpu import amx
 from mla_kernels.cpu.gemm import wide, wide_linear
 from mla_kernels.cpu.packed import multiply, packed
 
 
 def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A stable sort; pairs without an expert count as expert ``num_experts``."""
+    if ids.shape[0] == 1:
+        return _dispatch_one(ids, num_experts)
     experts = ids.reshape(-1)
     experts = experts.masked_fill((experts < 0) | (experts > num_experts), num_experts)
     order = experts.argsort(stable=True)
@@ -24,14 +29,42 @@ def dispatch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.T
     return order.int(), (order // max(ids.shape[1], 1)).int(), inverse.int(), offsets
 
 
-class Experts(NamedTuple):
-    """Weights of E experts, and what stands between their two products: clamp, limit, alpha, interleaved."""
+def _dispatch_one(ids, num_experts):
+    """`dispatch` of a single token: Python sorts its few slots in less time than calls of torch's operators take."""
+    experts = [expert if 0 <= expert < num_experts else num_experts for expert in ids.tolist()[0]]
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    inverse = sorted(order, key=order.__getitem__)
+    offsets: list[int] = []
+    for row, slot in enumerate(order):
+        offsets += [row] * (experts[slot] + 1 - len(offsets))
+    offsets += [len(order)] * (num_experts + 1 - len(offsets))
+    return _int32(order), torch.zeros(len(order), dtype=torch.int32), _int32(inverse), _int32(offsets)
 
-    gate_up: torch.Tensor  # [E, 2I, H]
-    down: torch.Tensor  # [E, H, I]
+
+def _int32(values: list[int]) -> torch.Tensor:
+    """A third of the time of torch.tensor."""
+    return torch.frombuffer(array("i", values), dtype=torch.int32)
+
+
+class Experts(NamedTuple):
+    """Weights of E experts, what multiplies rows by one of them, and what stands between their two products: clamp,
+    limit, alpha, interleaved."""
+
+    gate_up: Sequence[torch.Tensor]  # E of [2I, H], or more
+    down: Sequence[torch.Tensor]  # E of [H, I]
     gate_up_bias: torch.Tensor | None  # [E, 2I]
     down_bias: torch.Tensor | None  # [E, H]
     activation: tuple[str, float | None, float, bool]
+    product: Callable
+
+
+def _experts(gate_up, down, gate_up_bias, down_bias, activation) -> Experts:
+    """By packed copies of the weights [E, 2I, H] and [E, H, I] if `prepack` made both."""
+    copies = packed(gate_up), packed(down)
+    if None not in copies:
+        return Experts(*copies, gate_up_bias, down_bias, activation, multiply)
+    product = amx.product if amx.serves(gate_up, down) else wide_linear
+    return Experts(gate_up, down, gate_up_bias, down_bias, activation, product)
 
 
 def expert_ffn(
@@ -48,23 +81,22 @@ def expert_ffn(
     interleaved: bool = False,
 ) -> torch.Tensor:
     """The experts' rows, those without an expert 0."""
-    experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
+    experts = _experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
     rows = _rows(hidden, experts, tokens, offsets)
     rows[int(offsets[-1]) :] = 0.0
     return rows.to(hidden.dtype)
 
 
 def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None):
-    """Rows of the experts, with factors [rows, 1] of each row's input and activation: by packed weights if there are
-    some, grouped by torch where that is fast, else two products an expert. Rows without an expert hold anything.
+    """Rows of the experts, with factors [rows, 1] of each row's input and activation: grouped by torch where that is
+    fast, else two products an expert. Rows without an expert hold anything.
 
     In float32 where hidden is float16: see :func:`mla_kernels.cpu.gemm.wide`."""
     bounds = offsets.tolist()
     filled = bounds[-1]
     rows = hidden.new_empty(tokens.shape[0], hidden.shape[1], dtype=wide(hidden.dtype))
-    copies = _packed_pair(experts.gate_up, experts.down)
-    plain = experts.gate_up_bias is None and experts.down_bias is None
-    if copies is None and plain and filled and _can_group(hidden.dtype, experts.gate_up, experts.down):
+    plain = experts.product is wide_linear and experts.gate_up_bias is None and experts.down_bias is None
+    if plain and filled and _can_group(hidden.dtype, experts.gate_up, experts.down):
         x = hidden.index_select(0, tokens[:filled])
         both = F.grouped_mm(x, experts.gate_up.transpose(1, 2), offs=offsets[1:])
         if input_weight is not None:
@@ -78,19 +110,13 @@ def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None
         if first < last:
             factors = (None if weight is None else weight[first:last] for weight in (input_weight, inner_weight))
             x = hidden.index_select(0, tokens[first:last])
-            rows[first:last] = _expert(x, experts, expert, copies, *factors)
+            rows[first:last] = _expert(x, experts, expert, *factors)
     return rows
 
 
-def _packed_pair(gate_up, down):
-    """Copies of both that `prepack` made, or None."""
-    copies = packed(gate_up), packed(down)
-    return None if None in copies else copies
-
-
-def _expert(x, experts, expert, copies, input_weight, inner_weight):
+def _expert(x, experts, expert, input_weight, inner_weight):
     """One expert on its rows; float32 where x is float16."""
-    both = wide_linear(x, experts.gate_up[expert]) if copies is None else multiply(x, copies[0][expert])
+    both = experts.product(x, experts.gate_up[expert])
     if input_weight is not None:
         both *= input_weight
     if experts.gate_up_bias is not None:
@@ -99,7 +125,7 @@ def _expert(x, experts, expert, copies, input_weight, inner_weight):
     if inner_weight is not None:
         inner *= inner_weight
     inner = inner.to(x.dtype)
-    y = wide_linear(inner, experts.down[expert]) if copies is None else multiply(inner, copies[1][expert])
+    y = experts.product(inner, experts.down[expert])
     return y if experts.down_bias is None else y.add_(experts.down_bias[expert])
 
 
@@ -138,6 +164,8 @@ def combine(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sum over slots in fp32, slot 0 first; in ``dtype``, None for that of rows."""
+    if weights.shape[0] == 1:
+        return _combine_one(rows, weights, inverse, offsets).to(rows.dtype if dtype is None else dtype)
     place = inverse.view(weights.shape)
     skipped = (place >= offsets[-1]).unsqueeze(2)  # [T, K, 1]
     weights = weights.unsqueeze(2)
@@ -151,6 +179,16 @@ def combine(
             values.masked_fill_(skipped[:, slot], 0.0)
         total.addcmul_(values, weight)
     return total.to(rows.dtype if dtype is None else dtype)
+
+
+def _combine_one(rows, weights, inverse, offsets):
+    """`combine` of a single token, in fp32: the same sum, with fewer and cheaper operators."""
+    filled, values = int(offsets[-1]), rows.float()  # at once: a sum of two dtypes takes twice as long
+    total = torch.zeros(1, rows.shape[1])
+    for place, weight in zip(inverse.tolist(), weights.tolist()[0]):
+        if place < filled:
+            total.add_(values[place], alpha=weight)
+    return total
 
 
 def fused_moe(
@@ -168,10 +206,17 @@ def fused_moe(
     weight_at: str = "output",
 ) -> torch.Tensor:
     """`dispatch`, the experts and `combine`; a single token needs no sorting."""
-    experts = Experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
+    experts = _experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
+    return run(hidden, experts, weights, ids, weight_at)
+
+
+def run(
+    hidden: torch.Tensor, experts: Experts, weights: torch.Tensor, ids: torch.Tensor, weight_at: str = "output"
+) -> torch.Tensor:
+    """`fused_moe` of these experts."""
     if hidden.shape[0] == 1:
         return _one_token(hidden, experts, weights, ids, weight_at)
-    order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
+    order, tokens, inverse, offsets = dispatch(ids, len(experts.down))
     if weight_at == "output":
         return combine(_rows(hidden, experts, tokens, offsets), weights, inverse, offsets, hidden.dtype)
     of_rows = weights.reshape(-1, 1).index_select(0, order)
@@ -184,10 +229,10 @@ _FACTORS = {"input": "input_weight", "activation": "inner_weight"}
 
 def _one_token(hidden, experts, weights, ids, weight_at):
     """`fused_moe` of hidden [1, H]: the same sum over slots, in fp32, slot 0 first."""
-    total, copies = torch.zeros(1, hidden.shape[1]), _packed_pair(experts.gate_up, experts.down)
+    total = torch.zeros(1, hidden.shape[1])
     for expert, weight in zip(ids[0].tolist(), weights[0].tolist()):
-        if 0 <= expert < experts.gate_up.shape[0]:
+        if 0 <= expert < len(experts.down):
             factors = (weight if weight_at == place else None for place in ("input", "activation"))
-            y = _expert(hidden, experts, expert, copies, *factors)
+            y = _expert(hidden, experts, expert, *factors)
             total.add_(y, alpha=weight if weight_at == "output" else 1.0)
     return total.to(hidden.dtype)

@@ -49,11 +49,15 @@ def prepack(**weights: torch.Tensor) -> int:
     total = 0
     with torch.no_grad():
         for weight in weights.values():
-            plain = weight.detach().contiguous()
-            experts = [_reorder()(matrix, None) for matrix in plain.view(-1, *plain.shape[-2:])]
-            _copies[weight] = _Copy(_state(weight), experts)
+            _copies[weight] = _Copy(_state(weight), reorder(weight))
             total += weight.nbytes
     return total
+
+
+def reorder(weight: torch.Tensor) -> list[torch.Tensor]:
+    """A weight [out, in] or [E, out, in] as one oneDNN weight an expert; ``to_dense()`` gives the same bits back."""
+    plain = weight.detach().contiguous()
+    return [_reorder()(matrix, None) for matrix in plain.view(-1, *plain.shape[-2:])]
 
 
 def packed(weight: torch.Tensor) -> list[torch.Tensor] | None:
@@ -74,6 +78,11 @@ def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()
+
+
+def check_available() -> None:
+    """Raise NotImplementedError where torch has no oneDNN."""
+    _reorder()
 
 
 def _reorder() -> Callable:

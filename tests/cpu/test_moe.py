@@ -35,6 +35,7 @@ def test_a_token_gives_the_same_bits_in_any_order():
 @pytest.mark.parametrize("inner", [24, 21])
 def test_grouped_and_single_products_agree(monkeypatch, dtype, inner):
     """An odd intermediate size cannot be grouped."""
+    monkeypatch.setattr(moe.amx, "available", lambda: False)
     hidden, ids = torch.randn(12, 32).to(dtype), torch.randint(-1, 5, (12, 2), dtype=torch.int32)
     gate_up, down = (torch.randn(4, 2 * inner, 32) / 6).to(dtype), (torch.randn(4, 32, inner) / 5).to(dtype)
     args = (hidden, gate_up, down, torch.rand(12, 2), ids)

@@ -56,6 +56,57 @@ def check(experts, hidden, weights, ids, **options):
     assert_close(fused_experts(hidden, experts, weights, ids, **options), exact, baseline)
 
 
+FLOAT16_CODES = [v for v in VARIANTS if weights_problems.VARIANTS[v][0] in ("fp8_block", "mxfp4")]
+"""Formats that multiply a single bfloat16 row by codes as float16."""
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """How often weights were converted."""
+    calls, converted = [], cpu._converted
+    monkeypatch.setattr(cpu, "_converted", lambda *args: calls.append(1) or converted(*args))
+    return calls
+
+
+@pytest.mark.parametrize("variant", FLOAT16_CODES)
+@pytest.mark.parametrize("spread", [1.0, 1e-9, 1e9])
+def test_one_token_multiplies_codes_as_float16(variant, spread, conversions):
+    """Rows, columns and tokens of very different sizes among them."""
+    format, options = weights_problems.VARIANTS[variant]
+    gate_up, down = torch.randn(EXPERTS, 512, 256) / 16, torch.randn(EXPERTS, 256, 256) / 16
+    gate_up[:, 128:256] *= spread
+    gate_up[1, :, 128:] *= 1e-3
+    down[2, ::3] *= 1e-4
+    experts = ExpertWeights.quantise(gate_up, down, format, **options)
+    hidden, weights, ids = inputs(1, torch.bfloat16, hidden=256)
+    for factor in (1.0, 1e-12):
+        for options in OPTIONS:
+            check(experts, hidden * factor, weights, ids, **options)
+    assert not conversions
+
+
+@pytest.mark.parametrize("variant", FLOAT16_CODES)
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+def test_one_token_that_is_not_finite(variant, special):
+    experts = experts_of(variant, torch.bfloat16, hidden=256, intermediate=256)
+    hidden, weights, ids = inputs(1, torch.bfloat16, hidden=256)
+    hidden[0, 77] = special
+    check(experts, hidden, weights, ids)
+
+
+@pytest.mark.parametrize("variant", FLOAT16_CODES)
+def test_one_token_and_scales_that_are_nan_or_zero(variant):
+    experts = experts_of(variant, torch.bfloat16, hidden=256, intermediate=256, biases=False)
+    hidden, weights, ids = inputs(1, torch.bfloat16, hidden=256, ids=torch.tensor([[0, 1]], dtype=torch.int32))
+    scale = experts.gate_up_scale
+    scale[0, 1] = 255 if scale.dtype == torch.uint8 else float("nan")
+    check(experts, hidden, weights, ids)
+    scale[0, 1] = 0
+    check(experts, hidden, weights, ids)
+    scale.zero_()
+    check(experts, hidden * 0, weights, ids)
+
+
 @BY_VARIANT
 @BY_DTYPE
 @pytest.mark.parametrize("tokens", [1, 7, 60])
