@@ -31,7 +31,7 @@ def layer(format):
     return one, ExpertWeights(format, **tensors, group_size=one.group_size), plain
 
 
-CASES = [(format, False) for format in FORMATS] + [("int4", True)]
+CASES = [(format, False) for format in FORMATS] + [("int4", True), ("mxfp4", True)]
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 256, 1024])
@@ -85,4 +85,31 @@ def test_codes_as_float16(race, monkeypatch, format):
         exact,
         nbytes=TOP_K * 3 * INTERMEDIATE * HIDDEN * experts.bytes_per_parameter,
         flops=6 * INTERMEDIATE * HIDDEN * TOP_K,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 256])
+def test_prepacked_fp8(race, tokens):
+    """Against bfloat16 experts, whose other result is not compared: see :func:`test_codes_as_float16`."""
+    one, experts, plain = layer("fp8_block")
+    experts = ExpertWeights.from_tensors(experts.tensors(), experts.metadata())
+    experts.prepack()
+    hidden = torch.randn(tokens, HIDDEN).bfloat16()
+    weights, ids = route(torch.randn(tokens, EXPERTS), TOP_K)
+    sample = slice(0, SAMPLE)
+    total = weights[sample].double().sum(1, keepdim=True)
+    exact = reference.fused_experts(hidden[sample].double(), one, total, torch.zeros(total.shape, dtype=torch.int32))
+    result = fused_experts(hidden, experts, weights, ids)
+
+    def bf16():
+        fused_moe(hidden, *plain, weights, ids)
+        return result
+
+    race(
+        lambda: fused_experts(hidden, experts, weights, ids),
+        {"our bf16": bf16},
+        exact,
+        pick=lambda result: result[sample],
+        nbytes=ids.unique().numel() * 3 * INTERMEDIATE * HIDDEN * experts.bytes_per_parameter,
+        flops=6 * INTERMEDIATE * HIDDEN * tokens * TOP_K,
     )

@@ -6,8 +6,8 @@ expert are ever held as numbers. bfloat16 products are torch's bfloat16 ones; fl
 - int8 multiplies few rows by the codes as they are (torch._weight_int8pack_mm), int8_w8a8 any number (torch._int_mm).
 - fp8_block and mxfp4 multiply a single bfloat16 row by their codes as float16, which holds them: see `_one_row_fp8`.
 - int4 does so from a copy of the codes in the layout of torch._weight_int4pack_mm_for_cpu, half a byte a weight, which
-  `prepack` makes; without it, and for many rows, it converts the codes of each call. So do fp8_block and mxfp4 for more
-  than one row.
+  `prepack` makes. Of fp8_block and mxfp4 it keeps the bfloat16 weights, two bytes each.
+- Without a copy int4 converts the codes of each call, and so do fp8_block and mxfp4 for more than one row.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mla_kernels.cpu import amx
 from mla_kernels.cpu.gemm import linear, wide
 from mla_kernels.cpu.moe import activate, combine, dispatch
 from mla_kernels.quant.fp8_block import BLOCK, decode_e4m3, dequantise_fp8_block
@@ -46,7 +47,7 @@ class Projection(NamedTuple):
     zeros: torch.Tensor | None
     bias: torch.Tensor | None
     columns: int
-    copies: "_Copy | None"
+    copy: "_Copy | None"
 
 
 def fused_experts(
@@ -76,18 +77,24 @@ def fused_experts(
     first = Projection(form, gate_up, gate_up_scale, gate_up_zero, gate_up_bias, hidden.shape[1], copies[0])
     second = Projection(form, down, down_scale, down_zero, down_bias, inner, copies[1])
     call = first, second, (clamp, limit, alpha, interleaved), weight_at
+    dtype, hidden = hidden.dtype, _rounded(hidden, form)
     if hidden.shape[0] == 1:
-        return _one_token(hidden, weights, ids, call)
+        return _one_token(hidden, weights, ids, call).to(dtype)
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
     bounds = offsets.tolist()
-    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1], dtype=wide(hidden.dtype))
+    rows = hidden.new_empty(tokens.shape[0], hidden.shape[1], dtype=wide(dtype))
     of_rows = weights.reshape(-1, 1).index_select(0, order)
     x = hidden.index_select(0, tokens[: bounds[-1]])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
             rows[start:end] = _expert(x[start:end], of_rows[start:end], expert, *call)
     weights = weights if weight_at == "output" else torch.ones_like(weights)
-    return combine(rows, weights, inverse, offsets, hidden.dtype)
+    return combine(rows, weights, inverse, offsets, dtype)
+
+
+def _rounded(x, form):
+    """x as fp8_block's products take it: e4m3 codes times their scales, which bfloat16 and float32 hold."""
+    return round_to_e4m3(x).to(wide(x.dtype)) if form == "fp8_block" else x
 
 
 def _one_token(hidden, weights, ids, call):
@@ -96,7 +103,7 @@ def _one_token(hidden, weights, ids, call):
         if 0 <= expert < call[0].codes.shape[0]:
             y = _expert(hidden, weights[:, slot : slot + 1], expert, *call)
             total.add_(y, alpha=weight if weight_at == "output" else 1.0)
-    return total.to(hidden.dtype)
+    return total
 
 
 def _expert(x, weight, expert, gate_up, down, activation, weight_at):
@@ -110,22 +117,23 @@ def _expert(x, weight, expert, gate_up, down, activation, weight_at):
         if x.dtype == torch.float16 and at_activation is not None:
             inner, at_activation = inner.mul_(at_activation), None
         inner = inner.to(x.dtype)
+    inner = _rounded(inner, gate_up.form)
     return _multiply(inner, down, expert, at_activation, dtype)
 
 
 def _multiply(x, projection, expert, weight, dtype):
     """x [rows, columns] times the expert's weight transposed, products in ``dtype``, in fp32, times weight [rows, 1],
     plus the bias."""
-    form, copies = projection.form, projection.copies
+    form, copy = projection.form, projection.copy
     if form == "int8_w8a8":
         y = _integers(x, projection.codes[expert], projection.scales[expert])
     elif form == "int8":
         y = _by_bytes(x.to(dtype), projection.codes[expert]).float().mul_(projection.scales[expert])
-    elif copies is not None and dtype == torch.bfloat16 and x.shape[0] <= _FEW:
-        y = _int4_product()(x, copies.codes[expert], copies.group_size, copies.scales[expert]).float()
     else:
-        x, y = round_to_e4m3(x) if form == "fp8_block" else x, None
-        if form in _ONE_ROW and x.shape[0] == 1 and dtype == torch.bfloat16:
+        y = None
+        if copy is not None and dtype == torch.bfloat16 and x.shape[0] <= copy.most_rows:
+            y = copy.multiply(x.to(dtype), expert).float()
+        elif form in _ONE_ROW and x.shape[0] == 1 and dtype == torch.bfloat16:
             y = _ONE_ROW[form](x.float(), projection, expert)
         if y is None:
             y = _converted(x.to(dtype), projection, expert)
@@ -229,15 +237,18 @@ def _converted(x, projection, expert):
     y = torch.empty(x.shape[0], codes.shape[0])
     for first in range(0, codes.shape[0], _ROWS):
         at = slice(first, first + _ROWS)
-        if projection.form == "fp8_block":
-            part = dequantise_fp8_block(codes[at], scales, x.dtype, first)
-        elif projection.form == "int4":
-            zeros = None if projection.zeros is None else projection.zeros[expert, at]
-            part = dequantise_int4(codes[at], scales[at], zeros, projection.columns, x.dtype)
-        else:
-            part = dequantise_mxfp4(codes[at], scales[at], projection.columns, x.dtype)
-        y[:, at] = linear(x, part)
+        zeros = None if projection.zeros is None else projection.zeros[expert]
+        y[:, at] = linear(x, _values(projection.form, codes, scales, zeros, projection.columns, x.dtype, at))
     return y
+
+
+def _values(form, codes, scales, zeros, columns, dtype, at):
+    """Rows ``at`` of an expert's weight as numbers."""
+    if form == "fp8_block":
+        return dequantise_fp8_block(codes[at], scales, dtype, at.start)
+    if form == "int4":
+        return dequantise_int4(codes[at], scales[at], None if zeros is None else zeros[at], columns, dtype)
+    return dequantise_mxfp4(codes[at], scales[at], columns, dtype)
 
 
 def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -254,43 +265,64 @@ def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Copy:
+    """What multiplies up to ``most_rows`` bfloat16 rows by an expert's weight, ``multiply(x, expert)``."""
+
     state: tuple
-    codes: list[torch.Tensor]
-    scales: list[torch.Tensor]  # bf16 [columns / group_size, rows, 2] each: scale, and value of the code 8
-    group_size: int
+    multiply: Callable[[torch.Tensor, int], torch.Tensor]
+    most_rows: float
 
 
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def prepack(projections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]]) -> int:
-    """Copy int4 codes [E, rows, ...] into the layout of torch's product; the bytes that takes.
+def prepack(form: str, projections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]]) -> int:
+    """Copy the weights of these projections into what torch multiplies fastest; the bytes that takes.
 
-    A projection: codes, scales, zeros or None, columns. `fused_experts` uses the copy for bfloat16 and up to 16 rows an
-    expert. It is found by the codes' very tensor, freed with it, and dropped once one of these tensors is changed in
+    A projection: codes [E, rows, ...], scales, zeros or None, columns. int4 becomes codes in the layout of torch's
+    product, for up to 16 rows an expert; fp8_block and mxfp4 become bfloat16. `fused_experts` uses the copy for
+    bfloat16. It is found by the codes' very tensor, freed with it, and dropped once one of these tensors is changed in
     place.
 
     Raises:
-        NotImplementedError: torch has no such product, or 16 does not divide the rows.
+        NotImplementedError: torch has no such product, or 16 does not divide int4's rows.
     """
-    if _int4_product() is None:
-        raise NotImplementedError("prepack: this build of torch has no int4 product for CPUs")
-    for codes, *_ in projections:
-        if codes.shape[1] % 16:
-            raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
-    return sum(_prepack(*projection) for projection in projections)
+    if form == "int4":
+        if _int4_product() is None:
+            raise NotImplementedError("prepack: this build of torch has no int4 product for CPUs")
+        for codes, *_ in projections:
+            if codes.shape[1] % 16:
+                raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
+        return sum(_keep_int4(*projection) for projection in projections)
+    return sum(_keep_converted(form, *projection) for projection in projections)
 
 
-def _prepack(codes, scales, zeros, columns) -> int:
-    copies, factors = [], []
+def _keep_int4(codes, scales, zeros, columns) -> int:
+    copies, factors, product = [], [], _int4_product()
     for expert in range(codes.shape[0]):
         integers = unpack_nibbles(codes[expert], columns).int()
         copies.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1))
         scale = scales[expert].float()
         offset = torch.zeros_like(scale) if zeros is None else (8.0 - zeros[expert].float()) * scale
         factors.append(torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous())
-    _copies[codes] = _Copy(_state(codes, scales, zeros), copies, factors, columns // scales.shape[2])
+    group_size = columns // scales.shape[2]
+    _copies[codes] = _Copy(
+        _state(codes, scales, zeros),
+        lambda x, expert: product(x, copies[expert], group_size, factors[expert]),
+        _FEW,
+    )
     return sum(tensor.nbytes for tensor in copies + factors)
+
+
+def _keep_converted(form, codes, scales, zeros, columns) -> int:
+    """The weights as `_converted` has them, so that results have its bits."""
+    kept = torch.empty(*codes.shape[:2], columns, dtype=torch.bfloat16)
+    for weight, own, factors in zip(kept, codes, scales):
+        for first in range(0, codes.shape[1], _ROWS):
+            at = slice(first, first + _ROWS)
+            weight[at] = _values(form, own, factors, None, columns, torch.bfloat16, at)
+    product = amx.product if amx.serves(kept) else linear
+    _copies[codes] = _Copy(_state(codes, scales, zeros), lambda x, expert: product(x, kept[expert]), math.inf)
+    return kept.nbytes
 
 
 def _copies_of(codes, scales, zeros) -> _Copy | None:

@@ -180,6 +180,25 @@ def test_prepacked_int4(variant, dtype, tokens):
         check(experts, *inputs(tokens, dtype), **options)
 
 
+@BY_DTYPE
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "fp8" in name or "mxfp4" in name])
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+def test_prepacked_codes(monkeypatch, variant, dtype, tokens):
+    experts, (hidden, weights, ids) = experts_of(variant, dtype), inputs(tokens, dtype)
+    monkeypatch.setattr(cpu, "_ONE_ROW", {})
+    converted = [fused_experts(hidden, experts, weights, ids, **options) for options in OPTIONS]
+    assert experts.prepack() == EXPERTS * 3 * 192 * 160 * 2
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(cpu, "_converted", None)  # codes are not converted again
+    for options, want in zip(OPTIONS, converted):
+        got = fused_experts(hidden, experts, weights, ids, **options)
+        torch.testing.assert_close(
+            got, want, rtol=0.02 if dtype == torch.bfloat16 else 0.0, atol=1e-2 if dtype == torch.bfloat16 else 0.0
+        )
+        if dtype == torch.bfloat16:
+            check(experts, hidden, weights, ids, **options)
+
+
 def test_a_prepacked_copy_is_used_until_a_tensor_changes():
     experts, (hidden, weights, ids) = experts_of("int4", torch.bfloat16), inputs(1, torch.bfloat16)
     experts.prepack()
@@ -193,7 +212,7 @@ def test_a_prepacked_copy_is_used_until_a_tensor_changes():
 
 
 def test_prepack_where_there_is_nothing_to_gain_or_nothing_to_use(monkeypatch):
-    assert all(experts_of(name, torch.bfloat16).prepack() == 0 for name in ("int8", "int8_w8a8", "fp8_block", "mxfp4"))
+    assert all(experts_of(name, torch.bfloat16).prepack() == 0 for name in ("int8", "int8_w8a8"))
     odd = experts_of("int4", torch.float32, experts=1, hidden=128, intermediate=132 - 4, biases=False)
     assert odd.prepack() > 0
     monkeypatch.setattr(cpu, "_int4_product", lambda: None)

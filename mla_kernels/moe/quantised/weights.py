@@ -13,7 +13,7 @@ import torch
 
 from mla_kernels.checks import FLOATS, check_choice, check_int, check_tensor
 from mla_kernels.cpu.packed import prepack
-from mla_kernels.cpu.quantised import prepack as prepack_int4
+from mla_kernels.cpu.quantised import prepack as prepack_quantised
 from mla_kernels.moe.quantised.converters import PUBLISHED, mxfp4_projection, stack_experts
 from mla_kernels.moe.quantised.formats import FORMATS, WeightFormat, dequantise_weight, quantise_weight, weight_shape
 from mla_kernels.quant.int4 import GROUP_SIZES, SYMMETRIC_ZERO
@@ -326,9 +326,10 @@ class ExpertWeights:
     def prepack(self) -> int:
         """On the CPU: keep a copy in the layout that torch multiplies fastest, which :func:`fused_experts` then uses.
 
-        int4: half a byte a weight and 4 bytes a group, for bfloat16 activations and up to 16 rows an expert. plain:
-        :func:`mla_kernels.cpu.prepack`. Other formats have no such layout. The copy belongs to the tensors: it is freed
-        with them and no longer used once one is changed in place.
+        int4: half a byte a weight and 4 bytes a group, for bfloat16 activations and up to 16 rows an expert. fp8_block
+        and mxfp4: the bfloat16 weights, 2 bytes each, for bfloat16 activations, which else are made anew at each call.
+        plain: :func:`mla_kernels.cpu.prepack`. int8 and int8_w8a8 multiply their codes as they are. The copy belongs to
+        the tensors: it is freed with them and no longer used once one is changed in place.
 
         Returns:
             Bytes that the copy takes, 0 where there is none.
@@ -341,10 +342,11 @@ class ExpertWeights:
             raise ValueError(f"prepack: got weights on {self.device}, cpu is accepted")
         if self.format is WeightFormat.PLAIN:
             return prepack(gate_up=self.gate_up, down=self.down)
-        if self.format is not WeightFormat.INT4:
+        if self.format not in (WeightFormat.INT4, WeightFormat.FP8_BLOCK, WeightFormat.MXFP4):
             return 0
         gate_up = self.gate_up, self.gate_up_scale, self.gate_up_zero, self.hidden_size
-        return prepack_int4([gate_up, (self.down, self.down_scale, self.down_zero, self.intermediate_size)])
+        down = self.down, self.down_scale, self.down_zero, self.intermediate_size
+        return prepack_quantised(self.format.value, [gate_up, down])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors there are, by attribute, as ``safetensors.torch.save_file`` takes them."""
