@@ -70,7 +70,7 @@ def define_op(
 
     torch.library.register_fake(qualified, on_fake, lib=LIBRARY)
     if autograd is not None:
-        LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, *autograd), "Autograd", with_keyset=True)
+        LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, complete, *autograd), "Autograd", with_keyset=True)
     return op
 
 
@@ -99,7 +99,7 @@ def _without_autocast(implementation: Callable, complete: Callable, kind: str | 
     return run
 
 
-def _autograd_kernel(op, on_cpu, on_device, setup_context, backward):
+def _autograd_kernel(op, on_cpu, on_device, complete, setup_context, backward):
     """The op's Autograd kernel: torch's own where a gradient is wanted, else straight to the implementation.
 
     ``torch.library.register_autograd`` always dispatches a second time, which costs more than the rest of the call.
@@ -112,6 +112,7 @@ def _autograd_kernel(op, on_cpu, on_device, setup_context, backward):
     known: dict = {}  # key set as an integer -> implementation; looking keys up one by one costs 2 us
 
     def kernel(keyset, *args):
+        args = complete(args)  # autograd counts gradients by the arguments that it sees
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return differentiable(keyset, *args)
         bits = keyset.raw_repr()
