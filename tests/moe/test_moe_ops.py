@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from mla_kernels.launch import CHIPS, KERNELS
+from mla_kernels.launch import KERNELS
 from mla_kernels.moe.dispatch.combine import combine
 from mla_kernels.moe.dispatch.dispatch import dispatch
 from mla_kernels.moe.experts.activation import SWIGLU
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.experts.parts import expert_ffn
 from mla_kernels.moe.route.route import route
+from mla_kernels.targets.chips import CHIPS
 from tests.moe.problems import OPTIONS, layer, with_options
 
 OPS = torch.ops.mla_kernels

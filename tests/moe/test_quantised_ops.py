@@ -7,11 +7,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_kernels import launch
-from mla_kernels.launch import CHIPS, KERNELS
+from mla_kernels.launch import KERNELS
 from mla_kernels.moe.experts.activation import SWIGLU
 from mla_kernels.moe.quantised import eight_bit, weight_only
 from mla_kernels.moe.quantised.fused_experts import fused_experts
 from mla_kernels.moe.route.route import route
+from mla_kernels.targets.chips import CHIPS
 from tests.moe.quantised_problems import FORMATS, quantised_layer
 
 OP = torch.ops.mla_kernels.quantised_moe.default
