@@ -40,6 +40,7 @@ def shapes(count: int) -> list[tuple]:
     return list(zip(*columns, lengths))
 
 
+@pytest.mark.quick("mla_prefill")
 @pytest.mark.parametrize("heads, widths, dtype, causal, lengths", shapes(8))
 def test_parity(backend, device, heads, widths, dtype, causal, lengths):
     key, rope, value = widths

@@ -13,6 +13,7 @@ from tests.support import not_on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.quick("sparse_mla_prefill_backward")
 @pytest.mark.parametrize(
     "heads, top_k, dtype, sink",
     [
