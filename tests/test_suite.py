@@ -46,6 +46,18 @@ def test_turns():
     assert len(found) == 7, text
 
 
+def test_without_the_ascend_toolchain(tmp_path):
+    """What needs it fails, and says what to do; the other backends run."""
+    missing = {"MLA_KERNELS_ASCEND_PYTHON": "/nowhere/python", "MLA_KERNELS_CACHE": str(tmp_path)}
+    found, text = outcomes("cpu,interpret,npu-emulated", "--no-turns -k by_turns", **missing)
+    assert len(found) == 12
+    for outcome, *_, parameters in found:
+        assert outcome == ("FAILED" if parameters.startswith("npu-emulated") else "PASSED"), text
+    assert text.count("no Ascend toolchain at /nowhere/python: `make .venv-ascend/.ready`") >= 4
+    assert text.count("The parity tests run without it: --backend cpu,interpret") == 4
+    assert "Traceback" not in text
+
+
 def test_quick():
     """The first case on each backend for which the mark holds; it fails where it does not call the op."""
     found, text = outcomes("cpu,interpret", "--quick", CASES.with_name("quick_cases.py"))
