@@ -215,6 +215,14 @@ def device(backend):
     return torch.device(backend, 0) if backend in DEVICES else torch.device("cpu")
 
 
+@pytest.fixture
+def cpu_code():
+    """Public ops called with CPU tensors run the torch code, as for users; without it, or a backend, they run in the
+    interpreter."""
+    with launch.on_cpu("torch"):
+        yield
+
+
 _launched: Counter = Counter()
 """Kernels launched since the test began, by what ran them: "interpret", "npu-emulated", or the device's type."""
 
