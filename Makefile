@@ -1,4 +1,5 @@
 # make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
+# make quick: lint, imports and one parity case an op, without the Ascend toolchain.
 # make test-versions: what depends on the versions of torch, Triton and transformers, on older ones (tests/versions).
 # make tables: choose the tiles that ship.  make docs: the pages of docs/ as a site in site/.
 PYTHON ?= python3
@@ -7,16 +8,19 @@ PYTEST_WORKERS ?= 2
 VERSIONS = torch-2.11 torch-2.13
 PYTHONS_torch-2.11 = 3.12
 PYTHONS_torch-2.13 = 3.11 3.10 3.12 3.13
-.PHONY: demo test test-slow test-versions $(VERSIONS:%=test-%) bench lint docs tables wheel clean
+.PHONY: demo quick test test-slow test-versions $(VERSIONS:%=test-%) bench lint docs tables wheel clean
 
 demo: .venv/.demo
 	.venv/bin/python -m mla_kernels demo
 
+quick: lint
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --quick
+
 test: .venv/.dev .venv-ascend/.ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --turns
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal
 
 test-slow: .venv/.dev .venv-ascend/.ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --slow --timeout 3600
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --no-turns --slow --timeout 3600
 
 # The NPU emulator and the tuner do not depend on these versions.
 test-versions: $(VERSIONS:%=test-%)

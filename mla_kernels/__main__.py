@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", add_help=False, help="a Hugging Face DeepSeek model with and without mla_kernels")
 
-    every = commands.add_parser("check", help="compile every kernel for every target; exit 1 if one fails")
+    every = commands.add_parser(
+        "check", help="compile every kernel for every target; exit 1 if one fails, 2 if a compiler is missing"
+    )
     for name, accepted in names.items():
         every.add_argument(
             f"--{name}", nargs="+", action="extend", default=[], choices=accepted, metavar=name[0].upper(),
@@ -73,8 +75,7 @@ def run_check(options) -> int:
     partial = options.target or options.kernel or options.dtype or options.case
     if partial and options.markdown not in ("", "-"):
         options.error("--markdown FILE writes the whole matrix: it takes no --target, --kernel, --dtype or --case")
-    with tiles.silent():  # declared cases need no table
-        wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
+    wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
     if not wanted:
         options.error("no declared kernel has this combination of --kernel, --case and --dtype")
     return check.show(wanted, markdown=options.markdown, output=options.json)
@@ -88,7 +89,8 @@ def run_compile(options) -> int:
         options.error(f"--case {options.case}: {kernel.name} has {', '.join(cases)}")
     tile = {}
     if chip.name not in kernel.unsupported:
-        tile = dict(kernel.tile_for(chip, options.dtype, case.statics, case.sizes))
+        with tiles.silent():  # declared cases need no table
+            tile = dict(kernel.tile_for(chip, options.dtype, case.statics, case.sizes))
     for name, value in options.tile:
         if name not in kernel.tiles:
             options.error(f"--tile {name}: {kernel.name} has {', '.join(kernel.tiles)}")
@@ -139,7 +141,8 @@ def _version(package: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if a kernel or a comparison fails, 2 if the command could not be run."""
+    """Run a command; 0 if all is well, 1 if a kernel or a comparison fails, 2 if it, or a part of it, could not be run
+    for want of something that is not installed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["demo"]:
         from mla_kernels import demo

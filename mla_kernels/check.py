@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from mla_kernels import tiles
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many, compiler_version
 from mla_kernels.targets.report import Report
+from mla_kernels.targets.service import ToolchainMissing
 from mla_kernels.targets.source import python_function
 
 MATRIX_START = "<!-- support matrix: start (python -m mla_kernels check writes it) -->"
@@ -39,7 +41,8 @@ def requests(
                     if dtypes and dtype not in dtypes:
                         continue
                     known = chip.name not in kernel.unsupported
-                    tile = kernel.tile_for(chip, dtype, case.statics, case.sizes) if known else {}
+                    with tiles.silent():  # declared cases need no table
+                        tile = kernel.tile_for(chip, dtype, case.statics, case.sizes) if known else {}
                     found.append(Request(kernel, chip, dtype, case.statics, tile, case.name))
     return found
 
@@ -63,12 +66,12 @@ def failures(reports: Iterable[Report]) -> list[Report]:
 
 def compilers(reports: Iterable[Report]) -> str:
     """Which versions of the compilers made these reports: "triton 3.9.0; triton-ascend 3.2.0, ascendnpu-ir 1.2.0"."""
-    kinds = dict.fromkeys(_kind(report) for report in reports if not report.unsupported)
+    kinds = dict.fromkeys(_kind(report.target) for report in reports if not (report.unsupported or report.missing))
     return "; ".join(compiler_version(kind) for kind in kinds)
 
 
-def _kind(report: Report) -> str:
-    return "gpu" if CHIPS[report.target].is_gpu else "ascend"
+def _kind(target: str) -> str:
+    return "gpu" if CHIPS[target].is_gpu else "ascend"
 
 
 def cells(reports: Iterable[Report]) -> dict[tuple[str, str], dict[str, list[Report]]]:
@@ -91,6 +94,8 @@ def cell(reports: list[Report]) -> str:
     """One cell of the printed matrix, in rich's markup: how full the fullest memory is, or what is wrong."""
     if all(report.unsupported for report in reports):
         return "[dim]none[/]"
+    if any(report.missing for report in reports):
+        return f"[bold red]no {'Triton' if CHIPS[reports[0].target].is_gpu else 'triton-ascend'}[/]"
     wrong = failures(reports)
     if not wrong:
         return f"[green]{fullest(reports)}%[/]"
@@ -177,10 +182,25 @@ def dump(reports: Iterable[Report], path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def absent(wanted: Iterable[Request]) -> dict[str, ToolchainMissing]:
+    """Targets of ``wanted`` that no compiler is installed for -> what is missing."""
+    found = {}
+    for target in dict.fromkeys(request.chip.name for request in wanted):
+        try:
+            compiler_version(_kind(target))
+        except ToolchainMissing as missing:
+            found[target] = missing
+    return found
+
+
 def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None = None) -> int:
-    """Compile ``wanted`` under a progress bar, print the matrix and every failure; 1 if there is one, else 0.
+    """Compile ``wanted`` under a progress bar, print the matrix and every failure.
 
     ``markdown``: "-" prints the support matrix instead, a path rewrites it in that file. ``output``: a JSON file.
+
+    Returns 0 if all is well, 1 if a kernel fails, and 2 if none does but a target's compiler is missing: its column
+    says so, the others are compiled. The support matrix needs all compilers, and something must be left to compile:
+    otherwise ToolchainMissing is raised.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -189,15 +209,21 @@ def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None =
     console, messages = Console(), Console(stderr=True)
     if not console.is_terminal:
         console.width = 132
+    without = absent(wanted)
+    present = [request for request in wanted if request.chip.name not in without]
+    if without and (markdown or not present):
+        raise next(iter(without.values()))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     begin = time.monotonic()
     with Progress(*columns, console=messages, transient=True) as bar:
-        task = bar.add_task("compiling", total=len(wanted))
+        task = bar.add_task("compiling", total=len(present))
 
         def progress(report: Report) -> None:
             bar.update(task, advance=1, description=f"{report.target} {report.kernel}")
 
-        reports = compile_many(wanted, progress)
+        compiled = compile_many(present, progress)
+    rest = (request for request in wanted if request.chip.name in without)
+    reports = [*compiled, *(_not_compiled(request, without[request.chip.name]) for request in rest)]
     seconds = time.monotonic() - begin
     if output is not None:
         dump(reports, output)
@@ -208,14 +234,24 @@ def show(wanted: Sequence[Request], *, markdown: str = "", output: Path | None =
         document.write_text(replace_matrix(document.read_text(), support_markdown(reports)))
     else:
         console.print(table(reports))
-    wrong = failures(reports)
+    wrong = failures(compiled)
     for report in wrong:
         messages.print(f"[bold red]{report.target}[/] {escape(report.label)}: {escape(report.problem)}", soft_wrap=True)
-    gaps = sum(report.unsupported for report in reports)
+    gaps = sum(report.unsupported for report in compiled)
     messages.print(
-        f"{len(reports)} compilations by {compilers(reports)} in {seconds:.0f} s: "
-        f"{len(reports) - len(wrong) - gaps} ok, {len(wrong)} failed, {gaps} declared unsupported. "
+        f"{len(compiled)} compilations by {compilers(compiled)} in {seconds:.0f} s: "
+        f"{len(compiled) - len(wrong) - gaps} ok, {len(wrong)} failed, {gaps} declared unsupported. "
         "Nothing ran on a device.",
         soft_wrap=True,
     )
-    return int(bool(wrong))
+    for reason in dict.fromkeys(map(str, without.values())):
+        names = ", ".join(target for target, missing in without.items() if str(missing) == reason)
+        messages.print(f"[bold red]Not checked: {names}[/]: {escape(reason)}", soft_wrap=True)
+    return 1 if wrong else 2 if without else 0
+
+
+def _not_compiled(request: Request, missing: ToolchainMissing) -> Report:
+    return Report(
+        request.chip.name, request.kernel.name, request.dtype, request.case, dict(request.tile),
+        compiled=False, reason=str(missing), missing=True,
+    )  # fmt: skip

@@ -10,10 +10,15 @@ was launched there. Marks say what differs, ``when`` a condition on the test's p
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
 combinations that do not exist. Nothing skips itself: a skipped test fails.
 
-With ``--turns`` (as ``make test`` has it) the cases of a test take turns: one runs in the interpreter, one in the
-emulator, and from the third on one in neither where the CPU code runs it, which runs them all.
+The cases of a test take turns: one runs in the interpreter, one in the emulator, and from the third on one in neither
+where the CPU code runs it, which runs them all. With ``--no-turns`` each runs everywhere.
+
+``--quick`` (``make quick``) runs the tests marked ``quick`` and no others: all cases of one marked ``quick()``, and of
+one marked ``quick("an_op", when=...)`` the first on each backend, on ``cpu`` and ``interpret`` if nothing else is
+chosen. Such a case must call the op that its mark names, and every registered op must be named by one.
 """
 
+import argparse
 import inspect
 import os
 import sys
@@ -22,6 +27,7 @@ from collections import Counter
 BACKENDS = ("cpu", "interpret", "npu-emulated", "cuda", "npu")
 DEVICES = ("cuda", "npu")
 EXECUTORS = ("interpret", "npu-emulated")
+QUICK_BACKENDS = ("cpu", "interpret")
 
 
 def _backends(arguments: list[str]) -> tuple[str, ...]:
@@ -30,6 +36,8 @@ def _backends(arguments: list[str]) -> tuple[str, ...]:
             return tuple(argument.removeprefix("--backend=").split(","))
         if argument == "--backend":
             return tuple(arguments[index + 1].split(","))
+    if "PYTEST_BACKENDS" not in os.environ and "--quick" in arguments:
+        return QUICK_BACKENDS
     return tuple(os.environ.get("PYTEST_BACKENDS", "cpu,interpret,npu-emulated").split(","))
 
 
@@ -41,16 +49,23 @@ if not ON_DEVICE:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mla_kernels import launch, tile_files  # noqa: E402
+from mla_kernels.targets.service import ToolchainMissing  # noqa: E402
 
+WITHOUT_ASCEND = "The parity tests run without it: --backend cpu,interpret"
 MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated"}
 
 
 def pytest_addoption(parser):
     parser.addoption("--backend", default=",".join(CHOSEN), help=f"comma-separated, of {', '.join(BACKENDS)}")
     parser.addoption("--slow", action="store_true", help="run the sweeps that take minutes, too")
-    parser.addoption("--turns", action="store_true", help=f"cases share {' and '.join(EXECUTORS)} between them")
+    parser.addoption(
+        "--turns", action=argparse.BooleanOptionalAction, default=True,
+        help=f"cases share {' and '.join(EXECUTORS)} between them",
+    )  # fmt: skip
+    parser.addoption("--quick", action="store_true", help="one parity case an op, and what else is marked quick")
 
 
 def pytest_configure(config):
@@ -61,6 +76,7 @@ def pytest_configure(config):
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
+    config.addinivalue_line("markers", "quick(*ops, when=None): runs with --quick; with ops: its first case")
     config.addinivalue_line("markers", "device_process: takes no backend, but runs where a device's tests do")
     config.addinivalue_line("markers", "no_launch(reason, when=None): no kernel may be launched, on any backend")
 
@@ -73,12 +89,51 @@ def pytest_collection_modifyitems(config, items):
     chosen = {True: [], False: []}
     for item in items:
         chosen[_runs(item, config.getoption("--slow"))].append(item)
-    if config.getoption("--turns"):
+    if config.getoption("--quick"):
+        quick = _quick(chosen[True])
+        chosen[False] += [item for item in chosen[True] if item not in quick]
+        chosen[True] = [item for item in chosen[True] if item in quick]
+        called = {(op, _parameters(item).get("backend")) for item in quick for op in quick[item]}
+        left_out = sorted(op for op in _ops() if any((op, backend) not in called for backend in CHOSEN))
+        if left_out and _everything_was_collected(config):
+            raise pytest.UsageError(f"--quick: no parity test is marked quick for {', '.join(left_out)}")
+    elif config.getoption("--turns"):
         out_of_turn = _out_of_turn(chosen[True])
         chosen[False] += [item for item in chosen[True] if item in out_of_turn]
         chosen[True] = [item for item in chosen[True] if item not in out_of_turn]
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_ignore_collect(collection_path, config):
+    """``--quick`` reads only files that have a mark for it."""
+    if config.getoption("--quick") and collection_path.name.startswith("test_"):
+        return True if "mark.quick" not in collection_path.read_text() else None
+    return None
+
+
+def _quick(items) -> dict:
+    """What ``--quick`` runs: item -> the ops that it must call."""
+    found: dict = {}
+    seen = set()
+    for item in items:
+        for mark in item.iter_markers("quick"):
+            case = (item.path, item.cls, item.originalname, mark.args, _parameters(item).get("backend"))
+            if _holds(mark, item) and not (mark.args and case in seen):
+                seen.add(case)
+                found.setdefault(item, set()).update(mark.args)
+    return found
+
+
+def _ops() -> set[str]:
+    """Names of all ops that the library registers."""
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name for space, name in names if space == "mla_kernels"}
+
+
+def _everything_was_collected(config) -> bool:
+    return config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
 
 
 def _out_of_turn(items) -> set:
@@ -110,18 +165,22 @@ def _parameters(item) -> dict:
 
 def _mark(item, name: str):
     """The mark of this name whose condition holds for the item's parameters; None if there is none."""
+    return next((mark for mark in item.iter_markers(name) if _holds(mark, item)), None)
+
+
+def _holds(mark, item) -> bool:
+    when = mark.kwargs.get("when")
     parameters = _parameters(item)
-    for mark in item.iter_markers(name):
-        when = mark.kwargs.get("when")
-        if when is None or when(**{name: parameters[name] for name in inspect.signature(when).parameters}):
-            return mark
-    return None
+    return when is None or bool(when(**{name: parameters[name] for name in inspect.signature(when).parameters}))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A check that skips itself is no check: what it needs and lacks is a failure."""
-    return _without_skip((yield))
+    report = _without_skip((yield))
+    if call.excinfo is not None and call.excinfo.errisinstance(ToolchainMissing):
+        report.longrepr = f"{call.excinfo.value}\n{WITHOUT_ASCEND}"
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
@@ -156,6 +215,14 @@ def device(backend):
     return torch.device(backend, 0) if backend in DEVICES else torch.device("cpu")
 
 
+@pytest.fixture
+def cpu_code():
+    """Public ops called with CPU tensors run the torch code, as for users; without it, or a backend, they run in the
+    interpreter."""
+    with launch.on_cpu("torch"):
+        yield
+
+
 _launched: Counter = Counter()
 """Kernels launched since the test began, by what ran them: "interpret", "npu-emulated", or the device's type."""
 
@@ -175,6 +242,19 @@ def _count_launches():
 _count_launches()
 
 
+class _Calls(TorchDispatchMode):
+    """Names of the library's ops that were called in the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mla_kernels":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test that takes a backend launches kernels there, and one that is marked ``no_launch`` does not."""
@@ -182,7 +262,14 @@ def pytest_pyfunc_call(pyfuncitem):
     if backend in DEVICES and not (hasattr(torch, backend) and getattr(torch, backend).is_available()):
         pytest.fail(f"--backend {backend}: torch {torch.__version__} sees no such device here", pytrace=False)
     _launched.clear()
-    result = yield
+    ops = _quick([pyfuncitem]).get(pyfuncitem) if pyfuncitem.config.getoption("--quick") else None
+    if ops:
+        with _Calls() as calls:
+            result = yield
+        if ops - calls.names:
+            pytest.fail(f"marked quick for {', '.join(sorted(ops - calls.names))}, called {calls.names}", pytrace=False)
+    else:
+        result = yield
     if backend not in (None, "cpu"):
         none_expected = _mark(pyfuncitem, "no_launch")
         if none_expected is None and not _launched[backend]:

@@ -166,7 +166,7 @@ def test_writing_a_kernel(tmp_path):
     path = module_of(KERNEL_PAGE, tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "tests.conftest"]
-    options += ["--backend", "cpu,interpret,npu-emulated", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["--backend", "cpu,interpret,npu-emulated", "--no-turns", "-p", "no:cacheprovider", "-p", "no:xdist"]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(path)], env=environment, cwd=ROOT, capture_output=True, text=True
     )

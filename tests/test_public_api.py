@@ -4,10 +4,13 @@ import importlib
 import inspect
 import re
 
+import pytest
 import torch
 
 import mla_kernels
 from mla_kernels.moe.experts.activation import SWIGLU
+
+pytestmark = pytest.mark.quick
 
 SIGNATURES = {
     "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",

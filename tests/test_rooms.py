@@ -4,6 +4,10 @@ import ast
 import graphlib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = {"gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
 TOOLS = {"", "__main__", "check", "demo"}

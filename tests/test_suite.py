@@ -1,6 +1,9 @@
 """What tests/conftest.py promises: a test runs on the backend that it names, or it does not pass."""
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +13,9 @@ CASES = Path(__file__).with_name("suite_cases.py")
 LINE = re.compile(r"^(PASSED|FAILED|SKIPPED|ERROR) \S*::test_(passes|fails)(\w*)(?:\[(.*?)\])?", re.MULTILINE)
 
 
-def outcomes(backend, options="", **environment):
+def outcomes(backend, options="--no-turns", cases=CASES, **environment):
     """(outcome, "passes" or "fails", rest of its name, parameters) of each case, and the report."""
-    child = run_cases(CASES, backend, PYTEST_ADDOPTS=f"-rA {options}", **environment)
+    child = run_cases(cases, backend, PYTEST_ADDOPTS=f"-rA {options}", **environment)
     return LINE.findall(child.stdout), child.stdout
 
 
@@ -37,7 +40,56 @@ def test_a_device_that_is_not_there():
 
 def test_turns():
     """Cases share the executors between them."""
-    found, text = outcomes("cpu,interpret,npu-emulated", "--turns -k by_turns")
+    found, text = outcomes("cpu,interpret,npu-emulated", "-k by_turns")
     turns = {parameters for *_, parameters in found} - {f"cpu-{n}" for n in range(4)}
     assert turns in ({"interpret-0", "npu-emulated-1", "interpret-3"}, {"npu-emulated-0", "interpret-1", "interpret-3"})
     assert len(found) == 7, text
+
+
+def test_without_the_ascend_toolchain(tmp_path):
+    """What needs it fails, and says what to do; the other backends run."""
+    missing = {"MLA_KERNELS_ASCEND_PYTHON": "/nowhere/python", "MLA_KERNELS_CACHE": str(tmp_path)}
+    found, text = outcomes("cpu,interpret,npu-emulated", "--no-turns -k by_turns", **missing)
+    assert len(found) == 12
+    for outcome, *_, parameters in found:
+        assert outcome == ("FAILED" if parameters.startswith("npu-emulated") else "PASSED"), text
+    assert text.count("no Ascend toolchain at /nowhere/python: `make .venv-ascend/.ready`") >= 4
+    assert text.count("The parity tests run without it: --backend cpu,interpret") == 4
+    assert "Traceback" not in text
+
+
+def test_quick():
+    """The first case on each backend for which the mark holds; it fails where it does not call the op."""
+    found, text = outcomes("cpu,interpret", "--quick", CASES.with_name("quick_cases.py"))
+    assert Counter((outcome, promise, parameters) for outcome, promise, _, parameters in found) == {
+        ("PASSED", "passes", "cpu-3"): 1,
+        ("PASSED", "passes", "interpret-3"): 1,
+        ("FAILED", "fails", "cpu"): 1,
+        ("FAILED", "fails", "interpret"): 1,
+        ("PASSED", "passes", "1"): 1,
+        ("PASSED", "passes", "2"): 1,
+    }, text
+    assert "marked quick for merge_states, called {'dispatch'}" in text
+
+
+def collected(*options):
+    """``pytest --quick`` of the whole suite, collected and not run, without the Ascend toolchain."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "--quick", "--collect-only", "-p", "no:cacheprovider", *options]
+    environment = clean | {"MLA_KERNELS_ASCEND_PYTHON": "/nowhere/python"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[1])
+
+
+def test_quick_has_a_case_of_every_op_on_the_cpu_and_in_the_interpreter():
+    child = collected()
+    assert child.returncode == 0, child.stdout + child.stderr
+    for name in ("test_decode.py::test_parity[", "test_route.py::test_parity["):
+        assert all(f"{name}{backend}-" in child.stdout for backend in ("cpu", "interpret")), child.stdout
+    assert "npu-emulated" not in child.stdout and "test_rooms.py::" in child.stdout
+
+
+def test_quick_refuses_to_leave_an_op_out():
+    child = collected("--ignore", "tests/latent/test_tools.py")
+    assert child.returncode == 4, child.stdout + child.stderr
+    wanted = "--quick: no parity test is marked quick for copy_pages, gather_tokens, scatter_tokens"
+    assert wanted in child.stdout + child.stderr

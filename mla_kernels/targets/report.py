@@ -22,6 +22,7 @@ class Report:
     compiled: bool
     reason: str = ""
     unsupported: bool = False  # the declaration says that the kernel has no path here; ``reason`` is its reason
+    missing: bool = False  # no compiler for this target is installed here; ``reason`` says which and how to get it
     registers: int | None = None
     spills: int = 0
     loop_spills: int = 0

@@ -37,8 +37,9 @@ def ascend_python() -> str:
         if candidate.exists():
             return str(candidate)
     raise ToolchainMissing(
-        f"no Ascend toolchain at {named or '.venv-ascend'}: make a virtual environment with triton-ascend==3.2.0, "
-        "ascendnpu-ir==1.2.0, numpy and pybind11, and name its python in MLA_KERNELS_ASCEND_PYTHON"
+        f"no Ascend toolchain at {named or '.venv-ascend'}: `make .venv-ascend/.ready` in the repository brings it; "
+        "elsewhere make a virtual environment with triton-ascend==3.2.0, ascendnpu-ir==1.2.0, numpy and pybind11, and "
+        "name its python in MLA_KERNELS_ASCEND_PYTHON"
     )
 
 

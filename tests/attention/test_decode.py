@@ -35,6 +35,7 @@ def shapes(count: int) -> list[tuple]:
     return list(zip(*columns, lengths))
 
 
+@pytest.mark.quick("mla_decode", when=lambda heads: heads < 16)
 @pytest.mark.parametrize("heads, page_size, queries, dtype, lengths", shapes(10))
 def test_parity(backend, device, heads, page_size, queries, dtype, lengths):
     problem = make(lengths, heads=heads, page_size=page_size, queries=queries, dtype=dtype, device=device)
@@ -188,8 +189,9 @@ def test_a_sink_is_one_more_key_of_value_zero(backend, device):
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_window_that_holds_everything_is_none(backend, device, queries):
     problem = make([700, 64, 3, 0], heads=4, queries=queries, device=device)
+    without = problem.run()
     for window in (703, 1 << 29, 1 << 31):
-        for got, want in zip(problem.run(window=window), problem.run()):
+        for got, want in zip(problem.run(window=window), without):
             assert torch.equal(got, want)
 
 

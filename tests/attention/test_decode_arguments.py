@@ -9,6 +9,8 @@ from mla_kernels.latent.cache import LatentCache
 from tests.attention.problems import make
 from tests.support import not_on
 
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
 
 @pytest.fixture
 def problem(monkeypatch):

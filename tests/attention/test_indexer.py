@@ -16,6 +16,7 @@ from tests.support import not_on
 LENGTHS = (65, 0, 1, 130)
 
 
+@pytest.mark.quick("indexer_logits")
 @pytest.mark.parametrize(
     "heads, head_dim, dtype, fp8",
     [
@@ -31,6 +32,7 @@ def test_logits(backend, device, heads, head_dim, dtype, fp8):
     problem.check(problem.run())
 
 
+@pytest.mark.quick("paged_indexer_logits")
 @pytest.mark.parametrize(
     "heads, queries, page_size, dtype, layout",
     [
@@ -123,6 +125,7 @@ def test_the_same_bits_every_time_and_in_any_batch(backend, device):
     torch.testing.assert_close(alone, together, **({} if backend == "cpu" else {"rtol": 0, "atol": 0}))
 
 
+@pytest.mark.quick("select_keys")
 def test_selected_keys(backend, device, monkeypatch):
     """The top-k of the op's own logits, also where the workspace holds two tokens at a time."""
     problem = make_ragged(5, 200, device=device)
@@ -150,6 +153,7 @@ def test_selected_slots_are_the_references(backend, device):
     assert torch.equal(problem.select(9).cpu(), reference.select_slots(*problem.tensors(), 9))
 
 
+@pytest.mark.quick("select_slots")
 def test_the_example_of_select_slots(backend, device):
     """Table row [7, 2], pages of 4: positions [1, 5] are slots [29, 9]."""
     cache = IndexerCache.allocate(8, 4, head_dim=32, dtype=torch.float32, device=device)

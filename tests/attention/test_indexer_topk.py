@@ -16,6 +16,7 @@ KINDS = ("normal", "zeros", "mixed", "subnormal")
 SHAPES = ((3, 50, 7), (2, 300, 64), (1, 40, 70), (2, 300, 1))
 
 
+@pytest.mark.quick("indexer_topk")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_indices_of_the_reference(backend, device, kind):
     for rows, columns, top_k in SHAPES:

@@ -20,6 +20,7 @@ def check(outs, lses, result):
     assert_close(result[1].cpu(), exact[1])
 
 
+@pytest.mark.quick("merge_states")
 @pytest.mark.parametrize("shape", [(2, 7, 512), (3, 2, 3, 5, 64), (1, 4, 16), (5, 33, 48), (2, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity(backend, device, shape, dtype):

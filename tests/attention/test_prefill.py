@@ -40,7 +40,9 @@ def shapes(count: int) -> list[tuple]:
     return list(zip(*columns, lengths))
 
 
+@pytest.mark.quick("mla_prefill")
 @pytest.mark.parametrize("heads, widths, dtype, causal, lengths", shapes(8))
+@pytest.mark.slow(when=lambda backend, heads: backend == "interpret" and heads == 16)  # the emulator runs these
 def test_parity(backend, device, heads, widths, dtype, causal, lengths):
     key, rope, value = widths
     problem = make(lengths, heads=heads, key=key, rope=rope, value=value, dtype=dtype, causal=causal, device=device)
@@ -159,7 +161,7 @@ def test_chunked_prefill_equals_one_call(backend, device, dtype, context):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_batch(backend, device, dtype):
-    problem = make([(70, 100), (130, 65), (0, 5), (3, 70), (9, 0)], heads=2, dtype=dtype, device=device)
+    problem = make([(70, 100), (130, 65), (0, 5), (3, 70), (9, 0)], heads=1, dtype=dtype, device=device)
     together = problem.run()
     for index in range(problem.cu_seqlens_q.numel() - 1):
         rows = slice(*problem.cu_seqlens_q[index : index + 2].tolist())

@@ -8,6 +8,8 @@ from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import make
 from tests.support import not_on
 
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
 
 @pytest.fixture
 def problem(monkeypatch):

@@ -14,6 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RAGGED = [(5, 9), (65, 70), (0, 4), (70, 3), (3, 0), (64, 64)]
 
 
+@pytest.mark.quick("mla_prefill_backward", when=lambda heads: heads == 1)
 @pytest.mark.parametrize(
     "dtype, widths, heads, causal",
     [

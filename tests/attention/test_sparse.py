@@ -30,6 +30,7 @@ def shapes(count: int) -> list[tuple]:
     return list(zip(*columns))
 
 
+@pytest.mark.quick("sparse_mla_decode", when=lambda heads: heads < 16)
 @pytest.mark.parametrize("heads, top_k, page_size, queries, dtype", shapes(7))
 def test_decode_parity(backend, device, heads, top_k, page_size, queries, dtype):
     options = dict(heads=heads, page_size=page_size, queries=queries, dtype=dtype, device=device)
@@ -37,6 +38,7 @@ def test_decode_parity(backend, device, heads, top_k, page_size, queries, dtype)
     problem.check(problem.run())
 
 
+@pytest.mark.quick("sparse_mla_prefill", when=lambda heads: heads < 16)
 @pytest.mark.parametrize("heads, top_k, page_size, queries, dtype", shapes(6))
 def test_prefill_parity(backend, device, heads, top_k, page_size, queries, dtype):
     options = dict(heads=heads, dtype=dtype, lengths=heads % 2 == 1, sink=heads < 63, device=device)

@@ -9,6 +9,8 @@ from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import make_decode, make_prefill
 from tests.support import not_on
 
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensor, tensor], -1)[..., 0]

@@ -13,6 +13,7 @@ from tests.support import not_on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.quick("sparse_mla_prefill_backward")
 @pytest.mark.parametrize(
     "heads, top_k, dtype, sink",
     [
@@ -82,6 +83,7 @@ def test_chunks_of_tokens(backend, device, monkeypatch):
     assert torch.equal(chunked[0], whole[0])  # d q of a token looks at that token alone
 
 
+@pytest.mark.usefixtures("cpu_code")
 def test_blocks_of_picks_on_the_cpu(monkeypatch):
     problem = make_prefill(4, 33, heads=3, sink=True, lengths=True)
     monkeypatch.setattr(cpu_sparse, "_MAX_PICKS", 10)
@@ -89,6 +91,7 @@ def test_blocks_of_picks_on_the_cpu(monkeypatch):
     problem.check_gradients()
 
 
+@pytest.mark.usefixtures("cpu_code")
 @pytest.mark.parametrize("heads, dtype", [(3, torch.float32), (17, torch.bfloat16), (5, torch.float16)])
 def test_products_over_all_rows_on_the_cpu(heads, dtype, monkeypatch):
     monkeypatch.setattr(cpu_sparse, "_DENSE_SCORES", 75 * heads * 16)  # 16 tokens at a time
@@ -101,6 +104,7 @@ def test_products_over_all_rows_on_the_cpu(heads, dtype, monkeypatch):
     problem.check_gradients()
 
 
+@pytest.mark.usefixtures("cpu_code")
 def test_broken_rows_reach_who_picked_them_on_the_cpu():
     problem = make_prefill(40, 20, rows=75)
     problem.kv.nan_to_num_()

@@ -33,7 +33,7 @@ def same_choice(actual, weights, ids):
 def test_sglang_routers(backend, device, renormalize, shared, on_output):
     """SGLang 0.5.23: renormalised or not, the output's factor is applied where asked for, and a fused shared expert
     weighs what comes to 1 after the factor of either place."""
-    hidden, logits, bias = torch.randn(33, 8), torch.randn(33, 32), torch.randn(32) * 0.1
+    hidden, logits, bias = torch.randn(9, 8), torch.randn(9, 32), torch.randn(32) * 0.1
     for scores, own_bias, fill in ((logits.softmax(-1), None, 0.0), (logits.sigmoid(), bias, float("-inf"))):
         weights, ids = plain_grouped(scores, own_bias, 4, 8, 3, fill)
         if renormalize:
@@ -41,8 +41,8 @@ def test_sglang_routers(backend, device, renormalize, shared, on_output):
         if on_output:
             weights = weights * 2.5
         if shared:
-            weights = torch.cat((weights, torch.full((33, 1), 1.0 if on_output else 1 / 2.5)), -1)
-            ids = torch.cat((ids, torch.full((33, 1), 32)), -1)
+            weights = torch.cat((weights, torch.full((9, 1), 1.0 if on_output else 1 / 2.5)), -1)
+            ids = torch.cat((ids, torch.full((9, 1), 32)), -1)
         router, given = sglang.grouped_topk, ()
         if own_bias is not None:
             router, given = sglang.biased_grouped_topk, (bias.to(device),)
@@ -97,7 +97,7 @@ def test_sglang_slots_beyond_the_kept_groups_weigh_nothing(backend, device, scor
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_vllm_grouped_topk(backend, device, scoring, biased, renormalize):
-    logits, bias = torch.randn(33, 32), torch.randn(32) * 0.05 if biased else None
+    logits, bias = torch.randn(9, 32), torch.randn(32) * 0.05 if biased else None
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     weights, ids = plain_grouped(scores, bias, 4, 8, 3, float("-inf"))
     if renormalize:

@@ -59,6 +59,7 @@ def test_unquantised_keys(backend, device, head_dim, rope_dim, rope, rope_first,
     assert torch.equal(cache.data.cpu().flatten(0, 1)[others], before.flatten(0, 1)[others])
 
 
+@pytest.mark.quick("write_indexer_key")
 @pytest.mark.parametrize("head_dim, rope_dim, rope, rope_first, hadamard", SHAPES)
 def test_quantised_keys(backend, device, head_dim, rope_dim, rope, rope_first, hadamard):
     given, chosen = arguments(head_dim, rope_dim, torch.bfloat16), options(rope_dim, rope, rope_first, hadamard)
@@ -90,6 +91,7 @@ def test_nan_and_overflow_are_kept_in_the_scale(backend, device):
     assert cache.scales.flatten()[slot].isnan() and (cache.keys.flatten(0, 1)[slot] == 0x7F).all()
 
 
+@pytest.mark.quick("rotate_indexer_query")
 @pytest.mark.parametrize("head_dim, rope_dim, rope, rope_first, hadamard", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_queries(backend, device, head_dim, rope_dim, rope, rope_first, hadamard, dtype):

@@ -54,6 +54,8 @@ def parity(problem):
     problem.check(before)
 
 
+@pytest.mark.quick("write_latent", when=lambda op: op == "write_latent")
+@pytest.mark.quick("compress_latent", when=lambda op: op == "compress_latent")
 @pytest.mark.parametrize(("op", "shape"), list(sampled_cases()))
 def test_parity(backend, device, op, shape):
     parity(make(op, device=device, **shape))

@@ -95,6 +95,10 @@ def sampled_sizes(seed: int):
                 yield pytest.param(op, sizes, {"rope": rope, "dtype": dtype, "index_dtype": index_dtype}, id=name)
 
 
+@pytest.mark.quick("mla_prolog", when=lambda op: op == "mla_prolog")
+@pytest.mark.quick("norm_and_write", when=lambda op: op == "norm_and_write")
+@pytest.mark.quick("absorb_query", when=lambda op: op == "absorb_query")
+@pytest.mark.quick("expand_output", when=lambda op: op == "expand_output")
 @pytest.mark.parametrize(("op", "sizes", "options"), list(sampled_sizes(1)))
 def test_parity(backend, device, op, sizes, options):
     parity(op, sizes, device=device, **options)

@@ -45,6 +45,7 @@ def exact(cache):
 # copy_pages
 
 
+@pytest.mark.quick("copy_pages")
 @each_kind
 @pytest.mark.parametrize("strided", [False, True])
 def test_copy_pages(backend, device, kind, strided):
@@ -101,6 +102,7 @@ def test_launch_of_copy_pages_skips_what_is_out_of_range(mode):
 # gather_tokens
 
 
+@pytest.mark.quick("gather_tokens")
 @each_kind
 @pytest.mark.parametrize("strided", [False, True])
 def test_gather_tokens(backend, device, kind, strided):
@@ -167,6 +169,7 @@ def test_gather_refuses(slots, dtype, error, words):
 # scatter_tokens
 
 
+@pytest.mark.quick("scatter_tokens")
 @each_kind
 @pytest.mark.parametrize("strided", [False, True])
 def test_scatter_tokens(backend, device, kind, strided):

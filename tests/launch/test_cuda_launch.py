@@ -1,40 +1,53 @@
 """The CUDA launch path without a device: Triton's real JIT and C launcher over a stub driver, in a child process."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from mla_kernels.targets import service
+
 HERE = Path(__file__).parent
+CASES = HERE / "cuda_cases.py"
 
 
-def run_cases(file: Path, backend: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the pytest cases of ``file`` in a process of their own, on ``backend``."""
+def run_cases(file: Path, backend: str, names: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
+    """Run the pytest cases of ``file``, or those of these names, in a process of their own, on ``backend``."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET", "COV_"))}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(file),
-        "--backend",
-        backend,
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    cases = [f"{file}::{name}" for name in names] or [str(file)]
+    options = ["--backend", backend, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *cases, *options]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, cwd=HERE.parents[1])
 
 
-def test_launches_over_a_stub_driver(tmp_path):
-    stub = tmp_path / "libcuda.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub), str(HERE / "stub_libcuda.c")], check=True)
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """(name, outcome) of every chosen case, all in one child process, and its report.
+
+    What Triton compiles there is kept, as reports of compilations are.
+    """
+    chosen = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]
+    stub = tmp_path_factory.mktemp("stub")
+    source = HERE / "stub_libcuda.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub / "libcuda.so.1"), str(source)], check=True)
     child = run_cases(
-        HERE / "cuda_cases.py",
+        CASES,
         "cuda",
-        TRITON_LIBCUDA_PATH=str(tmp_path),
-        LD_LIBRARY_PATH=str(tmp_path),
-        TRITON_CACHE_DIR=str(tmp_path / "triton"),
+        chosen,
+        PYTEST_ADDOPTS="-rA",
+        TRITON_LIBCUDA_PATH=str(stub),
+        LD_LIBRARY_PATH=str(stub),
+        TRITON_CACHE_DIR=str(service.cache_folder() / "stub_triton"),
     )
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert " passed" in child.stdout, child.stdout
+    found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) \S*::(\w+)", child.stdout, re.MULTILINE)
+    return {(name, outcome) for outcome, name in found}, child.stdout + child.stderr
+
+
+@pytest.mark.parametrize("case", re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE))
+def test_launches_over_a_stub_driver(case, outcomes):
+    found, text = outcomes
+    assert {outcome for name, outcome in found if name == case} == {"PASSED"}, text

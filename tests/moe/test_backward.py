@@ -66,6 +66,7 @@ def test_gradients(device, dtype, recompute):
     check(problem, recompute=recompute)
 
 
+@pytest.mark.quick("fused_moe_keeping", "fused_moe_backward")
 @pytest.mark.parametrize("tokens, experts, top_k, hidden, intermediate", [(1, 8, 6, 80, 72), (70, 2, 2, 48, 20)])
 def test_other_shapes(device, tokens, experts, top_k, hidden, intermediate):
     check(layer(tokens, experts, top_k, hidden, intermediate, device=device))

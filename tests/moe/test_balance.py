@@ -44,6 +44,7 @@ def exactly(logits, ids, dtype=torch.float64, **options):
     return loss_and_gradient(reference.balance_loss, logits.to(dtype), ids, **options)
 
 
+@pytest.mark.quick("expert_load", when=lambda tokens: tokens == 77)
 @pytest.mark.parametrize("experts", [1, 8, 160, 1024])
 @pytest.mark.parametrize("tokens", [0, 1, 77])
 def test_load(device, tokens, experts):
@@ -62,6 +63,7 @@ def test_load_of_one_expert_and_of_a_view(device):
     assert torch.equal(expert_load(wide.to(device)[:, 2:5], 9).cpu(), reference.expert_load(wide[:, 2:5], 9))
 
 
+@pytest.mark.quick("update_bias", when=lambda experts: experts == 8)
 @pytest.mark.parametrize("experts", [1, 8, 160, 1000])
 def test_bias(device, experts):
     load, bias = torch.randint(0, 9, (experts,), dtype=torch.int32), torch.randn(experts)
@@ -82,6 +84,7 @@ def test_bias_with_large_loads(device):
     assert bias.tolist() == [-1, -1, -1, 1, -1, -1, -1, -1]
 
 
+@pytest.mark.quick("balance_loss", "balance_loss_backward")
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.slow(

@@ -26,6 +26,7 @@ def poisoned_workspace():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.quick("fused_moe")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "tokens, experts, top_k, hidden, intermediate",
@@ -39,6 +40,7 @@ def test_parity(device, tokens, experts, top_k, hidden, intermediate, dtype):
     assert_close(actual, problem.exact(), problem.baseline())
 
 
+@pytest.mark.quick("expert_ffn", "combine")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_of_the_layer(device, dtype):
     problem = layer(17, 8, 3, 80, 72, dtype, device=device)

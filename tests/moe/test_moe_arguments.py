@@ -11,6 +11,8 @@ from mla_kernels.moe.experts.activation import Activation
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.experts.parts import expert_ffn
 
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
 IDS = torch.zeros(2, 3, dtype=torch.int32)
 HIDDEN, GATE_UP, DOWN, WEIGHTS = torch.zeros(2, 32), torch.zeros(8, 48, 32), torch.zeros(8, 32, 24), torch.zeros(2, 3)
 ROWS = torch.zeros(6, 32)

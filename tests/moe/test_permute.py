@@ -24,6 +24,7 @@ def problem(tokens=17, top_k=3, hidden=80, dtype=torch.float32, device="cpu"):
     return rows, weights, dispatch(ids.to(device), EXPERTS)
 
 
+@pytest.mark.quick("permute", "unpermute")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, top_k, hidden", [(17, 3, 80), (1, 8, 33), (5, 1, 2100), (0, 2, 16)])
 def test_parity(device, tokens, top_k, hidden, dtype):
@@ -39,6 +40,7 @@ def test_parity(device, tokens, top_k, hidden, dtype):
         assert_close(unpermute(rows, dispatched, **options), exact, baseline)
 
 
+@pytest.mark.quick("pair_dots")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradients(device, dtype, weighted):

@@ -63,6 +63,7 @@ EMULATED = ("V2-Lite", "V2", "V3", "V4", "LongCat", "AX-K2", "Mistral 4", "group
 """Configurations for which the fast suite builds a program of the emulator."""
 
 
+@pytest.mark.quick("route", when=lambda name, tokens: name == "V2-Lite" and tokens)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("tokens", [pytest.param(0, marks=pytest.mark.no_launch("no tokens")), 17])
 @pytest.mark.slow(when=lambda backend, name: backend == "npu-emulated" and name not in EMULATED)

@@ -8,6 +8,8 @@ import torch
 from mla_kernels.moe.route.hash_route import hash_route
 from mla_kernels.moe.route.route import route
 
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
 LOGITS = torch.zeros(2, 8)
 META = torch.device("meta")
 

@@ -49,6 +49,7 @@ def expected(logits, options, toward, dtype=torch.float64):
     return gradients(logits.detach().cpu().to(dtype), on_cpu(options), toward.cpu(), reference.route)
 
 
+@pytest.mark.quick("route_backward", when=lambda name: name == "softmax, V2")
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.slow(

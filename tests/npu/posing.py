@@ -172,7 +172,7 @@ def _backward(tensors, grad_tensors=None, *rest, differentiate=torch.autograd.ba
 torch.tensor, torch.as_tensor = _made_on_cpu(torch.tensor), _made_on_cpu(torch.as_tensor)
 torch.autograd.grad, torch.autograd.backward = _grad, _backward
 
-from mla_kernels import launch  # noqa: E402
+from mla_kernels import launch, placement  # noqa: E402
 from mla_kernels.targets import emulator  # noqa: E402
 from mla_kernels.targets.chips import CHIPS  # noqa: E402
 
@@ -198,7 +198,7 @@ def _launch(kernel, chip, work, args, statics, tile):
 
 
 launch.Kernel.launch = _launch
-launch._device_chip = lambda kind, index: CHIPS["ascend910b"]
+placement._device_chip = lambda kind, index: CHIPS["ascend910b"]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -188,6 +188,41 @@ def test_a_missing_toolchain_is_an_error(monkeypatch, capsys):
     compiler_version.cache_clear()
 
 
+def test_without_the_ascend_toolchain_the_rest_is_compiled(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MLA_KERNELS_ASCEND_PYTHON", "/nowhere/python")
+    compiler_version.cache_clear()
+    saved = tmp_path / "reports.json"
+    assert command.main(["check", "--kernel", "check_for_test_kernel", "--json", str(saved)]) == 2
+    printed = capsys.readouterr()
+    row = next(line for line in printed.out.splitlines() if line.split()[:1] == ["one"])
+    assert row.count("%") == 6 and row.count("none") == 1 and printed.out.count("triton-ascend") == 3 * 2
+    assert f"28 compilations by {compiler_version('gpu')} in" in printed.err and "24 ok, 0 failed" in printed.err
+    said = (
+        "Not checked: ascend910b, ascend910c, ascend950: no Ascend toolchain at /nowhere/python: `make .venv-ascend/.re"
+    )
+    assert printed.err.count("/nowhere/python") == 1 and said in printed.err
+    rows = json.loads(saved.read_text())
+    assert {row["target"] for row in rows if row["missing"]} == {"ascend910b", "ascend910c", "ascend950"}
+    assert all("no Ascend toolchain" in row["problem"] for row in rows if row["missing"]) and len(rows) == 40
+
+    monkeypatch.setattr(check, "compile_many", lambda wanted, progress: [report(compiled=False) for _ in wanted])
+    assert command.main(["check"]) == 1  # a kernel that fails is worse
+    page = tmp_path / "page.md"
+    page.write_text(f"{check.MATRIX_START}\n{check.MATRIX_END}\n")
+    assert command.main(["check", "--markdown", str(page)]) == 2
+    assert page.read_text() == f"{check.MATRIX_START}\n{check.MATRIX_END}\n"
+    compiler_version.cache_clear()
+
+
+def test_declared_cases_warn_of_no_tiles(caplog, tmp_path):
+    kernel = ["--kernel", "check_for_test_kernel"]
+    with caplog.at_level(logging.INFO, logger=tiles.LOG.name):
+        assert command.main(["check", *kernel, "--target", "sm_80"]) == 0
+        assert command.main(["compile", *kernel, "--target", "sm_89", "--output", str(tmp_path)]) == 0
+        check.run(targets=["sm_90"])
+    assert not caplog.records
+
+
 def test_missing_rich_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setitem(sys.modules, "rich", None)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mla_kernels import launch
+from mla_kernels import launch, placement
 from mla_kernels.targets import devices
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.devices import DEVICES, find, relatives
@@ -75,13 +75,13 @@ def _cuda(monkeypatch, name, capability, cores, memory, hip=None, architecture="
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: part)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    launch._device_chip.cache_clear()
+    placement._device_chip.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    launch._device_chip.cache_clear()
+    placement._device_chip.cache_clear()
 
 
 def test_a_tensor_s_chip_has_its_device_s_figures(monkeypatch):
@@ -104,5 +104,5 @@ def test_a_tensor_s_chip_has_its_device_s_figures(monkeypatch):
 )
 def test_an_npu_s_chip(monkeypatch, name, device):
     monkeypatch.setattr(torch, "npu", SimpleNamespace(get_device_name=lambda index: name), raising=False)
-    launch._device_chip.cache_clear()
+    placement._device_chip.cache_clear()
     assert launch.chip_of(SimpleNamespace(type="npu", index=0)) is DEVICES[device]

@@ -1,7 +1,7 @@
 """Every kernel on every target: the real compilers take the tile that a launch would take.
 
 Each kernel's first case always runs on an NVIDIA and on an Ascend chip; its other cases each on one chip in one dtype,
-all of these by turns. ``--slow`` runs all of the matrix and holds the README's table against it.
+all of these by turns. ``--slow`` runs all of the matrix and holds the table of docs/targets.md against it.
 """
 
 import functools
@@ -16,7 +16,7 @@ from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_many
 
 ALWAYS = ("sm_90", "ascend910b")
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
 
 
 def problems(reports):
@@ -43,15 +43,15 @@ def test_default_tiles_compile_without_spills_inside_every_limit(chip):
 
 
 @pytest.mark.slow
-def test_the_whole_matrix_and_the_table_in_the_readme():
+def test_the_whole_matrix_and_the_table_on_the_page_of_targets():
     reports = check.run()
     assert problems(reports) == []
-    text = README.read_text()
-    assert check.replace_matrix(text, check.support_markdown(reports)) == text, "run check --markdown README.md"
+    text = PAGE.read_text()
+    assert check.replace_matrix(text, check.support_markdown(reports)) == text, "run check --markdown docs/targets.md"
 
 
-def test_the_readme_has_a_row_for_each_kernel_and_a_column_for_each_target():
-    text = README.read_text()
+def test_the_page_of_targets_has_a_row_for_each_kernel_and_a_column_for_each_target():
+    text = PAGE.read_text()
     table = text[text.index(check.MATRIX_START) : text.index(check.MATRIX_END)]
     assert all(f"`{name}`" in table for name in KERNELS)
     assert all(f" {name} " in table.splitlines()[1] for name in CHIPS)
