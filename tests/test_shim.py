@@ -49,10 +49,8 @@ affine = shim.define_op(
     device=_affine,
     fake=lambda x, factor, shift, offset: torch.empty_like(x),
     autograd=(
-        lambda ctx, inputs, output: (setattr(ctx, "factor", inputs[1]), setattr(ctx, "given", len(inputs))),
-        lambda ctx, gradient: (
-            gradient * ctx.factor, None, None, gradient if ctx.needs_input_grad[ctx.given - 1] else None,
-        ),  # fmt: skip
+        lambda ctx, inputs, output: (setattr(ctx, "factor", inputs[1]), setattr(ctx, "last", len(inputs) - 1)),
+        lambda ctx, gradient: (gradient * ctx.factor, None, None, gradient if ctx.needs_input_grad[ctx.last] else None),
     ),
 )
 

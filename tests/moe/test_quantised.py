@@ -51,7 +51,7 @@ def poisoned_workspace():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.quick("quantised_moe", when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.quick("fused_experts", when=lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.leave_out(
