@@ -41,7 +41,7 @@ _SHIFT_5, _SHIFT_7, _SHIFT_12, _3, _E4M3_MASK, _E2M1_MASK = (
 class Projection(NamedTuple):
     """One weight of all experts in its format, and what else a product takes."""
 
-    form: str
+    format: str
     codes: torch.Tensor  # [E, rows, ...]
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -54,7 +54,7 @@ def fused_experts(
     hidden: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
-    form: str,
+    format: str,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     gate_up_scale: torch.Tensor,
@@ -74,10 +74,10 @@ def fused_experts(
     del group_size
     copies = _copies_of(gate_up, gate_up_scale, gate_up_zero), _copies_of(down, down_scale, down_zero)
     inner = gate_up.shape[1] // 2
-    first = Projection(form, gate_up, gate_up_scale, gate_up_zero, gate_up_bias, hidden.shape[1], copies[0])
-    second = Projection(form, down, down_scale, down_zero, down_bias, inner, copies[1])
+    first = Projection(format, gate_up, gate_up_scale, gate_up_zero, gate_up_bias, hidden.shape[1], copies[0])
+    second = Projection(format, down, down_scale, down_zero, down_bias, inner, copies[1])
     call = first, second, (clamp, limit, alpha, interleaved), weight_at
-    dtype, hidden = hidden.dtype, _rounded(hidden, form)
+    dtype, hidden = hidden.dtype, _rounded(hidden, format)
     if hidden.shape[0] == 1:
         return _one_token(hidden, weights, ids, call).to(dtype)
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
@@ -92,9 +92,9 @@ def fused_experts(
     return combine(rows, weights, inverse, offsets, dtype)
 
 
-def _rounded(x, form):
+def _rounded(x, format):
     """x as fp8_block's products take it: e4m3 codes times their scales, which bfloat16 and float32 hold."""
-    return round_to_e4m3(x).to(wide(x.dtype)) if form == "fp8_block" else x
+    return round_to_e4m3(x).to(wide(x.dtype)) if format == "fp8_block" else x
 
 
 def _one_token(hidden, weights, ids, call):
@@ -113,28 +113,28 @@ def _expert(x, weight, expert, gate_up, down, activation, weight_at):
     both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype)
     inner = activate(both, *activation)
     at_activation = weight if weight_at == "activation" else None
-    if gate_up.form not in ("fp8_block", "int8_w8a8"):  # those round it once, to codes
+    if gate_up.format not in ("fp8_block", "int8_w8a8"):  # those round it once, to codes
         if x.dtype == torch.float16 and at_activation is not None:
             inner, at_activation = inner.mul_(at_activation), None
         inner = inner.to(x.dtype)
-    inner = _rounded(inner, gate_up.form)
+    inner = _rounded(inner, gate_up.format)
     return _multiply(inner, down, expert, at_activation, dtype)
 
 
 def _multiply(x, projection, expert, weight, dtype):
     """x [rows, columns] times the expert's weight transposed, products in ``dtype``, in fp32, times weight [rows, 1],
     plus the bias."""
-    form, copy = projection.form, projection.copy
-    if form == "int8_w8a8":
+    format, copy = projection.format, projection.copy
+    if format == "int8_w8a8":
         y = _integers(x, projection.codes[expert], projection.scales[expert])
-    elif form == "int8":
+    elif format == "int8":
         y = _by_bytes(x.to(dtype), projection.codes[expert]).float().mul_(projection.scales[expert])
     else:
         y = None
         if copy is not None and dtype == torch.bfloat16 and x.shape[0] <= copy.most_rows:
             y = copy.multiply(x.to(dtype), expert).float()
-        elif form in _ONE_ROW and x.shape[0] == 1 and dtype == torch.bfloat16:
-            y = _ONE_ROW[form](x.float(), projection, expert)
+        elif format in _ONE_ROW and x.shape[0] == 1 and dtype == torch.bfloat16:
+            y = _ONE_ROW[format](x.float(), projection, expert)
         if y is None:
             y = _converted(x.to(dtype), projection, expert)
     if weight is not None:
@@ -238,15 +238,15 @@ def _converted(x, projection, expert):
     for first in range(0, codes.shape[0], _ROWS):
         at = slice(first, first + _ROWS)
         zeros = None if projection.zeros is None else projection.zeros[expert]
-        y[:, at] = linear(x, _values(projection.form, codes, scales, zeros, projection.columns, x.dtype, at))
+        y[:, at] = linear(x, _values(projection.format, codes, scales, zeros, projection.columns, x.dtype, at))
     return y
 
 
-def _values(form, codes, scales, zeros, columns, dtype, at):
+def _values(format, codes, scales, zeros, columns, dtype, at):
     """Rows ``at`` of an expert's weight as numbers."""
-    if form == "fp8_block":
+    if format == "fp8_block":
         return dequantise_fp8_block(codes[at], scales, dtype, at.start)
-    if form == "int4":
+    if format == "int4":
         return dequantise_int4(codes[at], scales[at], None if zeros is None else zeros[at], columns, dtype)
     return dequantise_mxfp4(codes[at], scales[at], columns, dtype)
 
@@ -275,7 +275,7 @@ class _Copy:
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def prepack(form: str, projections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]]) -> int:
+def prepack(format: str, projections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]]) -> int:
     """Copy the weights of these projections into what torch multiplies fastest; the bytes that takes.
 
     A projection: codes [E, rows, ...], scales, zeros or None, columns. int4 becomes codes in the layout of torch's
@@ -286,14 +286,14 @@ def prepack(form: str, projections: list[tuple[torch.Tensor, torch.Tensor, torch
     Raises:
         NotImplementedError: torch has no such product, or 16 does not divide int4's rows.
     """
-    if form == "int4":
+    if format == "int4":
         if _int4_product() is None:
             raise NotImplementedError("prepack: this build of torch has no int4 product for CPUs")
         for codes, *_ in projections:
             if codes.shape[1] % 16:
                 raise NotImplementedError(f"prepack: got {codes.shape[1]} rows an expert, multiples of 16 are accepted")
         return sum(_keep_int4(*projection) for projection in projections)
-    return sum(_keep_converted(form, *projection) for projection in projections)
+    return sum(_keep_converted(format, *projection) for projection in projections)
 
 
 def _keep_int4(codes, scales, zeros, columns) -> int:
@@ -313,13 +313,13 @@ def _keep_int4(codes, scales, zeros, columns) -> int:
     return sum(tensor.nbytes for tensor in copies + factors)
 
 
-def _keep_converted(form, codes, scales, zeros, columns) -> int:
+def _keep_converted(format, codes, scales, zeros, columns) -> int:
     """The weights as `_converted` has them, so that results have its bits."""
     kept = torch.empty(*codes.shape[:2], columns, dtype=torch.bfloat16)
     for weight, own, factors in zip(kept, codes, scales):
         for first in range(0, codes.shape[1], _ROWS):
             at = slice(first, first + _ROWS)
-            weight[at] = _values(form, own, factors, None, columns, torch.bfloat16, at)
+            weight[at] = _values(format, own, factors, None, columns, torch.bfloat16, at)
     product = amx.product if amx.serves(kept) else linear
     _copies[codes] = _Copy(_state(codes, scales, zeros), lambda x, expert: product(x, kept[expert]), math.inf)
     return kept.nbytes
