@@ -1,6 +1,8 @@
 """``python -m bench.op``: one op, in this tree and in an older one. Nothing here looks at a time's size."""
 
 import json
+import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -12,6 +14,25 @@ from mla_kernels import launch
 from tests.test_public_api import SIGNATURES
 
 NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def _repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository") / "tree"
+    for name in ("mla_kernels", "autotune", "reference", "bench"):
+        shutil.copytree(op.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", "-C", folder, *IDENTITY, *arguments], check=True)
+    return folder
+
+
+@pytest.fixture
+def repository(_repository, monkeypatch):
+    """This tree as a repository of its own, whatever it is checked out from."""
+    monkeypatch.setattr(op, "ROOT", _repository)
+
+
+IDENTITY = ("-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false")
 
 
 def trees():
@@ -37,6 +58,7 @@ def test_a_case_is_the_same_from_the_same_seed(name):
     assert op.difference(*results) == "same results"
 
 
+@pytest.mark.usefixtures("repository")
 def test_beside_an_older_revision(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = tmp_path / "times.json"
@@ -60,6 +82,7 @@ def test_an_error_on_one_side_ends_the_run(capfd, monkeypatch):
     assert "error: tree: KeyError: 'made_up'" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("repository")
 def test_the_worktree_goes_whatever_happens():
     with pytest.raises(ZeroDivisionError), op.worktree(op.commit("HEAD")) as tree:
         assert (tree / "mla_kernels" / "__init__.py").is_file() and str(tree) in trees()
