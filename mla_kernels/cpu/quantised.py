@@ -4,10 +4,10 @@ Loops run over experts that have tokens and over 512 rows of a weight, never ove
 expert are ever held as numbers. bfloat16 products are torch's bfloat16 ones; float32 and float16 compute in float32.
 
 - int8 multiplies few rows by the codes as they are (torch._weight_int8pack_mm), int8_w8a8 any number (torch._int_mm).
-- fp8_block and mxfp4 multiply a single bfloat16 row by their codes as float16, which holds them: see `_one_row_fp8`.
+- fp8_block and mxfp4 multiply a single bfloat16 token by their codes as float16, which holds them: see `_one_row_fp8`.
 - int4 does so from a copy of the codes in the layout of torch._weight_int4pack_mm_for_cpu, half a byte a weight, which
   `prepack` makes. Of fp8_block and mxfp4 it keeps the bfloat16 weights, two bytes each.
-- Without a copy int4 converts the codes of each call, and so do fp8_block and mxfp4 for more than one row.
+- Without a copy int4 converts the codes of each call, and so do fp8_block and mxfp4 for more than one token.
 """
 
 import math
@@ -101,16 +101,17 @@ def _one_token(hidden, weights, ids, call):
     total, weight_at = torch.zeros(1, hidden.shape[1]), call[-1]
     for slot, (expert, weight) in enumerate(zip(ids[0].tolist(), weights[0].tolist())):
         if 0 <= expert < call[0].codes.shape[0]:
-            y = _expert(hidden, weights[:, slot : slot + 1], expert, *call)
+            y = _expert(hidden, weights[:, slot : slot + 1], expert, *call, alone=True)
             total.add_(y, alpha=weight if weight_at == "output" else 1.0)
     return total
 
 
-def _expert(x, weight, expert, gate_up, down, activation, weight_at):
+def _expert(x, weight, expert, gate_up, down, activation, weight_at, alone=False):
     """One expert on its rows, as fp32 [rows, H]; weight [rows, 1]. Sums of products are weighted before the bias, or
-    the activation where it would be rounded to float16."""
+    the activation where it would be rounded to float16. ``alone``: the call has one token. (How many rows an expert
+    has follows from other tokens, so no row's bits may follow from that.)"""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype)
+    both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype, alone)
     inner = activate(both, *activation)
     at_activation = weight if weight_at == "activation" else None
     if gate_up.format not in ("fp8_block", "int8_w8a8"):  # those round it once, to codes
@@ -118,10 +119,10 @@ def _expert(x, weight, expert, gate_up, down, activation, weight_at):
             inner, at_activation = inner.mul_(at_activation), None
         inner = inner.to(x.dtype)
     inner = _rounded(inner, gate_up.format)
-    return _multiply(inner, down, expert, at_activation, dtype)
+    return _multiply(inner, down, expert, at_activation, dtype, alone)
 
 
-def _multiply(x, projection, expert, weight, dtype):
+def _multiply(x, projection, expert, weight, dtype, alone):
     """x [rows, columns] times the expert's weight transposed, products in ``dtype``, in fp32, times weight [rows, 1],
     plus the bias."""
     format, copy = projection.format, projection.copy
@@ -133,7 +134,7 @@ def _multiply(x, projection, expert, weight, dtype):
         y = None
         if copy is not None and dtype == torch.bfloat16 and x.shape[0] <= copy.most_rows:
             y = copy.multiply(x.to(dtype), expert).float()
-        elif format in _ONE_ROW and x.shape[0] == 1 and dtype == torch.bfloat16:
+        elif format in _ONE_ROW and alone and dtype == torch.bfloat16:
             y = _ONE_ROW[format](x.float(), projection, expert)
         if y is None:
             y = _converted(x.to(dtype), projection, expert)

@@ -160,6 +160,17 @@ def test_a_row_with_nan_stays_alone(variant):
     assert out[4].isnan().all() and torch.equal(out[[0, 8]], clean[[0, 8]])
 
 
+@BY_VARIANT
+def test_a_row_s_bits_do_not_follow_from_how_many_rows_its_expert_has(variant):
+    experts, (hidden, weights, ids) = experts_of(variant, torch.bfloat16), inputs(9, torch.bfloat16)
+    ids[:] = torch.tensor([0, 1, 2, 3])[: ids.shape[1]]
+    whole = fused_experts(hidden, experts, weights, ids)
+    ids[1:8] = -1  # two rows an expert
+    assert torch.equal(fused_experts(hidden, experts, weights, ids)[[0, 8]], whole[[0, 8]])
+    ids[8] = -1  # one row
+    assert torch.equal(fused_experts(hidden, experts, weights, ids)[0], whole[0])
+
+
 @BY_DTYPE
 @pytest.mark.parametrize("missing", ["_has_int8_product", "_has_int_mm"])
 def test_without_torchs_products_of_codes(monkeypatch, dtype, missing):
