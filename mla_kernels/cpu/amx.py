@@ -4,8 +4,6 @@ import functools
 
 import torch
 
-_FEW = 8  # rows up to which MKL takes float32 weights as they are; from here on oneDNN's blocks pay
-
 
 @functools.cache
 def available() -> bool:
@@ -22,10 +20,8 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [rows, in] times a contiguous weight [out, in] transposed; the result may lie transposed in memory.
 
     The weight goes first: oneDNN copies the second factor of a product into blocks, and that is the small one then.
+    From two rows on a row's bits do not follow from how many there are, as they would in MKL's float32 product.
     """
-    rows = x.shape[0]
-    if rows == 1:
+    if x.shape[0] == 1:
         return torch.mv(weight, x[0]).unsqueeze(0)
-    if rows < _FEW and x.dtype == torch.float32:
-        return torch.mm(x, weight.t())
     return torch.ops.mkldnn._linear_pointwise.default(weight, x, None, "none", [], "").t()

@@ -51,3 +51,11 @@ def test_weights_stored_the_other_way_are_multiplied_otherwise(monkeypatch):
     assert amx.serves(weight)
     assert not amx.serves(weight.transpose(1, 2))
     assert not amx.serves(weight, weight.half())
+
+
+@pytest.mark.leave_out("other processors do not take this product", when=lambda: not amx.available())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_row_s_bits_do_not_follow_from_how_many_there_are(dtype):
+    x, weight = torch.randn(40, 512).to(dtype), (torch.randn(256, 512) / 22).to(dtype)
+    whole = amx.product(x, weight)
+    assert all(torch.equal(amx.product(x[:rows], weight), whole[:rows]) for rows in (2, 3, 5, 7, 8, 20))
