@@ -80,8 +80,9 @@ def _completion(op) -> Callable:
     if any(argument.kwarg_only for argument in arguments):
         raise TypeError(f"{op}: got keyword-only arguments in the schema, positional ones are accepted")
     defaults = tuple(argument.default_value for argument in arguments if argument.has_default_value())
-    missing = {len(arguments) - count: defaults[len(defaults) - count :] for count in range(len(defaults) + 1)}
-    return lambda args: args + missing[len(args)]
+    missing = {len(arguments) - count: defaults[len(defaults) - count :] for count in range(1, len(defaults) + 1)}
+    whole = len(arguments)
+    return lambda args: args if len(args) == whole else args + missing[len(args)]
 
 
 def _without_autocast(implementation: Callable, complete: Callable, kind: str | None = None) -> Callable:

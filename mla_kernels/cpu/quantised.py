@@ -108,8 +108,8 @@ def _one_token(hidden, weights, ids, call):
 
 def _expert(x, weight, expert, gate_up, down, activation, weight_at, alone=False):
     """One expert on its rows, as fp32 [rows, H]; weight [rows, 1]. Sums of products are weighted before the bias, or
-    the activation where it would be rounded to float16. ``alone``: the call has one token. (How many rows an expert
-    has follows from other tokens, so no row's bits may follow from that.)"""
+    the activation where it would be rounded to float16. ``alone``: the call has one token. In others
+    how many rows an expert has follows from other tokens; up to 16 of them no row's bits follow from that."""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     both = _multiply(x, gate_up, expert, weight if weight_at == "input" else None, dtype, alone)
     inner = activate(both, *activation)
