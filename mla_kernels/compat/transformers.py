@@ -132,10 +132,10 @@ def enable(model, *, prepack: bool = False):
     ``prepack`` moves the experts' weights, for inference on a CPU, out of their parameters: on processors with AMX
     (Intel) into huge pages, elsewhere into oneDNN's layout. They take the same memory as before, and one parameter's
     more while they are moved; a storage that something else holds, too, is not freed. The documentation's page on
-    performance says what it gains; moving a layer takes seconds. Until ``disable``, which gives the same parameters the same bits back, they
-    are empty ([0, out, in]): ``state_dict()``, copies of the model, other experts implementations and forwards that
-    would record gradients are refused, and ``torch.compile`` breaks its graph there (with ``fullgraph=True`` it says
-    so). ``prepack=True`` also packs a model that is enabled already.
+    performance says what it gains; moving a layer takes seconds. Until ``disable``, which gives the same parameters the
+    same bits back, they are empty ([0, out, in]): ``state_dict()``, copies of the model, other experts implementations
+    and forwards that would record gradients are refused, and ``torch.compile`` breaks its graph there (with
+    ``fullgraph=True`` it says so). ``prepack=True`` also packs a model that is enabled already.
 
     Args:
         model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
