@@ -6,7 +6,6 @@ model or file here, made by a set-up of that page.
 """
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 import mla_kernels
 from mla_kernels import launch, nn
 from tests import published, test_rooms
+from tests.children import child_environment
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -164,7 +164,7 @@ def test_writing_a_kernel(tmp_path):
     """The page is a test file: on every backend, and by every target's compiler. In a process of its own, for it
     declares a kernel and an op."""
     path = module_of(KERNEL_PAGE, tmp_path)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    environment = child_environment()
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "tests.conftest"]
     options += ["--backend", "cpu,interpret,npu-emulated", "--no-turns", "-p", "no:cacheprovider", "-p", "no:xdist"]
     child = subprocess.run(

@@ -1,6 +1,5 @@
 """A wheel built from the tree, installed elsewhere, imports and runs its CPU ops; so it does without Triton."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.children import child_environment
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -52,7 +53,7 @@ def site(tmp_path_factory):
 
 
 def run(site: Path, program: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(site)}
+    environment = child_environment(PYTHONPATH=str(site))
     return subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

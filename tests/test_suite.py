@@ -1,12 +1,12 @@
 """What tests/conftest.py promises: a test runs on the backend that it names, or it does not pass."""
 
-import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+from tests.children import child_environment
 from tests.launch.test_cuda_launch import run_cases
 
 CASES = Path(__file__).with_name("suite_cases.py")
@@ -74,9 +74,8 @@ def test_quick():
 
 def collected(*options):
     """``pytest --quick`` of the whole suite, collected and not run, without the Ascend toolchain."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "--quick", "--collect-only", "-p", "no:cacheprovider", *options]
-    environment = clean | {"MLA_KERNELS_ASCEND_PYTHON": "/nowhere/python"}
+    environment = child_environment(MLA_KERNELS_ASCEND_PYTHON="/nowhere/python")
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[1])
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from mla_kernels.autotune.models import MODELS
 from mla_kernels.tile_files import read_store, read_table
 from tests.autotune.declared import Clock, Compiler
 from tests.autotune.test_problems import SMALL
+from tests.children import child_environment
 
 
 @pytest.fixture
@@ -203,14 +203,12 @@ def test_a_source_tree_without_package_metadata_will_do(compiler, tmp_path, monk
 
 def test_the_command_ends_with_its_budget(tmp_path):
     """The real command and the real compilers, on a store and a cache of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "MLA_KERNELS_CACHE": str(tmp_path)
-    }
+    environment = child_environment(MLA_KERNELS_CACHE=str(tmp_path))
     command = [sys.executable, "-m", "mla_kernels.autotune", "tune", "--target", "h200", "--budget", "6s"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "the budget of 6 s has ended before" in done.stderr, done.stderr
     seconds = int(re.search(r"\((\d+) s\)", " ".join(done.stderr.split()))[1])
-    assert 6 <= seconds <= 20
+    assert 6 <= seconds <= 60
 
 
 def test_options():

@@ -1,6 +1,5 @@
 """The CUDA launch path without a device: Triton's real JIT and C launcher over a stub driver, in a child process."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mla_kernels.targets import service
+from tests.children import child_environment
 
 HERE = Path(__file__).parent
 CASES = HERE / "cuda_cases.py"
@@ -17,11 +17,12 @@ CASES = HERE / "cuda_cases.py"
 
 def run_cases(file: Path, backend: str, names: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
     """Run the pytest cases of ``file``, or those of these names, in a process of their own, on ``backend``."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET", "COV_"))}
     cases = [f"{file}::{name}" for name in names] or [str(file)]
     options = ["--backend", backend, "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *cases, *options]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    return subprocess.run(
+        command, env=child_environment(**environment), capture_output=True, text=True, cwd=HERE.parents[1]
+    )
 
 
 @pytest.fixture(scope="module")

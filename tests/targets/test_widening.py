@@ -5,7 +5,6 @@ every declared case is read, as Triton makes it from the source, for arithmetic 
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from mla_kernels.launch import KERNELS, Case, Cost, Kernel, Work
 from mla_kernels.targets import compile as compile_module
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request
+from tests.children import child_environment
 
 EXACT = "decode_e4m3"
 """The one function that computes in float16: it multiplies by a power of two, which is exact."""
@@ -44,9 +44,8 @@ def ttir(requests) -> list[str]:
     """By a process of its own: here Triton interprets."""
     script = Path(__file__).with_name("ttir.py")
     jobs = [compile_module._job(request)[1] for request in requests]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True, env=environment
+        [sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True, env=child_environment()
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
