@@ -1,10 +1,11 @@
-"""Processes that tests start."""
+"""Processes that tests start, and what of this one's surroundings changes what they print."""
 
 import os
 
 SETTINGS = ("PYTEST_", "COV_", "TRITON_INTERPRET")  # of this process's own run
-# What makes pytest and Python print otherwise: whole messages in a summary, colours, the width of a line.
+# Whole messages in pytest's summary, colours, the width of a line.
 PRINTING = ("CI", "BUILD_NUMBER", "GITHUB_ACTIONS", "PY_COLORS", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TERM")
+PRINTING += ("TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
 def child_environment(**more: str) -> dict[str, str]:

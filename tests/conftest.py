@@ -53,6 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mla_kernels import launch, tile_files  # noqa: E402
 from mla_kernels.targets.service import ToolchainMissing  # noqa: E402
+from tests.children import PRINTING  # noqa: E402
 
 WITHOUT_ASCEND = "The parity tests run without it: --backend cpu,interpret"
 MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated"}
@@ -278,6 +279,15 @@ def pytest_pyfunc_call(pyfuncitem):
         if none_expected is not None and _launched[backend]:
             pytest.fail(f"{_launched[backend]} launches, marked no_launch: {none_expected.args[0]}", pytrace=False)
     return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_printing():
+    """Neither a terminal's width and colours nor a CI's variables change what commands print."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PRINTING:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -46,8 +46,10 @@ def test_turns():
     assert len(found) == 7, text
 
 
-def test_without_the_ascend_toolchain(tmp_path):
-    """What needs it fails, and says what to do; the other backends run."""
+def test_without_the_ascend_toolchain(tmp_path, monkeypatch):
+    """What needs it fails, and says what to do; the other backends run. A CI's variables change nothing."""
+    for name, value in {"CI": "true", "FORCE_COLOR": "1", "COLUMNS": "61"}.items():
+        monkeypatch.setenv(name, value)
     missing = {"MLA_KERNELS_ASCEND_PYTHON": "/nowhere/python", "MLA_KERNELS_CACHE": str(tmp_path)}
     found, text = outcomes("cpu,interpret,npu-emulated", "--no-turns -k by_turns", **missing)
     assert len(found) == 12
