@@ -1,11 +1,15 @@
-"""Corrections to Triton's interpreter for bfloat16, applied once before the first interpreted launch.
+"""Corrections to Triton's interpreter, applied once before the first interpreted launch.
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
 right here. Other arithmetic on bfloat16, of which it would make nonsense, is refused: kernels compute in float32.
+
+It also replaces the language's functions anew in every call of a device function, by a search through all of their
+modules: a third of a launch. Here once a launch is enough.
 """
 
 import functools
+from types import ModuleType
 
 import numpy as np
 
@@ -48,6 +52,11 @@ def prepare() -> None:
             "interpreting a kernel needs TRITON_INTERPRET=1 in the environment before Triton is imported"
         )
     check_numpy(TRITON_VERSION, np.__version__)
+    _correct_bfloat16()
+    _replace_language_once()
+
+
+def _correct_bfloat16() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
@@ -92,3 +101,32 @@ def prepare() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def _replace_language_once() -> None:
+    from triton.runtime import interpreter
+
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    modules = functools.cache(lambda fn: frozenset({tl, tl.core} & {*filter(_is_module, fn.__globals__.values())}))
+    replaced = set()  # modules of the language whose functions are replaced until the launch ends
+    nothing = interpreter._LangPatchScope()
+
+    def replace_once(fn):
+        if modules(fn) in replaced:
+            return nothing
+        replaced.add(modules(fn))
+        return replace(fn)
+
+    def launch_anew(*args, **kwargs):
+        replaced.clear()
+        try:
+            launch(*args, **kwargs)
+        finally:
+            replaced.clear()
+
+    interpreter._patch_lang = replace_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+def _is_module(value) -> bool:
+    return isinstance(value, ModuleType)
