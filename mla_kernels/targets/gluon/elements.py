@@ -58,7 +58,7 @@ def rounded(values: np.ndarray, dtype) -> np.ndarray:
         return np.asarray(values, carrier(dtype))
     values = np.ascontiguousarray(values, np.float32).reshape(np.shape(values))
     if dtype.name in _LARGEST:
-        values = np.clip(values, -_LARGEST[dtype.name], _LARGEST[dtype.name])
+        values = np.asarray(np.clip(values, -_LARGEST[dtype.name], _LARGEST[dtype.name]))
     return torch.from_numpy(values).to(small).float().numpy()
 
 
@@ -74,9 +74,9 @@ def encode(values: np.ndarray, dtype) -> np.ndarray:
 def decode(bits: np.ndarray, dtype) -> np.ndarray:
     """What memory holds, as carried values."""
     if dtype.name == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(bits.astype(np.uint32) << 16).view(np.float32)
     if dtype.name == "int1":
-        return bits != 0
+        return np.asarray(bits != 0)
     small = _SMALL.get(dtype.name)
     if small is not None:
         return torch.from_numpy(np.ascontiguousarray(bits).reshape(bits.shape)).view(small).float().numpy()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mla_kernels.targets.gluon import hopper, language, memory, values
-from mla_kernels.targets.gluon.errors import EmulationError
+from mla_kernels.targets.gluon.errors import DeadlockError, EmulationError
 from mla_kernels.targets.gluon.schedule import Machine
 
 _TABLES = {"gl": language.FUNCTIONS, **hopper.FUNCTIONS}
@@ -83,10 +83,10 @@ def _program(machine: Machine, name: str, kernel: Callable, bound: Mapping, num_
                 check()
     except Exception as failure:
         failure = machine.failure or failure
-        partition = getattr(failure, "partition", main.name)
         known = isinstance(failure, (EmulationError, NotImplementedError))
         text = f"{failure}" if known else f"{type(failure).__name__}: {failure}"
-        message = f"{name}, program {machine.program}, {partition}{_where(failure)}: {text}"
+        place = "" if isinstance(failure, DeadlockError) else f"{(machine.failed or main).name}{_where(failure)}: "
+        message = f"{name}, program {machine.program}: {place}{text}"
         raise (type(failure) if known else EmulationError)(message) from failure
     finally:
         machine.close()

@@ -34,7 +34,7 @@ class Barrier:
     let a waiter know."""
 
     def __init__(self, view: View, count: int):
-        number = f"[{view.base // 8}]" if view.buffer.data.size > 16 else ""
+        number = f"[{view.base // 8}]" if view.buffer.nbytes > 8 else ""
         self.name = view.buffer.name.partition(" (")[0] + number
         self.actor = here().machine.actor(f"barrier {self.name}")
         self.count = self.missing = count
@@ -341,7 +341,7 @@ def _check_product(a, b, acc, me: Partition) -> None:
     _view(b, "warpgroup_mma's b").aligned("warpgroup_mma's b")
     if len(a.shape) != 2 or b.rank != 2 or [a.shape[0], b.shape[1]] != list(acc.shape) or a.shape[1] != b.shape[0]:
         raise ValueError(f"warpgroup_mma of {a.shape} and {b.shape} into {list(acc.shape)}")
-    if a.dtype.name not in _OPERANDS or (a.dtype != b.dtype and "fp8" not in a.dtype.name):
+    if a.dtype.name not in _OPERANDS or (a.dtype != b.dtype and not (a.dtype.is_fp8() and b.dtype.is_fp8())):
         raise ValueError(f"warpgroup_mma of {a.dtype} and {b.dtype}; both must be one of {', '.join(_OPERANDS)}")
     if type(layout).__name__ != "NVMMADistributedLayout" or layout.version[0] != 3:
         raise ValueError(f"the accumulator of warpgroup_mma takes an NVMMADistributedLayout of version 3, got {layout}")
@@ -420,6 +420,8 @@ def warpgroup_mma_wait(num_outstanding=0, deps=None):
     _engine_wait(me, me.products, done, "products")
     results = []
     for dep in deps:
+        if isinstance(dep, View):
+            raise ValueError(f"warpgroup_mma_wait takes products and registers as deps, got {dep!r}")
         if isinstance(dep, Accumulator) and dep.number <= done:
             dep.take()
             dep = Block(dep.data, dep.dtype, dep.layout)

@@ -364,10 +364,9 @@ def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs=None):
         workers.append((f"worker {number} ({function.__name__})", int(warps), functools.partial(function, *args)))
     function, args = functions_and_args[0]
     name, me.name = me.name, f"the default partition ({function.__name__})"
-    try:
-        return me.machine.specialize(functools.partial(function, *args), workers)
-    finally:
-        me.name = name
+    result = me.machine.specialize(functools.partial(function, *args), workers)
+    me.name = name
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- hints and checks

@@ -1,7 +1,5 @@
 """Global memory of the Gluon emulator: pointers and TMA descriptors over the storages of CPU tensors."""
 
-import functools
-
 import numpy as np
 import torch
 
@@ -24,17 +22,18 @@ class Argument:
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         self.address = storage.data_ptr()
         self.start = tensor.storage_offset() * tensor.element_size()
-        self.read_only = False
+        self._elements: dict[int, np.ndarray] = {}
 
     def pointer(self) -> Pointer:
         from mla_kernels.language import tl
 
         return Pointer(self, np.asarray(self.start, np.int64), tl.pointer_type(self.element))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  one per run
     def elements(self, size: int) -> np.ndarray:
         """The storage as unsigned integers of ``size`` bytes."""
-        return self.bytes[: self.bytes.size // size * size].view(BITS[size])
+        if size not in self._elements:
+            self._elements[size] = self.bytes[: self.bytes.size // size * size].view(BITS[size])
+        return self._elements[size]
 
 
 def _places(pointer: Pointer, active: np.ndarray | None, what: str) -> np.ndarray:

@@ -129,6 +129,7 @@ class Machine:
         self.order = itertools.count()
         self.now = 0.0
         self.failure: BaseException | None = None
+        self.failed: Partition | None = None  # in which the failure is
         self.partitions: list[Partition] = []
         self.threads: list[threading.Thread] = []
         self.at_end: list[Callable[[], None]] = []
@@ -183,9 +184,7 @@ class Machine:
     def fail(self, failure: BaseException, partition: Partition | None = None) -> None:
         """End every partition; the first failure is what :func:`run` reports."""
         if self.failure is None:
-            self.failure = failure
-            if partition is not None and not isinstance(failure, DeadlockError):
-                failure.partition = partition.name
+            self.failure, self.failed = failure, partition
         for other in self.partitions:
             other.turn.release()
 

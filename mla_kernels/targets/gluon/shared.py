@@ -63,9 +63,7 @@ def _nvmma(shape, layout, size):
     rank = min(layout.rank, len(shape))
     tile, width = tuple(shape[-rank:]), layout.swizzle_byte_width
     if layout.element_bitwidth != 8 * size:
-        raise ValueError(
-            f"a layout of {layout.element_bitwidth}-bit elements over elements of {8 * size} bits: {layout}"
-        )
+        raise ValueError(f"elements of {8 * size} bits cannot have the layout {layout}")
     if getattr(layout, "fp4_padded", False) or getattr(layout, "cga_layout", None):
         raise NotImplementedError(f"fp4 padding and clusters are not emulated: {layout}")
     if layout.transposed and rank != 2:
@@ -74,9 +72,7 @@ def _nvmma(shape, layout, size):
     rows, inner = math.prod(stored[:-1]), stored[-1]
     width = width or inner * size
     if inner * size % width:
-        raise ValueError(
-            f"a row of {inner * size} bytes is no multiple of the swizzle of {width}: {list(shape)}, {layout}"
-        )
+        raise ValueError(f"a row of {inner * size} bytes is no multiple of {width}: {list(shape)}, {layout}")
     row, column = np.divmod(np.arange(rows * inner, dtype=np.int64), inner)
     panel, column = np.divmod(column * size, width)
     byte = panel * rows * width + row * width + column
@@ -117,6 +113,7 @@ class Buffer:
 
     def __init__(self, machine: Machine, nbytes: int, kind: str):
         self.machine = machine
+        self.nbytes = nbytes
         self.data = np.full(-(-nbytes // 16) * 16, 0xFF, np.uint8)
         self.grain = 4 if nbytes <= _SMALL_BUFFER else 16
         cells = self.data.size // self.grain
@@ -295,7 +292,7 @@ class View:
         place = geometry(shape, layout, itemsize(dtype))
         if place.nbytes > self.place.nbytes:
             raise OutOfBoundsError(
-                f"{self.place.nbytes} bytes of {self!r} reinterpreted as {place.nbytes} of {dtype}{shape}"
+                f"{self!r} of {self.place.nbytes} bytes as {place.nbytes} bytes {dtype}{list(shape)}"
             )
         return View(self.buffer, self.base, dtype, layout, place)
 

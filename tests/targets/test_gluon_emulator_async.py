@@ -1,0 +1,499 @@
+"""The Gluon emulator's partitions, barriers and products: what goes wrong is found, and said."""
+
+import pytest
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mla_kernels.targets.gluon import emulator
+from mla_kernels.targets.gluon.errors import DeadlockError, EmulationError, RaceError
+
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+GRID = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+
+
+def nvmma(dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
+
+
+def box(x: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, cols], nvmma(x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A product of tiles by a producer and a consumer
+
+
+@gluon.jit
+def _produce(a_desc, b_desc, ring, bars, steps, STAGES: gl.constexpr, FAULT: gl.constexpr):
+    a, b = ring
+    full, empty = bars
+    for k in range(steps):
+        stage = k % STAGES
+        lap = k // STAGES
+        if FAULT == "wrong phase":
+            lap += 1
+        if FAULT != "stage reused early":
+            mbarrier.wait(empty.index(stage), (lap & 1) ^ 1)
+        bar = full.index(stage)
+        nbytes = a_desc.nbytes_per_cta + b_desc.nbytes_per_cta
+        if FAULT == "too few bytes":
+            nbytes = a_desc.nbytes_per_cta
+        mbarrier.expect(bar, nbytes)
+        tma.async_load(a_desc, [0, k * 64], bar, a.index(stage))
+        tma.async_load(b_desc, [0, k * 64], bar, b.index(stage))
+
+
+@gluon.jit
+def _consume(c_ptr, ring, bars, steps, N: gl.constexpr, STAGES: gl.constexpr, FAULT: gl.constexpr):
+    a, b = ring
+    full, empty = bars
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    acc = gl.zeros([64, N], gl.float32, layout=ACC)
+    for k in range(steps):
+        stage = k % STAGES
+        if FAULT != "no wait":
+            mbarrier.wait(full.index(stage), (k // STAGES) & 1)
+        acc = warpgroup_mma(a.index(stage), b.index(stage).permute((1, 0)), acc, is_async=True)
+        if FAULT != "released early":
+            acc = warpgroup_mma_wait(0, [acc])
+        if FAULT != "never released":
+            mbarrier.arrive(empty.index(stage))
+        if FAULT == "released twice":
+            mbarrier.arrive(empty.index(stage))
+        if FAULT == "released early":
+            acc = warpgroup_mma_wait(0, [acc])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+    cols = gl.arange(0, N, layout=gl.SliceLayout(0, ACC))
+    gl.store(c_ptr + rows[:, None] * N + cols[None, :], acc)
+
+
+@gluon.jit
+def pipeline_kernel(a_desc, b_desc, c_ptr, steps, N: gl.constexpr, STAGES: gl.constexpr, FAULT: gl.constexpr):
+    a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
+    b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, N, 64], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        if FAULT != "barrier forgotten":
+            mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (c_ptr, (a, b), (full, empty), steps, N, STAGES, FAULT)),
+            (_produce, (a_desc, b_desc, (a, b), (full, empty), steps, STAGES, FAULT)),
+        ],
+        [1], [24],
+    )  # fmt: skip
+
+
+def _pipeline(fault="", steps=7, seed=0, **options):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(rows, 64 * steps, generator=generator).bfloat16() for rows in (64, 128))
+    c = torch.full((64, 128), float("nan"))
+    constants = {"N": 128, "STAGES": 2, "FAULT": fault}
+    emulator.run(pipeline_kernel, (1,), (box(a, 64, 64), box(b, 128, 64), c, steps), constants, seed=seed, **options)
+    torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-4, atol=1e-3)
+    return c
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pipeline(seed):
+    assert _pipeline(seed=seed).equal(_pipeline(seed=seed, delay=0.0))
+
+
+FAULTS = [
+    (
+        "no wait",
+        RaceError,
+        "the read of a product by the default partition .* is not ordered after the TMA load|the TMA ",
+    ),
+    (
+        "stage reused early",
+        EmulationError,
+        r"is not ordered after the read of a product|more than 1 arrivals at full\[",
+    ),
+    (
+        "released early",
+        RaceError,
+        "the TMA load by worker 1 .* is not ordered after the read of a product by the default",
+    ),
+    ("never released", DeadlockError, r"worker 1 \(_produce\) waits at test_\w+.py:\d+ for empty\[0\], parity 0"),
+    ("too few bytes", EmulationError, "deadlock, nothing is in flight|is not ordered after"),
+    ("wrong phase", DeadlockError, r"empty\[0\], parity 0: its phase 0 \(parity 0\) is in progress and lacks 1 of 1"),
+    ("released twice", EmulationError, "deadlock|is not ordered after|more than 1 arrivals"),
+    ("barrier forgotten", EmulationError, "the barrier View.* of empty .* was not initialised"),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fault, kind, message", FAULTS)
+def test_faults_of_a_protocol_are_found(fault, kind, message, seed):
+    with pytest.raises(kind, match=message):
+        _pipeline(fault, seed=seed)
+
+
+def test_a_deadlock_names_everyone_s_barrier_and_phase():
+    with pytest.raises(DeadlockError) as raised:
+        _pipeline("never released")
+    words = (
+        "pipeline_kernel, program (0, 0, 0): deadlock, nothing is in flight: ",
+        "the default partition (_consume) waits at test_gluon_emulator_async.py:",
+        " for full[0], parity 1: its phase 1 (parity 1) is in progress and lacks 1 of 1 arrivals and 0 bytes",
+        "worker 1 (_produce) waits at test_gluon_emulator_async.py:",
+    )
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+@gluon.jit
+def product_kernel(
+    a_ptr, b_ptr, c_ptr, LAYOUT: gl.constexpr, K: gl.constexpr, INSTR_K: gl.constexpr, CASE: gl.constexpr
+):
+    """c = a @ b^T, both [64, K]."""
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, GRID))
+    cols = gl.arange(0, K, layout=gl.SliceLayout(0, GRID))
+    at = rows[:, None] * K + cols[None, :]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, INSTR_K])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, INSTR_K // 8)
+    a = gl.allocate_shared_memory(a_ptr.dtype.element_ty, [64, K], LAYOUT)
+    b = gl.allocate_shared_memory(b_ptr.dtype.element_ty, [64, K], LAYOUT)
+    a.store(gl.load(a_ptr + at))
+    b.store(gl.load(b_ptr + at))
+    if CASE != "no fence":
+        fence_async_shared()
+    zero = gl.zeros([64, 64], c_ptr.dtype.element_ty, layout=ACC)
+    right = b.permute((1, 0))
+    if CASE == "synchronous":
+        c = warpgroup_mma(a, right, zero)
+    elif CASE == "registers":
+        c = warpgroup_mma(a.load(LEFT), right, zero + 5, use_acc=zero_is_kept(1), is_async=True)
+        c = warpgroup_mma_wait(0, [c])
+    elif CASE == "twice":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+        other = warpgroup_mma(a, right, zero, is_async=True)
+        c = warpgroup_mma_wait(1, [c]) + 1
+        c = c + warpgroup_mma_wait(0, [other])
+    elif CASE == "used in flight":
+        c = warpgroup_mma(a, right, zero, is_async=True) * 2
+    elif CASE == "stored in flight":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+    elif CASE == "waited for another":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+        d = warpgroup_mma(a, right, zero, is_async=True)
+        c, d = warpgroup_mma_wait(1, [c, d])
+        c = c + d
+    elif CASE == "given away":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+        d = warpgroup_mma(a, right, c, is_async=True)
+        warpgroup_mma_wait(0, [d])
+        c = warpgroup_mma_wait(0, [c])
+    elif CASE == "overwritten":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+        b.store(gl.load(a_ptr + at))
+        c = warpgroup_mma_wait(0, [c])
+    elif CASE == "descriptor as dependency":
+        c = warpgroup_mma(a, right, zero, is_async=True)
+        c, d = warpgroup_mma_wait(0, [c, a])
+    else:
+        c = warpgroup_mma(a, b, zero) if CASE == "not permuted" else warpgroup_mma(a, right, zero)
+    out = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))[:, None] * 64
+    gl.store(c_ptr + (out + gl.arange(0, 64, layout=gl.SliceLayout(0, ACC))[None, :]), c)
+
+
+@gluon.jit
+def zero_is_kept(x):
+    return gl.program_id(0) == x
+
+
+def _product(case, dtype=torch.bfloat16, K=128, result=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(64, K, generator=generator).mul(2).to(dtype) for _ in range(2))
+    c = torch.zeros(64, 64, dtype=result)
+    constants = {"LAYOUT": nvmma(dtype), "K": K, "INSTR_K": 32 // dtype.itemsize, "CASE": case}
+    emulator.run(product_kernel, (1,), (a, b, c), constants, seed=seed)
+    return c, (a.double() @ b.double().T).to(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_products(dtype):
+    result = torch.int32 if dtype == torch.int8 else torch.float32
+    for case in ("synchronous", "registers"):
+        torch.testing.assert_close(*_product(case, dtype, result=result), rtol=1e-5, atol=1e-3)
+
+
+def test_products_of_float32_read_19_bits():
+    c, exact = _product("synchronous", torch.float32)
+    error = (c - exact).abs().max() / exact.abs().max()
+    assert 1e-5 < error < 2e-3
+
+
+def test_products_in_order():
+    c, one = _product("twice")
+    torch.testing.assert_close(c, 2 * one + 1, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "case, kind, message",
+    [
+        (
+            "no fence",
+            RaceError,
+            "by the asynchronous proxy has no fence_async_shared between it and the store by the kernel",
+        ),
+        ("used in flight", EmulationError, r"the product at \S+ is used at \S+ while in flight: wait for it first"),
+        ("stored in flight", EmulationError, "while in flight: wait for it first"),
+        ("waited for another", EmulationError, "while in flight: wait for it first"),
+        ("given away", EmulationError, r"its registers belong to the product at test_gluon_emulator_async.py:\d+"),
+        (
+            "overwritten",
+            RaceError,
+            "the store by the kernel .* is not ordered after the read of a product by the kernel",
+        ),
+        ("descriptor as dependency", EmulationError, "takes products and registers as deps"),
+    ],
+)
+def test_products_in_flight(case, kind, message, seed):
+    with pytest.raises(kind, match=message):
+        _product(case, seed=seed)
+
+
+def test_products_refuse_what_the_tensor_cores_do():
+    with pytest.raises(EmulationError, match=r"warpgroup_mma of \[64, 128\] and \[64, 128\] into \[64, 64\]"):
+        _product("not permuted")
+    for case, message in (
+        ("across", "operands of fp8e4nv must be contiguous along K"),
+        ("warps", "a layout of 8 warps in a partition of 4"),
+        ("instruction", r"an instruction of fp8e4nv has the shape \[16, N, 32\], got \[16, 128, 16\]"),
+        ("types", "warpgroup_mma of fp8e4nv and bf16"),
+        ("layout", "takes shared memory of NVMMASharedLayout"),
+    ):
+        with pytest.raises(EmulationError, match=message):
+            emulator.run(refused_kernel, (1,), (), {"LAYOUT": nvmma(torch.int8), "CASE": case})
+
+
+@gluon.jit
+def refused_kernel(LAYOUT: gl.constexpr, CASE: gl.constexpr):
+    K: gl.constexpr = 16 if CASE == "instruction" else 32
+    WARPS: gl.constexpr = 2 if CASE == "warps" else 1
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, WARPS], instr_shape=[16, 128, K])
+    a = gl.allocate_shared_memory(gl.float8e4nv, [64, 128], LAYOUT)
+    b = gl.allocate_shared_memory(gl.float8e4nv, [128, 128], LAYOUT)
+    if CASE == "types":
+        b = gl.allocate_shared_memory(gl.bfloat16, [128, 128], gl.NVMMASharedLayout(128, 16, 2))
+    elif CASE == "layout":
+        b = gl.allocate_shared_memory(gl.float8e4nv, [128, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    warpgroup_mma(a, b, gl.zeros([64, 128], gl.float32, layout=ACC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Partitions
+
+
+@gluon.jit
+def _say(memory, bars, y_ptr, turn, ROUNDS: gl.constexpr):
+    """Two partitions count by turns in one cell of shared memory."""
+    ping, pong = bars
+    n = gl.arange(0, 128, layout=LINE)
+    for i in range(ROUNDS):
+        if turn == 0:
+            mbarrier.wait(pong, (i & 1) ^ 1)
+            memory.store(memory.load(LINE) + 1 if i > 0 else gl.zeros([128], gl.int32, layout=LINE))
+            mbarrier.arrive(ping, count=2)
+        else:
+            mbarrier.wait(ping, i & 1)
+            memory.store(memory.load(LINE) * 2)
+            mbarrier.arrive(pong)
+            mbarrier.arrive(pong, pred=i < 0)
+    if turn == 1:
+        gl.store(y_ptr + n, memory.load(LINE))
+
+
+@gluon.jit
+def turns_kernel(y_ptr, ROUNDS: gl.constexpr):
+    memory = gl.allocate_shared_memory(gl.int32, [128], FLAT)
+    ping = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    pong = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ping, count=2)
+    mbarrier.init(pong, count=1)
+    bars = (ping, pong)
+    gl.warp_specialize([(_say, (memory, bars, y_ptr, 0, ROUNDS)), (_say, (memory, bars, y_ptr, 1, ROUNDS))], [4], [24])
+    mbarrier.invalidate(ping)
+
+
+def test_barriers_count_and_alternate():
+    y = torch.zeros(128, dtype=torch.int32)
+    emulator.run(turns_kernel, (1,), (y,), {"ROUNDS": 5})
+    expected = 0
+    for _ in range(4):
+        expected = (expected * 2) + 1
+    assert y.eq(expected * 2).all()
+
+
+@gluon.jit
+def _write(memory, y_ptr, value: gl.constexpr, ORDERED: gl.constexpr):
+    n = gl.arange(0, 128, layout=LINE)
+    for _ in range(4):
+        gl.store(y_ptr + n, n * 0 + value)
+    if not ORDERED:
+        memory.store(n * 0 + value)
+
+
+@gluon.jit
+def rivals_kernel(y_ptr, ORDERED: gl.constexpr):
+    memory = gl.allocate_shared_memory(gl.int32, [128], FLAT)
+    parts = [
+        (_write, (memory, y_ptr, 1, ORDERED)),
+        (_write, (memory, y_ptr, 2, ORDERED)),
+        (_write, (memory, y_ptr, 3, ORDERED)),
+    ]
+    gl.warp_specialize(parts, [4, 4], [24, 24])
+
+
+def _rivals(seed):
+    y = torch.zeros(128, dtype=torch.int32)
+    emulator.run(rivals_kernel, (1,), (y,), {"ORDERED": True}, seed=seed)
+    assert y.eq(y[0]).all()
+    return y[0].item()
+
+
+def test_a_seed_decides_the_order():
+    first = [_rivals(seed) for seed in range(12)]
+    assert set(first) == {1, 2, 3} and first == [_rivals(seed) for seed in range(12)]
+
+
+def test_unordered_stores_are_found():
+    with pytest.raises(RaceError, match=r"the store by .* of 512 bytes of memory .* is not ordered after the store by"):
+        emulator.run(rivals_kernel, (1,), (torch.zeros(128, dtype=torch.int32),), {"ORDERED": False})
+
+
+@gluon.jit
+def _returns(x):
+    return x * 2
+
+
+@gluon.jit
+def _given(x):
+    x * 2
+
+
+@gluon.jit
+def partitions_kernel(y_ptr, CASE: gl.constexpr):
+    n = gl.arange(0, 128, layout=LINE)
+    if CASE == "result":
+        x = gl.warp_specialize([(_returns, (n,)), (_given, (n.shape[0],))], [1], [24])
+        gl.store(y_ptr + n, x)
+    elif CASE == "block":
+        gl.warp_specialize([(_returns, (n,)), (_given, (n,))], [1], [24])
+    elif CASE == "counts":
+        gl.warp_specialize([(_returns, (n,)), (_given, (1,))], [1, 1], [24])
+    elif CASE == "worker":
+        gl.warp_specialize([(_returns, (n,)), (_stray, (y_ptr,))], [4], [24])
+    elif CASE == "endless":
+        gl.warp_specialize([(_returns, (n,)), (_endless, (y_ptr,))], [4], [24])
+
+
+@gluon.jit
+def _stray(y_ptr):
+    gl.store(y_ptr + 128, 1)
+
+
+@gluon.jit
+def _endless(y_ptr):
+    while gl.load(y_ptr) < 1:
+        gl.store(y_ptr + 1, 1)
+
+
+def test_partitions():
+    y = torch.zeros(128, dtype=torch.int32)
+    emulator.run(partitions_kernel, (1,), (y,), {"CASE": "result"})
+    assert y.equal(torch.arange(0, 256, 2, dtype=torch.int32))
+    for case, message in (
+        ("block", r"worker _given is given a block \[128\]; workers take scalars"),
+        ("counts", r"1 workers, but worker_num_warps is \[1, 1\]"),
+        (
+            "worker",
+            r"worker 1 \(_stray\), test_gluon_emulator_async.py:\d+: store at .*: element 128 of argument y_ptr",
+        ),
+    ):
+        with pytest.raises(EmulationError, match=message):
+            emulator.run(partitions_kernel, (1,), (y,), {"CASE": case})
+    with pytest.raises(EmulationError, match=r"not ended within 0.5 s; in progress: test_gluon_emulator_async.py:"):
+        emulator.run(partitions_kernel, (1,), (y * 0,), {"CASE": "endless"}, limit_s=0.5)
+
+
+@gluon.jit
+def leaving_kernel(x_desc):
+    memory = gl.allocate_shared_memory(x_desc.dtype, x_desc.block_shape, x_desc.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, x_desc.nbytes_per_cta)
+    tma.async_load(x_desc, [0, 0], bar, memory)
+    mbarrier.wait(bar, 0, pred=gl.program_id(0) > 0)
+
+
+def test_a_program_does_not_end_before_its_copies():
+    with pytest.raises(EmulationError, match="is in flight at the program's end: nobody waited for bar"):
+        emulator.run(leaving_kernel, (2,), (box(torch.randn(64, 64), 64, 64),))
+
+
+@gluon.jit
+def _gather(x_ptr, memory, bars):
+    full, empty = bars
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, GRID))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, GRID))
+    for i in range(3):
+        mbarrier.wait(empty, (i & 1) ^ 1)
+        async_copy.async_copy_global_to_shared(memory, x_ptr + (i * 64 + rows)[:, None] * 64 + cols[None, :])
+        async_copy.mbarrier_arrive(full, increment_count=False)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _sum(y_ptr, memory, bars, FENCE: gl.constexpr):
+    full, empty = bars
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    acc = gl.zeros([64, 64], gl.float32, layout=ACC)
+    for i in range(3):
+        mbarrier.wait(full, i & 1)
+        if FENCE:
+            fence_async_shared()
+        acc = warpgroup_mma_wait(0, [warpgroup_mma(memory, memory.permute((1, 0)), acc, is_async=True)])
+        mbarrier.arrive(empty)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+    gl.store(y_ptr + (rows[:, None] * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, ACC))[None, :]), acc)
+
+
+@gluon.jit
+def gathering_kernel(x_ptr, y_ptr, LAYOUT: gl.constexpr, FENCE: gl.constexpr):
+    memory = gl.allocate_shared_memory(gl.bfloat16, [64, 64], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=128)
+    mbarrier.init(empty, count=1)
+    bars = (full, empty)
+    gl.warp_specialize([(_sum, (y_ptr, memory, bars, FENCE)), (_gather, (x_ptr, memory, bars))], [4], [24])
+
+
+def test_gathers_by_a_worker_need_a_fence_before_products():
+    x, y = torch.randn(192, 64).bfloat16(), torch.empty(64, 64)
+    args = {"LAYOUT": nvmma(x.dtype)}
+    emulator.run(gathering_kernel, (1,), (x, y), {**args, "FENCE": True})
+    torch.testing.assert_close(y, sum(p.float() @ p.float().T for p in x.split(64)), rtol=1e-5, atol=1e-3)
+    with pytest.raises(RaceError, match="has no fence_async_shared between it and the asynchronous copy by worker 1"):
+        emulator.run(gathering_kernel, (1,), (x, y), {**args, "FENCE": False})
