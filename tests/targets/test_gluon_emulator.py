@@ -160,6 +160,7 @@ def shapes_kernel(x_ptr, y_ptr, STEP: gl.constexpr):
     n = gl.arange(0, 128, layout=LINE)
     x = gl.load(x_ptr + n)
     if STEP == "split":
+        x = gl.convert_layout(x, gl.BlockedLayout([2], [32], [4], [0]))
         a, b = gl.split(gl.reshape(x, [64, 2]))
         x = gl.convert_layout(gl.reshape(gl.join(b, a), [128]), LINE)
     elif STEP == "permute":
@@ -219,6 +220,32 @@ def test_grids():
         y = torch.zeros(count, dtype=torch.int32)
         emulator.run(grid_kernel, grid, (y,), {"WIDTH": 2}, num_warps=8)
         assert y.equal(torch.arange(count, dtype=torch.int32) * 2 + 8)
+
+
+@gluon.jit
+def assigned_kernel(y_ptr, CASE: gl.constexpr):
+    count = 3
+    lower, upper = (-3, 4)
+    count += 1
+    if CASE == "division":
+        gl.store(y_ptr, (lower // 2) * 10 + count.to(gl.int64))  # -10 + 4: towards zero, as at run time
+    elif CASE == "range":
+        gl.static_range(count)
+    elif CASE == "shape":
+        gl.arange(0, upper, layout=LINE)
+
+
+def test_assigned_numbers_are_of_run_time():
+    y = torch.zeros(1, dtype=torch.int64)
+    emulator.run(assigned_kernel, (1,), (y,), {"CASE": "division"})
+    assert y.item() == -6
+    for case, what in (("range", "static_range"), ("shape", "arange")):
+        with pytest.raises(EmulationError, match=rf"{what} takes a constant \(gl.constexpr\), got Block\(int32"):
+            emulator.run(assigned_kernel, (1,), (y,), {"CASE": case})
+
+
+def load(x):
+    """Named as one of the language's functions, which the kernels above call."""
 
 
 def _plain(x):

@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mla_kernels.targets.gluon import emulator
 from mla_kernels.targets.gluon.errors import DeadlockError, EmulationError, RaceError
 
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 GRID = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
@@ -46,10 +47,10 @@ def _produce(a_desc, b_desc, ring, bars, steps, STAGES: gl.constexpr, FAULT: gl.
         if FAULT != "stage reused early":
             mbarrier.wait(empty.index(stage), (lap & 1) ^ 1)
         bar = full.index(stage)
-        nbytes = a_desc.nbytes_per_cta + b_desc.nbytes_per_cta
         if FAULT == "too few bytes":
-            nbytes = a_desc.nbytes_per_cta
-        mbarrier.expect(bar, nbytes)
+            mbarrier.expect(bar, a_desc.block_type.nbytes)
+        else:
+            mbarrier.expect(bar, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
         tma.async_load(a_desc, [0, k * 64], bar, a.index(stage))
         tma.async_load(b_desc, [0, k * 64], bar, b.index(stage))
 
@@ -442,7 +443,7 @@ def leaving_kernel(x_desc):
     memory = gl.allocate_shared_memory(x_desc.dtype, x_desc.block_shape, x_desc.layout)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
-    mbarrier.expect(bar, x_desc.nbytes_per_cta)
+    mbarrier.expect(bar, x_desc.block_type.nbytes)
     tma.async_load(x_desc, [0, 0], bar, memory)
     mbarrier.wait(bar, 0, pred=gl.program_id(0) > 0)
 
@@ -455,11 +456,12 @@ def test_a_program_does_not_end_before_its_copies():
 @gluon.jit
 def _gather(x_ptr, memory, bars):
     full, empty = bars
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, GRID))
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, GRID))
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY))
     for i in range(3):
         mbarrier.wait(empty, (i & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(memory, x_ptr + (i * 64 + rows)[:, None] * 64 + cols[None, :])
+        copy_async(memory, x_ptr + (i * 64 + rows)[:, None] * 64 + cols[None, :])
         async_copy.mbarrier_arrive(full, increment_count=False)
     async_copy.wait_group(0)
 

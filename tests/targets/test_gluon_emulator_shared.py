@@ -11,7 +11,9 @@ from mla_kernels.targets.gluon import emulator
 from mla_kernels.targets.gluon.errors import EmulationError, OutOfBoundsError, RaceError
 
 GRID = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+COPY = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -34,12 +36,14 @@ def bytes_kernel(x_ptr, y_ptr, LAYOUT: gl.constexpr, M: gl.constexpr, N: gl.cons
     elif VIEW == "tiles":
         tiles = memory._reinterpret(dtype, [2, M, N // 2], LAYOUT)
         for i in gl.static_range(2):
-            half = at + (i * (N // 2))
             row = gl.arange(0, N // 2, layout=gl.SliceLayout(0, GRID))
             half = rows[:, None] * N + (row + i * (N // 2))[None, :]
             gl.store(y_ptr + half, tiles.index(i).load(GRID))
     elif VIEW == "wrong shape":
-        gl.store(y_ptr + at, memory.reinterpret(dtype, [2, M // 2, N], LAYOUT).reshape([M, N]).load(GRID))
+        halves = memory.reinterpret(dtype, [2, M // 2, N], LAYOUT)
+        few = gl.arange(0, M // 2, layout=gl.SliceLayout(1, GRID))
+        for i in gl.static_range(2):
+            gl.store(y_ptr + (few + i * (M // 2))[:, None] * N + cols[None, :], halves.index(i).load(GRID))
     elif VIEW == "slices":
         rest = gl.arange(0, N // 4, layout=gl.SliceLayout(0, GRID))
         part = memory.slice(N // 4, N // 4, dim=1)
@@ -118,7 +122,7 @@ def boxes_kernel(x_desc, y_desc, row, col, FAULT: gl.constexpr):
     memory = gl.allocate_shared_memory(x_desc.dtype, x_desc.block_shape, x_desc.layout)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
-    mbarrier.expect(bar, x_desc.nbytes_per_cta if FAULT != "bytes" else x_desc.nbytes_per_cta + 16)
+    mbarrier.expect(bar, x_desc.block_type.nbytes + (16 if FAULT == "bytes" else 0))
     tma.async_load(x_desc, [row, col], bar, memory)
     if FAULT != "wait":
         mbarrier.wait(bar, 0)
@@ -190,46 +194,44 @@ def test_tma_refuses_what_does_not_fit():
 
 
 @gluon.jit
-def gathered_kernel(x_ptr, index_ptr, y_ptr, size, WAIT: gl.constexpr, N: gl.constexpr):
+def gathered_kernel(x_ptr, index_ptr, y_ptr, size, WAIT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
     """Rows of x by index through cp.async: in two groups, or announced at a barrier."""
-    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, GRID))
-    cols = gl.arange(0, N, layout=gl.SliceLayout(0, GRID))
+    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
     memory = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2, 32, N], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1 if WAIT == "incremented" else 128)
     for i in gl.static_range(2):
         index = gl.load(index_ptr + i * 32 + rows)
         live = (index >= 0) & (i * 32 + rows < size)
-        async_copy.async_copy_global_to_shared(
-            memory.index(i), x_ptr + index[:, None] * N + cols[None, :], mask=live[:, None]
-        )
+        copy_async(memory.index(i), x_ptr + index[:, None] * N + cols[None, :], mask=live[:, None])
         async_copy.commit_group()
     if WAIT == "groups":
         async_copy.wait_group(1)
-        first = memory.index(0).load(GRID)
+        first = memory.index(0).load(LAYOUT)
         async_copy.wait_group(0)
     elif WAIT == "one group":
         async_copy.wait_group(1)
-        first = memory.index(0).load(GRID)
+        first = memory.index(0).load(LAYOUT)
     elif WAIT == "barrier":
         async_copy.mbarrier_arrive(bar, increment_count=False)
         mbarrier.wait(bar, 0)
-        first = memory.index(0).load(GRID)
+        first = memory.index(0).load(LAYOUT)
     elif WAIT == "incremented":
         async_copy.mbarrier_arrive(bar)
         mbarrier.arrive(bar)
         mbarrier.wait(bar, 0)
-        first = memory.index(0).load(GRID)
+        first = memory.index(0).load(LAYOUT)
     at = rows[:, None] * N + cols[None, :]
     gl.store(y_ptr + at, first)
-    gl.store(y_ptr + 32 * N + at, memory.index(1).load(GRID))
+    gl.store(y_ptr + 32 * N + at, memory.index(1).load(LAYOUT))
 
 
 @pytest.mark.parametrize("wait", ["groups", "barrier", "incremented"])
 def test_asynchronous_gathers(wait):
     x, index = torch.randn(90, 64).bfloat16(), torch.randint(0, 90, (64,), dtype=torch.int32)
     index[5], y = -1, torch.empty(64, 64).bfloat16()
-    emulator.run(gathered_kernel, (1,), (x, index, y, 60), {"WAIT": wait, "N": 64})
+    emulator.run(gathered_kernel, (1,), (x, index, y, 60), {"WAIT": wait, "N": 64, "LAYOUT": COPY})
     expected = x[index.long()]
     expected[5], expected[60:] = 0, 0
     assert y.equal(expected)
@@ -238,9 +240,12 @@ def test_asynchronous_gathers(wait):
 def test_an_asynchronous_gather_must_be_waited_for_and_stay_inside():
     x, index, y = torch.randn(90, 64), torch.randint(0, 90, (64,), dtype=torch.int32), torch.empty(64, 64)
     with pytest.raises(RaceError, match=r"the load by the kernel .* is not ordered after the asynchronous copy"):
-        emulator.run(gathered_kernel, (1,), (x, index, y, 64), {"WAIT": "one group", "N": 64})
+        emulator.run(gathered_kernel, (1,), (x, index, y, 64), {"WAIT": "one group", "N": 64, "LAYOUT": COPY})
     index[40] = 90
     with pytest.raises(
         OutOfBoundsError, match=r"element 5760 of argument x_ptr .* at \(8, 0\) of the block \[32, 64\]"
     ):
-        emulator.run(gathered_kernel, (1,), (x, index, y, 64), {"WAIT": "groups", "N": 64})
+        emulator.run(gathered_kernel, (1,), (x, index, y, 64), {"WAIT": "groups", "N": 64, "LAYOUT": COPY})
+    with pytest.raises(EmulationError, match=r"cp.async copies 4 to 16 bytes a thread, got 2"):
+        args = x.bfloat16(), index, y.bfloat16(), 64
+        emulator.run(gathered_kernel, (1,), args, {"WAIT": "groups", "N": 64, "LAYOUT": GRID.value})

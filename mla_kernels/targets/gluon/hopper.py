@@ -12,7 +12,7 @@ from mla_kernels.targets.gluon.elements import itemsize, rounded
 from mla_kernels.targets.gluon.errors import EmulationError
 from mla_kernels.targets.gluon.schedule import Clock, Partition, here, line
 from mla_kernels.targets.gluon.shared import View, allocate
-from mla_kernels.targets.gluon.values import Block, Pointer
+from mla_kernels.targets.gluon.values import Block, Pointer, constant
 
 FUNCTIONS: dict[str, dict] = {"mbarrier": {}, "tma": {}, "async_copy": {}, "hopper": {}}
 
@@ -85,7 +85,7 @@ def init(mbarrier, count):
     here().machine.step()
     if _view(mbarrier, "mbarrier.init").numel != 1:
         raise ValueError(f"mbarrier.init takes one barrier, got {mbarrier!r}")
-    mbarrier.buffer.barriers[mbarrier.base] = Barrier(mbarrier, int(count))
+    mbarrier.buffer.barriers[mbarrier.base] = Barrier(mbarrier, constant(count, "mbarrier.init"))
 
 
 @_op("mbarrier")
@@ -113,7 +113,7 @@ def arrive(mbarrier, *, count=1, pred=True, from_cta=None):
     me = here()
     me.machine.step()
     if bool(pred):
-        _barrier(mbarrier, "mbarrier.arrive").arrive(int(count), 0, me.clock)
+        _barrier(mbarrier, "mbarrier.arrive").arrive(constant(count, "mbarrier.arrive"), 0, me.clock)
         me.tick()
 
 
@@ -124,7 +124,7 @@ def expect(mbarrier, bytes_per_cta=None, pred=True, *, bytes=None, from_cta=None
     me.machine.step()
     nbytes = bytes_per_cta if bytes is None else bytes
     if bool(pred):
-        _barrier(mbarrier, "mbarrier.expect").arrive(1, int(nbytes), me.clock)
+        _barrier(mbarrier, "mbarrier.expect").arrive(1, constant(nbytes, "mbarrier.expect"), me.clock)
         me.tick()
 
 
@@ -215,7 +215,7 @@ def async_store(tensor_desc, coord, src, cache_policy=None):
 
 @_op("tma")
 def store_wait(pendings, read_only=True):
-    _engine_wait(here(), here().stores, here().stores.issued - int(pendings), "TMA stores")
+    _engine_wait(here(), here().stores, here().stores.issued - constant(pendings, "store_wait"), "TMA stores")
 
 
 @_op("tma")
@@ -244,6 +244,10 @@ def copy_async(smem, pointer, mask=None, cache_modifier=None, eviction_policy=No
     pointer, active, _ = memory._mask(memory._pointer(pointer, "async_copy"), mask, "async_copy")
     if smem.shape != pointer.shape or smem.dtype != pointer.dtype.element_ty:
         raise ValueError(f"async_copy: pointers {pointer.dtype}{pointer.shape} and shared memory {smem!r}")
+    if type(pointer.layout).__name__ == "BlockedLayout":
+        nbytes = pointer.layout.size_per_thread[pointer.layout.order[0]] * itemsize(smem.dtype)
+        if nbytes < 4:
+            raise ValueError(f"cp.async copies 4 to 16 bytes a thread, got {nbytes} by {pointer.layout}")
     me.machine.step()
     memory._places(pointer, active, "asynchronous copy")
     engine = me.copies
@@ -269,7 +273,7 @@ def commit_group():
 @_op("async_copy")
 def wait_group(num_outstanding=0):
     me = here()
-    done = len(me.groups) - int(num_outstanding)
+    done = len(me.groups) - constant(num_outstanding, "wait_group")
     _engine_wait(me, me.copies, me.groups[done - 1] if done > 0 else 0, "asynchronous copies")
 
 
@@ -416,7 +420,7 @@ def warpgroup_mma_wait(num_outstanding=0, deps=None):
     if deps is None:
         raise ValueError("warpgroup_mma_wait deps must be given")
     me = here()
-    done = me.products.issued - int(num_outstanding)
+    done = me.products.issued - constant(num_outstanding, "warpgroup_mma_wait")
     _engine_wait(me, me.products, done, "products")
     results = []
     for dep in deps:

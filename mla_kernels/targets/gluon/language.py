@@ -10,9 +10,7 @@ from mla_kernels.targets.gluon import layouts, memory, shared, values
 from mla_kernels.targets.gluon.elements import carrier, rounded
 from mla_kernels.targets.gluon.errors import EmulationError
 from mla_kernels.targets.gluon.schedule import here, line
-from mla_kernels.targets.gluon.values import Block, Pointer, arithmetic, as_block, placed
-
-FUNCTIONS: dict[str, object] = {}
+from mla_kernels.targets.gluon.values import FUNCTIONS, Block, Pointer, arithmetic, as_block, constant, placed
 
 
 def _op(*names: str):
@@ -32,12 +30,13 @@ FUNCTIONS["allocate_shared_memory"] = shared.allocate
 
 @_op()
 def arange(start, end, layout=None):
-    return placed(np.arange(int(start), int(end), dtype=np.int32), tl.int32, layout)
+    start, end = constant(start, "arange"), constant(end, "arange")
+    return placed(np.arange(start, end, dtype=np.int32), tl.int32, layout)
 
 
 @_op()
 def full(shape, value, dtype, layout=None):
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(constant(size, "a shape") for size in shape)
     return placed(np.full(shape, values.cast(as_block(value), dtype)), dtype, layout)
 
 
@@ -407,7 +406,7 @@ def device_assert(cond, msg="", mask=None):
 
 @_op()
 def static_range(*bounds):
-    return range(*(int(bound) for bound in bounds))
+    return range(*(constant(bound, "static_range") for bound in bounds))
 
 
 @_op("range")

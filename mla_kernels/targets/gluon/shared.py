@@ -19,7 +19,7 @@ from mla_kernels.targets.gluon import values
 from mla_kernels.targets.gluon.elements import BITS, decode, encode, itemsize
 from mla_kernels.targets.gluon.errors import OutOfBoundsError, RaceError
 from mla_kernels.targets.gluon.schedule import Clock, Machine, assigned, here, line
-from mla_kernels.targets.gluon.values import Block
+from mla_kernels.targets.gluon.values import Block, constant
 
 _SMALL_BUFFER = 4096
 _PERIOD = {128: 1024, 64: 512, 32: 256, 0: 128}
@@ -264,13 +264,13 @@ class View:
         return View(self.buffer, self.base + index * place.nbytes, self.dtype, self.layout, place)
 
     def slice(self, start, length, dim=0):
-        start, length, dim = int(start), int(length), int(dim)
+        start, length, dim = (constant(value, "slice") for value in (start, length, dim))
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise OutOfBoundsError(f"slice [{start}, {start + length}) of dimension {dim} of a view {self.shape}")
         return View(self.buffer, self.base, self.dtype, self.layout, self.place.cut(start, length, dim), False)
 
     def permute(self, order):
-        order = tuple(int(i) for i in order)
+        order = tuple(constant(axis, "permute") for axis in order)
         if sorted(order) != list(range(self.rank)):
             raise ValueError(f"permute of a view {self.shape} by {order}")
         layout = self.layout
@@ -279,14 +279,14 @@ class View:
         return View(self.buffer, self.base, self.dtype, layout, self.place.permuted(order), False)
 
     def reshape(self, shape):
-        shape = tuple(int(size) for size in shape)
+        shape = tuple(constant(size, "a shape") for size in shape)
         if math.prod(shape) != self.numel:
             raise ValueError(f"reshape of a view {self.shape} to {list(shape)}")
         return View(self.buffer, self.base, self.dtype, self.layout, self.place.reshaped(shape), False)
 
     def reinterpret(self, dtype=None, shape=None, layout=None):
         dtype, layout = dtype or self.dtype, layout or self.layout
-        shape = tuple(self.shape if shape is None else (int(size) for size in shape))
+        shape = tuple(self.shape if shape is None else (constant(size, "a shape") for size in shape))
         if not self.whole:
             raise NotImplementedError("reinterpretation of a permuted or sliced view is not emulated")
         place = geometry(shape, layout, itemsize(dtype))
@@ -311,7 +311,7 @@ def _transposed(layout):
 
 def allocate(dtype, shape, layout, value: Block | None = None) -> View:
     """``gl.allocate_shared_memory``."""
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(constant(size, "a shape") for size in shape)
     place = geometry(shape, layout, itemsize(dtype))
     machine = here().machine
     view = View(Buffer(machine, place.nbytes, f"{dtype}{list(shape)}"), 0, dtype, layout, place)

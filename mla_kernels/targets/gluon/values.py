@@ -6,6 +6,7 @@ own rules. Integers wrap; ``//`` and ``%`` truncate as in C.
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from mla_kernels.targets.gluon.elements import carrier, convert, decode, encode,
 from mla_kernels.targets.gluon.errors import EmulationError
 from mla_kernels.targets.gluon.layouts import INFERRED
 from mla_kernels.targets.gluon.schedule import here
+
+FUNCTIONS: dict[str, Callable] = {}
+"""The language's functions by name (:mod:`mla_kernels.targets.gluon.language` fills it); most are methods of blocks."""
 
 
 class Block:
@@ -121,8 +125,6 @@ class Block:
         """Methods that are functions of the language too: x.max(1) is gl.max(x, 1)."""
         if name.startswith("__"):
             raise AttributeError(name)
-        from mla_kernels.targets.gluon.language import FUNCTIONS
-
         if name not in FUNCTIONS:
             raise NotImplementedError(f"the method {name!r} of a block is not emulated")
         return functools.partial(FUNCTIONS[name], self)
@@ -134,6 +136,10 @@ class BlockType:
     def __init__(self, element_ty, shape, layout):
         self.element_ty = self.scalar = element_ty
         self.shape, self.layout = shape, layout
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * itemsize(self.element_ty)
 
     def is_block(self):
         return bool(self.shape)
@@ -215,6 +221,13 @@ def placed(data: np.ndarray, dtype, layout) -> Block:
     if layout is not None and layout is not INFERRED:
         layouts.check(layout, data.ndim, here().num_warps)
     return Block(data, dtype, layout)
+
+
+def constant(value, what: str) -> int:
+    """An integer that is known when the kernel is compiled."""
+    if not isinstance(value, int):
+        raise TypeError(f"{what} takes a constant (gl.constexpr), got {value!r}")
+    return value
 
 
 def as_block(value, dtype=None) -> Block:
