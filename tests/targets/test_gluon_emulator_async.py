@@ -80,11 +80,17 @@ def _consume(c_ptr, ring, bars, steps, N: gl.constexpr, STAGES: gl.constexpr, FA
 
 
 @gluon.jit
+def _barriers(NUMBER: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    return made
+
+
+@gluon.jit
 def pipeline_kernel(a_desc, b_desc, c_ptr, steps, N: gl.constexpr, STAGES: gl.constexpr, FAULT: gl.constexpr):
     a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
     b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, N, 64], b_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = _barriers(STAGES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         if FAULT != "barrier forgotten":
@@ -130,11 +136,19 @@ FAULTS = [
         RaceError,
         "the TMA load by worker 1 .* is not ordered after the read of a product by the default",
     ),
-    ("never released", DeadlockError, r"worker 1 \(_produce\) waits at test_\w+.py:\d+ for empty\[0\], parity 0"),
-    ("too few bytes", EmulationError, "deadlock, nothing is in flight|is not ordered after"),
-    ("wrong phase", DeadlockError, r"empty\[0\], parity 0: its phase 0 \(parity 0\) is in progress and lacks 1 of 1"),
+    ("never released", DeadlockError, r"worker 1 \(_produce\) waits at test_\w+.py:\d+ for empty.made\[0\], parity 0"),
+    (
+        "too few bytes",
+        EmulationError,
+        "deadlock|is not ordered after|ends in its phase [1-9]: fewer bytes were expected",
+    ),
+    (
+        "wrong phase",
+        DeadlockError,
+        r"empty.made\[0\], parity 0: its phase 0 \(parity 0\) is in progress and lacks 1 of 1",
+    ),
     ("released twice", EmulationError, "deadlock|is not ordered after|more than 1 arrivals"),
-    ("barrier forgotten", EmulationError, "the barrier View.* of empty .* was not initialised"),
+    ("barrier forgotten", EmulationError, "the barrier View.* of empty.made .* was not initialised"),
 ]
 
 
@@ -499,3 +513,23 @@ def test_gathers_by_a_worker_need_a_fence_before_products():
     torch.testing.assert_close(y, sum(p.float() @ p.float().T for p in x.split(64)), rtol=1e-5, atol=1e-3)
     with pytest.raises(RaceError, match="has no fence_async_shared between it and the asynchronous copy by worker 1"):
         emulator.run(gathering_kernel, (1,), (x, y), {**args, "FENCE": False})
+
+
+@gluon.jit
+def counted_kernel(x_ptr, COUNT: gl.constexpr):
+    memory = gl.allocate_shared_memory(gl.float32, [128], FLAT)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=COUNT)
+    copy_async(memory, x_ptr + gl.arange(0, 128, layout=LINE))
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+    mbarrier.wait(bar, 0)
+
+
+def test_every_thread_arrives_after_its_copies():
+    emulator.run(counted_kernel, (1,), (torch.randn(128),), {"COUNT": 128})
+    with pytest.raises(
+        EmulationError, match=r"\(0, 0, 0\): more than 1 arrivals at bar in its phase 0, at test_gluon_emu"
+    ):
+        emulator.run(counted_kernel, (1,), (torch.randn(128),), {"COUNT": 1})
+    with pytest.raises(DeadlockError, match=r"for bar, parity 0: its phase 0 .* lacks 128 of 256 arrivals"):
+        emulator.run(counted_kernel, (1,), (torch.randn(128),), {"COUNT": 256})

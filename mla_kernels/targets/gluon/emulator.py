@@ -86,7 +86,8 @@ def _program(machine: Machine, name: str, kernel: Callable, bound: Mapping, num_
         failure = machine.failure or failure
         known = isinstance(failure, (EmulationError, NotImplementedError))
         text = f"{failure}" if known else f"{type(failure).__name__}: {failure}"
-        place = "" if isinstance(failure, DeadlockError) else f"{(machine.failed or main).name}{_where(failure)}: "
+        nowhere = isinstance(failure, DeadlockError) or machine.executing
+        place = "" if nowhere else f"{(machine.failed or main).name}{_where(failure)}: "
         message = f"{name}, program {machine.program}: {place}{text}"
         raise (type(failure) if known else EmulationError)(message) from failure
     finally:

@@ -42,14 +42,15 @@ class Barrier:
         self.phase = 0
         self.arriving, self.completed = Clock(), Clock()
 
-    def arrive(self, count: int, nbytes: int = 0, clock: Clock | None = None) -> None:
+    def arrive(self, count: int, nbytes: int, clock: Clock | None, where: str) -> None:
+        """Arrivals and expected bytes (negative: copied ones) by whoever is at ``clock``."""
         if clock is not None:
             self.arriving.join(clock)
         self.missing -= count
         self.bytes += nbytes
         if self.missing < 0:
             raise EmulationError(
-                f"more than {self.count} arrivals at {self.name} in its phase {self.phase}, at {line()}"
+                f"more than {self.count} arrivals at {self.name} in its phase {self.phase}, at {where}"
             )
         if self.missing == 0 and self.bytes == 0:
             self.phase += 1
@@ -113,7 +114,7 @@ def arrive(mbarrier, *, count=1, pred=True, from_cta=None):
     me = here()
     me.machine.step()
     if bool(pred):
-        _barrier(mbarrier, "mbarrier.arrive").arrive(constant(count, "mbarrier.arrive"), 0, me.clock)
+        _barrier(mbarrier, "mbarrier.arrive").arrive(constant(count, "mbarrier.arrive"), 0, me.clock, line())
         me.tick()
 
 
@@ -124,7 +125,7 @@ def expect(mbarrier, bytes_per_cta=None, pred=True, *, bytes=None, from_cta=None
     me.machine.step()
     nbytes = bytes_per_cta if bytes is None else bytes
     if bool(pred):
-        _barrier(mbarrier, "mbarrier.expect").arrive(1, constant(nbytes, "mbarrier.expect"), me.clock)
+        _barrier(mbarrier, "mbarrier.expect").arrive(1, constant(nbytes, "mbarrier.expect"), me.clock, line())
         me.tick()
 
 
@@ -176,7 +177,12 @@ def async_load(tensor_desc, coord, barrier, result, pred=True, multicast=False, 
 
     def execute():
         result.put(tensor_desc.read(corner))
-        signalled.arrive(0, -tensor_desc.nbytes_per_cta)
+        if signalled.phase != phase:
+            raise EmulationError(
+                f"the TMA load at {where}, issued in phase {phase} of {signalled.name}, ends in its phase "
+                f"{signalled.phase}: fewer bytes were expected than it copies"
+            )
+        signalled.arrive(0, -tensor_desc.nbytes_per_cta, None, where)
 
     def observed():
         if here().clock.seen[signalled.actor] <= phase:
@@ -285,9 +291,9 @@ def mbarrier_arrive(mbarrier, increment_count=True):
     barrier, threads, engine = _barrier(mbarrier, "async_copy.mbarrier_arrive"), 32 * me.num_warps, me.copies
     if increment_count:
         barrier.missing += threads
-    clock = me.clock.copy()
+    clock, where = me.clock.copy(), line()
     clock.seen[engine.actor] = engine.issued
-    me.machine.later(lambda: barrier.arrive(threads, 0, clock), engine)
+    me.machine.later(lambda: barrier.arrive(threads, 0, clock, where), engine)
     me.tick()
 
 

@@ -40,24 +40,23 @@ def here() -> "Partition":
     return _local.partition
 
 
-def _place() -> tuple[str, int]:
-    """File and line of the kernel that is being executed."""
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(_HERE):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
-
-
 def line() -> str:
     """The kernel's line that is being executed: ``file.py:12``."""
-    path, number = _place()
-    return f"{path.rpartition(os.sep)[2]}:{number}"
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition(os.sep)[2]}:{frame.f_lineno}"
 
 
-def assigned() -> str | None:
-    """The variable to which that line assigns, if it is a plain one."""
-    name = linecache.getline(*_place()).partition("=")[0].strip()
-    return name if name.isidentifier() else None
+def assigned() -> str:
+    """The variables to which the lines being executed assign, of caller and callee: ``full.barriers``."""
+    names, frame = [], sys._getframe(1)
+    while frame is not None:
+        if "__emulated__" in frame.f_globals:
+            text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            names += [name for name in [text.partition("=")[0].strip()] if name.isidentifier()]
+        frame = frame.f_back
+    return ".".join(reversed(names))
 
 
 class Clock:
@@ -130,6 +129,7 @@ class Machine:
         self.now = 0.0
         self.failure: BaseException | None = None
         self.failed: Partition | None = None  # in which the failure is
+        self.executing = False  # an asynchronous operation, so that a failure is its own and not a partition's
         self.partitions: list[Partition] = []
         self.threads: list[threading.Thread] = []
         self.at_end: list[Callable[[], None]] = []
@@ -247,7 +247,9 @@ class Machine:
             at, _, item = heapq.heappop(self.queue)
             self.now = max(self.now, at)
             if not isinstance(item, Partition):
+                self.executing = True
                 item()
+                self.executing = False
             elif item is me:
                 return
             else:

@@ -6,6 +6,7 @@ run-time scalar, unless the variable is annotated ``gl.constexpr``. Its globals 
 
 import ast
 import builtins
+import functools
 import textwrap
 import types
 from collections.abc import Callable
@@ -82,8 +83,9 @@ class Translation:
         scope = {"__emulated__": True, "__builtins__": builtins, "__name__": original.__module__}
         scope |= {"range": language.FUNCTIONS["range"], _ASSIGNED: _assigned}
         scope |= {"min": language.FUNCTIONS["minimum"], "max": language.FUNCTIONS["maximum"]}
-        closure = zip(original.__code__.co_freevars, original.__closure__ or ())
-        made = _compiled(jitted, scope, {name: self.value(cell.cell_contents) for name, cell in closure})
+        free, path = original.__code__.co_freevars, original.__code__.co_filename
+        exec(_compiled("".join(jitted.raw_src), path, jitted.starting_line_number, free), scope)
+        made = scope.pop("around")(*(self.value(cell.cell_contents) for cell in original.__closure__ or ()))
         self._functions[id(jitted)] = made
         for name in _names(made.__code__):
             if name in original.__globals__:
@@ -129,22 +131,19 @@ def _assigned(value):
     return value
 
 
-def _compiled(jitted, scope: dict, closure: dict) -> types.FunctionType:
-    """The function compiled in ``scope``, where its closure's names are parameters of one around it."""
-    tree = ast.parse(textwrap.dedent("".join(jitted.raw_src)))
+@functools.lru_cache(maxsize=256)
+def _compiled(source: str, path: str, first_line: int, free: tuple[str, ...]) -> types.CodeType:
+    """A module with ``around(free names)``, which returns the function of ``source``."""
+    tree = ast.parse(textwrap.dedent(source))
     function = _Assignments().visit(tree.body[0])
     function.decorator_list, function.returns = [], None
     function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
     for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs):
         argument.annotation = None
-    empty = ast.arguments([], [ast.arg(name) for name in closure], None, [], [], None, [])
-    around = ast.parse("def around(): return").body[0]
-    around.args = empty
-    around.body = [function, ast.Return(ast.Name(function.name, ast.Load()))]
-    tree.body = [around]
-    ast.fix_missing_locations(ast.increment_lineno(tree, jitted.starting_line_number - 1))
-    exec(compile(tree, jitted.fn.__code__.co_filename, "exec"), scope)
-    return scope.pop("around")(**closure)
+    around = ast.parse(f"def around({', '.join(free)}): return {function.name}")
+    around.body[0].body.insert(0, function)
+    ast.increment_lineno(function, first_line - 1)
+    return compile(ast.fix_missing_locations(around), path, "exec")
 
 
 def _names(code: types.CodeType) -> set[str]:
