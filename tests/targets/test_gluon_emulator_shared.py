@@ -169,7 +169,7 @@ def test_tma_outside_reads_zeros_and_writes_nothing():
 @pytest.mark.parametrize(
     "fault, kind, message",
     [
-        ("wait", RaceError, "the read|the TMA store by the kernel .* is not ordered after the TMA load by the kernel"),
+        ("wait", RaceError, "the TMA store by the kernel .* is not ordered after the TMA load by the kernel"),
         ("bytes", EmulationError, r"deadlock.* for bar, parity 0: .*lacks 0 of 1 arrivals and 16 bytes"),
         ("double", RaceError, "has no fence_async_shared between it and the store by the kernel"),
         ("store_wait", EmulationError, "TMA store at .* may be in flight at the program's end"),

@@ -1,11 +1,11 @@
 """Emulator of Gluon kernels for Hopper: a kernel's own code runs on a CPU, on CPU tensors.
 
-What it executes is the Python function behind a ``@gluon.jit`` object, with the names that it uses (``gl``,
-``mbarrier``, ``tma``, ``warpgroup_mma``, other jitted functions, ``gl.constexpr`` globals) replaced by those of this
-room. It shows wrong values, deadlocks, waits for a wrong phase, buffers reused too early, unordered accesses to shared
-memory, missing fences, accumulators used in flight and wild pointers. It does not model warps, registers, clusters or
-time, does not compile (the compiler refuses more than this does), and sums in another order than a device; products of
-float8 are summed in float32, of which Hopper keeps about 14 bits.
+What it executes is the source behind a ``@gluon.jit`` object, with the names that it uses (``gl``, ``mbarrier``,
+``tma``, ``warpgroup_mma``, other jitted functions, ``gl.constexpr`` globals) replaced by those of this folder. It shows
+wrong values, deadlocks, waits for a wrong phase, buffers reused too early, unordered accesses to shared memory, missing
+fences, accumulators used in flight and wild pointers. It does not model warps, registers, clusters or time, does not
+compile (the compiler refuses more than this does), and sums in another order than a device; products of float8 are
+summed in float32, of which Hopper keeps about 14 bits.
 
 An operation that it does not know raises NotImplementedError with its name; nothing is skipped.
 """
@@ -70,8 +70,7 @@ def run(
     kernel = translation.function(fn)
     bound = _bind(code, args, constants or {}, translation)
     for z, y, x in itertools.product(*(range(size) for size in reversed(grid))):
-        machine = Machine(f"{seed} {x} {y} {z}", delay, limit_s)
-        machine.program, machine.grid, machine.assembly = (x, y, z), grid, dict(assembly or {})
+        machine = Machine((x, y, z), grid, assembly or {}, seed, delay, limit_s)
         _program(machine, code.__name__, kernel, bound, num_warps)
 
 

@@ -315,14 +315,11 @@ class Accumulator:
 
     def unusable(self) -> str:
         if self.taken_at:
-            return (
-                f"the accumulator of the product at {self.where} is used at {line()}, but its registers belong to the "
-                f"product at {self.taken_at}"
-            )
+            return f"the accumulator of the product at {self.where}, handed on at {self.taken_at}, is used at {line()}"
         return f"the accumulator of the product at {self.where} is used at {line()} while in flight: wait for it first"
 
     def take(self) -> None:
-        """Hand the registers to the next product, or to the partition."""
+        """Hand the registers on, to the next product or to what a wait returns."""
         if self.taken_at or self.partition is not here():
             raise EmulationError(self.unusable())
         self.taken_at = line()
@@ -349,6 +346,8 @@ _OPERANDS = {"fp16": 16, "bf16": 16, "fp32": 8, "fp8e4nv": 32, "fp8e5": 32, "int
 def _check_product(a, b, acc, me: Partition) -> None:
     layout = acc.layout
     _view(b, "warpgroup_mma's b").aligned("warpgroup_mma's b")
+    if isinstance(a, View):
+        a.aligned("warpgroup_mma's a")
     if len(a.shape) != 2 or b.rank != 2 or [a.shape[0], b.shape[1]] != list(acc.shape) or a.shape[1] != b.shape[0]:
         raise ValueError(f"warpgroup_mma of {a.shape} and {b.shape} into {list(acc.shape)}")
     if a.dtype.name not in _OPERANDS or (a.dtype != b.dtype and not (a.dtype.is_fp8() and b.dtype.is_fp8())):
@@ -363,13 +362,14 @@ def _check_product(a, b, acc, me: Partition) -> None:
     wide = layout.instr_shape[1] * layout.warps_per_cta[1]
     if a.shape[0] % 64 or a.shape[1] % k or acc.shape[1] % min(wide, acc.shape[1]):
         raise ValueError(f"warpgroup_mma of {a.shape} and {b.shape} by instructions {layout.instr_shape}")
+    for operand in (a, b):
+        if isinstance(operand, View) and operand.layout.swizzle_byte_width == 0:
+            raise NotImplementedError(f"products of shared memory without a swizzle are not emulated: {operand!r}")
     if itemsize(a.dtype) != 2:
         for operand, major in ((a, False), (b, True)):
             if isinstance(operand, View) and operand.layout.transposed != major:
                 raise ValueError(f"operands of {a.dtype} must be contiguous along K, got {operand!r}")
-    if isinstance(a, View):
-        a.aligned("warpgroup_mma's a")
-    elif a.layout is not layouts.INFERRED:
+    if not isinstance(a, View) and a.layout is not layouts.INFERRED:
         kind = type(a.layout).__name__
         if kind != "DotOperandLayout" or a.layout.operand_index != 0 or a.layout.parent != layout:
             raise ValueError(f"a in registers takes DotOperandLayout(0, {layout}, ...), got {a.layout}")

@@ -19,7 +19,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +116,9 @@ class Partition:
 class Machine:
     """One program of the grid."""
 
-    def __init__(self, seed: str, delay: float, limit_s: float):
-        self.random = random.Random(seed)
+    def __init__(self, program: tuple, grid: tuple, assembly: Mapping, seed: int, delay: float, limit_s: float):
+        self.program, self.grid, self.assembly = program, grid, assembly
+        self.random = random.Random(f"{seed} {program}")
         self.delay = delay
         self.deadline = time.monotonic() + limit_s
         self.limit_s = limit_s

@@ -10,6 +10,7 @@ a RaceError unless the one before it, if either writes, is known to the partitio
 of the asynchronous proxy (products and TMA) to what ordinary stores wrote, with no ``fence_async_shared`` between.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -125,29 +126,27 @@ class Buffer:
         self.name = f"{assigned() or f'buffer {machine.buffers}'} ({kind}, {line()})"
         machine.buffers += 1
 
-    def _report(self, bad: np.ndarray, cells, actor: int, moment: int, what: str, problem: str):
-        first = int(np.flatnonzero(bad)[0])
-        cell = (cells.start if isinstance(cells, slice) else int(cells[0])) + first
-        if not isinstance(cells, slice):
-            cell = int(cells[first])
+    def _report(self, bad: np.ndarray, cells, actors, moments: np.ndarray, what: str, problem: str):
+        """Raise for the first bad cell; ``actors`` and ``moments`` say of each cell whose access it was before."""
+        moment = int(moments[bad][0])
+        actor = actors if isinstance(actors, int) else int(actors[bad][0])
+        byte = np.arange(self.written.size)[cells][bad][0] * self.grain
         done = self.machine.log.get((actor, moment), self.machine.names[actor])
         raise RaceError(
-            f"{what} at {line()} of {int(bad.sum()) * self.grain} bytes of {self.name}, the first at byte "
-            f"{cell * self.grain}, {problem} {done}"
+            f"{what} at {line()} of {bad.sum() * self.grain} bytes of {self.name}, the first at byte {byte}, "
+            f"{problem} {done}"
         )
 
     def _after_writes(self, clock: Clock, cells, asynchronous: bool, what: str) -> None:
         writer, written = self.writer[cells], self.written[cells]
         bad = written > clock.seen[writer]
         if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            self._report(bad, cells, writer[first], written[first], what, "is not ordered after")
+            self._report(bad, cells, writer, written, what, "is not ordered after")
         if asynchronous:
             bad = self.generic[cells] & (written > clock.fenced[writer])
             if bad.any():
-                first = int(np.flatnonzero(bad)[0])
                 problem = "by the asynchronous proxy has no fence_async_shared between it and"
-                self._report(bad, cells, writer[first], written[first], what, problem)
+                self._report(bad, cells, writer, written, what, problem)
 
     def reads(self, cells, actor: int, moment: int, asynchronous: bool, what: str) -> None:
         """Check and note a read that ``actor`` makes at its ``moment``, issued by this thread's partition."""
@@ -164,8 +163,7 @@ class Buffer:
         for reader, moments in self.readers.items():
             bad = moments[cells] > clock.seen[reader]
             if bad.any():
-                first = int(np.flatnonzero(bad)[0])
-                self._report(bad, cells, reader, int(moments[cells][first]), what, "is not ordered after")
+                self._report(bad, cells, reader, moments[cells], what, "is not ordered after")
         self.writer[cells], self.written[cells] = actor, moment
         self.generic[cells] = not asynchronous
         self.machine.log.setdefault((actor, moment), f"{what} at {line()}")
@@ -200,6 +198,8 @@ class View:
         return values.BlockType(self.dtype, self.shape, self.layout)
 
     def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise NotImplementedError(f"{name!r} of a shared memory descriptor is not emulated")
 
     def __repr__(self):
@@ -304,8 +304,6 @@ class View:
 
 @functools.cache
 def _transposed(layout):
-    import dataclasses
-
     return dataclasses.replace(layout, transposed=not layout.transposed)
 
 
