@@ -330,3 +330,108 @@ def test_nothing_imports_gluon_before_a_run():
     )
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@gluon.jit
+def functions_kernel(x_ptr, y_ptr, z_ptr, OP: gl.constexpr):
+    n = gl.arange(0, 128, layout=LINE)
+    x, y = gl.load(x_ptr + n), gl.load(y_ptr + n)
+    if OP == "fma":
+        z = gl.fma(x, y, x)
+    elif OP == "clamp":
+        z = gl.clamp(x, 0.5, 1.0)
+    elif OP == "div_rn":
+        z = gl.div_rn(x, y)
+    elif OP == "fdiv":
+        z = gl.fdiv(gl.mul(x, y), gl.add(x, gl.sub(y, x)))
+    elif OP == "neg":
+        z = gl.abs(-x)
+    elif OP == "cumsum":
+        z = gl.cumsum(x, 0)
+    elif OP == "min":
+        z = gl.full([128], 0, gl.float32, layout=LINE) + gl.min(x, 0)
+    elif OP == "gather":
+        z = gl.gather(x, 127 - n, 0)
+    elif OP == "cdiv":
+        gl.static_assert(gl.cdiv(7, 2) == 4)
+        z = x + gl.cdiv(gl.load(x_ptr + 128).to(gl.int32), 2)
+    elif OP == "broadcast":
+        flat = gl.arange(0, 128, layout=gl.SliceLayout(1, GRID))
+        a, b = gl.broadcast(gl.cast(flat, gl.float32)[:, None], gl.zeros([1, 32], gl.float32, layout=GRID))
+        turned = gl.permute(gl.trans(a), (1, 0)) + b
+        z = gl.convert_layout(gl.sum(turned, 1), LINE) + gl.convert_layout(gl.ravel(x.reshape([2, 64])), LINE)
+    elif OP == "sqrt":
+        z = gl.sqrt(x)
+    elif OP == "sqrt_rn":
+        z = gl.sqrt_rn(x)
+    elif OP == "rsqrt":
+        z = gl.rsqrt(x)
+    elif OP == "exp":
+        z = gl.exp(x)
+    elif OP == "log":
+        z = gl.log(x)
+    elif OP == "log2":
+        z = gl.log2(x)
+    elif OP == "sin":
+        z = gl.sin(x)
+    elif OP == "cos":
+        z = gl.cos(x)
+    elif OP == "erf":
+        z = gl.erf(x)
+    elif OP == "floor":
+        z = gl.floor(x)
+    elif OP == "ceil":
+        z = gl.ceil(x)
+    gl.store(z_ptr + n, z)
+
+
+FUNCTIONS = {
+    "fma": lambda x, y: x * y + x,
+    "clamp": lambda x, y: x.clamp(0.5, 1.0),
+    "div_rn": lambda x, y: x / y,
+    "fdiv": lambda x, y: x,
+    "neg": lambda x, y: x.abs(),
+    "cumsum": lambda x, y: x.cumsum(0),
+    "min": lambda x, y: x.min().expand(128),
+    "gather": lambda x, y: x.flip(0),
+    "cdiv": lambda x, y: x + 4,
+    "broadcast": lambda x, y: x + torch.arange(128) * 32,
+    "sqrt_rn": lambda x, y: x.sqrt(),
+}
+
+
+@pytest.mark.parametrize(
+    "op", [*FUNCTIONS, "sqrt", "rsqrt", "exp", "log", "log2", "sin", "cos", "erf", "floor", "ceil"]
+)
+def test_functions(op):
+    x, y, z = torch.rand(129) * 3 + 0.01, torch.rand(128) + 0.5, torch.empty(128)
+    x[128] = 7.5
+    emulator.run(functions_kernel, (1,), (x, y, z), {"OP": op})
+    x = x[:128].double()
+    expected = FUNCTIONS[op](x, y.double()) if op in FUNCTIONS else getattr(torch, op)(x)
+    torch.testing.assert_close(z.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@gluon.jit
+def hints_kernel(x, CASE: gl.constexpr):
+    x = gl.max_contiguous(gl.multiple_of(x, 8), 8)
+    gl.static_print(x)
+    gl.static_assert(gl.num_ctas() == 1)
+    if CASE == "assume":
+        gl.assume(x > 8)
+    elif CASE == "device_assert":
+        gl.device_assert(x > 8, "x is small")
+    elif CASE == "static_assert":
+        gl.static_assert(CASE == "", "never")
+
+
+def test_hints_are_held_to():
+    emulator.run(hints_kernel, (1,), (16,), {"CASE": "assume"})
+    for x, case, message in (
+        (12, "", "multiple_of at .*: 12 is no multiple of 8"),
+        (8, "assume", "an assertion at .* does not hold"),
+        (8, "device_assert", "does not hold: x is small"),
+        (8, "static_assert", "static_assert at .*: never"),
+    ):
+        with pytest.raises(EmulationError, match=message):
+            emulator.run(hints_kernel, (1,), (x,), {"CASE": case})

@@ -249,3 +249,26 @@ def test_an_asynchronous_gather_must_be_waited_for_and_stay_inside():
     with pytest.raises(EmulationError, match=r"cp.async copies 4 to 16 bytes a thread, got 2"):
         args = x.bfloat16(), index, y.bfloat16(), 64
         emulator.run(gathered_kernel, (1,), args, {"WAIT": "groups", "N": 64, "LAYOUT": GRID.value})
+
+
+@gluon.jit
+def older_names_kernel(x_ptr, y_ptr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Names that one version of Triton has and another not, and descriptors made in the kernel."""
+    x_desc = tma.make_tensor_descriptor(x_ptr, [64, N], [N, 1], [64, 64], LAYOUT)
+    y_desc = tma.make_tensor_descriptor(y_ptr, [64, N], [N, 1], [64, 64], LAYOUT)
+    memory = gl.allocate_shared_memory(gl.float32, [64, 64], LAYOUT)
+    bar = mbarrier.allocate_mbarrier()
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, 64 * 64 * 4)
+    tma.async_copy_global_to_shared(x_desc, [0, 32], bar, memory)
+    mbarrier.wait(bar, 0)
+    gl.thread_barrier()
+    gl.barrier()
+    tma.async_copy_shared_to_global(y_desc, [0, 0], memory)
+    tma.store_wait(pendings=0)
+
+
+def test_names_of_every_version():
+    x, y = torch.randn(64, 96), torch.zeros(64, 96)
+    emulator.run(older_names_kernel, (1,), (x, y), {"N": 96, "LAYOUT": nvmma(32)})
+    assert y[:, :64].equal(x[:, 32:]) and y[:, 64:].eq(0).all()

@@ -46,11 +46,6 @@ def zeros(shape, dtype, layout=None):
 
 
 @_op()
-def to_tensor(x):
-    return as_block(x)
-
-
-@_op()
 def cast(input, dtype, fp_downcast_rounding=None, bitcast=False):
     return as_block(input).to(dtype, fp_downcast_rounding, bitcast)
 
@@ -58,13 +53,6 @@ def cast(input, dtype, fp_downcast_rounding=None, bitcast=False):
 @_op()
 def convert_layout(value, layout, assert_trivial=False):
     return placed(as_block(value).data, value.dtype, layout)
-
-
-@_op()
-def set_auto_layout(value, layout):
-    if as_block(value).layout is not None:
-        raise ValueError(f"set_auto_layout takes a block without a layout, got {value.layout}")
-    return placed(value.data, value.dtype, layout)
 
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -156,15 +144,6 @@ def fma(x, y, z):
         exact = first.astype(np.float64) * second.astype(np.float64) + addend
         return Block(rounded(exact, dtype), dtype, layout)
     return Block(rounded(product + addend, dtype), dtype, layout)
-
-
-@_op()
-def umulhi(x, y):
-    a, b, dtype, layout = values.promoted(x, y, "umulhi")
-    if dtype.primitive_bitwidth != 32:
-        raise NotImplementedError(f"umulhi of {dtype} is not emulated")
-    high = (a.view(np.uint32).astype(np.uint64) * b.view(np.uint32).astype(np.uint64)) >> np.uint64(32)
-    return Block(high.astype(np.uint32).view(a.dtype), dtype, layout)
 
 
 def _extreme(name, quiet, propagating):
@@ -264,16 +243,6 @@ _extreme_of("min", np.fmin, np.argmin)
 
 
 @_op()
-def xor_sum(input, axis=None, keep_dims=False):
-    return _reduce(as_block(input), axis, keep_dims, lambda x, axis: np.bitwise_xor.reduce(x, axis))
-
-
-@_op()
-def reduce_or(input, axis, keep_dims=False):
-    return _reduce(as_block(input), axis, keep_dims, lambda x, axis: np.bitwise_or.reduce(x, axis))
-
-
-@_op()
 def cumsum(input, axis=0, reverse=False, dtype=None):
     input = _widened(input) if dtype is None else as_block(input).to(dtype)
     data = np.flip(input.data, axis) if reverse else input.data
@@ -301,20 +270,6 @@ def reduce(input, axis, combine_fn, keep_dims=False):
         result = part.like(data, None if data.ndim == 0 else layouts.sliced(layout, axis))
         results.append(result.expand_dims(axis) if keep_dims else result)
     return tuple(results) if several else results[0]
-
-
-# ---------------------------------------------------------------------------------------------- products
-
-
-@_op()
-def dot_fma(a, b, acc):
-    a, b, acc = as_block(a), as_block(b), as_block(acc)
-    return acc.like(rounded(a.data @ b.data + acc.data, acc.dtype), acc.layout)
-
-
-@_op()
-def mma_v2(a, b, acc, input_precision=None):
-    return dot_fma(a, b, acc)
 
 
 # ---------------------------------------------------------------------------------------------- the program
