@@ -1,4 +1,4 @@
-"""``python -m mla_kernels demo | check | compile | info``"""
+"""``python -m mla_kernels demo | device | check | compile | info``"""
 
 import argparse
 import importlib.metadata
@@ -23,7 +23,7 @@ VARIABLES = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m mla_kernels", description="DeepSeek-style MLA and MoE kernels.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | check | compile | info")
+    commands = top.add_subparsers(dest="command", required=True, metavar="demo | device | check | compile | info")
     names = {
         "target": list(CHIPS),
         "kernel": list(launch.KERNELS),
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     }
 
     commands.add_parser("demo", add_help=False, help="a Hugging Face DeepSeek model with and without mla_kernels")
+    commands.add_parser("device", add_help=False, help="parity and times beside other libraries on this machine's GPU")
 
     every = commands.add_parser(
         "check", help="compile every kernel for every target; exit 1 if one fails, 2 if a compiler is missing"
@@ -148,6 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
         from mla_kernels import demo
 
         return demo.main(arguments[1:])
+    if arguments[:1] == ["device"]:
+        from mla_kernels.device import command
+
+        return command.main(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         return options.run(options)

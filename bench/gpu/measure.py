@@ -11,6 +11,8 @@ from mla_kernels.device.clock import first_line
 COMPILED_BY_TRITON = "SGLang"
 """Peers of this name launch Triton kernels, which the stub driver compiles for, too."""
 
+Begin = Callable[[str, str], None]
+
 
 class DeviceFault(RuntimeError):
     """The device's context is broken: only another process can go on."""
@@ -37,27 +39,27 @@ def check(problem: Problem, contestant: Contestant, exact: torch.Tensor | None) 
 
 
 def measure(
-    case: Case, place: Place, peers, clock, skip: Collection[str] = (), begin: Callable[[str], None] = lambda name: None
+    case: Case, place: Place, peers, clock, skip: Collection[str] = (), begin: Begin = lambda name, kind: None
 ) -> Iterator[dict]:
     """Records of a case: first its ``bytes`` and ``flops``, then one a contestant, as soon as it is known.
 
     Args:
         clock: times calls, as :class:`mla_kernels.device.clock.GpuClock`; None where results are checked alone.
         skip: contestants that were there already, or that broke the process before.
-        begin: is told which contestant comes next.
+        begin: is told which contestant comes next, and its kind; names are "" while the tensors are made.
 
     A contestant's record has its ``name``, ``kind``, and ``problem``, a text where it is not timed: "WRONG" and its
     error where its result is too far from exact values, or what it raised. Else ``error``, ``limit`` and, with a clock,
     its times.
     """
-    begin("")
+    begin("", "")
     problem = case.build(place, peers)
     yield {"bytes": float(problem.bytes), "flops": float(problem.flops)}
     exact = problem.exact()
     for name, contestant in problem.contestants().items():
         if name in skip:
             continue
-        begin(name)
+        begin(name, contestant.kind)
         record = {"name": name, "kind": contestant.kind}
         try:
             record |= _checked_and_timed(problem, contestant, exact, clock)
@@ -87,17 +89,19 @@ def _checked_and_timed(problem: Problem, contestant: Contestant, exact: torch.Te
     return record
 
 
-def launch_all(case: Case, place: Place, peers, begin: Callable[[str], None] = lambda name: None) -> Iterator[dict]:
+def launch_all(
+    case: Case, place: Place, peers, skip: Collection[str] = (), begin: Begin = lambda name, kind: None
+) -> Iterator[dict]:
     """Call every contestant that compiles something once, and look at no result: a cache of compiled kernels is filled.
 
     Over a driver that does nothing (``place.values`` false) these are Triton's; on a GPU all of them.
     """
-    begin("")
+    begin("", "")
     problem = case.build(place, peers)
     for name, contestant in problem.contestants().items():
         triton_alone = contestant.kind in ("ours", "own", "variant") or name.startswith(COMPILED_BY_TRITON)
-        if place.values or triton_alone:
-            begin(name)
+        if name not in skip and (place.values or triton_alone):
+            begin(name, contestant.kind)
             record = {"name": name, "kind": contestant.kind}
             try:
                 contestant.call(0)

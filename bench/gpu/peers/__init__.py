@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MANIFEST = "peers.json"
-HOW = "python -m mla_kernels.device.get_peers FOLDER, then --peers FOLDER"
+HOW = "python -m mla_kernels.device.get_peers FOLDER brings them; then --peers FOLDER"
 
 NEEDS = {
     "FlashMLA": ("vllm", ("vllm/_flashmla_C.abi3.so",)),
@@ -75,7 +75,7 @@ def find(folder: Path | None) -> tuple[dict[str, str], dict[str, str]]:
     for name, (package, files) in NEEDS.items():
         root = where(name, folder)
         if root is None:
-            missing[name] = f"{files[0]} is neither in the folder of peers nor among the installed packages; {HOW}"
+            missing[name] = f"{files[0]} is neither in the folder of peers nor among the installed packages"
             continue
         version = known.get(package) if folder and root == folder else _installed(package)
         versions[name] = f"{package} {version or 'of unknown version'}"

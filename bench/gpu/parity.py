@@ -1,0 +1,99 @@
+"""The repository's parity suite on the card, stopped after its time."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import mla_kernels
+from mla_kernels.device.queue import stop_group
+
+ROOMS = ("tests/attention", "tests/moe", "tests/latent", "tests/test_nn_precision.py")
+"""Where parity tests of ops stand; the rest of the suite takes no backend or needs other packages."""
+NEEDED = ("pytest", "pytest_timeout", "pytest_benchmark")
+MOST_WORKERS = 12
+TEST_SECONDS = 120
+CLONE = "git clone the repository, and run the command there"
+
+
+def root() -> Path | None:
+    """The checkout whose package is imported, or the current folder if it is one."""
+    for folder in (Path(mla_kernels.__file__).parents[1], Path.cwd()):
+        if all((folder / room).exists() for room in (*ROOMS, "tests/conftest.py", "pyproject.toml")):
+            return folder
+    return None
+
+
+def cannot() -> str:
+    """Why the suite cannot be run here, and what to do; "" where it can."""
+    if root() is None:
+        return f"the installed package has no tests: {CLONE}"
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(name.replace("_", "-") for name in (*missing, "pytest-xdist"))
+        return f"it needs {', '.join(missing)}: pip install {names}"
+    return ""
+
+
+def workers() -> int:
+    """Processes that share the tests; 1 without pytest-xdist."""
+    return min(MOST_WORKERS, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
+
+
+class Suite:
+    """The suite in a process of its own, from the call of this class on."""
+
+    def __init__(self, backend: str = "cuda", rooms: Sequence[str] = ROOMS, more: Sequence[str] = ()):
+        self._backend, self._began = backend, time.monotonic()
+        self._folder = tempfile.TemporaryDirectory(prefix="mla_kernels_parity_")
+        self._log = Path(self._folder.name) / "outcomes"
+        count = workers()
+        spread = ["-n", str(count), "--dist", "worksteal"] if count > 1 else []
+        self._output = open(Path(self._folder.name) / "output", "w+")  # noqa: SIM115  as long as the process
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "pytest", *rooms, "--backend", backend, "--timeout", str(TEST_SECONDS), "-p",
+                "no:cacheprovider", "-p", "mla_kernels.device.parity_log", "--parity-log", str(self._log), *spread,
+                *more,
+            ],
+            cwd=root(), stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment | {"OMP_NUM_THREADS": "1", "PYTEST_BACKENDS": backend},
+        )  # fmt: skip
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def finish(self) -> dict:
+        """Stop it where it runs; what is known of it."""
+        stopped = self.running()
+        stop_group(self.process, 0.0)
+        seconds = time.monotonic() - self._began
+        collected, outcomes = [], {}
+        for line in self._log.read_text().splitlines() if self._log.exists() else ():
+            try:
+                words = json.loads(line)
+            except ValueError:  # the line that it was writing when it was stopped
+                continue
+            if "tests" in words:
+                collected = words["tests"]
+            elif outcomes.get(words["test"], ("passed",))[0] == "passed":
+                outcomes[words["test"]] = words["outcome"], words["why"]
+        self._output.seek(0)
+        tail = self._output.read()[-800:].strip()
+        self._output.close()
+        self._folder.cleanup()
+        found = {
+            "backend": self._backend, "seconds": round(seconds, 1), "stopped": stopped, "collected": len(collected),
+            "passed": sum(outcome == "passed" for outcome, _ in outcomes.values()),
+            "failed": [f"{name}: {why}" for name, (outcome, why) in outcomes.items() if outcome == "failed"],
+            "not_run": [name for name in collected if name not in outcomes],
+        }  # fmt: skip
+        if not collected:
+            found["problem"] = f"time was over before the tests were collected ({seconds:.0f} s)" if stopped else tail
+        return found

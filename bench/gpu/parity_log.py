@@ -1,0 +1,42 @@
+"""A plugin of pytest that writes which tests there are, and each outcome as soon as it is known, to a file.
+
+``pytest -p mla_kernels.device.parity_log --parity-log FILE``: a run that is stopped has left what it knew. A line is
+{"tests": [names]}, or {"test": name, "outcome": "passed" | "failed", "why": a line}.
+"""
+
+import json
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity-log", help="file to which outcomes are written")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Log(config), "parity-log")
+
+
+class Log:
+    def __init__(self, config):
+        self._path = config.getoption("--parity-log")
+        self._worker = getattr(config, "workerinput", {}).get("workerid", "")
+        self._has_workers = bool(getattr(config.option, "dist", "no") != "no") and not self._worker
+
+    def _say(self, **words) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps(words) + "\n")
+
+    def pytest_collection_finish(self, session):
+        """Every worker has the same tests: the first one tells."""
+        if self._worker == "gw0" or not (self._worker or self._has_workers):
+            self._say(tests=[item.nodeid for item in session.items])
+
+    def pytest_runtest_logreport(self, report):
+        """Workers' reports come together in the process that started them."""
+        if self._worker:
+            return
+        if report.failed:
+            lines = str(report.longrepr).strip().splitlines() or [""]
+            why = next((line[1:].strip() for line in reversed(lines) if line.startswith("E ")), lines[-1])
+            self._say(test=report.nodeid, outcome="failed", why=why[:200])
+        elif report.when == "call":
+            self._say(test=report.nodeid, outcome="passed", why="")

@@ -1,0 +1,98 @@
+"""What a run leaves: one JSON object with card, date, versions, command and every case; and figures made of such."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mla_kernels.device.case import KINDS, OURS
+
+FORMAT = 1
+ABOUT = ("card", "driver", "date", "versions", "command", "method", "peers", "missing", "parity", "skipped", "notes")
+"""What stands beside the cases."""
+OF_A_CASE = {"family": str, "group": str, "case": str, "contestants": list, "problem": str}
+NUMBERS = ("us", "low_us", "host_us", "error", "limit", "ratio")
+
+
+def finish(about: Mapping, cases: Iterable[Mapping]) -> dict:
+    """The JSON object: ``about`` and the cases, with each contestant's time over ours as its ``ratio``."""
+    made = {"format": FORMAT} | {name: about.get(name) for name in ABOUT} | {"cases": []}
+    for case in cases:
+        ours = next((c["us"] for c in case["contestants"] if c["name"] == OURS and "us" in c), None)
+        contestants = [
+            contestant | ({"ratio": round(contestant["us"] / ours, 4)} if ours and "us" in contestant else {})
+            for contestant in case["contestants"]
+        ]
+        made["cases"].append(dict(case) | {"contestants": contestants})
+    problems = wrong_with(made)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return made
+
+
+def wrong_with(result: object) -> list[str]:
+    """What a result lacks of its form, in words; empty where it has it."""
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        return [f"format {result.get('format') if isinstance(result, dict) else None!r}: {FORMAT} is accepted"]
+    wrong = [f"{name} is missing" for name in (*ABOUT, "cases") if name not in result]
+    wrong += [f"{name} is no text" for name in ("card", "date", "command") if not isinstance(result.get(name), str)]
+    wrong += [f"{n} is no object" for n in ("versions", "peers", "missing") if not isinstance(result.get(n), dict)]
+    for case in result.get("cases", ()):
+        name = case.get("case")
+        wrong += [f"{name}: {part} is no {kind.__name__}" for part, kind in OF_A_CASE.items()
+                  if not isinstance(case.get(part), kind)]  # fmt: skip
+        for one in case.get("contestants", ()):
+            at = f"{name}, {one.get('name')}"
+            if one.get("kind") not in (*KINDS, "unknown"):
+                wrong.append(f"{at}: kind {one.get('kind')!r}")
+            if "problem" in one and "us" in one:
+                wrong.append(f"{at}: it has a problem, and was timed")
+            wrong += [
+                f"{at}: {number} is {one[number]!r}"
+                for number in NUMBERS
+                if number in one and not (isinstance(one[number], int | float) and math.isfinite(one[number]))
+                and not (number == "error" and "problem" in one)
+            ]  # fmt: skip
+    return wrong
+
+
+def read(path: Path) -> dict:
+    """A result that was kept; ValueError names the file and what is wrong with it."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    problems = wrong_with(result)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems[:3])}")
+    return result
+
+
+def write(result: Mapping, path: Path) -> None:
+    """One line a contestant, so that two runs can be compared line by line."""
+    head = {name: value for name, value in result.items() if name != "cases"}
+    lines = [json.dumps(head, indent=1)[:-2] + ',\n "cases": [']
+    for number, case in enumerate(result["cases"]):
+        rest = {name: value for name, value in case.items() if name != "contestants"}
+        contestants = ",\n   ".join(json.dumps(one) for one in case["contestants"])
+        comma = "," if number + 1 < len(result["cases"]) else ""
+        lines.append(f'  {json.dumps(rest)[:-1]}, "contestants": [\n   {contestants}]}}{comma}')
+    path.write_text("\n".join([*lines, " ]\n}\n"]))
+
+
+def timed(case: Mapping, *kinds: str) -> list[dict]:
+    """The contestants of these kinds that were timed beside ours, fastest first."""
+    return sorted((c for c in case["contestants"] if c["kind"] in kinds and "ratio" in c), key=lambda c: c["us"])
+
+
+def summary(result: Mapping, *kinds: str) -> dict[str, tuple[int, float, float, float]]:
+    """Group -> number of cases, worst, geometric mean and best of the ratio of the fastest contestant of ``kinds``."""
+    ratios: dict[str, list[float]] = {}
+    for case in result["cases"]:
+        found = timed(case, *kinds)
+        if found:
+            ratios.setdefault(case["group"], []).append(found[0]["ratio"])
+    return {
+        group: (len(values), min(values), math.exp(sum(map(math.log, values)) / len(values)), max(values))
+        for group, values in ratios.items()
+    }
