@@ -120,7 +120,7 @@ class Place:
 
     def copies(self, nbytes: float, most: int = 16) -> int:
         """How many copies of inputs of so many bytes no L2 holds together."""
-        return max(1, min(most, math.ceil(160e6 / nbytes))) if self.gpu else 2
+        return 2 if self.tiny else max(1, min(most, math.ceil(160e6 / nbytes)))
 
 
 def accepts(function: Callable, keyword: str) -> bool:
