@@ -1,19 +1,25 @@
-"""python docs/draw.py: write the pictures of the documentation, docs/images/*.svg, from the files in docs/data.
+"""python docs/draw.py: the pictures of the documentation, docs/images/*.svg, and the tables of devices in its pages.
 
-``--check`` writes nothing and exits 1 where a picture is not what the data gives.
+Figures of the CPU come from docs/data, those of a device from a file of bench/results, as ``python -m mla_kernels
+device`` writes it. ``--check`` writes nothing and exits 1 where a picture or a table is not what the data gives.
 """
 
 import argparse
 import csv
+import functools
 import math
 import sys
-from html import escape
 from pathlib import Path
 
+from mla_kernels.device import results
+from mla_kernels.device.case import OURS
+from mla_kernels.device.svg import PALE, line, picture, ranges, text
+
 HERE = Path(__file__).parent
-INK, PALE, GRID, FAST, SLOW = "#24292f", "#57606a", "#d0d7de", "#0969da", "#bc4c00"
-FONT = 'font-family="system-ui, sans-serif"'
-SMALL = 12
+RESULTS = HERE.parent / "bench" / "results"
+DEVICE = "h200_2026-11-28"
+"""The file of bench/results that the documentation's device figures are made of."""
+PAGE, BEGIN, END = HERE / "performance.md", "<!-- device table: python docs/draw.py -->\n", "<!-- end -->\n"
 
 FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
     ("language, versions, checks", "Triton or its stand-in; argument checks"),
@@ -23,10 +29,10 @@ FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
     ("attention, moe", "the ops"),
     ("nn", "modules with Hugging Face's weight names"),
     ("compat", "other libraries' signatures"),
-    ("check, demo", "the commands"),
+    ("check, demo, device", "the commands; device stands in bench/gpu"),
     ("autotune", "the tuner and the tables' tools"),
 )
-AGAINST = {  # group of the H200 file -> the kind of its rows that the picture shows: peers, or our own bf16
+AGAINST = {  # group -> the kind of contestant that the documentation compares with: peers, or our own bf16
     "decode, bf16": "peer",
     "sparse decode, bf16": "peer",
     "sparse decode, fp8_v32": "peer",
@@ -49,6 +55,29 @@ AGAINST = {  # group of the H200 file -> the kind of its rows that the picture s
     "experts, int4": "own",
     "experts, mxfp4": "own",
 }
+WHAT = {  # group -> what it times, in the page's words
+    "decode, bf16": "`mla_decode`, bf16",
+    "sparse decode, bf16": "`sparse_mla_decode`, bf16",
+    "sparse decode, fp8_v32": "`sparse_mla_decode`, `fp8_v32`",
+    "sparse prefill, bf16": "`sparse_mla_prefill`, bf16",
+    "prefill, bf16": "`mla_prefill`, bf16",
+    "prefill, forward and backward": "`mla_prefill`, bf16, forward and backward",
+    "indexer, logits": "`paged_indexer_logits`",
+    "indexer, top-k": "`indexer_topk`",
+    "indexer, selection": "`select_slots`, `select_keys`",
+    "route": "`route`",
+    "experts, bf16": "`fused_moe`, bf16",
+    "experts, fp8_block": "`fused_experts`, fp8 blocks",
+    "compress_latent": "`compress_latent`",
+    "write_latent": "`write_latent`",
+    "mla_prolog": "`mla_prolog`",
+    "whole model": "a model of V2-Lite's width, 4 layers, bf16, `enable`",
+    "decode, fp8_v32": "`mla_decode`, `fp8_v32`",
+    "decode, int8": "`mla_decode`, `int8`",
+    "experts, int8": "`fused_experts`, int8",
+    "experts, int4": "`fused_experts`, int4",
+    "experts, mxfp4": "`fused_experts`, MXFP4",
+}
 
 SHORT = {  # the CPU file's peers, in the picture
     "transformers eager": "eager",
@@ -60,18 +89,6 @@ SHORT = {  # the CPU file's peers, in the picture
 }
 
 
-def text(
-    x: float, y: float, words: str, *, size: int = SMALL, anchor: str = "start", fill: str = INK, bold=False
-) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    place = f'x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}"{weight}'
-    return f"<text {place}>{escape(words)}</text>"
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str = GRID, width: float = 1, more: str = "") -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}" stroke-width="{width:g}"{more}/>'
-
-
 def box(x: float, y: float, width: float, height: float, title: str, note: str, fill: str = "#f6f8fa") -> list[str]:
     return [
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5" fill="{fill}" stroke="{PALE}"/>',
@@ -80,73 +97,60 @@ def box(x: float, y: float, width: float, height: float, title: str, note: str, 
     ]
 
 
-def picture(width: int, height: int, title: str, parts: list[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="img" {FONT}>'
-    )
-    ground = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
-    return "\n".join([head, f"<title>{escape(title)}</title>", ground, *parts, "</svg>"]) + "\n"
-
-
-def ranges(title: str, note: str, rows: list[tuple[str, float, float, float]], low: float, high: float) -> str:
-    """A line a row, (name, lowest, middle, highest), on a logarithmic axis with 1 marked."""
-    left, right, top, step = 390, 40, 62, 22
-    width, height = 900, top + step * len(rows) + 34
-    span = width - left - right
-
-    def at(value: float) -> float:
-        return round(left + span * math.log(value / low) / math.log(high / low), 1)
-
-    bottom = top + step * len(rows)
-    parts = [text(16, 24, title, size=15, bold=True), text(16, 42, note, fill=PALE)]
-    for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20):
-        if low <= tick <= high:
-            strong = tick == 1
-            parts.append(line(at(tick), top - 6, at(tick), bottom, INK if strong else GRID, 1.5 if strong else 1))
-            parts.append(text(at(tick), bottom + 16, f"{tick:g}", anchor="middle", fill=PALE))
-    parts.append(text(width - right, bottom + 30, "faster →", anchor="end", fill=FAST))
-    parts.append(text(left, bottom + 30, "← slower", fill=SLOW))
-    for number, (name, least, middle, most) in enumerate(rows):
-        y = top + step * number + 9
-        colour = FAST if middle >= 1 else SLOW
-        parts.append(text(left - 14, y + 4, name, anchor="end"))
-        parts.append(line(at(least), y, at(most), y, colour, 3, ' stroke-linecap="round"'))
-        parts.append(f'<circle cx="{at(middle):g}" cy="{y:g}" r="5" fill="{colour}"/>')
-    return picture(width, height, title, parts)
-
-
 def read(name: str) -> list[dict[str, str]]:
     with open(HERE / "data" / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def h200_summary() -> dict[str, tuple[int, float, float, float]]:
-    """Group -> number of cases, worst, geometric mean and best ratio of the best peer's time of a case to ours."""
-    best: dict[str, dict[str, float]] = {}
-    for row in read("h200_2026-11-28.csv"):
-        if row["kind"] == AGAINST.get(row["group"]):
-            cases = best.setdefault(row["group"], {})
-            cases[row["case"]] = min(float(row["ratio"]), cases.get(row["case"], math.inf))
-    found = {}
-    for group in AGAINST:
-        values = list(best[group].values())
-        found[group] = len(values), min(values), math.exp(sum(map(math.log, values)) / len(values)), max(values)
-    return found
+@functools.cache
+def device() -> dict:
+    """What was measured on the device."""
+    return results.read(RESULTS / f"{DEVICE}.json")
 
 
-def h200() -> str:
+def device_summary() -> dict[str, tuple[int, float, float, float]]:
+    """Group -> number of cases, worst, geometric mean and best ratio of the fastest other's time of a case to ours."""
+    by_kind = {kind: results.summary(device(), kind) for kind in ("peer", "own")}
+    return {group: by_kind[kind][group] for group, kind in AGAINST.items() if group in by_kind[kind]}
+
+
+def device_picture() -> str:
     rows = []
-    for group, (_, least, mean, most) in h200_summary().items():
+    for group, (_, least, mean, most) in device_summary().items():
         own = AGAINST[group] == "own"
         against = "bf16 of this library" if own else "transformers" if group == "whole model" else ""
         against = against or {"write_latent": "torch", "mla_prolog": "torch"}.get(group, "best peer")
         rows.append((f"{group} / {against}", least, mean, most))
     return ranges(
-        "One H200, 2026-11-28: the other's time over ours",
+        f"One {device()['card']}, {device()['date']}: the other's time over ours",
         "A dot is the geometric mean of the cases, its line runs from the worst to the best; above 1 ours is faster",
         rows, 0.05, 20,
     )  # fmt: skip
+
+
+def device_table() -> str:
+    """Markdown: a row a group, with who was fastest in one of its cases."""
+    lines = ["| what | fastest of the others | cases | mean (worst, best) |", "| --- | --- | --- | --- |"]
+    for group, (count, least, mean, most) in device_summary().items():
+        fastest: dict[str, None] = {}
+        for case in device()["cases"]:
+            found = results.timed(case, AGAINST[group]) if case["group"] == group else []
+            fastest |= {_short(one["name"]): None for one in found[:1]}
+        range_ = f"{mean:.2f} ({least:.2f}, {most:.2f})" if count > 1 else f"{mean:.2f}"
+        lines.append(f"| {WHAT[group]} | {', '.join(fastest)} | {count} | {range_} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(name: str) -> str:
+    """A peer without its tiles or splits; our own bf16 in words."""
+    return "bf16 of this library" if name.startswith(OURS) else name.partition(",")[0]
+
+
+def page() -> str:
+    """docs/performance.md with the device's table as the data gives it."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{device_table()}\n{END}{after}"
 
 
 def cpu() -> str:
@@ -203,24 +207,23 @@ def floors() -> str:
     return picture(860, 58 + step * len(FLOORS) + 10, "Floors of the package", parts)
 
 
-PICTURES = {"decode.svg": decode, "floors.svg": floors, "h200.svg": h200, "cpu.svg": cpu}
+PICTURES = {"decode.svg": decode, "floors.svg": floors, "h200.svg": device_picture, "cpu.svg": cpu}
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--check", action="store_true", help="compare with what is there, write nothing")
     check = options.parse_args().check
-    stale = []
-    for name, draw in PICTURES.items():
-        path, made = HERE / "images" / name, draw()
-        if check and (not path.is_file() or path.read_text() != made):
-            stale.append(name)
-        elif not check:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(made)
-    if stale:
+    made = {HERE / "images" / name: draw() for name, draw in PICTURES.items()} | {PAGE: page()}
+    stale = [path.name for path, words in made.items() if not path.is_file() or path.read_text() != words]
+    if check and stale:
         print(f"not what the data gives: {', '.join(stale)}; run python docs/draw.py", file=sys.stderr)
-    return int(bool(stale))
+        return 1
+    if not check:
+        for path, words in made.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(words)
+    return 0
 
 
 if __name__ == "__main__":

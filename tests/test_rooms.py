@@ -10,7 +10,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = {"gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
-TOOLS = {"", "__main__", "check", "demo"}
+TOOLS = {"", "__main__", "check", "demo", "device"}
 FLOORS = (
     ({"checks"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),
@@ -24,6 +24,14 @@ FLOORS = (
 )
 """Rooms from the ground up. A room is a folder of the package, or files at its top that belong together."""
 
+FOLDERS = {
+    "mla_kernels": "mla_kernels",
+    "autotune": "mla_kernels.autotune",
+    "reference": "mla_kernels.reference",
+    "bench/gpu": "mla_kernels.device",
+}
+"""Where the package's folders stand, and the names that they install under."""
+
 IN_A_ROOM = {"op", "forward", "tiles"}
 """Files that every room of attention has."""
 
@@ -31,10 +39,9 @@ IN_A_ROOM = {"op", "forward", "tiles"}
 def modules() -> dict[str, Path]:
     """Name -> file of every module of the package."""
     found = {}
-    for folder in ("mla_kernels", "autotune", "reference"):
+    for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            parts = parts if folder == "mla_kernels" else ("mla_kernels", *parts)
+            parts = (*package.split("."), *path.relative_to(ROOT / folder).with_suffix("").parts)
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -1,9 +1,9 @@
 """The process that measures: a JSON object a line in, JSON objects out. It may fault or hang; its parent goes on.
 
-    -> {"case": "decode h128 b64 4k", "skip": ["FlashMLA"]}
-    <- {"begin": "mla_kernels", "kind": "ours"}   before each step, "" for the case's tensors
-    <- {"bytes": ..., "flops": ...}               then {"contestant": {...}}, as measure.py makes them
-    <- {"end": true}                              or {"end": true, "problem": "..."} where the case could not be built
+-> {"case": "decode h128 b64 4k", "skip": ["FlashMLA"]}
+<- {"begin": "mla_kernels", "kind": "ours"}   before each step, "" for the case's tensors
+<- {"bytes": ..., "flops": ...}               then {"contestant": {...}}, as measure.py makes them
+<- {"end": true}                              or {"end": true, "problem": "..."} where the case could not be built
 """
 
 import argparse
@@ -37,6 +37,7 @@ def serve(known: Iterable[Case], place: Place, others: peers.Peers, clock, warm:
         out.flush()
 
     by_name = {case.name: case for case in known}
+
     def begin(name: str, kind: str) -> None:
         say(begin=name, kind=kind)
 

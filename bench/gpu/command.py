@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
-from mla_kernels.device import machine, parity, peers, results, svg, table
+from mla_kernels.device import machine, parity, results, svg, table
 from mla_kernels.device import queue as children
 from mla_kernels.device.case import Case
 from mla_kernels.device.cases import CASES, FAMILIES
+from mla_kernels.device.peers import files
 
 PARITY = "parity"
 WORDS = (PARITY, *FAMILIES)
@@ -39,7 +40,9 @@ def options() -> argparse.ArgumentParser:
         "--only", type=words, default=list(WORDS), metavar="A,B", help=f"of {', '.join(WORDS)} (default all)"
     )
     made.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name holds this")
-    made.add_argument("--peers", type=folder, metavar="FOLDER", help="what get_peers.py filled; no folder: what pip has")
+    made.add_argument(
+        "--peers", type=folder, metavar="FOLDER", help="what get_peers.py filled; no folder: what pip has"
+    )
     made.add_argument("--output", type=Path, default=Path("device_results"), metavar="FOLDER",
                       help="of the JSON, the table, the picture and the log (default ./device_results)")  # fmt: skip
     made.add_argument("--json", action="store_true", help="print the result, or the plan without a GPU, as JSON alone")
@@ -67,9 +70,9 @@ def words(text: str) -> list[str]:
 
 def folder(text: str) -> Path:
     path = Path(text).resolve()
-    if not (path / peers.MANIFEST).is_file():
+    if not (path / files.MANIFEST).is_file():
         raise argparse.ArgumentTypeError(
-            f"{text!r} has no {peers.MANIFEST}: python -m mla_kernels.device.get_peers {shlex.quote(text)} fills it"
+            f"{text!r} has no {files.MANIFEST}: python -m mla_kernels.device.get_peers {shlex.quote(text)} fills it"
         )
     return path
 
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(cases: list[Case], chosen, say) -> int:
     """Say what would be run on a card."""
-    found, missing = peers.find(chosen.peers)
+    found, missing = files.find(chosen.peers)
     why = parity.cannot()
     record = {
         "gpu": None, "why": machine.why_none(), "versions": machine.versions(), "seconds": chosen.seconds,
@@ -119,7 +122,10 @@ def plan(cases: list[Case], chosen, say) -> int:
         return 0
     say(f"No GPU here ({record['why']}): nothing was run. On a machine with one, this command runs, in this order:")
     if PARITY in chosen.only:
-        say(f"- the parity suite on the card, at most {PARITY_SHARE * chosen.seconds:.0f} s" + (f": {why}" if why else ""))
+        say(
+            f"- the parity suite on the card, at most {PARITY_SHARE * chosen.seconds:.0f} s"
+            + (f": {why}" if why else "")
+        )
     for family in dict.fromkeys(case.family for case in cases):
         groups: dict[str, list[str]] = {}
         for case in cases:
@@ -133,7 +139,7 @@ def plan(cases: list[Case], chosen, say) -> int:
     for name, reason in missing.items():
         say(f"Not found: {name}: {reason}")
     if missing:
-        say(f"  {peers.HOW}")
+        say(f"  {files.HOW}")
     say("--tiny checks tiny sizes of every case on this machine's CPU.")
     return 0
 
@@ -148,7 +154,9 @@ def tiny(cases: list[Case], chosen, say) -> int:
     if chosen.json:
         print(json.dumps({"cases": run.records, "skipped": run.skipped}, indent=1))
     wrong = failures(run.records)
-    say(f"{len(run.records)} cases on the CPU, checked and not timed; {len(wrong)} wrong; not begun: {len(run.skipped)}")
+    say(
+        f"{len(run.records)} cases on the CPU, checked and not timed; {len(wrong)} wrong; not begun: {len(run.skipped)}"
+    )
     return int(bool(wrong)) if not run.broken else 2
 
 
@@ -162,7 +170,7 @@ def measure(cases: list[Case], chosen, say, command: str) -> int:
     chosen.output.mkdir(parents=True, exist_ok=True)
     log = chosen.output / "device.log"
     log.write_text("")
-    found, missing = peers.find(chosen.peers)
+    found, missing = files.find(chosen.peers)
     about = {
         "card": machine.card(), "driver": machine.driver(), "date": f"{date.today()}",
         "versions": machine.versions(), "command": command, "method": METHOD, "peers": found, "missing": missing,
@@ -242,7 +250,10 @@ def failures(records: list[dict]) -> list[str]:
 
 def keep(about: dict, run: children.Run, output: Path) -> dict:
     """Write the result as far as it is known."""
-    loaded = {"peers": run.loaded.get("versions", about["peers"]), "missing": run.loaded.get("missing", about["missing"])}
+    loaded = {
+        "peers": run.loaded.get("versions", about["peers"]),
+        "missing": run.loaded.get("missing", about["missing"]),
+    }
     notes = [run.broken] if run.broken else []
     result = results.finish(about | loaded | {"skipped": run.skipped, "notes": notes}, run.records)
     results.write(result, output / "device.json")

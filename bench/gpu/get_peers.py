@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_kernels.device.peers import MANIFEST, TESTED
+from mla_kernels.device.peers.files import MANIFEST, TESTED
 
 PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x86_64")
 PYTHON = "3.12"

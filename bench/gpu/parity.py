@@ -55,7 +55,8 @@ class Suite:
         count = workers()
         spread = ["-n", str(count), "--dist", "worksteal"] if count > 1 else []
         self._output = open(Path(self._folder.name) / "output", "w+")  # noqa: SIM115  as long as the process
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        settings = ("PYTEST_", "TRITON_INTERPRET")  # of another run
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "pytest", *rooms, "--backend", backend, "--timeout", str(TEST_SECONDS), "-p",
@@ -63,7 +64,7 @@ class Suite:
                 *more,
             ],
             cwd=root(), stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment | {"OMP_NUM_THREADS": "1", "PYTEST_BACKENDS": backend},
+            env=environment | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     def running(self) -> bool:

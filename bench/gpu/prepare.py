@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import mla_kernels
-from mla_kernels.device import peers, run_packed
 from mla_kernels.device import queue as children
+from mla_kernels.device import run_packed
 from mla_kernels.device.cases import CASES
+from mla_kernels.device.peers import files
 from mla_kernels.targets import devices
 
 MOST_BYTES = 64 << 20
@@ -155,8 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = made.parse_args(arguments)
     if chosen.folder.exists() and not chosen.folder.is_dir():
         made.error(f"{chosen.folder} is no folder")
-    if chosen.peers is not None and not (chosen.peers / peers.MANIFEST).is_file():
-        made.error(f"--peers {chosen.peers}: no {peers.MANIFEST} there; python -m mla_kernels.device.get_peers fills it")
+    if chosen.peers is not None and not (chosen.peers / files.MANIFEST).is_file():
+        made.error(
+            f"--peers {chosen.peers}: no {files.MANIFEST} there; python -m mla_kernels.device.get_peers fills it"
+        )
     root = Path(mla_kernels.__file__).parents[1]
     others = chosen.peers.resolve() if chosen.peers else None
     try:

@@ -54,10 +54,12 @@ def main() -> int:
         paths = [str(here), str(here / PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(work / "cache"),
-            "DG_JIT_CACHE_DIR": str(work / "deep_gemm"), "PYTHONUNBUFFERED": "1",
+            "DG_JIT_CACHE_DIR": str(work / "deep_gemm"), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1",
         }  # fmt: skip
         found = ["--peers", str(work / "peers")] if (work / "peers").is_dir() else []
-        return subprocess.run([sys.executable, "-m", "mla_kernels", "device", *found, *sys.argv[1:]], env=environment).returncode
+        return subprocess.run(
+            [sys.executable, "-m", "mla_kernels", "device", *found, *sys.argv[1:]], env=environment
+        ).returncode
 
 
 if __name__ == "__main__":

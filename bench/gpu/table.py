@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mla_kernels.device.case import OURS
-from mla_kernels.device.peers import HOW
+from mla_kernels.device.peers.files import HOW
 from mla_kernels.device.results import summary, timed
 
 LEGEND = (
@@ -21,7 +21,7 @@ def _contestant(one: Mapping) -> str:
     if "problem" in one:
         return f"{one['name']}: {one['problem']}"
     if "us" not in one:
-        return f"{one['name']}: right ({one['error']:.1e})"
+        return f"{one['name']}: right ({one['error']:.1e})" if "error" in one else one["name"]
     words = [one["name"], microseconds(one["us"]) + ("" if one.get("graph", True) else "~")]
     words += [f"({one['ratio']:.2f})"] if "ratio" in one and one["name"] != OURS else []
     words += [f"host {one['host_us']:.0f}"] if "host_us" in one else []
@@ -90,11 +90,11 @@ def markdown(result: Mapping) -> str:
             [group, str(count), f"{mean:.2f} ({least:.2f}, {most:.2f})"]
             for group, (count, least, mean, most) in every.items()
         ]
-        lines += _table(["group", "cases", "best peer's time over ours: mean (worst, best)"], cells) + [""]
+        lines += [*_table(["group", "cases", "best peer's time over ours: mean (worst, best)"], cells), ""]
     for family in dict.fromkeys(case["family"] for case in result["cases"]):
         rows = [row(case) for case in result["cases"] if case["family"] == family]
         lines += [f"## {family}", ""]
-        lines += _table(["case", "ours", "of the problem", "best peer", "others", "problem"], rows) + [""]
+        lines += [*_table(["case", "ours", "of the problem", "best peer", "others", "problem"], rows), ""]
     if result["skipped"]:
         lines += [f"Not begun for want of time: {', '.join(result['skipped'])}.", ""]
     return "\n".join(lines)

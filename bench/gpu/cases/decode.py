@@ -78,7 +78,9 @@ def decode(heads: int, batch: int, context: int, queries: int, layout: str | Non
     if layout is not None:
         problem.add("mla_kernels, bf16", call(plain), "own", exact=partial(exact, plain))
     elif queries == 1 and batch * context <= UNPAGED_TOKENS:
-        problem.add("torch, keys not paged", *_torch(q, plain, copies, context), exact=_unpaged(q, plain, context, last))
+        problem.add(
+            "torch, keys not paged", *_torch(q, plain, copies, context), exact=_unpaged(q, plain, context, last)
+        )
     if peers.flashmla and layout in (None, "fp8_v32"):
         name, kind = ("FlashMLA", "peer") if layout is None else ("FlashMLA, bf16 cache", "other")
         paged, plan = plain.data.unsqueeze(2), {}

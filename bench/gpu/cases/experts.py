@@ -88,9 +88,7 @@ def experts(shape: str, tokens: int, place: Place, peers) -> Problem:
         flops=routing.flops, copies=routing.copies, host=tokens == 1,
     )  # fmt: skip
     variants(problem, mk.fused_moe, call)
-    problem.add(
-        "torch grouped_mm", lambda copy: grouped_mm(hidden, gate_up, down, routing.weights, routing.ids[copy])
-    )
+    problem.add("torch grouped_mm", lambda copy: grouped_mm(hidden, gate_up, down, routing.weights, routing.ids[copy]))
     if peers.sglang:
         sglang(problem, peers.sglang, hidden, gate_up, down, routing)
     if peers.deepgemm and tokens >= DEEPGEMM_TOKENS:
@@ -102,7 +100,9 @@ def experts(shape: str, tokens: int, place: Place, peers) -> Problem:
 def sglang(problem: Problem, kernels, hidden, gate_up, down, routing: Routing, scales=None) -> None:
     """SGLang's kernels with each of the tiles that it, or its files, would take."""
     for label, first, second in kernels.tiles(gate_up, routing.ids[0].shape, fp8=scales is not None):
-        run = partial(kernels.experts, hidden, gate_up, down, routing.weights, first=first, second=second, scales=scales)
+        run = partial(
+            kernels.experts, hidden, gate_up, down, routing.weights, first=first, second=second, scales=scales
+        )
         problem.add(f"SGLang, {label}", lambda copy, run=run: run(ids=routing.ids[copy]))
 
 

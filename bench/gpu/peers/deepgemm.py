@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_kernels.device.peers import NEEDS
+from mla_kernels.device.peers.files import NEEDS
 from mla_kernels.device.peers.libraries import quantise_fp8, silu_and_mul
 from mla_kernels.device.peers.modules import from_file, stand_in
 

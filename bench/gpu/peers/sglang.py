@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import triton.language as tl
 
-from mla_kernels.device.peers import NEEDS
+from mla_kernels.device.peers.files import NEEDS
 from mla_kernels.device.peers.libraries import quantise_fp8, silu_and_mul
 from mla_kernels.device.peers.modules import from_file, stand_in
 

@@ -1,0 +1,159 @@
+"""Every case of the device benchmark at tiny sizes on the CPU: values, and what its check would catch."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mla_kernels
+from mla_kernels.device.case import KINDS, OURS, Case, Contestant, Place, Problem, variants
+from mla_kernels.device.cases import CASES, FAMILIES
+from mla_kernels.device.measure import launch_all, measure
+from mla_kernels.device.peers import Peers
+
+TINY = Place("cpu", tiny=True)
+pytestmark = [pytest.mark.usefixtures("cpu_code")]
+
+
+def contestants(case, problem, **more):
+    """Records of the contestants of a problem, by name."""
+    made = measure(replace(case, build=lambda place, peers: problem), TINY, Peers(), None, **more)
+    return {record["name"]: record for record in made if "name" in record}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_at_tiny_sizes(family):
+    """All are right; and a result with one row of what is looked at cleared is called wrong, of whatever contestant."""
+    for case in FAMILIES[family]:
+        problem = case.build(TINY, Peers())
+        found = contestants(case, problem)
+        assert found.keys() == problem.contestants().keys() and OURS in found
+        for name, record in found.items():
+            assert "problem" not in record, f"{case.name}, {name}: {record}"
+            assert record["kind"] in KINDS and record["error"] <= record["limit"]
+        spoilt = {name: replace(one, pick=_spoilt(problem, one)) for name, one in problem.contestants().items()}
+        ours = spoilt.pop(OURS)
+        found = contestants(case, replace(problem, others=spoilt | {"ours, spoilt": ours}), skip=[OURS])
+        for name, record in found.items():
+            assert record["problem"].startswith("WRONG: error "), f"{case.name}, {name}: {record}"
+
+
+def _spoilt(problem: Problem, contestant: Contestant):
+    def pick(result):
+        picked = (contestant.pick or problem.pick)(result).clone()
+        picked[-1] = 0
+        return picked
+
+    return pick
+
+
+def test_a_call_that_writes_nothing_is_wrong():
+    """What another contestant wrote before does not stand for it."""
+    for case in FAMILIES["latent"]:
+        problem = case.build(TINY, Peers())
+        if not case.name.startswith("mla_prolog"):
+            stale = problem.ours(0)
+            problem.add("writes nothing", lambda copy, stale=stale: stale)
+            assert contestants(case, problem)["writes nothing"]["problem"].startswith("WRONG: error 1.00e+00")
+
+
+def test_names_and_priorities():
+    names = Counter(case.name for case in CASES)
+    assert max(names.values()) == 1 and len(names) >= 130
+    priorities = [case.priority for case in CASES]
+    assert priorities == sorted(priorities) and set(priorities) == {0, 1, 2}
+    assert {case.family for case in CASES if case.priority == 0} == FAMILIES.keys()
+    decode = {case.name for case in FAMILIES["decode"]}
+    assert {f"decode h{h} b{b} {k}k" for h in (128, 64, 16) for b in (1, 4, 16, 64, 128) for k in (4, 16)} < decode
+
+
+class Clock:
+    """Counts whom it times."""
+
+    def __init__(self):
+        self.timed = []
+
+    def synchronise(self):
+        pass
+
+    def graph(self, call, copies):
+        from mla_kernels.device.clock import Times
+
+        self.timed.append(call)
+        return Times(10.0, 9.0, True)
+
+    def host_us(self, call, us):
+        return 3.0
+
+
+def test_who_is_wrong_or_raises_is_not_timed():
+    def raises(copy):
+        raise RuntimeError("no kernel for this card\nand a second line")
+
+    right, wrong = (lambda copy: torch.ones(3)), (lambda copy: torch.tensor([1.0, 1.0, float("nan")]))
+    problem = Problem(right, lambda: torch.ones(3), bytes=8, flops=9, host=True)
+    problem.add("wrong", wrong)
+    problem.add("raises", raises)
+    problem.add("other shape", lambda copy: torch.ones(4))
+    problem.add("own exact values", lambda copy: torch.zeros(3) + 2, exact=lambda: torch.full((3,), 2.0))
+    problem.add("not there", None)
+    clock, told = Clock(), []
+    case = Case("a case", "decode", "decode, bf16", 0, lambda place, peers: problem)
+    head, *records = measure(case, TINY, Peers(), clock, begin=lambda name, kind: told.append((name, kind)))
+    assert head == {"bytes": 8.0, "flops": 9.0}
+    found = {record["name"]: record for record in records}
+    assert clock.timed == [right, problem.others["own exact values"].call]
+    assert found[OURS] == dict(
+        name=OURS, kind="ours", error=0.0, limit=0.02, us=10.0, low_us=9.0, graph=True, host_us=3.0
+    )
+    assert found["wrong"]["problem"] == "WRONG: error nan, at most 2e-02 is right" and "us" not in found["wrong"]
+    assert found["raises"]["problem"] == "RuntimeError: no kernel for this card"
+    assert "[4]" in found["other shape"]["problem"]
+    assert told[:2] == [("", ""), (OURS, "ours")] and "not there" not in found
+
+
+def test_variants(monkeypatch):
+    """Entered where the library has them, and called with what they are named after."""
+    calls, forced = [], []
+
+    def op(x, *, batch_invariant=False):
+        calls.append((batch_invariant, tuple(forced)))
+
+    def plain(x):
+        pass
+
+    class Hopper:
+        FUNCTIONS = ("op",)
+
+        class force:
+            def __init__(self, name):
+                self.name = name
+
+            def __enter__(self):
+                forced.append(self.name)
+
+            def __exit__(self, *error):
+                forced.pop()
+
+    def entered(function):
+        problem = Problem(lambda copy: None, lambda: None)
+        return variants(problem, function, lambda **more: lambda copy: function(1, **more)).others
+
+    monkeypatch.setattr(mla_kernels, "hopper", None, raising=False)
+    assert entered(plain) == {} and list(entered(op)) == ["batch_invariant"]
+    monkeypatch.setattr(mla_kernels, "hopper", Hopper)
+    found = entered(op)
+    assert list(found) == ["batch_invariant", "portable", "hopper"] and entered(plain) == {}
+    assert {one.kind for one in found.values()} == {"variant"}
+    for one in found.values():
+        one.call(0)
+    assert calls == [(True, ()), (False, ("portable",)), (False, ("hopper",))] and not forced
+
+
+def test_launching_all_calls_everything_once():
+    case = next(case for case in CASES if case.name == "route v3 t1")
+    assert [record["name"] for record in launch_all(case, TINY, Peers())] == [OURS, "torch"]
+    assert [record["name"] for record in launch_all(case, TINY, Peers(), [OURS])] == ["torch"]
+    no_values = Place("cpu", tiny=True, values=False)
+    assert [record["name"] for record in launch_all(case, no_values, Peers())] == [OURS]
