@@ -67,7 +67,9 @@ def parity(found: Mapping | None) -> list[str]:
         f"{len(found['not_run'])} of {found['collected']} did not run ({found['seconds']:.0f} s)"
     ]
     lines += [f"failed: {name}" for name in found["failed"]]
-    return lines + [f"did not run: {name}, {count} cases" for name, count in by_test(found["not_run"]).items()]
+    return lines + [
+        f"did not run: {name}, {count} case{'s' * (count > 1)}" for name, count in by_test(found["not_run"]).items()
+    ]
 
 
 def by_test(names: list[str]) -> dict[str, int]:

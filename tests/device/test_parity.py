@@ -1,0 +1,63 @@
+"""The parity suite as the command runs it: what passed, failed, and did not run."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from mla_kernels.device import parity
+
+CASES = "tests/suite_cases.py"
+
+
+def finished(suite, seconds=60.0):
+    until = time.monotonic() + seconds
+    while suite.running() and time.monotonic() < until:
+        time.sleep(0.05)
+    return suite.finish()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_outcomes(processes, monkeypatch):
+    monkeypatch.setattr(parity, "workers", lambda: processes)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # another run's
+    found = finished(parity.Suite("cpu", [CASES], ["-k", "test_passes or test_fails"]))
+    assert found["collected"] == found["passed"] + len(found["failed"]) and not found["not_run"]
+    assert found["failed"] and found["passed"] and not found["stopped"] and "problem" not in found
+    assert all("::test_fails" in name for name in found["failed"])
+    assert any("A test does not skip itself" in name for name in found["failed"])
+
+
+def test_stopped_before_anything_is_known():
+    found = parity.Suite("cpu", [CASES]).finish()
+    assert found["stopped"] and found["problem"].startswith("time was over before the tests were collected")
+
+
+def test_a_suite_that_cannot_start_says_why():
+    found = finished(parity.Suite("no-such-backend", [CASES]))
+    assert "no-such-backend" in found["problem"] and found["collected"] == 0
+
+
+def test_what_is_known_of_a_run_that_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity.sys, "executable", shutil.which("true"))
+    suite = parity.Suite()
+    suite.process.wait()
+    suite._log.write_text(
+        '{"tests": ["a", "b", "c", "d"]}\n{"test": "a", "outcome": "passed", "why": ""}\n'
+        '{"test": "b", "outcome": "passed", "why": ""}\n{"test": "b", "outcome": "failed", "why": "in teardown"}\n'
+        '{"test": "c", "out'
+    )
+    found = suite.finish()
+    assert (found["passed"], found["failed"], found["not_run"]) == (1, ["b: in teardown"], ["c", "d"])
+
+
+def test_where_it_can_run(monkeypatch, tmp_path):
+    assert parity.root() == Path(__file__).parents[2] and parity.cannot() == ""
+    monkeypatch.setattr(parity.mla_kernels, "__file__", str(tmp_path / "mla_kernels" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert parity.root() is None and "the installed package has no tests" in parity.cannot()
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    assert parity.cannot().startswith("it needs pytest, pytest_timeout, pytest_benchmark: pip install pytest ")
+    assert parity.workers() == 1
