@@ -88,3 +88,15 @@ def test_the_wheel_holds_tables_and_no_tests(site):
     }
     assert (site / "mla_kernels" / "reference" / "moe.py").exists()
     assert {path.name for path in site.iterdir() if path.is_dir() and "dist-info" not in path.name} == {"mla_kernels"}
+
+
+def test_the_device_benchmark_runs_from_the_wheel(site, tmp_path):
+    """Its cases and its child come with the package; the tests do not, and it says so."""
+    program = """
+from mla_kernels.device import command, machine
+machine.has_gpu = lambda: False
+assert command.main([]) == 0 and command.main(["--tiny", "--only", "route"]) == 0
+"""
+    result = run(site, program, tmp_path)
+    assert "the installed package has no tests: git clone" in result.stdout, result.stdout + result.stderr
+    assert "3 cases on the CPU, checked and not timed; 0 wrong; not begun: 0" in result.stdout, result.stderr

@@ -1,5 +1,6 @@
 """A case: one problem, a call of this library that solves it, and the other contestants."""
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -11,6 +12,12 @@ import torch
 import mla_kernels
 
 OURS = "mla_kernels"
+INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
+"""Names of variants."""
+HOPPER_FILES = {
+    "mla_decode": "decode", "sparse_mla_decode": "sparse", "sparse_mla_prefill": "sparse_prefill",
+    "mla_prefill": "prefill",
+}  # fmt: skip
 KINDS = {
     "ours": "this library as a user calls it",
     "peer": "another implementation of the same problem, on the same tensors",
@@ -128,25 +135,38 @@ def accepts(function: Callable, keyword: str) -> bool:
     return keyword in inspect.signature(function).parameters
 
 
-def variants(problem: Problem, function: Callable, call: Callable[..., Callable[[int], Any]]) -> Problem:
+def variants(problem: Problem, function: Callable, call: Callable[..., Callable[[int], Any]], place: Place) -> Problem:
     """Enter the variants that ``function`` has; ``call(**more)`` gives a contestant's call with more keywords.
 
-    ``batch_invariant=True`` where the function takes it; the portable and the Hopper kernel, each forced, where the
-    library has :func:`mla_kernels.hopper.force` and a Hopper kernel of this function.
+    ``batch_invariant=True`` where the function takes it; on Hopper the portable kernel and the Hopper kernel, each by
+    name, where the library has :mod:`mla_kernels.hopper` and a file for this function there.
     """
     if accepts(function, "batch_invariant"):
-        problem.add("batch_invariant", call(batch_invariant=True), "variant")
+        problem.add(INVARIANT, call(batch_invariant=True), "variant")
     hopper = getattr(mla_kernels, "hopper", None)
-    if hopper is not None and function.__name__ in getattr(hopper, "FUNCTIONS", ()):
+    if hopper is not None and on_hopper(place) and has_hopper_kernel(function.__name__):
         plain = call()
-        for name in ("portable", "hopper"):
-            problem.add(name, _forced(hopper.force, name, plain), "variant")
+        for name, mode in ((PORTABLE, "portable"), (HOPPER, "force")):
+            problem.add(name, _within(hopper.variants, mode, plain), "variant")
     return problem
 
 
-def _forced(force: Callable, name: str, call: Call) -> Call:
+def on_hopper(place: Place) -> bool:
+    """Whether kernels are launched, or over the stub driver compiled, for capability 9.0."""
+    if not place.gpu:
+        return not place.values
+    return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+
+
+def has_hopper_kernel(function: str) -> bool:
+    """Whether there is ``mla_kernels/hopper/decode.py`` for ``mla_decode``, and so on."""
+    file = HOPPER_FILES.get(function)
+    return file is not None and importlib.util.find_spec(f"mla_kernels.hopper.{file}") is not None
+
+
+def _within(block: Callable, mode: str, call: Call) -> Call:
     def run(copy: int):
-        with force(name):
+        with block(mode):
             return call(copy)
 
     return run

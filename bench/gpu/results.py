@@ -80,16 +80,17 @@ def write(result: Mapping, path: Path) -> None:
     path.write_text("\n".join([*lines, " ]\n}\n"]))
 
 
-def timed(case: Mapping, *kinds: str) -> list[dict]:
-    """The contestants of these kinds that were timed beside ours, fastest first."""
-    return sorted((c for c in case["contestants"] if c["kind"] in kinds and "ratio" in c), key=lambda c: c["us"])
+def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:
+    """The contestants of this kind, and of this name if one is given, that were timed beside ours; fastest first."""
+    found = [c for c in case["contestants"] if c["kind"] == kind and "ratio" in c and name in ("", c["name"])]
+    return sorted(found, key=lambda one: one["us"])
 
 
-def summary(result: Mapping, *kinds: str) -> dict[str, tuple[int, float, float, float]]:
-    """Group -> number of cases, worst, geometric mean and best of the ratio of the fastest contestant of ``kinds``."""
+def summary(result: Mapping, kind: str, name: str = "") -> dict[str, tuple[int, float, float, float]]:
+    """Group -> number of cases, least, geometric mean and most of the fastest one's ratio; arguments as timed's."""
     ratios: dict[str, list[float]] = {}
     for case in result["cases"]:
-        found = timed(case, *kinds)
+        found = timed(case, kind, name)
         if found:
             ratios.setdefault(case["group"], []).append(found[0]["ratio"])
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mla_kernels.device.case import OURS
+from mla_kernels.device.case import HOPPER, INVARIANT, OURS, PORTABLE
 from mla_kernels.device.peers.files import HOW
 from mla_kernels.device.results import summary, timed
 
@@ -86,13 +86,15 @@ def markdown(result: Mapping) -> str:
     lines = [f"# mla_kernels on {result['card']}", ""]
     lines += [f"- {line}" for line in heading(result) + parity(result["parity"])]
     lines += ["", LEGEND, ""]
-    every = summary(result, "peer")
-    if every:
+    summaries = [("the best peer", summary(result, "peer"))]
+    summaries += [(name, summary(result, "variant", name)) for name in (INVARIANT, PORTABLE, HOPPER)]
+    for name, groups in summaries:
         cells = [
             [group, str(count), f"{mean:.2f} ({least:.2f}, {most:.2f})"]
-            for group, (count, least, mean, most) in every.items()
+            for group, (count, least, mean, most) in groups.items()
         ]
-        lines += [*_table(["group", "cases", "best peer's time over ours: mean (worst, best)"], cells), ""]
+        if cells:
+            lines += [*_table(["group", "cases", f"{name}, its time over ours: mean (least, most)"], cells), ""]
     for family in dict.fromkeys(case["family"] for case in result["cases"]):
         rows = [row(case) for case in result["cases"] if case["family"] == family]
         lines += [f"## {family}", ""]

@@ -1,5 +1,6 @@
 """Every case of the device benchmark at tiny sizes on the CPU: values, and what its check would catch."""
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from mla_kernels.device.cases import CASES, FAMILIES
 from mla_kernels.device.measure import launch_all, measure
 from mla_kernels.device.peers import Peers
 
-TINY = Place("cpu", tiny=True)
+TINY, STUB = Place("cpu", tiny=True), Place("cpu", values=False)
 pytestmark = [pytest.mark.usefixtures("cpu_code")]
 
 
@@ -124,31 +125,27 @@ def test_variants(monkeypatch):
         pass
 
     class Hopper:
-        FUNCTIONS = ("op",)
+        @contextlib.contextmanager
+        def variants(mode):
+            forced.append(mode)
+            yield
+            forced.pop()
 
-        class force:
-            def __init__(self, name):
-                self.name = name
-
-            def __enter__(self):
-                forced.append(self.name)
-
-            def __exit__(self, *error):
-                forced.pop()
-
-    def entered(function):
+    def entered(function, place=STUB):
         problem = Problem(lambda copy: None, lambda: None)
-        return variants(problem, function, lambda **more: lambda copy: function(1, **more)).others
+        return variants(problem, function, lambda **more: lambda copy: function(1, **more), place).others
 
     monkeypatch.setattr(mla_kernels, "hopper", None, raising=False)
-    assert entered(plain) == {} and list(entered(op)) == ["batch_invariant"]
+    monkeypatch.setattr("mla_kernels.device.case.has_hopper_kernel", lambda name: name == "op")
+    assert entered(plain) == {} and list(entered(op)) == ["batch_invariant=True"]
     monkeypatch.setattr(mla_kernels, "hopper", Hopper)
     found = entered(op)
-    assert list(found) == ["batch_invariant", "portable", "hopper"] and entered(plain) == {}
+    assert list(found) == ["batch_invariant=True", "portable kernel", "Hopper kernel"] and entered(plain) == {}
+    assert list(entered(op, TINY)) == ["batch_invariant=True"]  # the CPU's code has no such kernel
     assert {one.kind for one in found.values()} == {"variant"}
     for one in found.values():
         one.call(0)
-    assert calls == [(True, ()), (False, ("portable",)), (False, ("hopper",))] and not forced
+    assert calls == [(True, ()), (False, ("portable",)), (False, ("force",))] and not forced
 
 
 def test_launching_all_calls_everything_once():

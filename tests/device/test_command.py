@@ -127,8 +127,13 @@ def test_as_json_alone(card, capsys):
 def test_ours_not_timed_is_a_failure(card, capsys):
     card("die right")
     assert top.main(["device", "--only", "decode", "--seconds", "30"]) == 0
-    monkey = [{"contestants": [{"name": "mla_kernels", "kind": "ours", "problem": "WRONG"}], "case": "a"}]
-    assert command.failures(monkey) == ["a"]
+
+    def failed(kind, problem):
+        return command.failures([{"contestants": [{"name": "x", "kind": kind, "problem": problem}], "case": "a"}])
+
+    assert [failed(kind, "WRONG") for kind in ("ours", "own", "variant")] == [["a"]] * 3
+    assert failed("peer", "WRONG") == failed("variant", "NotImplementedError: it needs") == []
+    assert failed("ours", "NotImplementedError: it needs") == ["a"]
 
 
 def test_nothing_can_be_measured(card, capsys, monkeypatch):

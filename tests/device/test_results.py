@@ -39,7 +39,7 @@ def result():
     first, second = case(fast=10.0, slow=40.0), case("decode h16 b4 4k", 50.0, fast=100.0, slow=200.0)
     first["contestants"].append(wrong)
     third = case("int8 | x", 10.0, "decode, int8")
-    third["contestants"].append(own)
+    third["contestants"] += [own, {"name": "batch_invariant=True", "kind": "variant", "us": 12.0, "graph": True}]
     return results.finish(ABOUT, [first, second, third])
 
 
@@ -101,6 +101,9 @@ def test_table(result):
         "decode h16 b1 4k", "mla_kernels 20.0", "200 GB/s, 0 TFLOP/s", "fast 10.0 (0.50)",
         "slow 40.0 (2.00); SGLang: WRONG: error nan", "",
     ]  # fmt: skip
+    assert "| group | cases | the best peer, its time over ours: mean (least, most) |" in lines
+    assert "| group | cases | batch_invariant=True, its time over ours: mean (least, most) |" in lines
+    assert "| decode, int8 | 1 | 1.20 (1.20, 1.20) |" in lines
     assert "int8 \\| x" in text and "mla_kernels, bf16 15.0~ (1.50) host 31" in text
     assert lines[-1] == "Not begun for want of time: decode h16 b1 16k."
 

@@ -74,7 +74,7 @@ def decode(heads: int, batch: int, context: int, queries: int, layout: str | Non
         flops=2 * batch * queries * heads * context * (WIDTH + LATENT), copies=copies,
         host=batch == 1 and context <= 4096,
     )  # fmt: skip
-    variants(problem, mk.mla_decode, call)
+    variants(problem, mk.mla_decode, call, place)
     if layout is not None:
         problem.add("mla_kernels, bf16", call(plain), "own", exact=partial(exact, plain))
     elif queries == 1 and batch * context <= UNPAGED_TOKENS:

@@ -87,7 +87,7 @@ def experts(shape: str, tokens: int, place: Place, peers) -> Problem:
         call(), exact, lambda out: out[:LOOKED_AT], bytes=2 * routing.parameters + 2 * hidden.nbytes,
         flops=routing.flops, copies=routing.copies, host=tokens == 1,
     )  # fmt: skip
-    variants(problem, mk.fused_moe, call)
+    variants(problem, mk.fused_moe, call, place)
     problem.add("torch grouped_mm", lambda copy: grouped_mm(hidden, gate_up, down, routing.weights, routing.ids[copy]))
     if peers.sglang:
         sglang(problem, peers.sglang, hidden, gate_up, down, routing)

@@ -61,7 +61,7 @@ def scores(batch: int, keys: int, place: Place, peers) -> Problem:
         call(), at.first, lambda found: found.reshape(-1, found.shape[-1])[0, : at.keys],
         bytes=at.bytes + 4 * at.batch * at.keys, flops=at.flops, copies=at.copies,
     )  # fmt: skip
-    variants(problem, mk.paged_indexer_logits, call)
+    variants(problem, mk.paged_indexer_logits, call, place)
     if peers.deepgemm:
         scored = peers.deepgemm.paged_logits(at.cache, at.q, at.w, at.lengths, at.keys)
         problem.add("DeepGEMM", lambda copy: scored(at.tables[copy]))
@@ -90,7 +90,7 @@ def selection(batch: int, keys: int, place: Place, peers) -> Problem:
         call(), lambda: at.first().topk(top_k).values.sort().values, values_of_slots, bytes=at.bytes, flops=at.flops,
         copies=at.copies, host=at.batch == 1,
     )  # fmt: skip
-    variants(problem, mk.select_slots, call)
+    variants(problem, mk.select_slots, call, place)
     if place.values and at.batch * at.keys <= UNPAGED_KEYS:
         rows = at.in_rows()
 
@@ -121,7 +121,7 @@ def top_k(rows: int, columns: int, place: Place, peers) -> Problem:
         call(), lambda: values.topk(chosen).values.sort(-1).values,
         lambda ids: values.gather(1, ids.long()).sort(-1).values, bytes=values.nbytes, limit=1e-6,
     )  # fmt: skip
-    variants(problem, mk.indexer_topk, call)
+    variants(problem, mk.indexer_topk, call, place)
     problem.add("torch.topk", lambda copy: values.topk(chosen, -1).indices)
     if peers.vllm:
         for name, run in peers.vllm.top_ks(lengths, chosen, columns).items():
@@ -147,7 +147,7 @@ def prompt(tokens: int, keys: int, place: Place, peers) -> Problem:
         call(), lambda: last().topk(chosen).values.sort().values, lambda ids: last()[ids[-1].long()].sort().values,
         bytes=keys * (WIDTH + 4), flops=2 * tokens * keys * HEADS * WIDTH,
     )  # fmt: skip
-    variants(problem, mk.select_keys, call)
+    variants(problem, mk.select_keys, call, place)
 
     def composed(copy: int):
         found = torch.relu(torch.einsum("thd,kd->thk", q, k.bfloat16() * KEY_SCALE).float())

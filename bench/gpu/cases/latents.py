@@ -71,7 +71,7 @@ def write(tokens: int, place: Place, peers) -> Problem:
     problem = Problem(
         call(), lambda: at.exact(kv_a), at.rows, bytes=2 * kv_a.nbytes, host=at.tokens == 1, reset=at.clear
     )
-    variants(problem, mk.write_latent, call)
+    variants(problem, mk.write_latent, call, place)
     problem.add("torch", lambda copy: at.plain(kv_a, at.norm, at.other))
     return problem
 
@@ -98,7 +98,7 @@ def compress(tokens: int, place: Place, peers) -> Problem:
         bytes=weights[0].nbytes + hidden.nbytes + 2 * WIDTH * at.tokens, flops=2 * at.tokens * width * WIDTH,
         copies=copies, host=at.tokens == 1, reset=at.clear,
     )  # fmt: skip
-    variants(problem, mk.compress_latent, call)
+    variants(problem, mk.compress_latent, call, place)
     problem.add("torch", lambda copy: at.plain(hidden @ weights[copy].t(), at.norm, at.other))
     problem.add("torch's product and write_latent", in_two)
     return problem
@@ -134,7 +134,7 @@ def prolog(tokens: int, place: Place, peers) -> Problem:
         bytes=sum(m.nbytes for m in matrices) + hidden.nbytes + 2 * WIDTH * at.tokens * heads,
         flops=2 * at.tokens * sum(m.numel() for m in matrices), host=at.tokens == 1, reset=at.clear,
     )  # fmt: skip
-    variants(problem, mk.mla_prolog, call)
+    variants(problem, mk.mla_prolog, call, place)
     problem.add("torch", lambda copy: plain(hidden, *matrices, at.norm, q_norm, at.other))
     return problem
 

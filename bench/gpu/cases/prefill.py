@@ -72,7 +72,7 @@ def forward(heads: int, tokens: int, place: Place, peers) -> Problem:
         return lambda copy: ours(q, k, v, rope, **more)
 
     problem = Problem(call(), lambda: exact_rows(q, key, v, rows), lambda out: out[rows], bytes=nbytes, flops=flops)
-    variants(problem, mk.mla_prefill, call)
+    variants(problem, mk.mla_prefill, call, place)
     for name, (backend, width) in torchs(place).items():
         problem.add(name, lambda copy, backend=backend, width=width: sdpa(backend, width, q, key, v))
     if peers.fa3:
@@ -117,7 +117,7 @@ def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
         return step(partial(ours, **more), q, k, v, rope)
 
     problem = Problem(call(), exact, pick, bytes=3 * nbytes, flops=3.5 * flops, graph=False)
-    variants(problem, mk.mla_prefill, call)
+    variants(problem, mk.mla_prefill, call, place)
     for name, (backend, width) in torchs(place).items():
         joined = lambda q, k, v, rope, b=backend, w=width: sdpa(b, w, q, with_rope(k, rope), v)  # noqa: E731
         problem.add(name, step(joined, q, k, v, rope))

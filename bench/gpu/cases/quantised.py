@@ -58,7 +58,7 @@ def experts(shape: str, format: str, tokens: int, place: Place, peers) -> Proble
         bytes=every.bytes_per_parameter * routing.parameters + 2 * hidden.nbytes, flops=routing.flops,
         copies=routing.copies, limit=6e-2 if format == "fp8_block" else 2e-2,
     )  # fmt: skip
-    variants(problem, mk.fused_experts, call)
+    variants(problem, mk.fused_experts, call, place)
     problem.add(
         "mla_kernels, bf16", lambda copy: mk.fused_moe(hidden, gate_up, down, routing.weights, routing.ids[copy]),
         "own", exact=exact_bf16,

@@ -41,7 +41,7 @@ def route(tokens: int, place: Place, peers) -> Problem:
         call(), lambda: dense(plain(logits.double(), bias.double())), dense, bytes=logits.nbytes + tokens * TOP_K * 8,
         host=tokens == 1,
     )  # fmt: skip
-    variants(problem, mk.route, call)
+    variants(problem, mk.route, call, place)
     problem.add("torch", lambda copy: plain(logits, bias))
     if peers.vllm:
         problem.add("vLLM", lambda copy: peers.vllm.route(logits, bias, GROUPS, KEPT_GROUPS, TOP_K, SCALE))

@@ -31,7 +31,7 @@ def sparse_decode(batch: int, layout: str | None, place: Place, peers) -> Proble
         call(), exact, lambda out: out[looked_at], bytes=nbytes + 2 * q.nbytes,
         flops=2 * batch * HEADS * top_k * (WIDTH + LATENT), copies=copies, host=batch == 1,
     )  # fmt: skip
-    variants(problem, mk.sparse_mla_decode, call)
+    variants(problem, mk.sparse_mla_decode, call, place)
     rows = plain.data.view(-1, WIDTH)
     if peers.flashmla and layout == "fp8_v32":
         packed, plan = cache.data.view(-1, PAGE, 1, TOKEN_BYTES[layout]), {}
@@ -69,7 +69,7 @@ def sparse_prefill(tokens: int, keys: int, place: Place, peers) -> Problem:
         call(), exact, lambda out: out[looked_at], bytes=tokens * top_k * 2 * WIDTH + 2 * q.nbytes,
         flops=2 * tokens * heads * top_k * (WIDTH + LATENT),
     )  # fmt: skip
-    variants(problem, mk.sparse_mla_prefill, call)
+    variants(problem, mk.sparse_mla_prefill, call, place)
     if peers.flashmla:
         one, chosen = kv.unsqueeze(1), picks.unsqueeze(1)
         problem.add("FlashMLA", lambda copy: peers.flashmla.sparse_prefill(q, one, chosen, SCALE))
