@@ -59,9 +59,9 @@ class Suite:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "pytest", *rooms, "--backend", backend, "--timeout", str(TEST_SECONDS), "-p",
-                "no:cacheprovider", "-p", "mla_kernels.device.parity_log", "--parity-log", str(self._log), *spread,
-                *more,
+                sys.executable, "-m", "pytest", *rooms, "--backend", backend, "--timeout", str(TEST_SECONDS),
+                "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "mla_kernels.device.parity_log",
+                "--parity-log", str(self._log), *spread, *more,
             ],
             cwd=root(), stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
             env=environment | {"OMP_NUM_THREADS": "1"},

@@ -30,13 +30,20 @@ class Log:
         if self._worker == "gw0" or not (self._worker or self._has_workers):
             self._say(tests=[item.nodeid for item in session.items])
 
-    def pytest_runtest_logreport(self, report):
-        """Workers' reports come together in the process that started them."""
-        if self._worker:
-            return
+    def pytest_collectreport(self, report):
+        """A file that cannot be imported, such as for want of a package."""
         if report.failed:
+            self._failed(report)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._failed(report)
+        elif report.when == "call" and not self._worker:
+            self._say(test=report.nodeid, outcome="passed", why="")
+
+    def _failed(self, report):
+        """Workers' reports come together in the process that started them."""
+        if not self._worker:
             lines = str(report.longrepr).strip().splitlines() or [""]
             why = next((line[1:].strip() for line in reversed(lines) if line.startswith("E ")), lines[-1])
             self._say(test=report.nodeid, outcome="failed", why=why[:200])
-        elif report.when == "call":
-            self._say(test=report.nodeid, outcome="passed", why="")

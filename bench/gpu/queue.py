@@ -38,6 +38,7 @@ class Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
         )
         self.ready: dict | None = None
+        self._stopped = False
         self._lines: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -72,6 +73,9 @@ class Child:
 
     def stop(self, grace: float = 0.0) -> int:
         """End it and what it started, after ``grace`` seconds in which it may end by itself; its exit status."""
+        if self._stopped:
+            return self.process.returncode
+        self._stopped = True
         stop_group(self.process, grace)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):

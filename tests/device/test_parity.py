@@ -8,7 +8,7 @@ import pytest
 
 from mla_kernels.device import parity
 
-CASES = "tests/suite_cases.py"
+CASES, BROKEN = "tests/suite_cases.py", "tests/device/broken_cases.py"
 
 
 def finished(suite, seconds=60.0):
@@ -22,7 +22,8 @@ def finished(suite, seconds=60.0):
 def test_outcomes(processes, monkeypatch):
     monkeypatch.setattr(parity, "workers", lambda: processes)
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # another run's
-    found = finished(parity.Suite("cpu", [CASES], ["-k", "test_passes or test_fails"]))
+    found = finished(parity.Suite("cpu", [CASES, BROKEN], ["-k", "test_passes or test_fails"]))
+    assert found["failed"].pop(0) == f"{BROKEN}: ModuleNotFoundError: No module named 'no_such_package'"
     assert found["collected"] == found["passed"] + len(found["failed"]) and not found["not_run"]
     assert found["failed"] and found["passed"] and not found["stopped"] and "problem" not in found
     assert all("::test_fails" in name for name in found["failed"])
