@@ -26,6 +26,8 @@ MOST_BREAKS = 3
 """Children that one case may end; then the rest of it is left out."""
 MOST_EMPTY_STARTS = 3
 """Children in a row that end before they are ready; then nothing more can be measured."""
+KILLED_SECONDS = 10.0
+"""How long a killed process is waited for: one that waits inside a driver ends when the driver lets it."""
 OUT_OF_TIME = "out of time"
 
 
@@ -71,8 +73,9 @@ class Child:
                 return False
         return self.ready is not None
 
-    def stop(self, grace: float = 0.0) -> int:
-        """End it and what it started, after ``grace`` seconds in which it may end by itself; its exit status."""
+    def stop(self, grace: float = 0.0) -> int | None:
+        """End it and what it started, after ``grace`` seconds in which it may end by itself; its exit status, None
+        where it does not end."""
         if self._stopped:
             return self.process.returncode
         self._stopped = True
@@ -91,7 +94,8 @@ def stop_group(process: subprocess.Popen, grace: float) -> None:
         process.wait(grace)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED_SECONDS)
 
 
 def command(place: str, peers: Path | None, *more: str) -> list[str]:

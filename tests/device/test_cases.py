@@ -1,6 +1,7 @@
 """Every case of the device benchmark at tiny sizes on the CPU: values, and what its check would catch."""
 
 import contextlib
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 import mla_kernels
 from mla_kernels.device.case import KINDS, OURS, Case, Contestant, Place, Problem, variants
 from mla_kernels.device.cases import CASES, FAMILIES
-from mla_kernels.device.measure import launch_all, measure
+from mla_kernels.device.measure import error_of, launch_all, measure
 from mla_kernels.device.peers import Peers
 
 TINY, STUB = Place("cpu", tiny=True), Place("cpu", values=False)
@@ -25,7 +26,7 @@ def contestants(case, problem, **more):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_at_tiny_sizes(family):
-    """All are right; and a result with one row of what is looked at cleared is called wrong, of whatever contestant."""
+    """All are right; and one value of those looked at, halved, makes a contestant wrong."""
     for case in FAMILIES[family]:
         problem = case.build(TINY, Peers())
         found = contestants(case, problem)
@@ -43,7 +44,7 @@ def test_values_at_tiny_sizes(family):
 def _spoilt(problem: Problem, contestant: Contestant):
     def pick(result):
         picked = (contestant.pick or problem.pick)(result).clone()
-        picked[-1] = 0
+        picked.view(-1)[picked.abs().argmax()] *= 0.5
         return picked
 
     return pick
@@ -86,6 +87,16 @@ class Clock:
 
     def host_us(self, call, us):
         return 3.0
+
+
+def test_errors():
+    exact = torch.tensor([3.0, -4.0, 0.0])
+    assert error_of(exact, exact) == 0 and error_of(exact + torch.tensor([0.0, 0.0, 1.0]), exact) == 0.25
+    many = torch.ones(10_000)
+    one_wrong = many.clone()
+    one_wrong[5] = 2.0
+    assert error_of(one_wrong, many) == 1.0 and error_of(many * 1.01, many) == pytest.approx(0.01, rel=1e-4)
+    assert math.isnan(error_of(torch.tensor([3.0, float("nan"), 0.0]), exact))
 
 
 def test_who_is_wrong_or_raises_is_not_timed():

@@ -19,6 +19,8 @@ from mla_kernels.device.cases.experts import (
 
 QUANTISED = 4
 """Experts that are quantised; they recur in memory up to the full number, so traffic is real and values are not."""
+FP8_LIMIT = 1e-1
+"""Errors of fp8 blocks: activations are rounded to e4m3 twice, which made up to 0.06 on a CPU."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,7 +58,7 @@ def experts(shape: str, format: str, tokens: int, place: Place, peers) -> Proble
     problem = Problem(
         call(), exact, lambda out: out[:LOOKED_AT],
         bytes=every.bytes_per_parameter * routing.parameters + 2 * hidden.nbytes, flops=routing.flops,
-        copies=routing.copies, limit=6e-2 if format == "fp8_block" else 2e-2,
+        copies=routing.copies, limit=FP8_LIMIT if format == "fp8_block" else 2e-2,
     )  # fmt: skip
     variants(problem, mk.fused_experts, call, place)
     problem.add(

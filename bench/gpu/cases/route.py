@@ -22,15 +22,28 @@ def plain(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch
     return weights / (weights.sum(-1, keepdim=True) + 1e-20) * SCALE, ids
 
 
+def clear_choices(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """[tokens]: whether no rounding in float32 changes which groups and experts are chosen."""
+    choice = logits.double().sigmoid() + bias.double()
+    ranks = choice.view(-1, GROUPS, EXPERTS // GROUPS).topk(2, -1).values.sum(-1)
+    best = ranks.topk(KEPT_GROUPS + 1, -1)
+    kept = torch.zeros_like(ranks).scatter_(1, best.indices[:, :KEPT_GROUPS], 1).repeat_interleave(EXPERTS // GROUPS, 1)
+    experts = choice.masked_fill(kept == 0, float("-inf")).topk(TOP_K + 1, -1).values
+    gaps = best.values[:, -2] - best.values[:, -1], experts[:, -2] - experts[:, -1]
+    return torch.minimum(*gaps) > 1e-5
+
+
 def route(tokens: int, place: Place, peers) -> Problem:
     tokens = place.size(tokens, min(tokens, 5))
     logits = place.normal(tokens, EXPERTS, dtype=torch.float32)
     bias = place.normal(EXPERTS, dtype=torch.float32, scale=0.1)
 
+    clear = clear_choices(logits, bias)
+
     def dense(result) -> torch.Tensor:
         weights, ids = result
         empty = torch.zeros(tokens, EXPERTS, dtype=torch.float64, device=logits.device)
-        return empty.scatter_(1, ids.long(), weights.double())
+        return empty.scatter_(1, ids.long(), weights.double())[clear]
 
     def call(**more):
         return lambda copy: mk.route(
