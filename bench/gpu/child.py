@@ -3,7 +3,7 @@
 -> {"case": "decode h128 b64 4k", "skip": ["FlashMLA"]}
 <- {"begin": "mla_kernels", "kind": "ours"}   before each step, "" for the case's tensors
 <- {"bytes": ..., "flops": ...}               then {"contestant": {...}}, as measure.py makes them
-<- {"end": true}                              or {"end": true, "problem": "..."} where the case could not be built
+<- {"end": true, "problem": ""}   or why the case could not be built; {"fault": "..."} is the last line
 """
 
 import argparse
@@ -12,7 +12,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from mla_kernels import launch
 from mla_kernels.device import cases, peers
 from mla_kernels.device.case import Case, Place
 from mla_kernels.device.clock import GpuClock, first_line
-from mla_kernels.device.measure import DeviceFault, launch_all, measure
+from mla_kernels.device.measure import DeviceFault, launch_all, measure, still_works
 
 FAULT = 3
 """Exit status where the device's context is broken."""
@@ -46,19 +46,15 @@ def serve(known: Iterable[Case], place: Place, others: peers.Peers, clock, warm:
         request = json.loads(line)
         case = by_name[request["case"]]
         torch.manual_seed(0)
+        if warm:
+            records = launch_all(case, place, others, request["skip"], begin)
+        else:
+            records = measure(case, place, others, clock, request["skip"], begin)
         try:
-            if warm:
-                records = launch_all(case, place, others, request["skip"], begin)
-            else:
-                records = measure(case, place, others, clock, request["skip"], begin)
-            for record in records:
-                say(**({"contestant": record} if "name" in record else record))
-            say(end=True)
+            say(end=True, problem=_told(records, say, clock))
         except DeviceFault as fault:
             say(fault=str(fault))
             return FAULT
-        except Exception as error:  # its tensors: too large for this card, or refused by it
-            say(end=True, problem=first_line(error))
         records = None
         gc.collect()
         if place.gpu:
@@ -66,7 +62,20 @@ def serve(known: Iterable[Case], place: Place, others: peers.Peers, clock, warm:
     return 0
 
 
-def main(arguments: list[str] | None = None, known: Iterable[Case] = cases.CASES, clock=None) -> int:
+def _told(records: Iterator[dict], say: Callable, clock) -> str:
+    """Say each record of a case; why the case itself could not be built, or ""."""
+    try:
+        for record in records:
+            say(**({"contestant": record} if "name" in record else record))
+    except DeviceFault:
+        raise
+    except Exception as error:  # its tensors: too large for this card, or refused by it
+        still_works(clock)
+        return first_line(error)
+    return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m mla_kernels.device.child")
     options.add_argument("--place", choices=("cuda", "tiny", "stub"), required=True)
     options.add_argument("--warm", action="store_true", help="only call everything once")
@@ -75,11 +84,12 @@ def main(arguments: list[str] | None = None, known: Iterable[Case] = cases.CASES
     chosen = options.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     place = Place("cuda" if chosen.place == "cuda" else "cpu", chosen.place == "tiny", chosen.place != "stub")
+    clock = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if chosen.place == "cuda":
             others = peers.load(chosen.peers, device_name=torch.cuda.get_device_name())
-            clock = clock or GpuClock()
+            clock = GpuClock()
         elif chosen.place == "stub":
             from mla_kernels.device import stub
 
@@ -88,7 +98,7 @@ def main(arguments: list[str] | None = None, known: Iterable[Case] = cases.CASES
         else:
             stack.enter_context(launch.on_cpu("torch"))
             others = peers.Peers()
-        return serve(known, place, others, clock, chosen.warm)
+        return serve(cases.CASES, place, others, clock, chosen.warm)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,17 @@ def measure(
         except Exception as error:  # of whatever library: it is reported beside the others' times
             record["problem"] = first_line(error)
         yield record
-        if clock is not None and "problem" in record:
-            try:
-                clock.synchronise()
-            except Exception as error:
-                raise DeviceFault(first_line(error)) from error
+        if "problem" in record:
+            still_works(clock)
+
+
+def still_works(clock) -> None:
+    """Raise DeviceFault where what raised has broken the device's context."""
+    try:
+        if clock is not None:
+            clock.synchronise()
+    except Exception as error:
+        raise DeviceFault(first_line(error)) from error
 
 
 def _checked_and_timed(problem: Problem, contestant: Contestant, exact: torch.Tensor, clock) -> dict:
