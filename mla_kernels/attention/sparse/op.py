@@ -15,6 +15,7 @@ from mla_kernels.attention.sparse.forward import (
 from mla_kernels.checks import check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.sparse import sparse_mla_decode as cpu_sparse_mla_decode
 from mla_kernels.cpu.sparse import sparse_mla_prefill as cpu_sparse_mla_prefill
+from mla_kernels.invariance import wanted
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.shim import define_op
 
@@ -31,14 +32,14 @@ def _check_sink(sink):
 
 def _check_decode_values(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length,
+    extra_topk_length, batch_invariant,
 ):  # fmt: skip
     _check_lengths("topk_length", topk_length, indices)
     _check_lengths("extra_topk_length", extra_topk_length, extra_indices)
     _check_sink(sink)
 
 
-def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, *_):
     _check_lengths("topk_length", topk_length, indices)
     _check_sink(sink)
 
@@ -47,7 +48,7 @@ _sparse_mla_decode = define_op(
     "sparse_mla_decode",
     "(Tensor q, Tensor cache, Tensor indices, float softmax_scale, str layout, int latent_dim,"
     " Tensor? topk_length=None, Tensor? sink=None, Tensor? extra_cache=None, Tensor? extra_indices=None,"
-    " Tensor? extra_topk_length=None) -> (Tensor, Tensor)",
+    " Tensor? extra_topk_length=None, bool batch_invariant=False) -> (Tensor, Tensor)",
     cpu=cpu_sparse_mla_decode,
     device=launch_decode,
     fake=empty_decode_results,
@@ -59,7 +60,7 @@ _sparse_mla_prefill = define_op(
     "sparse_mla_prefill",
     "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim=512, Tensor? topk_length=None,"
     " Tensor? sink=None,"
-    " bool max_logits=True) -> (Tensor, Tensor, Tensor)",
+    " bool max_logits=True, bool batch_invariant=False) -> (Tensor, Tensor, Tensor)",
     cpu=cpu_sparse_mla_prefill,
     device=launch_prefill,
     fake=empty_prefill_results,
@@ -99,6 +100,7 @@ def sparse_mla_decode(
     extra_cache: LatentCache | None = None,
     extra_indices: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Absorbed latent attention of a few query tokens per sequence over the cache slots that ``indices`` pick.
 
@@ -112,9 +114,14 @@ def sparse_mla_decode(
 
     ``extra_cache`` is a second source (its own pages and page size), attended in the same softmax.
 
-    A program works on 256 picks of a token, and the parts are merged in a fixed order: the result has the same bits on
-    every call and whatever else is in the batch. Device workspace: 4 (latent_dim + 1) bytes a query row and part, where
-    k indices make ceil(k / 256) parts (at least 1 a source); none with one part. Nothing waits for the device.
+    The picks of a token are worked on in parts, which are merged in a fixed order: the result has the same bits on
+    every call. How many parts follows from the number of tokens, top_k and the device's cores, as the splits of
+    :func:`mla_kernels.mla_decode`; bits may therefore depend on the batch. With ``batch_invariant`` a part is 256
+    picks, and a token has the same bits in any batch and with any number of absent picks behind its own.
+
+    Device workspace: 4 (latent_dim + 1) bytes a query row and part. At most 128 parts a source, of at least 128 picks
+    and no more than make 4 programs a core; none with one part. With ``batch_invariant`` at most 256 MiB, or one
+    sequence's ceil(top_k / 256) parts a source where they take more. Nothing waits for the device.
 
     Args:
         q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one.
@@ -127,6 +134,8 @@ def sparse_mla_decode(
         extra_cache: a second cache of the same layout, widths and dtype.
         extra_indices: [B, S_q, extra_top_k] int32, slots of ``extra_cache``.
         extra_topk_length: [B] int32, as ``topk_length``.
+        batch_invariant: whether bits must not depend on what else is computed; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         (out [B, S_q, heads, latent_dim] in q's dtype, lse [B, S_q, heads] float32, natural logarithm). A token with no
@@ -166,7 +175,7 @@ def sparse_mla_decode(
     check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
     return _sparse_mla_decode(
         q, cache.data, indices, float(softmax_scale), cache.layout.value, cache.latent_dim, topk_length, sink, extra,
-        extra_indices, extra_topk_length,
+        extra_indices, extra_topk_length, wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -180,6 +189,7 @@ def sparse_mla_prefill(
     topk_length: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     return_max_logits: bool = False,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Absorbed latent attention of each token over the rows of ``kv`` that its indices pick, for prefill and training.
 
@@ -206,6 +216,9 @@ def sparse_mla_prefill(
         sink: [heads] float32, a logit that takes weight and gives no value: out is multiplied by
             ``sigmoid(lse - sink)``, lse stays. -inf is no sink, +inf makes out zero.
         return_max_logits: whether the largest scores are returned, too. On CPUs they take products in float32.
+        batch_invariant: whether a token's results must not depend on the others, nor on absent picks behind its own;
+            None: as the block :class:`mla_kernels.batch_invariant` says. On devices it is so in any case; CPUs then
+            take token by token.
 
     Returns:
         (out [T, heads, latent_dim] in q's dtype, lse [T, heads] float32, natural logarithm[, max_logits [T, heads]
@@ -236,6 +249,7 @@ def sparse_mla_prefill(
     if not isinstance(return_max_logits, bool):
         raise TypeError(f"return_max_logits: got {type(return_max_logits).__name__}, a bool is accepted")
     out, lse, max_logits = _sparse_mla_prefill(
-        q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink, return_max_logits
-    )
+        q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink, return_max_logits,
+        wanted(batch_invariant),
+    )  # fmt: skip
     return (out, lse, max_logits.detach()) if return_max_logits else (out, lse)
