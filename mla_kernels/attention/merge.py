@@ -201,8 +201,9 @@ MERGE_SPLITS = Kernel(
 def merge_splits(partial, partial_lse, seq_lens, sink, limits, fixed, out, lse) -> None:
     """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits.
 
-    The memory of ``partial`` may have room for more sequences. ``sink`` [rows] or None. ``limits``: how many keys a row of the table has room for, and how many of the newest keys
-    are seen; with the length and the plan (``fixed`` or not) they say how many splits a sequence has.
+    The memory of ``partial`` may have room for more sequences. ``sink`` [rows] or None. ``limits``: how many keys a row
+    of the table has room for, and how many of the newest keys are seen; with the length and the plan (``fixed`` or not)
+    they say how many splits a sequence has.
     """
     splits, _, rows, width = partial.shape
     sequences = seq_lens.shape[0]

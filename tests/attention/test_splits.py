@@ -11,7 +11,7 @@ from mla_kernels.attention.splits import fixed_count, fixed_index, most_splits, 
 from mla_kernels.targets.chips import CHIPS
 from tests.attention.problems import make
 
-MEASURED = {  # batch -> keys of a split -> us; one H200, mla_decode, 128 heads (2 programs a sequence), 4,096 keys, bf16
+MEASURED = {  # batch -> keys of a split -> us; one H200, mla_decode, 128 heads (2 programs a sequence), 4,096 keys
     1: {128: 26.3, 256: 28.1, 512: 40.0, 1024: 66.7, 2048: 121.5},
     4: {128: 53.5, 256: 33.3, 512: 42.1, 1024: 68.2, 2048: 125.8},
     16: {128: 160.0, 256: 113.8, 512: 91.1, 1024: 78.2, 2048: 131.2},

@@ -74,10 +74,11 @@ def mla_decode(
     ``batch_invariant`` splits begin at fixed positions and one tile serves every number of queries: a query has the
     same bits alone, in any batch, in a table of any width, and (``causal``) among any number of query tokens.
 
-    Device workspace: 4 (latent_dim + 1) bytes a query row and split. At most 128 splits, of at least 128 keys and no
-    more than make 4 programs a core: at most 4 C R 4 (latent_dim + 1) bytes beyond one split, with C cores and R rows of a program's tile,
-    70 MB on an H100; none with one split. With ``batch_invariant`` splits of 512 keys up to 16,384, then 16 of each
-    length 1,024, 2,048, ...: at most 256 MiB, or one sequence's where that is more. Nothing waits for the device.
+    Device workspace: 4 (latent_dim + 1) bytes a query row and split; none with one split. There are at most 128
+    splits, of at least 128 keys, and no more than make 4 programs a core: 70 MB on an H100 at latent_dim 512, or one
+    more. With ``batch_invariant`` there are splits of 512 keys up to 16,384, then 16 of each length 1,024, 2,048 and so
+    on, for which sequences are taken in groups: at most 256 MiB, or one sequence's where that is more. Nothing waits
+    for the device.
 
     Args:
         q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one. With
