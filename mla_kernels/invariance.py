@@ -9,6 +9,9 @@ from contextvars import ContextVar
 
 import torch
 
+FIXED_TOKENS = 64
+"""Tokens for which a tile is looked up that must not depend on how many there are."""
+
 _inside: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 _lock = threading.Lock()
 
@@ -82,3 +85,13 @@ def wanted(batch_invariant: bool | None) -> bool:
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: got {type(batch_invariant).__name__}, None or a bool is accepted")
     return batch_invariant
+
+
+def canonical(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, or a copy whose rows lie densely from a multiple of 16 bytes on. How a row lies decides how a kernel
+    loads it, over which threads its values spread, and so the order in which they are added."""
+    stride, dense = 1, rows.data_ptr() % 16 == 0
+    for size, own in zip(reversed(rows.shape), reversed(rows.stride())):
+        dense = dense and own == stride  # a dimension of one row may have any stride, which a launch looks at, too
+        stride *= size
+    return rows if dense else rows.new_empty(rows.shape).copy_(rows)

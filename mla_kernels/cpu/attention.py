@@ -25,7 +25,7 @@ def mla_decode(
     window: int,
     layout: str,
     latent_dim: int,
-    batch_invariant: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence, so that no result depends on the rest of the batch; heads are the rows of each product.
 

@@ -25,7 +25,7 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def sparse_mla_prefill(
-    q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits, batch_invariant,
+    q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False,
 ):  # fmt: skip
     """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits (empty unless asked for)."""
     cache = PagedTokens(kv[:, None], latent_dim, CacheLayout.of(kv.dtype))
@@ -42,7 +42,7 @@ def sparse_mla_prefill(
 
 def sparse_mla_decode(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length, batch_invariant,
+    extra_topk_length, batch_invariant=False,
 ):  # fmt: skip
     """q [B, S_q, heads, width], indices [B, S_q, top_k] of cache slots -> out, lse."""
     sources = [(PagedTokens(cache, latent_dim, CacheLayout(layout)), indices.flatten(0, 1), topk_length)]

@@ -22,9 +22,12 @@ import torch
 
 from mla_kernels.checks import check_no_grad, check_tensor
 from mla_kernels.cpu import prolog as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.absorb import check_power_of_two, launch_absorb
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.product import launch_linear
 from mla_kernels.latent.write import (
     CACHE_ARGUMENTS,
     PLACE_ARGUMENTS,
@@ -148,13 +151,17 @@ NORM_AND_WRITE = Kernel(
 
 
 def _launch_norm_and_write(
-    q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps
-):
+    q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps,
+    batch_invariant=False,
+):  # fmt: skip
     cache, (tokens, q_rank) = LatentCache(cache, latent_dim, layout), q_a.shape
     q_latent = q_a.new_empty(tokens, q_rank)
     statics = _statics(q_rank, cache_statics(cache, rope))
     chip = chip_of(q_a.device)
-    tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
+    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+    tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
+    if batch_invariant:
+        q_a, kv_a = canonical(q_a), canonical(kv_a)
     page_stride, slot_stride, _ = cache.data.stride()
     args = (
         q_a, q_norm, q_latent, kv_a, kv_norm, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
@@ -167,13 +174,15 @@ def _launch_norm_and_write(
 
 def _launch_prolog(
     hidden, down, down_bias, q_norm, kv_norm, q_up, w_uk, cos, sin, positions, slot_mapping, cache, layout, latent_dim,
-    rope, eps,
+    rope, eps, batch_invariant=False,
 ):  # fmt: skip
-    if down_bias:
+    if batch_invariant:  # torch's products are not
+        parts = [launch_linear(hidden, weight, bias) for weight, bias in zip(down, down_bias or [None] * len(down))]
+    elif down_bias:
         parts = [torch.addmm(bias, hidden, weight.t()) for weight, bias in zip(down, down_bias)]
     else:
         parts = [torch.mm(hidden, weight.t()) for weight in down]
-    places = (cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps)
+    places = (cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps, batch_invariant)
     if q_norm is None:
         torch.ops.mla_kernels.write_latent(parts[0], kv_norm, *places)
         q_latent, source = hidden.new_empty(hidden.shape[0], 0), hidden
@@ -181,13 +190,14 @@ def _launch_prolog(
         q_a, kv_a = parts if len(parts) == 2 else parts[0].tensor_split((q_norm.shape[0],), 1)
         q_latent = source = _launch_norm_and_write(q_a, q_norm, kv_a, kv_norm, *places)
     heads = w_uk.shape[0]
-    q = torch.mm(source, q_up.t()).view(hidden.shape[0], heads, q_up.shape[0] // heads)
-    return launch_absorb(q, w_uk, cos, sin, positions, rope), q_latent
+    q = launch_linear(source, q_up) if batch_invariant else torch.mm(source, q_up.t())
+    q = q.view(hidden.shape[0], heads, q_up.shape[0] // heads)
+    return launch_absorb(q, w_uk, cos, sin, positions, rope, batch_invariant), q_latent
 
 
 def _fake_prolog(
     hidden, down, down_bias, q_norm, kv_norm, q_up, w_uk, cos, sin, positions, slot_mapping, cache, layout, latent_dim,
-    rope, eps,
+    rope, eps, batch_invariant=False,
 ):  # fmt: skip
     tokens, (heads, nope, latent) = hidden.shape[0], w_uk.shape
     q_rank = 0 if q_norm is None else q_norm.shape[0]
@@ -197,8 +207,9 @@ def _fake_prolog(
 _norm_and_write = define_op(
     "norm_and_write",
     "(Tensor q_a, Tensor q_norm, Tensor kv_a, Tensor kv_norm, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> Tensor",
-    cpu=cpu.norm_and_write,
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.norm_and_write, 0, 2, 6, 7),
     device=_launch_norm_and_write,
     fake=lambda q_a, *rest: q_a.new_empty(q_a.shape),
     check_values=lambda q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *rest: check_slots(
@@ -210,8 +221,8 @@ _mla_prolog = define_op(
     "mla_prolog",
     "(Tensor hidden, Tensor[] down, Tensor[] down_bias, Tensor? q_norm, Tensor kv_norm, Tensor q_up, Tensor w_uk, "
     "Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, "
-    "str rope, float eps=1e-06) -> (Tensor, Tensor)",
-    cpu=cpu.mla_prolog,
+    "str rope, float eps=1e-06, bool batch_invariant=False) -> (Tensor, Tensor)",
+    cpu=by_row(cpu.mla_prolog, 0, 9, 10),
     device=_launch_prolog,
     fake=_fake_prolog,
     check_values=lambda *args: check_slots(args[9], args[10], args[7], args[11]),
@@ -316,6 +327,7 @@ def norm_and_write(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Normalise the queries' latents, and normalise, rotate and write the keys' to their cache slots. One launch.
 
@@ -326,6 +338,8 @@ def norm_and_write(
         kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, rope: as in ``write_latent``, ``kv_norm`` for its
             ``norm_weight``.
         eps: added to both mean squares.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         ``RMSNorm(q_a) * q_norm``, ``[tokens, q_lora]``, of every token, whatever its slot.
@@ -348,7 +362,7 @@ def norm_and_write(
     )
     return _norm_and_write(
         q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
-        cache.latent_dim, rope, float(eps),
+        cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -363,6 +377,7 @@ def mla_prolog(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states to what latent attention needs: absorbed queries, and the tokens written to the cache.
 
@@ -379,6 +394,9 @@ def mla_prolog(
         rope: ``"interleaved_to_half"`` (DeepSeek-V3), ``"interleaved"`` (DeepSeek-V2) or ``"half"`` (MiniCPM3); see
             ``write_latent``.
         eps: added to the mean squares of both norms.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices the products are then this library's, in one tile for
+            every number of tokens, and not torch's.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing, and
     its query is rotated by the nearest row of the tables.
@@ -412,5 +430,5 @@ def mla_prolog(
         check_no_grad("mla_prolog", hidden=hidden, **named, cos=cos, sin=sin, cache=cache.data)
     return _mla_prolog(
         hidden, parts, biases, weights.q_norm, weights.kv_norm, weights.q_up, weights.w_uk, cos, sin, positions,
-        slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope, float(eps),
+        slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 
 from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
@@ -245,11 +247,15 @@ WRITE_LATENT = Kernel(
 )
 
 
-def launch_write(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def launch_write(
+    kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps, batch_invariant=False
+):
     cache, tokens = LatentCache(cache, latent_dim, layout), kv_a.shape[0]
     statics = cache_statics(cache, rope)
     chip = chip_of(kv_a.device)
-    tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
+    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+    tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
+    kv_a = canonical(kv_a) if batch_invariant else kv_a
     page_stride, slot_stride, _ = cache.data.stride()
     args = (
         kv_a, norm_weight, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
@@ -266,19 +272,19 @@ def check_slots(positions: torch.Tensor, slot_mapping: torch.Tensor, cos: torch.
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
 
-def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *_):
     check_slots(positions, slot_mapping, cos, cache)
 
 
-def _fake(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _fake(*_):
     return None
 
 
 _write_latent = define_op(
     "write_latent",
     "(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> ()",
-    cpu=cpu_latent.write_latent,
+    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06, bool batch_invariant=False) -> ()",
+    cpu=by_row(cpu_latent.write_latent, 0, 4, 5),
     device=launch_write,
     fake=_fake,
     check_values=_check_values,
@@ -314,6 +320,7 @@ def write_latent(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Normalise and rotate projected tokens and write them to their cache slots, in place.
 
@@ -336,6 +343,8 @@ def write_latent(
         rope: where the pairs stand before and after: ``"interleaved_to_half"`` (a a' b b' in, a b a' b' out:
             DeepSeek-V3), ``"interleaved"`` (a a' b b' both: DeepSeek-V2) or ``"half"`` (a b a' b' both: MiniCPM3).
         eps: added to the mean square. The models use 1e-6 here whatever their ``rms_norm_eps`` says.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
@@ -353,5 +362,5 @@ def write_latent(
     check_no_grad("write_latent", kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data)
     _write_latent(
         kv_a, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope,
-        float(eps),
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip

@@ -278,7 +278,7 @@ ANY = {"SINK": False, "SPLIT": True, "FIXED": False}
 
 
 def launch_decode(
-    q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, batch_invariant
+    q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, batch_invariant=False
 ):  # fmt: skip
     cache = LatentCache(cache, latent_dim, layout)
     sequences, queries, heads, _ = q.shape

@@ -302,7 +302,7 @@ def attend(q, cache, indices, lengths, queries, scale, share, results, sink=None
 
 def launch_decode(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length, batch_invariant,
+    extra_topk_length, batch_invariant=False,
 ):  # fmt: skip
     out, lse = q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
     sources = [(LatentCache(cache, latent_dim, layout), indices, topk_length)]
@@ -353,7 +353,7 @@ def _decode(q, sources, shares, scale, sink, batch_invariant, out, lse):
     launch_merge(partial, partial_lse, sink, out, lse)
 
 
-def launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits, batch_invariant):
+def launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False):
     """The kernel knows the largest scores anyway; CPUs do not. A token's bits follow from its own picks alone."""
     results = empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink)
     out, lse, largest = results

@@ -7,6 +7,8 @@ import torch
 
 from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
@@ -227,15 +229,18 @@ ROTATE_INDEXER_QUERY = Kernel(
 
 
 def _launch_write(
-    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps
-):
+    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps,
+    batch_invariant=False,
+):  # fmt: skip
     tokens, width = k.shape
     cache = IndexerCache(cache, width)
     statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": cache.quantised}
     keys, scales = cache.keys, cache.scales if cache.quantised else cos
     values, codes = (k, keys) if cache.quantised else (keys, cos)
     chip = chip_of(k.device)
-    tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, {"tokens": tokens})
+    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+    tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, sizes)
+    k = canonical(k) if batch_invariant else k
     args = (
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping,
         values, codes.view(torch.int8), scales,
@@ -245,12 +250,14 @@ def _launch_write(
     WRITE_INDEXER_KEY.launch(chip, tokens, args, statics, tile)
 
 
-def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard, batch_invariant=False):
     tokens, heads, width = q.shape
-    out = _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
+    out = _empty_rotated(q)
     statics = _statics(width, rope_dim, rope, rope_first, hadamard)
     chip = chip_of(q.device)
-    tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tokens, "heads": heads})
+    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
+    tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+    q = canonical(q) if batch_invariant else q
     args = (
         q, cos, sin, positions, out, heads, cos.shape[0],
         q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), tokens * heads,
@@ -263,7 +270,7 @@ def _fake_write(*arguments):
     return None
 
 
-def _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+def _empty_rotated(q, *_):
     return q.new_empty(q.shape)
 
 
@@ -280,8 +287,9 @@ def _check_rotate_values(q, cos, sin, positions, *options):
 _write_indexer_key = define_op(
     "write_indexer_key",
     "(Tensor k, Tensor norm_weight, Tensor norm_bias, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first=True, bool hadamard=False, float eps=1e-06) -> ()",
-    cpu=cpu.write_indexer_key,
+    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first=True, bool hadamard=False, float eps=1e-06, "
+    "bool batch_invariant=False) -> ()",
+    cpu=by_row(cpu.write_indexer_key, 0, 5, 6),
     device=_launch_write,
     fake=_fake_write,
     check_values=_check_write_values,
@@ -290,8 +298,8 @@ _write_indexer_key = define_op(
 _rotate_indexer_query = define_op(
     "rotate_indexer_query",
     "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first=True, "
-    "bool hadamard=False) -> Tensor",
-    cpu=cpu.rotate_indexer_query,
+    "bool hadamard=False, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.rotate_indexer_query, 0, 3),
     device=_launch_rotate,
     fake=_empty_rotated,
     check_values=_check_rotate_values,
@@ -326,6 +334,7 @@ def write_indexer_key(
     rope_first: bool = True,
     hadamard: bool = False,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Normalise, rotate and quantise projected index keys and write them to their cache slots, in place, in one launch.
 
@@ -349,6 +358,8 @@ def write_indexer_key(
         rope_first: whether the first values are rotated, or the last.
         hadamard: apply the transform, as DeepSeek's fp8 code does; queries must have it, too.
         eps: added to the variance.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
@@ -372,7 +383,7 @@ def write_indexer_key(
     check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
     _write_indexer_key(
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache.data, rope_dim, rope, rope_first, hadamard,
-        float(eps),
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -386,6 +397,7 @@ def rotate_indexer_query(
     rope: str,
     rope_first: bool = True,
     hadamard: bool = False,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """RoPE and, if asked, the Hadamard transform of index queries, as :func:`write_indexer_key` treats keys.
 
@@ -396,7 +408,7 @@ def rotate_indexer_query(
         q: [T, H, d], the output of ``wq_b``, bfloat16, float16 or float32; tokens and heads of any stride.
         cos, sin: [positions, rope_dim / 2] float32 tables.
         positions: [T] int32 or int64, each token's row of the tables.
-        rope_dim, rope, rope_first, hadamard: as for :func:`write_indexer_key`.
+        rope_dim, rope, rope_first, hadamard, batch_invariant: as for :func:`write_indexer_key`.
 
     Returns:
         [T, H, d] in q's dtype. On ``cuda`` and ``npu`` a position outside the tables gives zeros.
@@ -413,4 +425,5 @@ def rotate_indexer_query(
     check_head_dim(q.shape[2])
     _check_rotation(q.shape[0], q.shape[2], cos, sin, positions, rope_dim, rope, rope_first, hadamard, q.device)
     check_no_grad("rotate_indexer_query", q=q, cos=cos, sin=sin)
-    return _rotate_indexer_query(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
+    settings = rope_dim, rope, rope_first, hadamard, wanted(batch_invariant)
+    return _rotate_indexer_query(q, cos, sin, positions, *settings)
