@@ -349,33 +349,42 @@ def within_tiles(x: torch.Tensor, tile_rows: int = 256) -> torch.Tensor:
 
 def launch_absorb(q, w_uk, cos, sin, positions, rope, batch_invariant=False):
     """The launcher of absorb_query; the prolog's fourth launch."""
-    q, w_uk = within_tiles(q), within_tiles(w_uk)
-    tokens, heads, width = q.shape
-    nope, latent = w_uk.shape[1:]
-    out = q.new_empty(tokens, heads, latent + width - nope)
-    statics = absorb_statics(nope, latent, width - nope, rope)
+    if not (q.is_contiguous() and w_uk.is_contiguous()):
+        q, w_uk = within_tiles(q), within_tiles(w_uk)
+    (tokens, heads, width), (_, nope, latent) = q.shape, w_uk.shape
+    out = q.new_empty((tokens, heads, latent + width - nope))
     chip = chip_of(q.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
-    tile = ABSORB_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+    key = chip.device, q.dtype, tokens, heads, width, nope, latent, rope, batch_invariant
+    plan = ABSORB_QUERY.kept.plans.get(key)
+    if plan is None:
+        statics = absorb_statics(nope, latent, width - nope, rope)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
+        tile = ABSORB_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+        plan = ABSORB_QUERY.keep(key, (_absorb_items(tokens, heads, statics, tile), statics, tile))
+    work, statics, tile = plan
     args = (
         q, w_uk, cos, sin, positions, out, tokens, heads, cos.shape[0],
-        q.stride(0), q.stride(1), w_uk.stride(0), w_uk.stride(1), cos.stride(0), sin.stride(0),
+        *q.stride()[:2], *w_uk.stride()[:2], cos.stride()[0], sin.stride()[0],
     )  # fmt: skip
-    ABSORB_QUERY.launch(chip, _absorb_items(tokens, heads, statics, tile), args, statics, tile)
+    ABSORB_QUERY.launch(chip, work, args, statics, tile)
     return out
 
 
 def _launch_expand(x, w_uv, batch_invariant=False):
-    x, w_uv = within_tiles(x), within_tiles(w_uv)
-    tokens, heads, latent = x.shape
-    values = w_uv.shape[1]
-    out = x.new_empty(tokens, heads * values)
-    chip = chip_of(x.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads, "values": values}
-    statics = {"LATENT": latent}
-    tile = EXPAND_OUTPUT.tile_for(chip, DTYPE_NAMES[x.dtype], statics, sizes)
-    args = (x, w_uv, out, tokens, heads, values, x.stride(0), x.stride(1), w_uv.stride(0), w_uv.stride(1))
-    EXPAND_OUTPUT.launch(chip, _expand_items(tokens, heads, values, tile), args, statics, tile)
+    if not (x.is_contiguous() and w_uv.is_contiguous()):
+        x, w_uv = within_tiles(x), within_tiles(w_uv)
+    (tokens, heads, latent), values, chip = x.shape, w_uv.shape[1], chip_of(x.device)
+    out = x.new_empty((tokens, heads * values))
+    key = chip.device, x.dtype, tokens, heads, values, latent, batch_invariant
+    plan = EXPAND_OUTPUT.kept.plans.get(key)
+    if plan is None:
+        statics = {"LATENT": latent}
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads, "values": values}
+        tile = EXPAND_OUTPUT.tile_for(chip, DTYPE_NAMES[x.dtype], statics, sizes)
+        plan = EXPAND_OUTPUT.keep(key, (_expand_items(tokens, heads, values, tile), statics, tile))
+    work, statics, tile = plan
+    args = (x, w_uv, out, tokens, heads, values, *x.stride()[:2], *w_uv.stride()[:2])
+    EXPAND_OUTPUT.launch(chip, work, args, statics, tile)
     return out
 
 

@@ -174,19 +174,24 @@ def _launch(
     hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps,
     batch_invariant=False,
 ):  # fmt: skip
-    cache, (tokens, hidden_size) = LatentCache(cache, latent_dim, layout), hidden.shape
-    statics = cache_statics(cache, rope)
-    chip = chip_of(hidden.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "hidden_size": hidden_size}
-    tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
-    page_stride, slot_stride, _ = cache.data.stride()
+    (tokens, hidden_size), width, chip = hidden.shape, weight.shape[0], chip_of(hidden.device)
+    key = chip.device, hidden.dtype, tokens, hidden_size, width, latent_dim, layout, rope, batch_invariant
+    plan = COMPRESS_LATENT.kept.plans.get(key)
+    if plan is None:
+        statics = cache_statics(layout, latent_dim, width - latent_dim, rope)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "hidden_size": hidden_size}
+        tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[hidden.dtype], statics, sizes)
+        plan = COMPRESS_LATENT.keep(key, (-(-tokens // tile["BLOCK_T"]), statics, tile))
+    work, statics, tile = plan
+    pages, page_size, _ = cache.shape
+    page_stride, slot_stride, _ = cache.stride()
     args = (
         hidden, weight, norm_weight, cos, sin,
-        positions, slot_mapping, *cache_parts(cache, cos),
-        tokens, hidden_size, cos.shape[0], cache.num_slots, cache.page_size,
-        hidden.stride(0), weight.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        positions, slot_mapping, *cache_parts(cache, layout, latent_dim, cos),
+        tokens, hidden_size, cos.shape[0], pages * page_size, page_size,
+        hidden.stride()[0], weight.stride()[0], cos.stride()[0], sin.stride()[0], page_stride, slot_stride, eps,
     )  # fmt: skip
-    COMPRESS_LATENT.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+    COMPRESS_LATENT.launch(chip, work, args, statics, tile)
 
 
 def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *_):
@@ -259,10 +264,11 @@ def compress_latent(
     check_tensor("hidden", hidden, rank=2, **taken)
     check_tensor("weight", weight, shape=(cache.width, hidden.shape[1]), **taken)
     check_latent_arguments(hidden.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
-    check_no_grad(
-        "compress_latent", hidden=hidden, weight=weight, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data
-    )
+    data = cache.data
+    if torch.is_grad_enabled():
+        given = {"hidden": hidden, "weight": weight, "norm_weight": norm_weight, "cos": cos, "sin": sin, "cache": data}
+        check_no_grad("compress_latent", **given)
     _compress_latent(
-        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
-        cache.latent_dim, rope, float(eps), wanted(batch_invariant),
+        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, data, cache.layout_name, cache.latent_dim, rope,
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip

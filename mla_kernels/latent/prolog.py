@@ -16,7 +16,7 @@ is no second norm, and the launches are four as well: a product for the key, ``w
 ``absorb_query``. After the attention ``expand_output`` is one launch and ``o_proj`` one more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,6 +40,7 @@ from mla_kernels.latent.write import (
     check_latent_arguments,
     check_quantised_dtype,
     check_slots,
+    launch_write,
     model_statics,
     store_token,
     token_is_written,
@@ -154,21 +155,25 @@ def _launch_norm_and_write(
     q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps,
     batch_invariant=False,
 ):  # fmt: skip
-    cache, (tokens, q_rank) = LatentCache(cache, latent_dim, layout), q_a.shape
-    q_latent = q_a.new_empty(tokens, q_rank)
-    statics = _statics(q_rank, cache_statics(cache, rope))
-    chip = chip_of(q_a.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
-    tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
+    (tokens, q_rank), width, chip = q_a.shape, kv_a.shape[1], chip_of(q_a.device)
+    q_latent = q_a.new_empty((tokens, q_rank))
+    key = chip.device, q_a.dtype, tokens, q_rank, width, latent_dim, layout, rope, batch_invariant
+    plan = NORM_AND_WRITE.kept.plans.get(key)
+    if plan is None:
+        statics = _statics(q_rank, cache_statics(layout, latent_dim, width - latent_dim, rope))
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+        tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[q_a.dtype], statics, sizes)
+        plan = NORM_AND_WRITE.keep(key, (statics, tile))
     if batch_invariant:
         q_a, kv_a = canonical(q_a), canonical(kv_a)
-    page_stride, slot_stride, _ = cache.data.stride()
+    pages, page_size, _ = cache.shape
+    page_stride, slot_stride, _ = cache.stride()
     args = (
-        q_a, q_norm, q_latent, kv_a, kv_norm, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
-        tokens, cos.shape[0], cache.num_slots, cache.page_size,
-        q_a.stride(0), kv_a.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        q_a, q_norm, q_latent, kv_a, kv_norm, cos, sin, positions, slot_mapping,
+        *cache_parts(cache, layout, latent_dim, cos), tokens, cos.shape[0], pages * page_size, page_size,
+        q_a.stride()[0], kv_a.stride()[0], cos.stride()[0], sin.stride()[0], page_stride, slot_stride, eps,
     )  # fmt: skip
-    NORM_AND_WRITE.launch(chip, tokens, args, statics, tile)
+    NORM_AND_WRITE.launch(chip, tokens, args, *plan)
     return q_latent
 
 
@@ -181,10 +186,12 @@ def _launch_prolog(
     elif down_bias:
         parts = [torch.addmm(bias, hidden, weight.t()) for weight, bias in zip(down, down_bias)]
     else:
-        parts = [torch.mm(hidden, weight.t()) for weight in down]
+        parts = [torch.mm(hidden, down[0].t())]
+        if len(down) == 2:
+            parts.append(torch.mm(hidden, down[1].t()))
     places = (cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps, batch_invariant)
     if q_norm is None:
-        torch.ops.mla_kernels.write_latent(parts[0], kv_norm, *places)
+        launch_write(parts[0], kv_norm, *places)
         q_latent, source = hidden.new_empty(hidden.shape[0], 0), hidden
     else:
         q_a, kv_a = parts if len(parts) == 2 else parts[0].tensor_split((q_norm.shape[0],), 1)
@@ -254,6 +261,26 @@ class PrologWeights:
     w_uk: torch.Tensor
     q_norm: torch.Tensor | None = None
     down_bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None
+    down_parts: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    bias_parts: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    hidden_size: int = field(init=False, repr=False)
+    latent_dim: int = field(init=False, repr=False)
+    q_rank: int = field(init=False, repr=False)
+    rope_dim: int = field(init=False, repr=False)
+
+    def _derive(self):
+        """What follows from the weights, once."""
+        down, bias = self.down, self.down_bias
+        parts = tuple(down) if isinstance(down, (tuple, list)) else (down,)
+        biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
+        q_rank = 0 if self.q_norm is None else self.q_norm.shape[0]
+        rope_dim = parts[-1].shape[0] - self.w_uk.shape[2] - (q_rank if len(parts) == 1 else 0)
+        object.__setattr__(self, "down_parts", parts)
+        object.__setattr__(self, "bias_parts", biases)
+        object.__setattr__(self, "hidden_size", parts[-1].shape[-1])
+        object.__setattr__(self, "latent_dim", self.w_uk.shape[2])
+        object.__setattr__(self, "q_rank", q_rank)
+        object.__setattr__(self, "rope_dim", rope_dim)
 
     def __post_init__(self):
         check_tensor("w_uk", self.w_uk, rank=3)
@@ -265,6 +292,7 @@ class PrologWeights:
             check_tensor("q_norm", self.q_norm, shape=(None,), like=like)
             if self.q_norm.shape[0] == 0:
                 raise ValueError("q_norm: got 0 values, at least 1 or None is accepted")
+        self._derive()
         parts = self.down_parts
         for part in parts:
             check_tensor("down", part, shape=(None, self.hidden_size), like=like)
@@ -285,33 +313,6 @@ class PrologWeights:
                 raise ValueError(f"down_bias: got {len(biases)} tensors, {len(rows)} are accepted, as down has")
             for bias, row in zip(biases, rows):
                 check_tensor("down_bias", bias, shape=(row,), like=like)
-
-    @property
-    def down_parts(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self.down) if isinstance(self.down, (tuple, list)) else (self.down,)
-
-    @property
-    def bias_parts(self) -> tuple[torch.Tensor, ...]:
-        if self.down_bias is None:
-            return ()
-        return tuple(self.down_bias) if isinstance(self.down_bias, (tuple, list)) else (self.down_bias,)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.down_parts[-1].shape[-1]
-
-    @property
-    def q_rank(self) -> int:
-        return 0 if self.q_norm is None else self.q_norm.shape[0]
-
-    @property
-    def latent_dim(self) -> int:
-        return self.w_uk.shape[2]
-
-    @property
-    def rope_dim(self) -> int:
-        parts = self.down_parts
-        return parts[-1].shape[0] - self.latent_dim - (self.q_rank if len(parts) == 1 else 0)
 
 
 def norm_and_write(
@@ -357,11 +358,11 @@ def norm_and_write(
         raise ValueError(f"q_a: got shape {tuple(q_a.shape)}, at least one column is accepted")
     check_power_of_two("rope_dim", cache.rope_dim)
     check_latent_arguments(kv_a.shape[0], kv_norm, cos, sin, positions, slot_mapping, cache, rope, eps)
-    check_no_grad(
-        "norm_and_write", q_a=q_a, q_norm=q_norm, kv_a=kv_a, kv_norm=kv_norm, cos=cos, sin=sin, cache=cache.data
-    )
+    if torch.is_grad_enabled():
+        given = {"q_a": q_a, "q_norm": q_norm, "kv_a": kv_a, "kv_norm": kv_norm, "cos": cos, "sin": sin}
+        check_no_grad("norm_and_write", **given, cache=cache.data)
     return _norm_and_write(
-        q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
+        q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache.data, cache.layout_name,
         cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip
 
@@ -430,5 +431,5 @@ def mla_prolog(
         check_no_grad("mla_prolog", hidden=hidden, **named, cos=cos, sin=sin, cache=cache.data)
     return _mla_prolog(
         hidden, parts, biases, weights.q_norm, weights.kv_norm, weights.q_up, weights.w_uk, cos, sin, positions,
-        slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope, float(eps), wanted(batch_invariant),
+        slot_mapping, cache.data, cache.layout_name, cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip

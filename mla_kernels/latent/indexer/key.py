@@ -10,7 +10,13 @@ from mla_kernels.cpu import indexer as cpu
 from mla_kernels.cpu.alone import by_row
 from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
+from mla_kernels.latent.indexer.cache import (
+    IndexerCache,
+    check_head_dim,
+    check_indexer_cache,
+    launched_parts,
+    page_size_of,
+)
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.latent.write import ROPE_MODES, token_is_written
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -232,37 +238,41 @@ def _launch_write(
     k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps,
     batch_invariant=False,
 ):  # fmt: skip
-    tokens, width = k.shape
-    cache = IndexerCache(cache, width)
-    statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": cache.quantised}
-    keys, scales = cache.keys, cache.scales if cache.quantised else cos
-    values, codes = (k, keys) if cache.quantised else (keys, cos)
-    chip = chip_of(k.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
-    tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, sizes)
+    (tokens, width), chip, parts = k.shape, chip_of(k.device), launched_parts(cache, k.shape[1])
+    options = rope_dim, rope, rope_first, hadamard, parts is None, batch_invariant
+    plan = WRITE_INDEXER_KEY.kept.plans.get(key := (chip.device, k.dtype, tokens, width, options))
+    if plan is None:
+        statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": parts is not None}
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+        tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, sizes)
+        plan = WRITE_INDEXER_KEY.keep(key, (statics, tile))
     k = canonical(k) if batch_invariant else k
+    values, codes, scales = (cache, cos.view(torch.int8), cos) if parts is None else (k, *parts)
+    page_size = page_size_of(cache, width)
     args = (
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping,
-        values, codes.view(torch.int8), scales,
-        tokens, cos.shape[0], cache.num_slots, cache.page_size,
-        k.stride(0), cos.stride(0), sin.stride(0), keys.stride(0), scales.stride(0), eps,
+        values, codes, scales, tokens, cos.shape[0], cache.shape[0] * page_size, page_size,
+        k.stride()[0], cos.stride()[0], sin.stride()[0], cache.stride()[0], scales.stride()[0], eps,
     )  # fmt: skip
-    WRITE_INDEXER_KEY.launch(chip, tokens, args, statics, tile)
+    WRITE_INDEXER_KEY.launch(chip, tokens, args, *plan)
 
 
 def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard, batch_invariant=False):
-    tokens, heads, width = q.shape
-    out = _empty_rotated(q)
-    statics = _statics(width, rope_dim, rope, rope_first, hadamard)
-    chip = chip_of(q.device)
-    sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
-    tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+    (tokens, heads, width), chip = q.shape, chip_of(q.device)
+    out = q.new_empty(q.shape)
+    options = rope_dim, rope, rope_first, hadamard, batch_invariant
+    plan = ROTATE_INDEXER_QUERY.kept.plans.get(key := (chip.device, q.dtype, tokens, heads, width, options))
+    if plan is None:
+        statics = _statics(width, rope_dim, rope, rope_first, hadamard)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
+        tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+        plan = ROTATE_INDEXER_QUERY.keep(key, (statics, tile))
     q = canonical(q) if batch_invariant else q
     args = (
         q, cos, sin, positions, out, heads, cos.shape[0],
-        q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), tokens * heads,
+        *q.stride()[:2], cos.stride()[0], sin.stride()[0], tokens * heads,
     )  # fmt: skip
-    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, statics, tile)
+    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, *plan)
     return out
 
 
@@ -275,7 +285,7 @@ def _empty_rotated(q, *_):
 
 
 def _check_write_values(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *options):
-    slots = IndexerCache(cache, k.shape[1]).num_slots
+    slots = cache.shape[0] * page_size_of(cache, k.shape[1])
     check_range("slot_mapping", slot_mapping, -1, slots, f"the cache has {slots} slots, -1 writes nothing")
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
@@ -307,10 +317,12 @@ _rotate_indexer_query = define_op(
 
 
 def _check_rotation(tokens, width, cos, sin, positions, rope_dim, rope, rope_first, hadamard, device) -> None:
-    check_int("rope_dim", rope_dim, 16, width)
+    if type(rope_dim) is not int or not 16 <= rope_dim <= width:
+        check_int("rope_dim", rope_dim, 16, width)
     if rope_dim & (rope_dim - 1):
         raise ValueError(f"rope_dim: got {rope_dim}, powers of two from 16 to {width} are accepted")
-    check_choice("rope", rope, ROPE_MODES)
+    if rope not in ROPE_MODES:
+        check_choice("rope", rope, ROPE_MODES)
     for name, value in (("rope_first", rope_first), ("hadamard", hadamard)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, a bool is accepted")
@@ -380,7 +392,8 @@ def write_indexer_key(
     check_tensor("slot_mapping", slot_mapping, shape=(k.shape[0],), dtypes=INDICES, device=k.device)
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
-    check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
+    if torch.is_grad_enabled():
+        check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
     _write_indexer_key(
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache.data, rope_dim, rope, rope_first, hadamard,
         float(eps), wanted(batch_invariant),

@@ -128,16 +128,18 @@ def _outputs(logits, table, num_shared):
 
 
 def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
-    tokens, experts = logits.shape
-    vocabulary, top_k = table.shape
+    (tokens, experts), (vocabulary, top_k), chip = logits.shape, table.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, table, num_shared)
-    statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k + num_shared)
-    chip = chip_of(logits.device)
-    tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+    key = chip.device, logits.dtype, tokens, experts, top_k, num_shared, scoring, renormalize
+    plan = HASH_ROUTE.kept.plans.get(key)
+    if plan is None:
+        statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k + num_shared)
+        tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+        plan = HASH_ROUTE.keep(key, (-(-tokens // tile["BLOCK_T"]), statics, tile))
+    work, statics, tile = plan
     logits = near_rows(logits)
-    sizes = tokens, vocabulary, logits.stride(0), table.stride(0)
-    args = (logits, table, token_ids, weights, ids, *sizes, routed_scale)
-    HASH_ROUTE.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+    sizes = tokens, vocabulary, logits.stride()[0], table.stride()[0]
+    HASH_ROUTE.launch(chip, work, (logits, table, token_ids, weights, ids, *sizes, routed_scale), statics, tile)
     return weights, ids
 
 
