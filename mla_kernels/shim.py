@@ -100,6 +100,14 @@ def _defaults(op) -> tuple[int, dict[int, tuple]]:
     return len(arguments), missing
 
 
+def _tensor_places(op) -> tuple[int, ...]:
+    """Which arguments are tensors, or may be."""
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    if any("List[Tensor" in kind or "List[Optional[Tensor" in kind for kind in kinds):
+        raise TypeError(f"{op}: got a list of tensors in the schema of an op with a backward, tensors are accepted")
+    return tuple(place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
+
+
 def _autograd_kernel(op, on_cpu, on_device, whole, missing, setup_context, backward):
     """The op's Autograd kernel: torch's own where a gradient is wanted, else straight to the implementation.
 
@@ -111,18 +119,22 @@ def _autograd_kernel(op, on_cpu, on_device, whole, missing, setup_context, backw
     keys = torch._C.DispatchKey
     implementations = {keys.CPU: on_cpu, keys.CUDA: on_device, keys.PrivateUse1: on_device}
     known: dict = {}  # key set as an integer -> implementation; looking keys up one by one costs 2 us
+    tensors = _tensor_places(op)
 
     def kernel(keyset, *args):
         if len(args) != whole:  # autograd counts gradients by the arguments that it sees
             args += missing[len(args)]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(keyset, *args)
+        if torch.is_grad_enabled():
+            for place in tensors:
+                if args[place] is not None and args[place].requires_grad:
+                    return differentiable(keyset, *args)
         bits = keyset.raw_repr()
         if bits not in known:
             below = keyset & torch._C._after_autograd_keyset
             known[bits] = implementations.get(below.highestPriorityTypeId())
-        if known[bits] is not None:
-            return known[bits](*args)
+        implementation = known[bits]
+        if implementation is not None:
+            return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():  # tracing, fake tensors
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
