@@ -198,22 +198,26 @@ MERGE_SPLITS = Kernel(
 )
 
 
-def merge_splits(partial, partial_lse, seq_lens, sink, limits, fixed, out, lse) -> None:
-    """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits.
+def merge_splits(chip, partial, partial_lse, seq_lens, sink, sizes, limits, fixed, out, lse) -> None:
+    """Merge partial [splits, sequences, rows, width] and its lse, of any shape, into out and lse, by each sequence's
+    own splits.
 
-    The memory of ``partial`` may have room for more sequences. ``sink`` [rows] or None. ``limits``: how many keys a row
-    of the table has room for, and how many of the newest keys are seen; with the length and the plan (``fixed`` or not)
-    they say how many splits a sequence has.
+    The memory of ``partial`` may have room for more sequences. ``sink`` [rows] or None. ``sizes``: sequences, rows and
+    width. ``limits``: how many keys a row of the table has room for, how many of the newest keys are seen, and most
+    splits; with the length and the plan (``fixed`` or not) they say how many splits a sequence has.
     """
-    splits, _, rows, width = partial.shape
-    sequences = seq_lens.shape[0]
-    statics = {"WIDTH": width, "SINK": sink is not None, "FIXED": fixed}
-    chip = chip_of(out.device)
-    # a tile changes the order of nothing, so it may depend on the number of rows
-    tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], statics | {"FIXED": False}, {"rows": sequences * rows})
-    work = sequences * -(-rows // tile["BLOCK_R"])
-    sink = lse if sink is None else sink
-    args = (partial, partial_lse, seq_lens, sink, out, lse, sequences, rows, *limits, splits, work)
+    sequences, rows, width = sizes
+    plan = MERGE_SPLITS.kept.plans.get(key := (chip.device, out.dtype, sizes, sink is None, fixed))
+    if plan is None:
+        statics = {"WIDTH": width, "SINK": sink is not None, "FIXED": fixed}
+        # a tile changes the order of nothing, so it may depend on the number of rows
+        problem = statics | {"FIXED": False}, {"rows": sequences * rows}
+        tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], *problem)
+        plan = MERGE_SPLITS.keep(key, (sequences * -(-rows // tile["BLOCK_R"]), statics, tile))
+    work, statics, tile = plan
+    args = (
+        partial, partial_lse, seq_lens, lse if sink is None else sink, out, lse, sequences, rows, *limits, work,
+    )  # fmt: skip
     MERGE_SPLITS.launch(chip, work, args, statics, tile)
 
 

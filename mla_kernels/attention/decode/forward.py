@@ -5,6 +5,7 @@ FlashAttention, https://arxiv.org/abs/2205.14135 (running softmax); Flash-Decodi
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -24,9 +25,9 @@ from mla_kernels.attention.splits import (
     split_range,
 )
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.cache_layout import QUANTISED, launched_parts
 
 MAX_LENGTH = 1 << 30  # a sequence is shorter
 ANY_LENGTH = (1 << 31) - 1
@@ -277,72 +278,96 @@ ANY = {"SINK": False, "SPLIT": True, "FIXED": False}
 """Constants that change no tile, as tiles are looked up with."""
 
 
-def launch_decode(
-    q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, batch_invariant=False
-):  # fmt: skip
-    cache = LatentCache(cache, latent_dim, layout)
-    sequences, queries, heads, _ = q.shape
-    rows = queries * heads
-    out, lse = q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    if queries > 1 and heads > 1 and q.stride(1) != heads * q.stride(2):
-        q = q.contiguous()
-    capacity = block_table.shape[1] * cache.page_size
-    windowed = window < NO_WINDOW
+class _Plan(NamedTuple):
+    """What a call's shapes and options fix."""
+
+    splits: int
+    through_workspace: bool  # else the results go straight to out and lse
+    at_once: int  # sequences of a launch
+    programs: int  # of a sequence and split
+    statics: dict
+    tile: dict
+
+
+def _plan(chip, dtype, sequences, queries, heads, width, page_size, capacity, latent_dim, layout, causal, window,
+          sink, batch_invariant):  # fmt: skip
+    rows, windowed = queries * heads, window < NO_WINDOW
     statics = {
         "LATENT": latent_dim,
-        "ROPE": cache.rope_dim,
-        "PAGE_SIZE": cache.page_size,
-        "LAYOUT": layout if cache.layout.quantised else "plain",
+        "ROPE": width - latent_dim,
+        "PAGE_SIZE": page_size,
+        "LAYOUT": layout if layout in QUANTISED else "plain",
         "CAUSAL": causal and (queries > 1 or batch_invariant),
         "WINDOW": windowed,
         "FIXED": batch_invariant,
     }
-    chip = chip_of(q.device)
     # never by the batch or the table's width, so that one model compiles one kernel
     sizes = {"heads": heads, "queries": 1 if batch_invariant else queries}
-    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics | ANY, sizes)
-    programs = tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"])
+    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[dtype], statics | ANY, sizes)
+    programs, at_once = tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]), sequences
     if batch_invariant:
         splits = fixed_count(capacity, min(capacity, window + queries - 1))
+        at_once = min(sequences, sequences_at_once(rows * (latent_dim + 1) * 4, splits))
     else:
         # a window's first key lies anywhere in its first SPLIT_STEP keys
         reach = min(capacity, window + queries - 1 + SPLIT_STEP - 1) if windowed else capacity
         splits = split_count(reach, sequences * programs, chip.dot_cores)
     # with fixed splits always through the workspace: the same kernels whatever the table's width
     split = splits > 1 or batch_invariant
-    statics |= {"SPLIT": split, "SINK": sink is not None and not split}
-    if sink is not None:
-        sink = sink.repeat(queries) if queries > 1 else sink  # one a row
-    at_once = sequences
-    if batch_invariant:
-        at_once = min(sequences, sequences_at_once(rows * (latent_dim + 1) * 4, splits))
-    partial, partial_lse = lse, lse  # without splits the results go straight to out and lse
-    if split:
-        partial = torch.empty(splits, at_once, rows, latent_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(splits, at_once, rows, dtype=torch.float32, device=q.device)
-    latents, data = cache.latents, cache.data
-    of_cache = (
-        latents.view(torch.int8) if cache.layout.quantised else latents,
-        cache.scales if cache.layout.quantised else lse, cache.rope,
+    statics |= {"SPLIT": split, "SINK": sink and not split}
+    return _Plan(splits, split, at_once, programs, statics, tile)
+
+
+def launch_decode(
+    q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, batch_invariant=False
+):  # fmt: skip
+    shape, (num_pages, page_size, _), chip = q.shape, cache.shape, chip_of(q.device)
+    sequences, queries, heads, _ = shape
+    capacity, rows, has_sink = block_table.shape[1] * page_size, queries * heads, sink is not None
+    options = latent_dim, layout, causal, window, has_sink, batch_invariant
+    plan = MLA_DECODE.kept.plans.get(key := (chip.device, q.dtype, *shape, page_size, capacity, *options))
+    if plan is None:
+        plan = MLA_DECODE.keep(key, _plan(chip, *key[1:]))
+    splits, through_workspace, at_once, programs, statics, tile = plan
+    out = q.new_empty((sequences, queries, heads, latent_dim))
+    lse = q.new_empty((sequences, queries, heads), dtype=torch.float32)
+    strides = q.stride()
+    if queries > 1 and heads > 1 and strides[1] != heads * strides[2]:
+        q = q.contiguous()
+        strides = q.stride()
+    row_stride = strides[2] if heads > 1 else strides[1]
+    if has_sink and queries > 1:
+        sink = sink.repeat(queries)  # one a row
+    partial, partial_lse = lse, lse
+    if through_workspace:
+        parts = splits * at_once * rows
+        partial = torch.empty(parts * (latent_dim + 1), dtype=torch.float32, device=q.device)
+        partial_lse = partial[parts * latent_dim :]
+    if layout in QUANTISED:
+        codes, scales, keys = launched_parts(cache, layout, latent_dim)
+    else:
+        codes, scales, keys = cache, lse, cache[..., latent_dim:]
+    page_stride, token_stride, _ = cache.stride()
+    settings = (
+        softmax_scale / math.log(2.0), strides[0], row_stride, page_stride, token_stride, block_table.stride()[0],
     )  # fmt: skip
-    row_stride = q.stride(2) if heads > 1 else q.stride(1)
     for first in range(0, sequences, max(at_once, 1)):
-        some = slice(first, first + at_once)
-        parts = (q, block_table, seq_lens, out, lse)
+        some = (q, block_table, seq_lens, out, lse)
         if at_once < sequences:
-            parts = tuple(tensor[some] for tensor in parts)
-        count, part_lse = parts[0].shape[0], parts[4]
+            some = tuple(tensor[first : first + at_once] for tensor in some)
+        some_q, table, lengths, some_out, some_lse = some
+        count = lengths.shape[0]
         work = count * splits * programs
         args = (
-            parts[0], *of_cache, parts[1], parts[2], part_lse if sink is None else sink, parts[3],
-            partial, partial_lse if split else part_lse,
-            softmax_scale / math.log(2.0), q.stride(0), row_stride, data.stride(0), data.stride(1),
-            block_table.stride(0), count, heads, rows, cache.num_pages, capacity, window, splits, work,
+            some_q, codes, scales, keys, table, lengths, sink if has_sink else some_lse, some_out,
+            partial, partial_lse if through_workspace else some_lse, *settings,
+            count, heads, rows, num_pages, capacity, window, splits, work,
         )  # fmt: skip
         MLA_DECODE.launch(chip, work, args, statics, tile)
-        if split:
-            limits = capacity, window + queries - 1 if windowed else ANY_LENGTH
-            merge_splits(partial, partial_lse, parts[2], sink, limits, batch_invariant, parts[3], part_lse)
+        if through_workspace:
+            limits = capacity, window + queries - 1 if window < NO_WINDOW else ANY_LENGTH, splits
+            sizes = count, rows, latent_dim
+            merge_splits(chip, partial, partial_lse, lengths, sink, sizes, limits, batch_invariant, some_out, some_lse)
     return out, lse
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from mla_kernels.attention.decode.forward import MAX_LENGTH, NO_WINDOW, empty_results, launch_decode
-from mla_kernels.attention.paging import MAX_QUOTIENT, check_page_size
+from mla_kernels.attention.paging import COMMON_PAGE_SIZE, MAX_QUOTIENT, check_page_size
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
 from mla_kernels.invariance import wanted
@@ -116,16 +116,18 @@ def mla_decode(
     sequences, queries, heads, _ = q.shape
     if queries == 0 or heads == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token and one head are accepted")
-    if cache.num_pages == 0:
+    if data.shape[0] == 0:
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
+    page_size = cache.page_size
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
-    if block_table.shape[1] * cache.page_size >= MAX_LENGTH:
+    if block_table.shape[1] * page_size >= MAX_LENGTH:
         raise ValueError(
-            f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than 2**30 "
+            f"block_table: got {block_table.shape[1]} pages of {page_size} tokens a sequence, less than 2**30 "
             "tokens are accepted"
         )
-    check_page_size(cache.page_size)
+    if page_size > COMMON_PAGE_SIZE:
+        check_page_size(page_size)
     if queries * heads > MAX_QUOTIENT:
         raise ValueError(
             f"q: got {queries} query tokens of {heads} heads, at most {MAX_QUOTIENT:,} together are accepted"
@@ -140,8 +142,9 @@ def mla_decode(
             raise ValueError(f"window: got {window} with causal=False, a window is accepted with causal=True")
     if sink is not None:
         check_tensor("sink", sink, shape=(heads,), dtypes=(torch.float32,), device=q.device)
-    check_no_grad("mla_decode", q=q, cache=data, sink=sink)
+    if torch.is_grad_enabled():
+        check_no_grad("mla_decode", q=q, cache=data, sink=sink)
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
-    scale, layout = float(softmax_scale), cache.layout.value
+    scale, layout = float(softmax_scale), cache.layout_name
     settings = scale, causal, window, layout, cache.latent_dim, wanted(batch_invariant)
     return _mla_decode(q, data, block_table, seq_lens, sink, *settings)
