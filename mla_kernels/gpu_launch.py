@@ -27,9 +27,7 @@ _runtime = (  # triton-ascend, which launches on NPUs, has no knobs
     if hasattr(triton, "knobs")
     else types.SimpleNamespace(launch_enter_hook=_NO_HOOKS, launch_exit_hook=_NO_HOOKS)
 )
-_current_device = getattr(
-    torch._C, "_cuda_getDevice", None
-)  # what Triton asks, once CUDA is up
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # what Triton asks, once CUDA is up
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 

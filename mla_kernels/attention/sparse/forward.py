@@ -5,6 +5,7 @@ Source of the mathematics: DeepSeek-V3.2-Exp report, https://github.com/deepseek
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -23,10 +24,9 @@ from mla_kernels.attention.splits import (
     split_count,
 )
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import ALIGNMENT
+from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, launched_parts
 from mla_kernels.quant.fp8 import decode_e4m3
 
 FIXED_PICKS = 256  # picks of a split where bits must not depend on the batch
@@ -251,51 +251,61 @@ SPARSE_MLA = Kernel(
 )
 
 
-def _strides(cache):
-    """(page size, page stride, token stride) as the kernel takes them: page size 1 where slots lie evenly."""
-    page_stride, token_stride = cache.data.stride(0), cache.data.stride(1)
-    if cache.page_size == 1:
-        return 1, page_stride, page_stride
-    even = page_stride == cache.page_size * token_stride or cache.num_pages == 1
-    return 1 if even else cache.page_size, page_stride, token_stride
+class _Source(NamedTuple):
+    """Rows that a call attends to, and what follows from where they lie."""
+
+    parts: tuple  # latents, scales or None, keys or None
+    indices: torch.Tensor
+    lengths: torch.Tensor | None
+    slots: int
+    strides: tuple[int, int]  # of pages and tokens, as the kernel takes them
+    statics: dict
+    tile: dict
 
 
-def _tile(chip, q, cache, decode):
-    """The constants that ``cache`` fixes, and the tile, which follows from them and the heads alone."""
-    last = (cache.num_pages - 1) * cache.data.stride(0) + (cache.page_size - 1) * cache.data.stride(1)
-    statics = _statics(cache.latent_dim, cache.rope_dim, cache.layout.value if cache.layout.quantised else "plain")
-    statics |= {"PAGE_SIZE": _strides(cache)[0], "WIDE": last + cache.data.shape[2] >= 1 << 31}
-    statics |= {"MAX_LOGITS": not decode, "SPLIT": decode}
-    return statics, SPARSE_MLA.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": q.shape[1]})
+def _source(chip, q, data, indices, lengths, latent_dim, layout, decode):
+    """The source that data ``[pages, page_size, elements]`` of a cache is to queries [..., heads, width]."""
+    (heads, width), shape, strides = q.shape[-2:], data.shape, data.stride()
+    key = chip.device, q.dtype, heads, width, shape, strides, latent_dim, layout, decode
+    plan = SPARSE_MLA.kept.plans.get(key)
+    if plan is None:
+        plan = SPARSE_MLA.keep(key, _source_plan(chip, *key[1:]))
+    parts = launched_parts(data, layout, latent_dim) if layout in QUANTISED else (data, None, data[..., latent_dim:])
+    return _Source(parts if width > latent_dim else (*parts[:2], None), indices, lengths, *plan)
 
 
-def attend(q, cache, indices, lengths, queries, scale, share, results, sink=None):
-    """Launch over q [T, heads, width] and one source, ``share`` of its picks a program. ``results``: (out, partial,
-    lse, max_logits), None if unused."""
-    tokens, heads, _ = q.shape
-    parts = _parts(indices.shape[1], share)
+def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, decode):
+    """(slots, strides, statics, tile). The tile follows from the constants and the heads alone. Slots that lie evenly
+    are pages of one token."""
+    (pages, page_size, elements), (page_stride, token_stride, _) = shape, strides
+    last = (pages - 1) * page_stride + (page_size - 1) * token_stride
+    slots = pages * page_size
+    if page_size == 1:
+        token_stride = page_stride
+    elif page_stride == page_size * token_stride or pages == 1:
+        page_size = 1
+    statics = _statics(latent_dim, width - latent_dim, layout if layout in QUANTISED else "plain")
+    statics |= {"PAGE_SIZE": page_size, "WIDE": last + elements >= 1 << 31, "MAX_LOGITS": not decode, "SPLIT": decode}
+    tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
+    unit = ALIGNMENT if layout in QUANTISED else 1
+    return slots, (page_stride // unit, token_stride // unit), statics, tile
+
+
+def attend(chip, q, source, indices, queries, scale, share, results, sink=None):
+    """Launch over q [T, heads, width] and one source with picks [T, top_k], ``share`` of them a program. ``results``:
+    (out, partial, lse, max_logits), None if unused."""
+    (tokens, heads, _), top_k = q.shape, indices.shape[1]
+    (latents, scales, keys), _, lengths, slots, strides, statics, tile = source
     out, partial, lse, max_logits = results
-    chip = chip_of(q.device)
-    statics, tile = _tile(chip, q, cache, decode=max_logits is None)
     statics = statics | {"SPLIT": partial is not None, "LENGTHS": lengths is not None, "SINK": sink is not None}
-    unit = ALIGNMENT if cache.layout.quantised else 1
-    _, page_stride, token_stride = _strides(cache)
+    parts = max(1, -(-top_k // share))
     work = tokens * parts * -(-heads // tile["BLOCK_H"])
     args = (
-        q,
-        cache.latents.view(torch.int8) if cache.layout.quantised else cache.latents,
-        lse if cache.scales is None else cache.scales,
-        cache.rope if cache.rope_dim else q,
-        indices,
-        indices if lengths is None else lengths,
-        lse if sink is None else sink,
-        q if out is None else out,
-        lse if partial is None else partial,
-        lse,
-        lse if max_logits is None else max_logits,
-        scale / math.log(2.0),
-        q.stride(0), q.stride(1), page_stride // unit, token_stride // unit, indices.stride(0),
-        tokens, queries, heads, cache.num_slots, indices.shape[1], share, parts, work,
+        q, latents, lse if scales is None else scales, q if keys is None else keys, indices,
+        indices if lengths is None else lengths, lse if sink is None else sink, q if out is None else out,
+        lse if partial is None else partial, lse, lse if max_logits is None else max_logits,
+        scale / math.log(2.0), *q.stride()[:2], *strides, indices.stride()[0],
+        tokens, queries, heads, slots, top_k, share, parts, work,
     )  # fmt: skip
     SPARSE_MLA.launch(chip, work, args, statics, tile)
 
@@ -304,62 +314,71 @@ def launch_decode(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
     extra_topk_length, batch_invariant=False,
 ):  # fmt: skip
-    out, lse = q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    sources = [(LatentCache(cache, latent_dim, layout), indices, topk_length)]
+    (sequences, queries, heads, _), chip = q.shape, chip_of(q.device)
+    out = q.new_empty((sequences, queries, heads, latent_dim))
+    lse = q.new_empty((sequences, queries, heads), dtype=torch.float32)
+    sources = [_source(chip, q, cache, indices, topk_length, latent_dim, layout, True)]
     if extra_cache is not None:
-        sources.append((LatentCache(extra_cache, latent_dim, layout), extra_indices, extra_topk_length))
-    sequences, queries, heads, _ = q.shape
-    at_once = sequences
+        sources.append(_source(chip, q, extra_cache, extra_indices, extra_topk_length, latent_dim, layout, True))
+    at_once, shares = sequences, []
+    for source in sources:
+        if batch_invariant:
+            shares.append(FIXED_PICKS)
+        else:
+            programs = sequences * queries * -(-heads // source.tile["BLOCK_H"])
+            shares.append(picks_of_split(source.indices.shape[2], programs, chip.dot_cores))
     if batch_invariant:
-        shares = [FIXED_PICKS] * len(sources)
-        parts = sum(_parts(picks.shape[2], FIXED_PICKS) for _, picks, _ in sources)
+        parts = sum(_parts(source.indices.shape[2], FIXED_PICKS) for source in sources)
         at_once = min(sequences, sequences_at_once(queries * heads * (latent_dim + 1) * 4, parts))
-    else:
-        chip, rows = chip_of(q.device), q.flatten(0, 1)
-        shares = []
-        for source, picks, _ in sources:
-            block = _tile(chip, rows, source, decode=True)[1]["BLOCK_H"]
-            programs = sequences * queries * -(-heads // block)
-            shares.append(picks_of_split(picks.shape[2], programs, chip.dot_cores))
     if at_once == sequences:
-        _decode(q, sources, shares, softmax_scale, sink, batch_invariant, out, lse)
+        _decode(chip, q, sources, shares, softmax_scale, sink, batch_invariant, out, lse)
         return out, lse
     for first in range(0, sequences, at_once):
         some = slice(first, first + at_once)
-        part = [(source, picks[some], None if lengths is None else lengths[some]) for source, picks, lengths in sources]
-        _decode(q[some], part, shares, softmax_scale, sink, batch_invariant, out[some], lse[some])
+        part = [
+            source._replace(
+                indices=source.indices[some], lengths=None if source.lengths is None else source.lengths[some]
+            )
+            for source in sources
+        ]
+        _decode(chip, q[some], part, shares, softmax_scale, sink, batch_invariant, out[some], lse[some])
     return out, lse
 
 
-def _decode(q, sources, shares, scale, sink, batch_invariant, out, lse):
+def _decode(chip, q, sources, shares, scale, sink, batch_invariant, out, lse):
     """One launch a source and the merge; one launch alone where its programs see all picks of a token. With
     ``batch_invariant`` always through the workspace: the same kernels whatever the number of picks."""
     sequences, queries, heads, width = q.shape
-    tokens, latent_dim = sequences * queries, out.shape[-1]
-    q, out, lse = q.reshape(tokens, heads, width), out.view(tokens, heads, latent_dim), lse.view(tokens, heads)
-    sources = [(source, picks.reshape(tokens, picks.shape[2]), lengths) for source, picks, lengths in sources]
-    counts = [_parts(picks.shape[1], share) for (_, picks, _), share in zip(sources, shares)]
-    if sum(counts) == 1 and not batch_invariant:
-        ((source, picks, lengths),) = sources
-        attend(q, source, picks, lengths, queries, scale, shares[0], (out, None, lse, None), sink)
+    tokens, latent_dim, picks, counts = sequences * queries, out.shape[3], [], []
+    q = q.reshape(tokens, heads, width)
+    for source, share in zip(sources, shares):
+        top_k = source.indices.shape[2]
+        picks.append(source.indices.reshape(tokens, top_k))
+        counts.append(max(1, -(-top_k // share)))
+    if counts == [1] and not batch_invariant:
+        attend(chip, q, sources[0], picks[0], queries, scale, shares[0], (out, None, lse, None), sink)
         return
-    partial = torch.empty(sum(counts), tokens, heads, latent_dim, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(sum(counts), tokens, heads, dtype=torch.float32, device=q.device)
-    first = 0
-    for (source, picks, lengths), share, parts in zip(sources, shares, counts):
-        results = (None, partial[first:], partial_lse[first:], None)
-        attend(q, source, picks, lengths, queries, scale, share, results)
-        first += parts
-    launch_merge(partial, partial_lse, sink, out, lse)
+    rows, parts = tokens * heads, sum(counts)
+    partial = torch.empty(parts * rows * (latent_dim + 1), dtype=torch.float32, device=q.device)
+    lses = partial[parts * rows * latent_dim :]
+    attend(chip, q, sources[0], picks[0], queries, scale, shares[0], (None, partial, lses, None))
+    if len(sources) > 1:
+        first = counts[0] * rows
+        results = (None, partial[first * latent_dim :], lses[first:], None)
+        attend(chip, q, sources[1], picks[1], queries, scale, shares[1], results)
+    launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
 
 
 def launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False):
     """The kernel knows the largest scores anyway; CPUs do not. A token's bits follow from its own picks alone."""
-    results = empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink)
+    results, chip = (
+        empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink),
+        chip_of(q.device),
+    )
     out, lse, largest = results
-    cache = LatentCache(kv[:, None], latent_dim)
+    source = _source(chip, q, kv.unsqueeze(1), indices, topk_length, latent_dim, "plain", False)
     picks = max(1, indices.shape[1])
-    attend(q, cache, indices, topk_length, 1, softmax_scale, picks, (out, None, lse, largest), sink)
+    attend(chip, q, source, indices, 1, softmax_scale, picks, (out, None, lse, largest), sink)
     return results if max_logits else (out, lse, lse.new_empty(0))
 
 

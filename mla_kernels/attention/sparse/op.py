@@ -74,13 +74,19 @@ def _check_scale(softmax_scale):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, a float is accepted")
 
 
+def _accepted(width) -> bool:
+    """Whether a latent or a rotated key may be so wide."""
+    return type(width) is int and width >= 16 and width & (width - 1) == 0
+
+
 def _check_source(prefix, q, cache, indices, topk_length):
     """One cache of a decode step and the picks from it."""
     if not isinstance(cache, LatentCache):
         raise TypeError(f"{prefix}cache: got {type(cache).__name__}, a LatentCache is accepted")
-    if cache.num_pages == 0:
+    pages = cache.data.shape[0]
+    if pages == 0:
         raise ValueError(f"{prefix}cache: got 0 pages, at least 1 is accepted")
-    if cache.num_slots >= 1 << 31:
+    if pages * cache.page_size >= 1 << 31:
         raise ValueError(f"{prefix}cache: got {cache.num_slots:,} slots, less than 2**31 are accepted")
     shape = (q.shape[0], q.shape[1], None)
     check_tensor(f"{prefix}indices", indices, shape=shape, dtypes=(torch.int32,), device=q.device)
@@ -172,9 +178,10 @@ def sparse_mla_decode(
         check_tensor("sink", sink, shape=(q.shape[2],), dtypes=(torch.float32,), device=q.device)
     _check_scale(softmax_scale)
     extra = None if extra_cache is None else extra_cache.data
-    check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
+    if torch.is_grad_enabled():
+        check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
     return _sparse_mla_decode(
-        q, cache.data, indices, float(softmax_scale), cache.layout.value, cache.latent_dim, topk_length, sink, extra,
+        q, cache.data, indices, float(softmax_scale), cache.layout_name, cache.latent_dim, topk_length, sink, extra,
         extra_indices, extra_topk_length, wanted(batch_invariant),
     )  # fmt: skip
 
@@ -239,7 +246,8 @@ def sparse_mla_prefill(
     check_tensor("kv", kv, shape=(None, width), like=q)
     if not 0 < kv.shape[0] < 1 << 31:
         raise ValueError(f"kv: got {kv.shape[0]} rows, 1 to 2**31 - 1 are accepted")
-    LatentCache(kv[:, None], latent_dim)  # refuses widths
+    if not (_accepted(latent_dim) and (width == latent_dim or _accepted(width - latent_dim))):
+        LatentCache(kv[:, None], latent_dim)  # refuses widths, by their names
     check_tensor("indices", indices, shape=(tokens, None), dtypes=(torch.int32,), device=q.device)
     if topk_length is not None:
         check_tensor("topk_length", topk_length, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
