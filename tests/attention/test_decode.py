@@ -9,6 +9,7 @@ import torch
 from mla_kernels import launch
 from mla_kernels.attention.decode import forward as decode
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.tiles import Kept
 from tests.attention.problems import Problem, make
 from tests.support import not_on
 
@@ -162,6 +163,7 @@ def test_other_tiles(backend, device, value_tiles, block_n, monkeypatch):
     def narrow(*problem):
         return tile_for(*problem) | {"BLOCK_H": 16, "BLOCK_N": block_n, "VALUE_TILES": value_tiles}
 
+    monkeypatch.setattr(decode.MLA_DECODE, "kept", Kept())
     monkeypatch.setattr(decode.MLA_DECODE, "tile_for", narrow)
     problem = make([70, 3], heads=20, queries=2, device=device)
     problem.check(problem.run())
