@@ -53,7 +53,7 @@ def define_op(
     def on_cpu(*args):
         if len(args) != whole:
             args += missing[len(args)]
-        if torch.is_autocast_enabled("cpu"):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return on_cpu(*args)
         mode = CPU.mode

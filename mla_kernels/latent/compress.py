@@ -5,7 +5,7 @@
 
 import torch
 
-from mla_kernels.checks import check_no_grad, check_tensor
+from mla_kernels.checks import any_requires_grad, check_no_grad, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.cpu.alone import by_row
 from mla_kernels.invariance import FIXED_TOKENS, wanted
@@ -265,7 +265,7 @@ def compress_latent(
     check_tensor("weight", weight, shape=(cache.width, hidden.shape[1]), **taken)
     check_latent_arguments(hidden.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
     data = cache.data
-    if torch.is_grad_enabled():
+    if any_requires_grad((hidden, weight, norm_weight, cos, sin, data)):
         given = {"hidden": hidden, "weight": weight, "norm_weight": norm_weight, "cos": cos, "sin": sin, "cache": data}
         check_no_grad("compress_latent", **given)
     _compress_latent(

@@ -5,7 +5,7 @@
 
 import torch
 
-from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
+from mla_kernels.checks import INDICES, any_requires_grad, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.cpu.alone import by_row
 from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
@@ -365,7 +365,7 @@ def write_latent(
     data = cache.data
     check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=data.device)
     check_latent_arguments(kv_a.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
-    if torch.is_grad_enabled():
+    if any_requires_grad((kv_a, norm_weight, cos, sin, data)):
         check_no_grad("write_latent", kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin, cache=data)
     _write_latent(
         kv_a, norm_weight, cos, sin, positions, slot_mapping, data, cache.layout_name, cache.latent_dim, rope,

@@ -6,6 +6,7 @@ tests/launch/test_eager_calls.py points to. Counted is a call like one before, w
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 
 import tests.launch.cuda_recorder  # noqa: F401  (puts the stub driver under Triton)
 from bench import op_cases
@@ -30,17 +31,21 @@ def functions(run) -> list[str]:
     return names[1:]
 
 
-def main(ops: list[str]) -> dict[str, list[str]]:
+def small_calls(ops: list[str]) -> Iterator[tuple[str, Callable]]:
+    """Name and call of each op's cases of one token, or of its first case, on CPU tensors."""
     vars(op_cases).update(SMALL)
-    counted = {}
     for op in ops:
-        every = op_cases.OPS[op].cases.items()
-        chosen = [(name, sizes) for name, sizes in every if sizes.get("tokens") == 1] or list(every)[:1]
-        for name, sizes in chosen:
-            run = op_cases.OPS[op].build(op_cases.Make("cpu"), **sizes)
-            with on_cpu("cuda", "sm_90"):
-                run()
-                counted[f"{op} {name}"] = functions(run)
+        every = list(op_cases.OPS[op].cases.items())
+        for name, sizes in [case for case in every if case[1].get("tokens") == 1] or every[:1]:
+            yield f"{op} {name}", op_cases.OPS[op].build(op_cases.Make("cpu"), **sizes)
+
+
+def main(ops: list[str]) -> dict[str, list[str]]:
+    counted = {}
+    for name, run in small_calls(ops):
+        with on_cpu("cuda", "sm_90"):
+            run()
+            counted[name] = functions(run)
     return counted
 
 

@@ -142,7 +142,7 @@ def mla_decode(
             raise ValueError(f"window: got {window} with causal=False, a window is accepted with causal=True")
     if sink is not None:
         check_tensor("sink", sink, shape=(heads,), dtypes=(torch.float32,), device=q.device)
-    if torch.is_grad_enabled():
+    if q.requires_grad or data.requires_grad or (sink is not None and sink.requires_grad):
         check_no_grad("mla_decode", q=q, cache=data, sink=sink)
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
     scale, layout = float(softmax_scale), cache.layout_name

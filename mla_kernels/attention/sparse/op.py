@@ -12,7 +12,7 @@ from mla_kernels.attention.sparse.forward import (
     launch_decode,
     launch_prefill,
 )
-from mla_kernels.checks import check_no_grad, check_range, check_tensor
+from mla_kernels.checks import any_requires_grad, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.sparse import sparse_mla_decode as cpu_sparse_mla_decode
 from mla_kernels.cpu.sparse import sparse_mla_prefill as cpu_sparse_mla_prefill
 from mla_kernels.invariance import wanted
@@ -178,7 +178,7 @@ def sparse_mla_decode(
         check_tensor("sink", sink, shape=(q.shape[2],), dtypes=(torch.float32,), device=q.device)
     _check_scale(softmax_scale)
     extra = None if extra_cache is None else extra_cache.data
-    if torch.is_grad_enabled():
+    if any_requires_grad((q, cache.data, sink, extra)):
         check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
     return _sparse_mla_decode(
         q, cache.data, indices, float(softmax_scale), cache.layout_name, cache.latent_dim, topk_length, sink, extra,

@@ -198,6 +198,6 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
         raise ValueError(f"rows: got {rows.shape[0]} rows, {pairs} are accepted (one for each of weights' values)")
     check_tensor("dispatched.inverse", inverse, shape=(tokens * top_k,), dtypes=_INT32, device=device)
     check_tensor("dispatched.offsets", offsets, rank=1, dtypes=_INT32, device=device)
-    if torch.is_grad_enabled():
+    if rows.requires_grad or weights.requires_grad:
         check_no_grad("combine", rows=rows, weights=weights)
     return _op(rows, weights, inverse, offsets)
