@@ -12,10 +12,10 @@ from bench.op_cases import OPS
 from tests.launch.test_cuda_launch import stub_environment
 
 MOST = {
-    "write_latent": 19, "compress_latent": 19, "norm_and_write": 23, "mla_prolog": 28, "absorb_query": 18,
-    "expand_output": 12, "gather_tokens": 11, "scatter_tokens": 15, "copy_pages": 12,
+    "write_latent": 22, "compress_latent": 22, "norm_and_write": 26, "mla_prolog": 31, "absorb_query": 21,
+    "expand_output": 15, "gather_tokens": 11, "scatter_tokens": 15, "copy_pages": 12,
     "mla_decode": 18, "mla_prefill": 24, "merge_states": 12, "sparse_mla_decode": 25, "sparse_mla_prefill": 23,
-    "write_indexer_key": 21, "rotate_indexer_query": 16, "indexer_logits": 17, "paged_indexer_logits": 22,
+    "write_indexer_key": 24, "rotate_indexer_query": 19, "indexer_logits": 17, "paged_indexer_logits": 22,
     "indexer_topk": 14, "select_keys": 27, "select_slots": 35,
     "route": 11, "hash_route": 13, "balance_loss": 29, "expert_load": 11, "update_bias": 12,
     "dispatch": 15, "align_blocks": 20, "permute": 17, "unpermute": 19, "combine": 12, "expert_ffn": 25,

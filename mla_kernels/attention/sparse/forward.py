@@ -369,7 +369,9 @@ def _decode(chip, q, sources, shares, scale, sink, batch_invariant, out, lse):
     launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
 
 
-def launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False):
+def launch_prefill(
+    q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False
+):
     """The kernel knows the largest scores anyway; CPUs do not. A token's bits follow from its own picks alone."""
     results, chip = (
         empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink),
