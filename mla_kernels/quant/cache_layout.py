@@ -30,13 +30,12 @@ class CacheLayout(enum.Enum):
     them where R is 128 or 256. Multi-head K and V of DeepSeek-V3 would take 128 x (192 + 128) x 2 = 81,920 bytes.
     """
 
+    quantised: bool  # whether tokens are codes and scales
+
     LATENT_16BIT = "latent_16bit"
     LATENT_32BIT = "latent_32bit"
     FP8_V32 = "fp8_v32"
     INT8 = "int8"
-
-    def __init__(self, value: str):
-        self.quantised = value in QUANTISED
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "CacheLayout":
@@ -91,6 +90,10 @@ class CacheLayout(enum.Enum):
     def bytes_per_page(self, page_size: int, latent_dim: int, rope_dim: int) -> int:
         """Bytes of one page in one layer."""
         return page_size * self.bytes_per_token(latent_dim, rope_dim)
+
+
+for _layout in CacheLayout:  # once, and not in __init__, which torch 2.11 would trace
+    _layout.quantised = _layout.value in QUANTISED
 
 
 @dataclass(frozen=True, eq=False)
