@@ -8,6 +8,7 @@ from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.invariance import batch_invariant
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
@@ -52,6 +53,7 @@ __all__ = [
     "absorb_query",
     "align_blocks",
     "balance_loss",
+    "batch_invariant",
     "combine",
     "compress_latent",
     "convert_cache",

@@ -24,11 +24,12 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, a torch.Tensor is accepted")
-    if rank is not None and value.dim() != rank:
-        raise ValueError(f"{name}: got {value.dim()} dimensions {tuple(value.shape)}, {rank} are accepted")
-    if shape is not None and not _fits(value.shape, shape):
+    got = value.shape
+    if rank is not None and len(got) != rank:
+        raise ValueError(f"{name}: got {len(got)} dimensions {tuple(got)}, {rank} are accepted")
+    if shape is not None and got != shape and not _fits(got, shape):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, ({wanted}) is accepted")
+        raise ValueError(f"{name}: got shape {tuple(got)}, ({wanted}) is accepted")
     if like is not None:
         dtypes, device = (like.dtype,), like.device
     if value.dtype not in dtypes:
@@ -36,7 +37,7 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, accepted: {names}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got a tensor on {value.device}, all arguments must be on {device}")
-    if dense and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if dense and got and got[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: got stride {value.stride(-1)} in the last dimension, 1 is accepted (contiguous rows)"
         )
@@ -49,6 +50,14 @@ def _fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
         if want is not None and want != got:
             return False
     return True
+
+
+def any_requires_grad(tensors: tuple) -> bool:
+    """Whether one of the tensors, which may be None, requires grad."""
+    for tensor in tensors:  # noqa: SIM110 - any() takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def check_no_grad(op: str, **tensors: torch.Tensor) -> None:

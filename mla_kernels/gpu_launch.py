@@ -21,48 +21,36 @@ MOST_LAUNCHES_KEPT = 4096
 """Entries of a kernel's cache; sizes that never repeat fill it, and it starts again."""
 
 _ON_AMD = torch.version.hip is not None
-_runtime = triton.knobs.runtime if hasattr(triton, "knobs") else None  # triton-ascend, which launches on NPUs, has none
-
-
-def _hooked() -> bool:
-    """Whether a profiler wants to see launches."""
-    return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+_NO_HOOKS = types.SimpleNamespace(calls=())
+_runtime = (  # triton-ascend, which launches on NPUs, has no knobs
+    triton.knobs.runtime
+    if hasattr(triton, "knobs")
+    else types.SimpleNamespace(launch_enter_hook=_NO_HOOKS, launch_exit_hook=_NO_HOOKS)
+)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # what Triton asks, once CUDA is up
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class GpuLaunch:
-    """Launches one declared kernel, a :class:`mla_kernels.launch.Kernel`."""
+    """Launches one declared kernel, a :class:`mla_kernels.launch.Kernel`.
+
+    ``launch(chip, grid, args, statics, tile)`` launches ``grid`` programs, tuned for ``chip``, where the first argument
+    lies; ``known`` is its cache.
+    """
 
     def __init__(self, kernel):
         self._kernel = kernel
-        self._known: dict = {}
-        self._launch = _written_launch(list(kernel.arguments.values()))
+        self.known: dict = {}
+        self.launch = _written_launch(list(kernel.arguments.values()), self.known, self._elsewhere, self._through_jit)
 
-    @property
-    def known(self) -> int:
-        """Entries of the cache."""
-        return len(self._known)
-
-    def __call__(self, chip, grid, args, statics, tile):
-        """Launch ``grid`` programs, tuned for ``chip``, where the first argument lies.
-
-        Through Triton's JIT go the first launch of a key and all launches while a profiler's hooks are set.
-        """
-        if _hooked():
-            self._through_jit(None, chip, grid, args, statics, tile)
-            return
-        active = triton.runtime.driver.active
-        index = active.get_current_device()
-        device = args[0].get_device()
-        if device != index and device >= 0:  # below 0: CPU memory posing as a device's
-            with torch.cuda.device(device):
-                self(chip, grid, args, statics, tile)
-            return
-        new = self._launch(self._known, index, active.get_current_stream(index), grid, args, statics, tile)
-        if new is not None:
-            self._through_jit(new, chip, grid, args, statics, tile)
+    def _elsewhere(self, device, chip, grid, args, statics, tile):
+        """Launch on a device that is not the current one."""
+        with torch.cuda.device(device):
+            self.launch(chip, grid, args, statics, tile)
 
     def _through_jit(self, key, chip, grid, args, statics, tile):
-        """Launch through Triton's JIT, and keep what it compiled under ``key``."""
+        """Launch through Triton's JIT: the first launch of a key, under which what it compiled is kept, and all
+        launches while a profiler's hooks are set (key None)."""
         kernel = self._kernel
         if not HAS_TRITON:
             raise RuntimeError(f"{kernel.name}: the package triton is not installed; without it CPU tensors are served")
@@ -73,54 +61,67 @@ class GpuLaunch:
         compiled = kernel.fn[(grid,)](*args, **constants, **kernel.options(chip, tile))
         if key is None:
             return
-        if len(self._known) >= MOST_LAUNCHES_KEPT:
-            self._known.clear()
-        self._known[key] = *_launcher(compiled), tuple(constants.values())
+        if len(self.known) >= MOST_LAUNCHES_KEPT:
+            self.known.clear()
+        self.known[key] = *_launcher(compiled), tuple(constants.values())
 
 
-def _written_launch(kinds: list[str]) -> Callable:
-    """``(known, device index, stream, grid, args, statics, tile)``: launch what ``known`` holds under these arguments'
-    key and return None, or return the key. Triton's launcher gets addresses in place of tensors, as it accepts."""
+def _written_launch(kinds: list[str], known: dict, elsewhere: Callable, through_jit: Callable) -> Callable:
+    """``(chip, grid, args, statics, tile)``: launch what ``known`` holds under these arguments' key; of a key that is
+    not known, and while a profiler wants to see launches, ``through_jit``, and ``elsewhere`` what lies on a device that
+    is not the current one. Triton's launcher gets addresses in place of tensors, as it accepts.
+
+    CPU memory that poses as a device's, over a driver that does nothing, is on device -1 and stream 0.
+    """
     every = range(len(kinds))
     tensors = [i for i in every if kinds[i].startswith("*")]
     addresses = [f"p{i}" for i in tensors]
-    key = ["index", "aligned", *(f"a{i}.dtype" for i in tensors)]
+    key = ["device", "aligned", *(f"a{i}.dtype" for i in tensors)]
     if _ON_AMD:
         key += [f"a{i}.untyped_storage().nbytes() >= 1 << 31" for i in tensors]
     key += [f"a{i}" for i in every if not kinds[i].startswith(("*", "fp32"))]
+    values = ", ".join(f"p{i}" if i in tensors else f"a{i}" for i in every)
     lines = (
-        "def launch(known, index, stream, grid, args, statics, tile):",
+        "def launch(chip, grid, args, statics, tile):",
         f"    {', '.join(f'a{i}' for i in every)}, = args",
+        f"    device = a{tensors[0]}.get_device()",
+        "    stream = 0",
+        "    if device >= 0:",
+        "        if device != current_device():",
+        "            return elsewhere(device, chip, grid, args, statics, tile)",
+        "        stream = current_stream(device)",
+        "    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:",
+        "        return through_jit(None, chip, grid, args, statics, tile)",
         *(f"    p{i} = a{i}.data_ptr()" for i in tensors),
         f"    aligned = not ({' | '.join(addresses)}) & 15 or ({', '.join(f'p{i} & 15 == 0' for i in tensors)},)",
         f"    key = ({', '.join(key)}, *statics.values(), *tile.values())",
         "    found = known.get(key)",
         "    if found is None:",
-        "        return key",
-        "    run, rest, constants = found",
-        f"    values = {', '.join(f'p{i}' if i in tensors else f'a{i}' for i in every)}, *constants",
-        "    run(grid, 1, 1, stream, *rest, values)",
+        "        return through_jit(key, chip, grid, args, statics, tile)",
+        "    run, rest, together, constants = found",
+        "    if together:",
+        f"        run(grid, 1, 1, stream, *rest, ({values}, *constants))",
+        "    else:",
+        f"        run(grid, 1, 1, stream, *rest, {values}, *constants)",
     )
-    namespace: dict = {}
+    namespace = {
+        "known": known, "elsewhere": elsewhere, "through_jit": through_jit, "runtime": _runtime,
+        "current_device": _current_device, "current_stream": _current_stream,
+    }  # fmt: skip
     exec("\n".join(lines), namespace)
     return namespace["launch"]
 
 
-def _launcher(compiled) -> tuple[Callable, tuple]:
-    """``run, rest`` such that ``run(grid, 1, 1, stream, *rest, values)`` launches what Triton compiled."""
+def _launcher(compiled) -> tuple[Callable, tuple, bool]:
+    """``run, rest, together`` such that ``run(grid, 1, 1, stream, *rest, *values)`` launches what Triton compiled, or
+    ``together`` with one tuple of the values."""
     run = compiled.run  # loads the module, which gives the handles
     function, packed = compiled.function, compiled.packed_metadata
     found = None if _ON_AMD else _without_python_half(run, function, packed)
-    if found is not None:
-        return found
-
-    def start(x, y, z, stream, values):
-        run(x, y, z, stream, function, packed, None, None, None, *values)
-
-    return start, ()
+    return found or (run, (function, packed, None, None, None), False)
 
 
-def _without_python_half(run, function, packed) -> tuple[Callable, tuple] | None:
+def _without_python_half(run, function, packed) -> tuple[Callable, tuple, bool] | None:
     """Triton's C launcher behind its Python half ``run``, and what that half puts between the stream and the values;
     None where the half does more than hand arguments on.
 
@@ -141,12 +142,7 @@ def _without_python_half(run, function, packed) -> tuple[Callable, tuple] | None
     if arguments[:4] != (*grid, stream):
         return None
     if arguments[-1] == values:
-        return launch, arguments[4:-1]
+        return launch, arguments[4:-1], True
     if arguments[-2:] == values:
-        rest = arguments[4:-2]
-
-        def start(x, y, z, stream, values):
-            launch(x, y, z, stream, *rest, *values)
-
-        return start, ()
+        return launch, arguments[4:-2], False
     return None

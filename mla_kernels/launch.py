@@ -15,7 +15,7 @@ import torch
 from mla_kernels import tiles as tile_lookup
 from mla_kernels.gpu_launch import GpuLaunch
 from mla_kernels.language import HAS_TRITON
-from mla_kernels.placement import chip_of, cpu_mode, on_cpu
+from mla_kernels.placement import CPU, chip_of, cpu_mode, on_cpu
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.source import code_of, python_function, standalone
 from mla_kernels.tiles import GPU_OPTIONS, KERNELS
@@ -40,8 +40,8 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 NO_MEMORY = 1 << 30
 """More bytes than a program of any chip has: what a kernel's ``memory`` says of a tile that does not exist."""
-MOST_TILES_KEPT = 65536
-"""Lookups that a kernel keeps; sizes that never repeat fill it, and it starts again."""
+MOST_KEPT = 65536
+"""Tiles, and plans, that a kernel keeps; sizes that never repeat fill it, and it starts again."""
 
 Tile = dict[str, int]
 
@@ -135,8 +135,9 @@ class Kernel:
         self.tile_constants = tuple(name for name in self.tiles if name not in GPU_OPTIONS)
         self.rule, self.memory, self.cost, self.work = rule, memory, cost, work
         self.cases, self.uses_dot, self.unsupported = tuple(cases), uses_dot, dict(unsupported)
-        self._launch_gpu = GpuLaunch(self)
-        self._tiles: dict = {}
+        self._gpu = GpuLaunch(self)
+        self._launch_gpu = self._gpu.launch
+        self.kept = tile_lookup.Kept()
         KERNELS[self.name] = self
         if HAS_TRITON:
             code = python_function(fn).__code__
@@ -150,7 +151,7 @@ class Kernel:
     @property
     def launches_known(self) -> int:
         """Entries of the launch cache."""
-        return self._launch_gpu.known
+        return len(self._gpu.known)
 
     @functools.cached_property
     def source(self) -> str:
@@ -194,12 +195,26 @@ class Kernel:
     def tile_for(self, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping) -> Tile:
         """The tile to launch; see :func:`mla_kernels.tiles.look_up`. An answer is kept."""
         key = (chip.device, dtype, *statics.values(), *sizes.values())
-        tile = self._tiles.get(key)
+        tiles = self.kept.tiles
+        tile = tiles.get(key)
         if tile is None:
-            if len(self._tiles) >= MOST_TILES_KEPT:
-                self._tiles.clear()
-            tile = self._tiles[key] = tile_lookup.look_up(self, chip, dtype, statics, sizes).tile
+            if len(tiles) >= MOST_KEPT:
+                tiles.clear()
+            tile = tiles[key] = tile_lookup.look_up(self, chip, dtype, statics, sizes).tile
         return tile
+
+    def keep(self, key: tuple, plan):
+        """Keep what a launcher worked out from ``key`` alone, mostly tile, constants and grid; returns ``plan``.
+
+        A launcher asks ``kept.plans`` for its key first: then a call costs one lookup. The key holds the chip's
+        ``device``, the dtype, and all constants and sizes that the plan follows from. Overrides, recordings and
+        :func:`mla_kernels.tiles.reload` put other ``kept`` in place, as for tiles.
+        """
+        plans = self.kept.plans
+        if len(plans) >= MOST_KEPT:
+            plans.clear()
+        plans[key] = plan
+        return plan
 
     def launch(self, chip: Chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
         """Run ``work`` items. ``args`` follow the declared order; tensors must lie on one device.
@@ -208,11 +223,12 @@ class Kernel:
         """
         if work == 0:
             return
-        grid = self.programs(chip, work)
-        if args[0].is_cuda or (args[0].is_cpu and cpu_mode() == "cuda"):
-            self._launch_gpu(chip, grid, args, statics, tile)
+        first = args[0]
+        if first.is_cuda or (CPU.mode == "cuda" and first.is_cpu):
+            self._launch_gpu(chip, work, args, statics, tile)
             return
-        device = args[0].device
+        grid = self.programs(chip, work)
+        device = first.device
         kind = device.type
         if kind == "cpu" and cpu_mode() == "interpret":
             from mla_kernels.targets import interpreter

@@ -17,12 +17,13 @@ class _Cpu:
     chip: Chip = CHIPS["sm_90"]
 
 
-_cpu = _Cpu()
+CPU = _Cpu()
+"""What :func:`on_cpu` says now. Every call asks, so it is read as an attribute."""
 
 
 def cpu_mode() -> str:
     """What runs an op of CPU tensors now; see :func:`on_cpu`."""
-    return _cpu.mode
+    return CPU.mode
 
 
 @contextlib.contextmanager
@@ -39,17 +40,17 @@ def on_cpu(mode: str, target: str | None = None):
     target = target or {"npu-emulated": "ascend910b"}.get(mode, "sm_90")
     if target not in CHIPS and target not in devices.DEVICES:
         raise ValueError(f"target {target!r} is unknown; known targets: {', '.join((*CHIPS, *devices.DEVICES))}")
-    before = _cpu.mode, _cpu.chip
-    _cpu.mode, _cpu.chip = mode, devices.device(target)
+    before = CPU.mode, CPU.chip
+    CPU.mode, CPU.chip = mode, devices.device(target)
     try:
         yield
     finally:
-        _cpu.mode, _cpu.chip = before
+        CPU.mode, CPU.chip = before
 
 
 def chip_of(device: torch.device) -> Chip:
     """The chip that tensors on ``device`` are launched for, with the figures of that very device."""
-    return _cpu.chip if device.type in ("cpu", "meta") else _device_chip(device.type, device.index)
+    return CPU.chip if device.type in ("cpu", "meta") else _device_chip(device.type, device.index)
 
 
 @functools.cache

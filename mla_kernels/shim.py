@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from mla_kernels import launch, tiles
+from mla_kernels import tiles
+from mla_kernels.placement import CPU
 
 LIBRARY = torch.library.Library("mla_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -43,64 +44,71 @@ def define_op(
         autograd: ``(setup_context, backward)``, where the op has a backward.
     """
 
+    LIBRARY.define(name + schema, tags=_TAGS)
+    op = getattr(torch.ops.mla_kernels, name).default
+    whole, missing = _defaults(op)
+
+    # Each of these is one Python function, and calls nothing that it need not: they are a good part of a small call.
+
     def on_cpu(*args):
-        if check_values is not None:
+        if len(args) != whole:
+            args += missing[len(args)]
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return on_cpu(*args)
+        mode = CPU.mode
+        if check_values is not None and (mode != "cuda" or CHECK_VALUES):
             check_values(*args)
-        if launch.cpu_mode() != "torch":
+        if mode != "torch":
             return device(*args)
         with torch._C._AutoDispatchBelowAutograd():  # nothing is recorded here: each operator inside costs 0.5 us less
             return cpu(*args)
 
     def on_device(*args):
+        if len(args) != whole:
+            args += missing[len(args)]
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind := args[0].device.type):
+            with torch.autocast(kind, enabled=False):
+                return on_device(*args)
         if CHECK_VALUES and check_values is not None:
             check_values(*args)
         return device(*args)
 
-    LIBRARY.define(name + schema, tags=_TAGS)
-    op = getattr(torch.ops.mla_kernels, name).default
-    complete = _completion(op)
-    on_cpu, on_device = _without_autocast(on_cpu, complete, "cpu"), _without_autocast(on_device, complete)
+    def on_fake(*args):
+        if len(args) != whole:
+            args += missing[len(args)]
+        return (device if tiles.recording() else fake)(*args)
+
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_device, "CUDA")
     LIBRARY.impl(name, on_device, "PrivateUse1")
-    qualified = f"mla_kernels::{name}"
-
-    def on_fake(*args):
-        return (device if tiles.recording() else fake)(*complete(args))
-
-    torch.library.register_fake(qualified, on_fake, lib=LIBRARY)
+    torch.library.register_fake(f"mla_kernels::{name}", on_fake, lib=LIBRARY)
     if autograd is not None:
-        LIBRARY.impl(name, _autograd_kernel(op, on_cpu, on_device, complete, *autograd), "Autograd", with_keyset=True)
+        kernel = _autograd_kernel(op, on_cpu, on_device, whole, missing, *autograd)
+        LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return op
 
 
-def _completion(op) -> Callable:
-    """Arguments -> all arguments: torch leaves out those at the end that equal the schema's defaults."""
+def _defaults(op) -> tuple[int, dict[int, tuple]]:
+    """How many arguments the op has, and the last of them by how many come before: torch leaves out those at the end
+    that equal the schema's defaults."""
     arguments = op._schema.arguments
     if any(argument.kwarg_only for argument in arguments):
         raise TypeError(f"{op}: got keyword-only arguments in the schema, positional ones are accepted")
     defaults = tuple(argument.default_value for argument in arguments if argument.has_default_value())
     missing = {len(arguments) - count: defaults[len(defaults) - count :] for count in range(1, len(defaults) + 1)}
-    whole = len(arguments)
-    return lambda args: args if len(args) == whole else args + missing[len(args)]
+    return len(arguments), missing
 
 
-def _without_autocast(implementation: Callable, complete: Callable, kind: str | None = None) -> Callable:
-    """The implementation with autocast off inside it: an op computes in the dtypes that it is given. ``kind``: of the
-    device, None for that of the first tensor."""
-
-    def run(*args):
-        args = complete(args)
-        device = args[0].device.type if kind is None else kind
-        if not torch.is_autocast_enabled(device):
-            return implementation(*args)
-        with torch.autocast(device, enabled=False):
-            return implementation(*args)
-
-    return run
+def _tensor_places(op) -> tuple[int, ...]:
+    """Which arguments are tensors, or may be."""
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    if any("List[Tensor" in kind or "List[Optional[Tensor" in kind for kind in kinds):
+        raise TypeError(f"{op}: got a list of tensors in the schema of an op with a backward, tensors are accepted")
+    return tuple(place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
 
 
-def _autograd_kernel(op, on_cpu, on_device, complete, setup_context, backward):
+def _autograd_kernel(op, on_cpu, on_device, whole, missing, setup_context, backward):
     """The op's Autograd kernel: torch's own where a gradient is wanted, else straight to the implementation.
 
     ``torch.library.register_autograd`` always dispatches a second time, which costs more than the rest of the call.
@@ -111,17 +119,22 @@ def _autograd_kernel(op, on_cpu, on_device, complete, setup_context, backward):
     keys = torch._C.DispatchKey
     implementations = {keys.CPU: on_cpu, keys.CUDA: on_device, keys.PrivateUse1: on_device}
     known: dict = {}  # key set as an integer -> implementation; looking keys up one by one costs 2 us
+    tensors = _tensor_places(op)
 
     def kernel(keyset, *args):
-        args = complete(args)  # autograd counts gradients by the arguments that it sees
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(keyset, *args)
+        if len(args) != whole:  # autograd counts gradients by the arguments that it sees
+            args += missing[len(args)]
+        if torch.is_grad_enabled():
+            for place in tensors:
+                if args[place] is not None and args[place].requires_grad:
+                    return differentiable(keyset, *args)
         bits = keyset.raw_repr()
         if bits not in known:
             below = keyset & torch._C._after_autograd_keyset
             known[bits] = implementations.get(below.highestPriorityTypeId())
-        if known[bits] is not None:
-            return known[bits](*args)
+        implementation = known[bits]
+        if implementation is not None:
+            return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():  # tracing, fake tensors
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

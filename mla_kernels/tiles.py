@@ -6,8 +6,8 @@ source, dtype and constants, the same static sizes (heads, experts, hidden sizes
 pairs, rows, ...) that are near on a logarithmic scale. The store of the device itself is asked first, then that of one
 of its vendor, architecture, cores and memory size; of shipped tables, then those of its architecture.
 
-Every answer is kept (:meth:`mla_kernels.launch.Kernel.tile_for`), so that a launch costs one dictionary lookup; files
-are read at a kernel's first launch. :func:`reload` forgets what was read.
+Every answer is kept, mostly with all else that its launch needs (:meth:`mla_kernels.launch.Kernel.keep`), so that a
+launch costs one dictionary lookup; files are read at a kernel's first launch. :func:`reload` forgets what was read.
 """
 
 import contextlib
@@ -78,8 +78,24 @@ class Problem:
         return self.kernel.name, self.dtype, tuple(self.statics.items()), tuple(self.sizes.items())
 
 
+class Kept:
+    """What a kernel's launches found: tiles by problem (:meth:`mla_kernels.launch.Kernel.tile_for`), and plans by what
+    a launcher makes them from (:meth:`mla_kernels.launch.Kernel.keep`)."""
+
+    __slots__ = ("plans", "tiles")
+
+    def __init__(self, tiles: dict | None = None, plans: dict | None = None):
+        self.tiles = {} if tiles is None else tiles
+        self.plans = {} if plans is None else plans
+
+
+class _Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
 _overrides: dict = {}  # kernel -> tile values
-_override_tiles: dict = {}  # (kernel, what is overridden) -> lookups under it
+_override_kept: dict = {}  # (kernel, what is overridden) -> Kept under it
 _recorded: list[list[Problem]] = []  # open recordings
 _told: set = set()  # misses and bad files that were logged
 _silent = contextvars.ContextVar("silent", default=False)
@@ -134,14 +150,14 @@ def override(kernel, tile: Mapping[str, int]) -> Iterator[None]:
             raise ValueError(f"tile: {kernel.name} has no {name!r}, accepted are {', '.join(kernel.tiles)}")
         if type(value) is not int:
             raise TypeError(f"tile: got {name}={value!r} for {kernel.name}, an int is accepted")
-    before, kept = _overrides.get(kernel, {}), kernel._tiles
+    before, kept = _overrides.get(kernel, {}), kernel.kept
     said = before | dict(tile)
     _overrides[kernel] = said
-    kernel._tiles = _override_tiles.setdefault((kernel, tuple(sorted(said.items()))), {})
+    kernel.kept = _override_kept.setdefault((kernel, tuple(sorted(said.items()))), Kept())
     try:
         yield
     finally:
-        _overrides[kernel], kernel._tiles = before, kept
+        _overrides[kernel], kernel.kept = before, kept
 
 
 @contextlib.contextmanager
@@ -149,16 +165,16 @@ def record() -> Iterator[list[Problem]]:
     """Within the block, the list gets every :class:`Problem` that is looked up, and ops of ``meta`` tensors go as far
     as their launches without running anything: so a model's problems are found without its memory."""
     recording: list[Problem] = []
-    kept = {kernel: kernel._tiles for kernel in KERNELS.values()}
+    kept = {kernel: kernel.kept for kernel in KERNELS.values()}
     for kernel in kept:
-        kernel._tiles = _Forgetful()
+        kernel.kept = Kept(_Forgetful(), _Forgetful())
     _recorded.append(recording)
     try:
         yield recording
     finally:
         _recorded.remove(recording)
-        for kernel, tiles in kept.items():
-            kernel._tiles = tiles
+        for kernel, before in kept.items():
+            kernel.kept = before
 
 
 def recording() -> bool:
@@ -166,18 +182,13 @@ def recording() -> bool:
     return bool(_recorded)
 
 
-class _Forgetful(dict):
-    def __setitem__(self, key, value):
-        pass
-
-
 def reload() -> None:
     """Forget every tile that was looked up and every file that was read."""
     _entries.cache_clear()
-    _override_tiles.clear()
+    _override_kept.clear()
     _told.clear()
     for kernel in KERNELS.values():
-        kernel._tiles = {}
+        kernel.kept = Kept()
 
 
 def needed(kernel, chip: Chip) -> set[str]:

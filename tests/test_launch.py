@@ -79,8 +79,9 @@ def test_an_unsupported_chip_raises_its_reason():
 
 
 def launch_key(*args, experts=2, block=64):
-    launch = gpu_launch._written_launch(["*T", "*i32", "i32", "fp32"])
-    return launch({}, 0, 0, 1, args, {"E": experts}, {"BLOCK": block})
+    """The key under which a launch of these arguments is looked for."""
+    launch = gpu_launch._written_launch(["*T", "*i32", "i32", "fp32"], {}, None, lambda key, *_: key)
+    return launch(CHIPS["sm_90"], 1, args, {"E": experts}, {"BLOCK": block})
 
 
 def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
@@ -104,12 +105,15 @@ def test_the_launch_key_tells_apart_what_triton_specialises(monkeypatch):
 
 def test_the_values_launched_are_the_arguments_with_addresses():
     x, ids = torch.empty(8), torch.empty(8, dtype=torch.int32)
-    written, seen = gpu_launch._written_launch(["i32", "*T", "fp32", "*i32"]), []
-    args = 3, x, 0.5, ids
-    key = written({}, 0, 7, 40, args, {}, {"BLOCK": 64})
-    known = {key: (lambda *all: seen.append(all), ("rest",), (64,))}
-    assert written(known, 0, 7, 40, args, {}, {"BLOCK": 64}) is None
-    assert seen == [(40, 1, 1, 7, "rest", (3, x.data_ptr(), 0.5, ids.data_ptr(), 64))]
+    known, keys, seen = {}, [], []
+    written = gpu_launch._written_launch(["i32", "*T", "fp32", "*i32"], known, None, lambda key, *_: keys.append(key))
+    problem = CHIPS["sm_90"], 40, (3, x, 0.5, ids), {}, {"BLOCK": 64}
+    written(*problem)
+    values = 3, x.data_ptr(), 0.5, ids.data_ptr(), 64
+    for together, handed in ((True, (values,)), (False, values)):
+        known[keys[0]] = lambda *all: seen.append(all), ("rest",), together, (64,)
+        written(*problem)
+        assert seen.pop() == (40, 1, 1, 0, "rest", *handed) and len(keys) == 1
 
 
 def test_on_cpu_refuses_unknown_modes_and_targets():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = {"gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
 TOOLS = {"", "__main__", "check", "demo", "device"}
 FLOORS = (
-    ({"checks"}, {"language", "versions"}),
+    ({"checks"}, {"invariance"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),
     ({"cpu"}, LAUNCH),
     ({"latent"},),

@@ -240,9 +240,9 @@ def test_lookups_are_kept(files, monkeypatch):
         kernel.tile_for(H200, "fp32", {}, {"rows": rows})
     kernel.tile_for(CHIPS["sm_90"], "fp32", {}, {"rows": 1})  # the same target, another device
     assert len(calls) == 3
-    monkeypatch.setattr(launch, "MOST_TILES_KEPT", 2)
+    monkeypatch.setattr(launch, "MOST_KEPT", 2)
     kernel.tile_for(H200, "fp32", {}, {"rows": 3})
-    assert len(kernel._tiles) == 1
+    assert len(kernel.kept.tiles) == 1
 
 
 def test_a_lookup_never_asks_the_device(files, monkeypatch):

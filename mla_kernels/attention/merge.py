@@ -5,29 +5,13 @@ Source of the mathematics: FlashAttention, https://arxiv.org/abs/2205.14135, sec
 
 import torch
 
+from mla_kernels.attention.splits import first_key, split_parts
 from mla_kernels.checks import check_tensor
 from mla_kernels.cpu.attention import merge_states as cpu_merge_states
 from mla_kernels.cpu.attention import seen_lses
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
-
-SPLIT_STEP = 128
-SPLIT_ALIGN = tl.constexpr(SPLIT_STEP)  # split lengths are multiples of this, and tiles of keys divide it
-
-
-@triton.jit
-def split_length(length, min_split, max_splits):
-    """Keys in each split of a sequence: a function of that sequence's length alone."""
-    share = (length + max_splits - 1) // max_splits
-    share = (share + SPLIT_ALIGN - 1) // SPLIT_ALIGN * SPLIT_ALIGN
-    return tl.maximum(share, min_split)
-
-
-@triton.jit
-def first_key(length, reach):
-    """Where the splits of a sequence begin of which the ``reach`` newest keys are seen."""
-    return tl.maximum(length - reach, 0) // SPLIT_ALIGN * SPLIT_ALIGN
 
 
 @triton.jit
@@ -92,11 +76,11 @@ def merge_states_kernel(
         tl.store(lse_ptr + first + line, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "capacity", "reach", "splits", "work"])
 def merge_splits_kernel(
     partial_ptr, partial_lse_ptr, seq_lens_ptr, sink_ptr, out_ptr, lse_ptr,
-    sequences, rows, capacity, reach, min_split, max_splits, work,
-    WIDTH: tl.constexpr, SINK: tl.constexpr, BLOCK_R: tl.constexpr,
+    sequences, rows, capacity, reach, splits, work,
+    WIDTH: tl.constexpr, SINK: tl.constexpr, FIXED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, sequences, rows, WIDTH] -> out [sequences, rows, WIDTH], and the lse alike.
 
@@ -110,8 +94,7 @@ def merge_splits_kernel(
         row = (item % row_tiles) * BLOCK_R
         inside = line < rows - row
         length = tl.maximum(tl.load(seq_lens_ptr + sequence), 0)
-        length = tl.maximum(tl.minimum(length, capacity) - first_key(length, reach), 0)
-        parts = tl.maximum(tl.cdiv(length, split_length(length, min_split, max_splits)), 1)
+        parts = split_parts(first_key(length, reach, FIXED), tl.minimum(length, capacity), splits, FIXED)
         acc = tl.zeros([BLOCK_R, WIDTH], tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         largest = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -196,39 +179,45 @@ MERGE_SPLITS = Kernel(
         "rows": "i32",
         "capacity": "i32",
         "reach": "i32",
-        "min_split": "i32",
-        "max_splits": "i32",
+        "splits": "i32",
         "work": "i32",
     },
-    statics=("WIDTH", "SINK"),
+    statics=("WIDTH", "SINK", "FIXED"),
     tiles=_TILES,
     rule=_merge_rule,
     memory=_merge_memory(copies=9),
     cost=lambda dtype, statics, sizes: _merge_cost("fp32", statics, sizes),
     work=lambda dtype, statics, sizes, tile: _merge_work("fp32", statics, sizes, tile),
     cases=(
-        Case("v3", {"WIDTH": 512, "SINK": False}, {"rows": 128 * 8, "parts": 2}),
-        Case("v2_lite", {"WIDTH": 512, "SINK": False}, {"rows": 16 * 8, "parts": 8}),
-        Case("sink", {"WIDTH": 512, "SINK": True}, {"rows": 64 * 8, "parts": 4}, ("bf16",)),
+        Case("v3", {"WIDTH": 512, "SINK": False, "FIXED": False}, {"rows": 128 * 8, "parts": 8}),
+        Case("v2_lite", {"WIDTH": 512, "SINK": False, "FIXED": False}, {"rows": 16 * 8, "parts": 16}),
+        Case("sink", {"WIDTH": 512, "SINK": True, "FIXED": False}, {"rows": 64 * 8, "parts": 4}, ("bf16",)),
+        Case("fixed", {"WIDTH": 512, "SINK": True, "FIXED": True}, {"rows": 128 * 8, "parts": 8}, ("bf16",)),
     ),
     uses_dot=False,
 )
 
 
-def merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse) -> None:
-    """Merge partial [splits, sequences, rows, width] and its lse into out and lse, by each sequence's own splits.
+def merge_splits(chip, partial, partial_lse, seq_lens, sink, sizes, limits, fixed, out, lse) -> None:
+    """Merge partial [splits, sequences, rows, width] and its lse, of any shape, into out and lse, by each sequence's
+    own splits.
 
-    ``sink`` [rows] or None. ``limits``: how many keys a row of the table has room for, how many of the newest keys are
-    seen, fewest keys in a split, most splits; with the length they say how many splits a sequence has.
+    The memory of ``partial`` may have room for more sequences. ``sink`` [rows] or None. ``sizes``: sequences, rows and
+    width. ``limits``: how many keys a row of the table has room for, how many of the newest keys are seen, and most
+    splits; with the length and the plan (``fixed`` or not) they say how many splits a sequence has.
     """
-    _, sequences, rows, width = partial.shape
-    statics = {"WIDTH": width, "SINK": sink is not None}
-    chip = chip_of(out.device)
-    # a tile changes the order of nothing, so it may depend on the number of rows
-    tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], statics, {"rows": sequences * rows})
-    work = sequences * -(-rows // tile["BLOCK_R"])
-    sink = lse if sink is None else sink
-    args = (partial, partial_lse, seq_lens, sink, out, lse, sequences, rows, *limits, work)
+    sequences, rows, width = sizes
+    plan = MERGE_SPLITS.kept.plans.get(key := (chip.device, out.dtype, sizes, sink is None, fixed))
+    if plan is None:
+        statics = {"WIDTH": width, "SINK": sink is not None, "FIXED": fixed}
+        # a tile changes the order of nothing, so it may depend on the number of rows
+        problem = statics | {"FIXED": False}, {"rows": sequences * rows}
+        tile = MERGE_SPLITS.tile_for(chip, DTYPE_NAMES[out.dtype], *problem)
+        plan = MERGE_SPLITS.keep(key, (sequences * -(-rows // tile["BLOCK_R"]), statics, tile))
+    work, statics, tile = plan
+    args = (
+        partial, partial_lse, seq_lens, lse if sink is None else sink, out, lse, sequences, rows, *limits, work,
+    )  # fmt: skip
     MERGE_SPLITS.launch(chip, work, args, statics, tile)
 
 

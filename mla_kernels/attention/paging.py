@@ -4,6 +4,8 @@ from mla_kernels.language import tl, triton
 
 MAX_QUOTIENT = 1 << 20
 """Numbers below this are divided exactly by :func:`quotient`."""
+COMMON_PAGE_SIZE = 1 << 16
+"""Pages of up to so many tokens need no :func:`check_page_size`."""
 
 
 @triton.jit

@@ -25,23 +25,25 @@ def mla_decode(
     window: int,
     layout: str,
     latent_dim: int,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence, so that no result depends on the rest of the batch; heads are the rows of each product.
 
-    The work is cut into blocks whose sizes depend on the sequence's own length, the heads and the queries.
+    The work is cut into blocks whose sizes depend on the sequence's own length, the heads and the queries. With
+    ``batch_invariant`` query by query, on copies of the keys: a product's bits may follow from where its operands lie.
     """
     batch, queries, heads, _ = q.shape
     cache = PagedTokens(cache, latent_dim, CacheLayout(layout))
     out = q.new_empty(batch, queries, heads, latent_dim)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32)
-    step = max(1, _MAX_ROWS // max(heads, 1))
+    step = 1 if batch_invariant else max(1, _MAX_ROWS // max(heads, 1))
     for sequence, length in enumerate(seq_lens.tolist()):
         pages = block_table[sequence]
         for first in range(0, queries, step):
             last = min(first + step, queries)
             limits = range(length - queries + first + 1, length - queries + last + 1) if causal else None
             attended, lse[sequence, first:last] = _attend(
-                q[sequence, first:last], cache, pages, length, limits, window, softmax_scale
+                q[sequence, first:last], cache, pages, length, limits, window, softmax_scale, batch_invariant
             )
             if sink is not None:
                 attended *= torch.sigmoid(lse[sequence, first:last] - sink).nan_to_num_(0.0).unsqueeze(-1)
@@ -49,7 +51,7 @@ def mla_decode(
     return out, lse
 
 
-def _attend(q, cache, pages, length, limits, window, scale):
+def _attend(q, cache, pages, length, limits, window, scale, copied):
     """q [queries, heads, width] against one sequence -> out [queries, heads, latent_dim] fp32, lse [queries, heads].
 
     ``limits`` says how many tokens each query sees (None: all of ``length``), of which ``window`` are not too old.
@@ -61,6 +63,8 @@ def _attend(q, cache, pages, length, limits, window, scale):
     if seen == 0 or rows == 0:
         return torch.zeros(queries, heads, cache.latent_dim), torch.full((queries, heads), float("-inf"))
     q_rows, fused = q.reshape(1, rows, width), is_fused(q, rows, cache)
+    if copied:
+        q_rows = q_rows.clone(memory_format=torch.contiguous_format)
     state = None
     for start, stop, masked in _runs(oldest, seen, limits, window):
         by_torch = fused and not masked
@@ -70,6 +74,8 @@ def _attend(q, cache, pages, length, limits, window, scale):
         for first in range(start, stop, block):
             last = min(first + block, stop)
             keys = _values(_tokens(cache.data, pages, first, last), cache, dtype)[None]  # [1, block, width]
+            if copied and not cache.layout.quantised:
+                keys = keys.clone(memory_format=torch.contiguous_format)
             hidden = _hidden(first, last, limits, window, heads) if masked else None
             part = part_of(q_rows.to(dtype), keys, cache.latent_dim, scale, hidden)
             state = part if state is None else join(*state, *part)

@@ -44,10 +44,10 @@ def write_latent(
     key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
     if kv_a.shape[0] == 1 and layout not in QUANTISERS:
         slot, page_size = int(slot_mapping), cache.shape[1]
-        if slot >= 0:  # copy_ rounds
-            row = cache[slot // page_size, slot % page_size]
-            row[:latent_dim].copy_(latent[0])
-            row[latent_dim:].copy_(key[0])
+        if slot >= 0:
+            row = cache.select(0, slot // page_size).narrow(0, slot % page_size, 1)
+            for part, values in zip(row.split_with_sizes((latent_dim, width - latent_dim), 1), (latent, key)):
+                part.copy_(values)  # rounds
         return
     _put(_rows(latent, key, cache.dtype, layout), slot_mapping, cache)
 
@@ -171,5 +171,6 @@ def _rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) 
         turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
         return torch.cat(turned, -1)
     # neighbours are complex numbers: four times as fast as operators on every second number
-    turned = torch.view_as_real(torch.view_as_complex(key.contiguous().unflatten(1, (-1, 2))) * torch.complex(cos, sin))
+    pairs = torch.view_as_complex(key.contiguous().view(key.shape[0], key.shape[1] // 2, 2))
+    turned = torch.view_as_real(pairs * torch.complex(cos, sin))
     return (turned if rope == "interleaved" else turned.transpose(1, 2)).flatten(1)

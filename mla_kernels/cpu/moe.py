@@ -183,12 +183,12 @@ def combine(
 
 def _combine_one(rows, weights, inverse, offsets):
     """`combine` of a single token, in fp32: the same sum, with fewer and cheaper operators."""
-    filled, values = int(offsets[-1]), rows.float()  # at once: a sum of two dtypes takes twice as long
-    total = torch.zeros(1, rows.shape[1])
+    filled, values = int(offsets[-1]), rows.float().unbind(0)  # at once: a sum of two dtypes takes twice as long
+    total = torch.zeros(rows.shape[1])
     for place, weight in zip(inverse.tolist(), weights.tolist()[0]):
         if place < filled:
             total.add_(values[place], alpha=weight)
-    return total
+    return total.unsqueeze(0)
 
 
 def fused_moe(

@@ -83,10 +83,13 @@ def _best_of_one(choice, top_k, num_groups, top_k_groups, group_rank, group_fill
         choice = grouped.index_select(0, _indices(kept)).view(1, -1)
     best = choice.topk(top_k + 1)
     values = best.values.tolist()[0]  # NaN come first
-    if not all(above > below for above, below in pairwise(values)) or not math.isfinite(values[0] - values[-1]):
+    if not math.isfinite(values[0] - values[-1]):
         return None
+    for above, below in pairwise(values):
+        if not above > below:
+            return None
     if kept is None:
-        return best.indices[:, :top_k]
+        return best.indices.narrow(1, 0, top_k)
     places = best.indices.tolist()[0][:top_k]
     return _indices([kept[place // size] * size + place % size for place in places]).unsqueeze(0)
 
@@ -114,14 +117,14 @@ def hash_route(
     num_shared: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the experts that the table gives; only softmax looks at the others."""
-    ids, x = table[token_ids].long(), logits.float()
+    ids, x = table.index_select(0, token_ids).long(), logits.float()
     if scoring == "softmax":
         weights = scores_of(x, x.isnan(), scoring).gather(1, ids)
         absent = weights.isnan() | x.gather(1, ids).isnan()
     else:
         weights = scores_of(x.gather(1, ids), None, scoring)
-        absent = weights.isnan()
-    if absent.any():
+        absent = weights.isnan() if math.isnan(weights.sum().item()) else None
+    if absent is not None and absent.any():
         weights, ids = weights.masked_fill(absent, 0.0), ids.masked_fill(absent, -1)
     return _finish(weights, ids, renormalize, routed_scale, num_shared, logits.shape[1])
 

@@ -15,6 +15,7 @@ from mla_kernels.quant.cache_layout import SCALE_BLOCK, CacheLayout, PagedTokens
 _MAX_GATHERED = 1 << 20  # numbers of picked rows held at once, 2 MiB of bfloat16
 _MAX_SCORES = 1 << 20  # scores held at once, 4 MiB of fp32
 _MAX_PICKS = 4096  # picks of one token handled at once
+_FIXED_PICKS = 512  # the same where bits must not depend on the batch: always so many, absent ones among them
 _FEW_HEADS = 16  # in the backward pass fewer heads than this are multiplied in fp32
 _DENSE_TOKENS = 32  # from this many tokens on, and
 _DENSE_ROWS = 4  # at most this many rows a pick, all rows are multiplied: what that adds costs less than gathering;
@@ -23,12 +24,16 @@ _DENSE_SCORES = 1 << 21  # scores of a block of tokens over all rows, 8 MiB of f
 _LOWEST = torch.finfo(torch.float32).min
 
 
-def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+def sparse_mla_prefill(
+    q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False,
+):  # fmt: skip
     """q [T, heads, width], kv [S, width], indices [T, top_k] -> out, lse, max_logits (empty unless asked for)."""
     cache = PagedTokens(kv[:, None], latent_dim, CacheLayout.of(kv.dtype))
     dtype = q.dtype if is_fused(q, q.shape[1], cache) and not max_logits else torch.float32
-    rows = _dense_rows(q, kv, indices, topk_length, dtype)
-    if rows is not None:
+    rows = None if batch_invariant else _dense_rows(q, kv, indices, topk_length, dtype)
+    if batch_invariant:
+        results = _one_by_one(q, [(cache, indices, topk_length)], softmax_scale, latent_dim, sink, dtype)
+    elif rows is not None:
         results = _dense_forward(q, rows, indices, softmax_scale, latent_dim, topk_length, sink)
     else:
         results = _forward(q, [(cache, indices, topk_length)], softmax_scale, latent_dim, sink, dtype)
@@ -37,7 +42,7 @@ def sparse_mla_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, s
 
 def sparse_mla_decode(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length,
+    extra_topk_length, batch_invariant=False,
 ):  # fmt: skip
     """q [B, S_q, heads, width], indices [B, S_q, top_k] of cache slots -> out, lse."""
     sources = [(PagedTokens(cache, latent_dim, CacheLayout(layout)), indices.flatten(0, 1), topk_length)]
@@ -47,7 +52,8 @@ def sparse_mla_decode(
     queries = q.shape[1]
     dtype = q.dtype if is_fused(q, q.shape[2], sources[0][0]) else torch.float32
     sources = [(c, i, None if n is None else n.repeat_interleave(queries)) for c, i, n in sources]
-    out, lse, _ = _forward(q.flatten(0, 1), sources, softmax_scale, latent_dim, sink, dtype)
+    forward = _one_by_one if batch_invariant else _forward
+    out, lse, _ = forward(q.flatten(0, 1), sources, softmax_scale, latent_dim, sink, dtype)
     return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
 
 
@@ -79,6 +85,31 @@ def _forward(q, sources, scale, latent_dim, sink, dtype):
             attended.mul_(_gate(lse[token], sink).unsqueeze(-1))
         out[token] = attended
     return out, lse, max_logits
+
+
+def _one_by_one(q, sources, scale, latent_dim, sink, dtype):
+    """:func:`_forward` with bits that do not depend on other tokens or on the number of absent picks: a token at a
+    time, in products of one size, over copies of rows, which lie on the same bytes of a cache line."""
+    results = []
+    for token in range(q.shape[0]):
+        one = slice(token, token + 1)
+        few = []
+        for cache, indices, lengths in sources:
+            picks = indices[one] if lengths is None else indices[one, : max(int(lengths[token]), 0)]
+            used = ((picks[0] >= 0) & (picks[0] < cache.num_slots)).nonzero()
+            count = int(used[-1]) + 1 if used.numel() else 0
+            for first in range(0, count, _FIXED_PICKS):
+                block = torch.full((1, _FIXED_PICKS), -1, dtype=indices.dtype)
+                part = picks[:, first : min(first + _FIXED_PICKS, count)]
+                block[:, : part.shape[1]] = part
+                few.append((cache, block, None))
+        row = q[one].clone(memory_format=torch.contiguous_format)
+        results.append(
+            _forward(row, few or [(sources[0][0], sources[0][1][one, :0], None)], scale, latent_dim, sink, dtype)
+        )
+    if not results:
+        return _forward(q, sources, scale, latent_dim, sink, dtype)
+    return tuple(torch.cat(parts) for parts in zip(*results))
 
 
 def sparse_mla_prefill_backward(

@@ -9,6 +9,8 @@ import torch
 
 from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import prolog as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, wanted
 from mla_kernels.language import TRITON_VERSION, tl, triton
 from mla_kernels.latent.write import ROPE_MODES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -345,34 +347,44 @@ def within_tiles(x: torch.Tensor, tile_rows: int = 256) -> torch.Tensor:
     return x
 
 
-def launch_absorb(q, w_uk, cos, sin, positions, rope):
+def launch_absorb(q, w_uk, cos, sin, positions, rope, batch_invariant=False):
     """The launcher of absorb_query; the prolog's fourth launch."""
-    q, w_uk = within_tiles(q), within_tiles(w_uk)
-    tokens, heads, width = q.shape
-    nope, latent = w_uk.shape[1:]
-    out = q.new_empty(tokens, heads, latent + width - nope)
-    statics = absorb_statics(nope, latent, width - nope, rope)
+    if not (q.is_contiguous() and w_uk.is_contiguous()):
+        q, w_uk = within_tiles(q), within_tiles(w_uk)
+    (tokens, heads, width), (_, nope, latent) = q.shape, w_uk.shape
+    out = q.new_empty((tokens, heads, latent + width - nope))
     chip = chip_of(q.device)
-    tile = ABSORB_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tokens, "heads": heads})
+    key = chip.device, q.dtype, tokens, heads, width, nope, latent, rope, batch_invariant
+    plan = ABSORB_QUERY.kept.plans.get(key)
+    if plan is None:
+        statics = absorb_statics(nope, latent, width - nope, rope)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
+        tile = ABSORB_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+        plan = ABSORB_QUERY.keep(key, (_absorb_items(tokens, heads, statics, tile), statics, tile))
+    work, statics, tile = plan
     args = (
         q, w_uk, cos, sin, positions, out, tokens, heads, cos.shape[0],
-        q.stride(0), q.stride(1), w_uk.stride(0), w_uk.stride(1), cos.stride(0), sin.stride(0),
+        *q.stride()[:2], *w_uk.stride()[:2], cos.stride()[0], sin.stride()[0],
     )  # fmt: skip
-    ABSORB_QUERY.launch(chip, _absorb_items(tokens, heads, statics, tile), args, statics, tile)
+    ABSORB_QUERY.launch(chip, work, args, statics, tile)
     return out
 
 
-def _launch_expand(x, w_uv):
-    x, w_uv = within_tiles(x), within_tiles(w_uv)
-    tokens, heads, latent = x.shape
-    values = w_uv.shape[1]
-    out = x.new_empty(tokens, heads * values)
-    chip = chip_of(x.device)
-    sizes = {"tokens": tokens, "heads": heads, "values": values}
-    statics = {"LATENT": latent}
-    tile = EXPAND_OUTPUT.tile_for(chip, DTYPE_NAMES[x.dtype], statics, sizes)
-    args = (x, w_uv, out, tokens, heads, values, x.stride(0), x.stride(1), w_uv.stride(0), w_uv.stride(1))
-    EXPAND_OUTPUT.launch(chip, _expand_items(tokens, heads, values, tile), args, statics, tile)
+def _launch_expand(x, w_uv, batch_invariant=False):
+    if not (x.is_contiguous() and w_uv.is_contiguous()):
+        x, w_uv = within_tiles(x), within_tiles(w_uv)
+    (tokens, heads, latent), values, chip = x.shape, w_uv.shape[1], chip_of(x.device)
+    out = x.new_empty((tokens, heads * values))
+    key = chip.device, x.dtype, tokens, heads, values, latent, batch_invariant
+    plan = EXPAND_OUTPUT.kept.plans.get(key)
+    if plan is None:
+        statics = {"LATENT": latent}
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads, "values": values}
+        tile = EXPAND_OUTPUT.tile_for(chip, DTYPE_NAMES[x.dtype], statics, sizes)
+        plan = EXPAND_OUTPUT.keep(key, (_expand_items(tokens, heads, values, tile), statics, tile))
+    work, statics, tile = plan
+    args = (x, w_uv, out, tokens, heads, values, *x.stride()[:2], *w_uv.stride()[:2])
+    EXPAND_OUTPUT.launch(chip, work, args, statics, tile)
     return out
 
 
@@ -383,21 +395,19 @@ def check_positions(positions: torch.Tensor, cos: torch.Tensor) -> None:
 
 _absorb_query = define_op(
     "absorb_query",
-    "(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor positions, str rope) -> Tensor",
-    cpu=cpu.absorb_query,
+    "(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor positions, str rope, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.absorb_query, 0, 4),
     device=launch_absorb,
-    fake=lambda q, w_uk, cos, sin, positions, rope: q.new_empty(
-        q.shape[0], q.shape[1], w_uk.shape[2] + q.shape[2] - w_uk.shape[1]
-    ),
-    check_values=lambda q, w_uk, cos, sin, positions, rope: check_positions(positions, cos),
+    fake=lambda q, w_uk, *_: q.new_empty(q.shape[0], q.shape[1], w_uk.shape[2] + q.shape[2] - w_uk.shape[1]),
+    check_values=lambda q, w_uk, cos, sin, positions, *_: check_positions(positions, cos),
 )
 
 _expand_output = define_op(
     "expand_output",
-    "(Tensor out, Tensor w_uv) -> Tensor",
-    cpu=cpu.expand_output,
+    "(Tensor out, Tensor w_uv, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.expand_output, 0),
     device=_launch_expand,
-    fake=lambda out, w_uv: out.new_empty(out.shape[0], out.shape[1] * w_uv.shape[1]),
+    fake=lambda out, w_uv, *_: out.new_empty(out.shape[0], out.shape[1] * w_uv.shape[1]),
 )
 
 
@@ -408,7 +418,14 @@ def check_power_of_two(name: str, value: int) -> None:
 
 
 def absorb_query(
-    q: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, *, rope: str
+    q: torch.Tensor,
+    w_uk: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    rope: str,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Queries as the latent cache is asked: each head's nope part through W_UK, its rope part rotated. One launch.
 
@@ -425,6 +442,8 @@ def absorb_query(
             two of at least 16.
         positions: ``[tokens]`` int32 or int64, each token's row of the tables.
         rope: ``"interleaved_to_half"``, ``"interleaved"`` or ``"half"``, as in ``write_latent``.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` positions are not read back: those outside the tables are brought to their ends.
 
@@ -448,10 +467,10 @@ def absorb_query(
     check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=q.device)
     check_tensor("positions", positions, shape=(q.shape[0],), dtypes=INDICES, device=q.device)
     check_no_grad("absorb_query", q=q, w_uk=w_uk, cos=cos, sin=sin)
-    return _absorb_query(q, w_uk, cos, sin, positions, rope)
+    return _absorb_query(q, w_uk, cos, sin, positions, rope, wanted(batch_invariant))
 
 
-def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+def expand_output(out: torch.Tensor, w_uv: torch.Tensor, *, batch_invariant: bool | None = None) -> torch.Tensor:
     """Attended latents through each head's W_UV, the heads side by side, as ``o_proj`` takes them. One launch.
 
     ``result[t, h * v : (h + 1) * v] = w_uv[h] @ out[t, h]``: the sum of p_j W_UV c_j is W_UV times the sum of p_j c_j.
@@ -462,6 +481,8 @@ def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
             dimensions flattened); latent is a power of two of at least 16; strides as for :func:`absorb_query`'s q.
         w_uv: ``[heads, v, latent]`` in out's dtype. The last rows of each head in ``kv_b_proj.weight``:
             ``weight.view(heads, nope + v, latent)[:, nope:]``, taken as it lies.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         ``[tokens, heads * v]`` in out's dtype.
@@ -476,4 +497,4 @@ def expand_output(out: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
     check_tensor("w_uv", w_uv, shape=(out.shape[1], None, out.shape[2]), like=out)
     check_power_of_two("out's latent dimension", out.shape[2])
     check_no_grad("expand_output", out=out, w_uv=w_uv)
-    return _expand_output(out, w_uv)
+    return _expand_output(out, w_uv, wanted(batch_invariant))

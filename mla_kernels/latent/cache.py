@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_kernels.checks import check_int
-from mla_kernels.quant.cache_layout import ALIGNMENT, SCALE_BLOCK, CacheLayout, PagedTokens
+from mla_kernels.quant.cache_layout import ALIGNMENT, SCALE_BLOCK, CacheLayout, PagedTokens, misaligned
 
 __all__ = ["CacheLayout", "LatentCache"]
 
@@ -57,6 +57,7 @@ class LatentCache(PagedTokens):
             raise ValueError(f"page_size: got {self.data.shape[1]}, an integer of at least 1 is accepted")
         if self.data.stride(2) != 1:
             raise ValueError(f"data: got stride {self.data.stride(2)} in the last dimension, 1 is accepted")
+        self._derive()
         width = self.data.shape[2]
         if self.latent_dim < 16 or self.latent_dim & (self.latent_dim - 1):
             raise ValueError(
@@ -74,9 +75,7 @@ class LatentCache(PagedTokens):
             offset = 0 if torch.compiler.is_compiling() else self.data.storage_offset()
             strides = (self.data.stride(0), self.data.stride(1), offset)
             if any(value % ALIGNMENT for value in strides):
-                raise ValueError(
-                    f"data: got strides and offset {strides}, {layout.value} accepts multiples of 16 bytes"
-                )
+                raise misaligned(layout.value, *strides)
 
     @classmethod
     def allocate(

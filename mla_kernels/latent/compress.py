@@ -5,8 +5,10 @@
 
 import torch
 
-from mla_kernels.checks import check_no_grad, check_tensor
+from mla_kernels.checks import any_requires_grad, check_no_grad, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import (
@@ -168,35 +170,44 @@ COMPRESS_LATENT = Kernel(
 )
 
 
-def _launch(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
-    cache, (tokens, hidden_size) = LatentCache(cache, latent_dim, layout), hidden.shape
-    statics = cache_statics(cache, rope)
-    chip = chip_of(hidden.device)
-    sizes = {"tokens": tokens, "hidden_size": hidden_size}
-    tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, sizes)
-    page_stride, slot_stride, _ = cache.data.stride()
+def _launch(
+    hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps,
+    batch_invariant=False,
+):  # fmt: skip
+    (tokens, hidden_size), width, chip = hidden.shape, weight.shape[0], chip_of(hidden.device)
+    key = chip.device, hidden.dtype, tokens, hidden_size, width, latent_dim, layout, rope, batch_invariant
+    plan = COMPRESS_LATENT.kept.plans.get(key)
+    if plan is None:
+        statics = cache_statics(layout, latent_dim, width - latent_dim, rope)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "hidden_size": hidden_size}
+        tile = COMPRESS_LATENT.tile_for(chip, DTYPE_NAMES[hidden.dtype], statics, sizes)
+        plan = COMPRESS_LATENT.keep(key, (-(-tokens // tile["BLOCK_T"]), statics, tile))
+    work, statics, tile = plan
+    pages, page_size, _ = cache.shape
+    page_stride, slot_stride, _ = cache.stride()
     args = (
         hidden, weight, norm_weight, cos, sin,
-        positions, slot_mapping, *cache_parts(cache, cos),
-        tokens, hidden_size, cos.shape[0], cache.num_slots, cache.page_size,
-        hidden.stride(0), weight.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        positions, slot_mapping, *cache_parts(cache, layout, latent_dim, cos),
+        tokens, hidden_size, cos.shape[0], pages * page_size, page_size,
+        hidden.stride()[0], weight.stride()[0], cos.stride()[0], sin.stride()[0], page_stride, slot_stride, eps,
     )  # fmt: skip
-    COMPRESS_LATENT.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+    COMPRESS_LATENT.launch(chip, work, args, statics, tile)
 
 
-def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _check_values(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *_):
     check_slots(positions, slot_mapping, cos, cache)
 
 
-def _fake(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _fake(*_):
     return None
 
 
 _compress_latent = define_op(
     "compress_latent",
     "(Tensor hidden, Tensor weight, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> ()",
-    cpu=cpu_latent.compress_latent,
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06, "
+    "bool batch_invariant=False) -> ()",
+    cpu=by_row(cpu_latent.compress_latent, 0, 5, 6),
     device=_launch,
     fake=_fake,
     check_values=_check_values,
@@ -215,6 +226,7 @@ def compress_latent(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Down-project hidden states, normalise and rotate them, and write them to their cache slots, in place.
 
@@ -234,6 +246,8 @@ def compress_latent(
         rope: ``"interleaved_to_half"`` (DeepSeek-V3), ``"interleaved"`` (DeepSeek-V2) or ``"half"`` (MiniCPM3); see
             ``write_latent``.
         eps: added to the mean square.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
@@ -250,10 +264,11 @@ def compress_latent(
     check_tensor("hidden", hidden, rank=2, **taken)
     check_tensor("weight", weight, shape=(cache.width, hidden.shape[1]), **taken)
     check_latent_arguments(hidden.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
-    check_no_grad(
-        "compress_latent", hidden=hidden, weight=weight, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data
-    )
+    data = cache.data
+    if any_requires_grad((hidden, weight, norm_weight, cos, sin, data)):
+        given = {"hidden": hidden, "weight": weight, "norm_weight": norm_weight, "cos": cos, "sin": sin, "cache": data}
+        check_no_grad("compress_latent", **given)
     _compress_latent(
-        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
-        cache.latent_dim, rope, float(eps),
+        hidden, weight, norm_weight, cos, sin, positions, slot_mapping, data, cache.layout_name, cache.latent_dim, rope,
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip

@@ -16,15 +16,18 @@ is no second norm, and the launches are four as well: a product for the key, ``w
 ``absorb_query``. After the attention ``expand_output`` is one launch and ``o_proj`` one more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from mla_kernels.checks import check_no_grad, check_tensor
 from mla_kernels.cpu import prolog as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.absorb import check_power_of_two, launch_absorb
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.product import launch_linear
 from mla_kernels.latent.write import (
     CACHE_ARGUMENTS,
     PLACE_ARGUMENTS,
@@ -37,6 +40,7 @@ from mla_kernels.latent.write import (
     check_latent_arguments,
     check_quantised_dtype,
     check_slots,
+    launch_write,
     model_statics,
     store_token,
     token_is_written,
@@ -148,46 +152,59 @@ NORM_AND_WRITE = Kernel(
 
 
 def _launch_norm_and_write(
-    q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps
-):
-    cache, (tokens, q_rank) = LatentCache(cache, latent_dim, layout), q_a.shape
-    q_latent = q_a.new_empty(tokens, q_rank)
-    statics = _statics(q_rank, cache_statics(cache, rope))
-    chip = chip_of(q_a.device)
-    tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
-    page_stride, slot_stride, _ = cache.data.stride()
+    q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps,
+    batch_invariant=False,
+):  # fmt: skip
+    (tokens, q_rank), width, chip = q_a.shape, kv_a.shape[1], chip_of(q_a.device)
+    q_latent = q_a.new_empty((tokens, q_rank))
+    key = chip.device, q_a.dtype, tokens, q_rank, width, latent_dim, layout, rope, batch_invariant
+    plan = NORM_AND_WRITE.kept.plans.get(key)
+    if plan is None:
+        statics = _statics(q_rank, cache_statics(layout, latent_dim, width - latent_dim, rope))
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+        tile = NORM_AND_WRITE.tile_for(chip, DTYPE_NAMES[q_a.dtype], statics, sizes)
+        plan = NORM_AND_WRITE.keep(key, (statics, tile))
+    if batch_invariant:
+        q_a, kv_a = canonical(q_a), canonical(kv_a)
+    pages, page_size, _ = cache.shape
+    page_stride, slot_stride, _ = cache.stride()
     args = (
-        q_a, q_norm, q_latent, kv_a, kv_norm, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
-        tokens, cos.shape[0], cache.num_slots, cache.page_size,
-        q_a.stride(0), kv_a.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        q_a, q_norm, q_latent, kv_a, kv_norm, cos, sin, positions, slot_mapping,
+        *cache_parts(cache, layout, latent_dim, cos), tokens, cos.shape[0], pages * page_size, page_size,
+        q_a.stride()[0], kv_a.stride()[0], cos.stride()[0], sin.stride()[0], page_stride, slot_stride, eps,
     )  # fmt: skip
-    NORM_AND_WRITE.launch(chip, tokens, args, statics, tile)
+    NORM_AND_WRITE.launch(chip, tokens, args, *plan)
     return q_latent
 
 
 def _launch_prolog(
     hidden, down, down_bias, q_norm, kv_norm, q_up, w_uk, cos, sin, positions, slot_mapping, cache, layout, latent_dim,
-    rope, eps,
+    rope, eps, batch_invariant=False,
 ):  # fmt: skip
-    if down_bias:
+    if batch_invariant:  # torch's products are not
+        parts = [launch_linear(hidden, weight, bias) for weight, bias in zip(down, down_bias or [None] * len(down))]
+    elif down_bias:
         parts = [torch.addmm(bias, hidden, weight.t()) for weight, bias in zip(down, down_bias)]
     else:
-        parts = [torch.mm(hidden, weight.t()) for weight in down]
-    places = (cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps)
+        parts = [torch.mm(hidden, down[0].t())]
+        if len(down) == 2:
+            parts.append(torch.mm(hidden, down[1].t()))
+    places = (cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps, batch_invariant)
     if q_norm is None:
-        torch.ops.mla_kernels.write_latent(parts[0], kv_norm, *places)
+        launch_write(parts[0], kv_norm, *places)
         q_latent, source = hidden.new_empty(hidden.shape[0], 0), hidden
     else:
         q_a, kv_a = parts if len(parts) == 2 else parts[0].tensor_split((q_norm.shape[0],), 1)
         q_latent = source = _launch_norm_and_write(q_a, q_norm, kv_a, kv_norm, *places)
     heads = w_uk.shape[0]
-    q = torch.mm(source, q_up.t()).view(hidden.shape[0], heads, q_up.shape[0] // heads)
-    return launch_absorb(q, w_uk, cos, sin, positions, rope), q_latent
+    q = launch_linear(source, q_up) if batch_invariant else torch.mm(source, q_up.t())
+    q = q.view(hidden.shape[0], heads, q_up.shape[0] // heads)
+    return launch_absorb(q, w_uk, cos, sin, positions, rope, batch_invariant), q_latent
 
 
 def _fake_prolog(
     hidden, down, down_bias, q_norm, kv_norm, q_up, w_uk, cos, sin, positions, slot_mapping, cache, layout, latent_dim,
-    rope, eps,
+    rope, eps, batch_invariant=False,
 ):  # fmt: skip
     tokens, (heads, nope, latent) = hidden.shape[0], w_uk.shape
     q_rank = 0 if q_norm is None else q_norm.shape[0]
@@ -197,8 +214,9 @@ def _fake_prolog(
 _norm_and_write = define_op(
     "norm_and_write",
     "(Tensor q_a, Tensor q_norm, Tensor kv_a, Tensor kv_norm, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> Tensor",
-    cpu=cpu.norm_and_write,
+    "Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.norm_and_write, 0, 2, 6, 7),
     device=_launch_norm_and_write,
     fake=lambda q_a, *rest: q_a.new_empty(q_a.shape),
     check_values=lambda q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *rest: check_slots(
@@ -210,8 +228,8 @@ _mla_prolog = define_op(
     "mla_prolog",
     "(Tensor hidden, Tensor[] down, Tensor[] down_bias, Tensor? q_norm, Tensor kv_norm, Tensor q_up, Tensor w_uk, "
     "Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, Tensor(a!) cache, str layout, int latent_dim, "
-    "str rope, float eps=1e-06) -> (Tensor, Tensor)",
-    cpu=cpu.mla_prolog,
+    "str rope, float eps=1e-06, bool batch_invariant=False) -> (Tensor, Tensor)",
+    cpu=by_row(cpu.mla_prolog, 0, 9, 10),
     device=_launch_prolog,
     fake=_fake_prolog,
     check_values=lambda *args: check_slots(args[9], args[10], args[7], args[11]),
@@ -243,6 +261,26 @@ class PrologWeights:
     w_uk: torch.Tensor
     q_norm: torch.Tensor | None = None
     down_bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None
+    down_parts: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    bias_parts: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    hidden_size: int = field(init=False, repr=False)
+    latent_dim: int = field(init=False, repr=False)
+    q_rank: int = field(init=False, repr=False)
+    rope_dim: int = field(init=False, repr=False)
+
+    def _derive(self):
+        """What follows from the weights, once."""
+        down, bias = self.down, self.down_bias
+        parts = tuple(down) if isinstance(down, (tuple, list)) else (down,)
+        biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
+        q_rank = 0 if self.q_norm is None else self.q_norm.shape[0]
+        rope_dim = parts[-1].shape[0] - self.w_uk.shape[2] - (q_rank if len(parts) == 1 else 0)
+        object.__setattr__(self, "down_parts", parts)
+        object.__setattr__(self, "bias_parts", biases)
+        object.__setattr__(self, "hidden_size", parts[-1].shape[-1])
+        object.__setattr__(self, "latent_dim", self.w_uk.shape[2])
+        object.__setattr__(self, "q_rank", q_rank)
+        object.__setattr__(self, "rope_dim", rope_dim)
 
     def __post_init__(self):
         check_tensor("w_uk", self.w_uk, rank=3)
@@ -254,6 +292,7 @@ class PrologWeights:
             check_tensor("q_norm", self.q_norm, shape=(None,), like=like)
             if self.q_norm.shape[0] == 0:
                 raise ValueError("q_norm: got 0 values, at least 1 or None is accepted")
+        self._derive()
         parts = self.down_parts
         for part in parts:
             check_tensor("down", part, shape=(None, self.hidden_size), like=like)
@@ -275,33 +314,6 @@ class PrologWeights:
             for bias, row in zip(biases, rows):
                 check_tensor("down_bias", bias, shape=(row,), like=like)
 
-    @property
-    def down_parts(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self.down) if isinstance(self.down, (tuple, list)) else (self.down,)
-
-    @property
-    def bias_parts(self) -> tuple[torch.Tensor, ...]:
-        if self.down_bias is None:
-            return ()
-        return tuple(self.down_bias) if isinstance(self.down_bias, (tuple, list)) else (self.down_bias,)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.down_parts[-1].shape[-1]
-
-    @property
-    def q_rank(self) -> int:
-        return 0 if self.q_norm is None else self.q_norm.shape[0]
-
-    @property
-    def latent_dim(self) -> int:
-        return self.w_uk.shape[2]
-
-    @property
-    def rope_dim(self) -> int:
-        parts = self.down_parts
-        return parts[-1].shape[0] - self.latent_dim - (self.q_rank if len(parts) == 1 else 0)
-
 
 def norm_and_write(
     q_a: torch.Tensor,
@@ -316,6 +328,7 @@ def norm_and_write(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Normalise the queries' latents, and normalise, rotate and write the keys' to their cache slots. One launch.
 
@@ -326,6 +339,8 @@ def norm_and_write(
         kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, rope: as in ``write_latent``, ``kv_norm`` for its
             ``norm_weight``.
         eps: added to both mean squares.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         ``RMSNorm(q_a) * q_norm``, ``[tokens, q_lora]``, of every token, whatever its slot.
@@ -343,12 +358,12 @@ def norm_and_write(
         raise ValueError(f"q_a: got shape {tuple(q_a.shape)}, at least one column is accepted")
     check_power_of_two("rope_dim", cache.rope_dim)
     check_latent_arguments(kv_a.shape[0], kv_norm, cos, sin, positions, slot_mapping, cache, rope, eps)
-    check_no_grad(
-        "norm_and_write", q_a=q_a, q_norm=q_norm, kv_a=kv_a, kv_norm=kv_norm, cos=cos, sin=sin, cache=cache.data
-    )
+    if torch.is_grad_enabled():
+        given = {"q_a": q_a, "q_norm": q_norm, "kv_a": kv_a, "kv_norm": kv_norm, "cos": cos, "sin": sin}
+        check_no_grad("norm_and_write", **given, cache=cache.data)
     return _norm_and_write(
-        q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache.data, cache.layout.value,
-        cache.latent_dim, rope, float(eps),
+        q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache.data, cache.layout_name,
+        cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -363,6 +378,7 @@ def mla_prolog(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states to what latent attention needs: absorbed queries, and the tokens written to the cache.
 
@@ -379,6 +395,9 @@ def mla_prolog(
         rope: ``"interleaved_to_half"`` (DeepSeek-V3), ``"interleaved"`` (DeepSeek-V2) or ``"half"`` (MiniCPM3); see
             ``write_latent``.
         eps: added to the mean squares of both norms.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices the products are then this library's, in one tile for
+            every number of tokens, and not torch's.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing, and
     its query is rotated by the nearest row of the tables.
@@ -412,5 +431,5 @@ def mla_prolog(
         check_no_grad("mla_prolog", hidden=hidden, **named, cos=cos, sin=sin, cache=cache.data)
     return _mla_prolog(
         hidden, parts, biases, weights.q_norm, weights.kv_norm, weights.q_up, weights.w_uk, cos, sin, positions,
-        slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope, float(eps),
+        slot_mapping, cache.data, cache.layout_name, cache.latent_dim, rope, float(eps), wanted(batch_invariant),
     )  # fmt: skip

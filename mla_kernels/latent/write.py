@@ -5,17 +5,20 @@
 
 import torch
 
-from mla_kernels.checks import INDICES, check_choice, check_no_grad, check_range, check_tensor
+from mla_kernels.checks import INDICES, any_requires_grad, check_choice, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import latent as cpu_latent
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import ALIGNMENT, SCALE_BLOCK
+from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, SCALE_BLOCK, launched_parts
 from mla_kernels.quant.fp8 import quantise_e4m3
 from mla_kernels.quant.int8 import quantise_int8
 from mla_kernels.shim import define_op
 
+_FP32 = (torch.float32,)
 ROPE_MODES = ("interleaved_to_half", "interleaved", "half")
 SCALED_TOGETHER = tl.constexpr(SCALE_BLOCK)
 UNIT = tl.constexpr(ALIGNMENT)  # bytes that every token and every part of one begins at a multiple of
@@ -188,21 +191,20 @@ def model_statics(latent_dim: int, rope_dim: int, rope: str, layout: str = "unqu
     return {"LATENT": latent_dim, "ROPE": rope_dim, "MODE": rope, "LAYOUT": layout}
 
 
-def cache_statics(cache: LatentCache, rope: str) -> dict[str, int | str]:
-    layout = cache.layout.value if cache.layout.quantised else "unquantised"
-    return model_statics(cache.latent_dim, cache.rope_dim, rope, layout)
+def cache_statics(layout: str, latent_dim: int, rope_dim: int, rope: str) -> dict[str, int | str]:
+    return model_statics(latent_dim, rope_dim, rope, layout if layout in QUANTISED else "unquantised")
 
 
-def cache_parts(cache: LatentCache, fp32: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What kernels write a cache through: (values, codes as int8, scales, keys), views of its one storage.
+def cache_parts(cache: torch.Tensor, layout: str, latent_dim: int, fp32: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What kernels write a cache's data through: (values, codes as int8, scales, keys), views of its one storage.
 
     An unquantised cache is ``values`` alone, a quantised one the other three; what is not used has the right type
     (``fp32`` lends it to the scales).
     """
-    if cache.layout.quantised:
-        keys = cache.rope
-        return keys, cache.latents.view(torch.int8), cache.scales, keys
-    return cache.data, cache.data.view(torch.int8), fp32, cache.data
+    if layout in QUANTISED:
+        codes, scales, keys = launched_parts(cache, layout, latent_dim)
+        return keys, codes, scales, keys
+    return cache, cache.view(torch.int8), fp32, cache
 
 
 PLACE_ARGUMENTS = {
@@ -245,18 +247,26 @@ WRITE_LATENT = Kernel(
 )
 
 
-def launch_write(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
-    cache, tokens = LatentCache(cache, latent_dim, layout), kv_a.shape[0]
-    statics = cache_statics(cache, rope)
-    chip = chip_of(kv_a.device)
-    tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[cache.dtype], statics, {"tokens": tokens})
-    page_stride, slot_stride, _ = cache.data.stride()
+def launch_write(
+    kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps, batch_invariant=False
+):
+    (tokens, width), chip = kv_a.shape, chip_of(kv_a.device)
+    key = chip.device, kv_a.dtype, tokens, width, latent_dim, layout, rope, batch_invariant
+    plan = WRITE_LATENT.kept.plans.get(key)
+    if plan is None:
+        statics = cache_statics(layout, latent_dim, width - latent_dim, rope)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+        tile = WRITE_LATENT.tile_for(chip, DTYPE_NAMES[kv_a.dtype], statics, sizes)
+        plan = WRITE_LATENT.keep(key, (statics, tile))
+    kv_a = canonical(kv_a) if batch_invariant else kv_a
+    pages, page_size, _ = cache.shape
+    page_stride, slot_stride, _ = cache.stride()
     args = (
-        kv_a, norm_weight, cos, sin, positions, slot_mapping, *cache_parts(cache, cos),
-        tokens, cos.shape[0], cache.num_slots, cache.page_size,
-        kv_a.stride(0), cos.stride(0), sin.stride(0), page_stride, slot_stride, eps,
+        kv_a, norm_weight, cos, sin, positions, slot_mapping, *cache_parts(cache, layout, latent_dim, cos),
+        tokens, cos.shape[0], pages * page_size, page_size,
+        kv_a.stride()[0], cos.stride()[0], sin.stride()[0], page_stride, slot_stride, eps,
     )  # fmt: skip
-    WRITE_LATENT.launch(chip, tokens, args, statics, tile)
+    WRITE_LATENT.launch(chip, tokens, args, *plan)
 
 
 def check_slots(positions: torch.Tensor, slot_mapping: torch.Tensor, cos: torch.Tensor, cache: torch.Tensor) -> None:
@@ -266,19 +276,19 @@ def check_slots(positions: torch.Tensor, slot_mapping: torch.Tensor, cos: torch.
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
 
-def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _check_values(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *_):
     check_slots(positions, slot_mapping, cos, cache)
 
 
-def _fake(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps):
+def _fake(*_):
     return None
 
 
 _write_latent = define_op(
     "write_latent",
     "(Tensor kv_a, Tensor norm_weight, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06) -> ()",
-    cpu=cpu_latent.write_latent,
+    "Tensor(a!) cache, str layout, int latent_dim, str rope, float eps=1e-06, bool batch_invariant=False) -> ()",
+    cpu=by_row(cpu_latent.write_latent, 0, 4, 5),
     device=launch_write,
     fake=_fake,
     check_values=_check_values,
@@ -287,15 +297,16 @@ _write_latent = define_op(
 
 def check_latent_arguments(tokens, norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps) -> None:
     """Checks that write_latent and compress_latent share; the cache first, since the others are measured by it."""
-    check_choice("rope", rope, ROPE_MODES)
+    if rope not in ROPE_MODES:
+        check_choice("rope", rope, ROPE_MODES)
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
-    device = cache.data.device
+    device, of_tokens = cache.data.device, (tokens,)
     check_tensor("norm_weight", norm_weight, shape=(cache.latent_dim,), dtypes=(cache.dtype,), device=device)
-    check_tensor("cos", cos, shape=(None, cache.rope_dim // 2), dtypes=(torch.float32,), device=device)
-    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
-    check_tensor("positions", positions, shape=(tokens,), dtypes=INDICES, device=device)
-    check_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=INDICES, device=device)
+    check_tensor("cos", cos, shape=(None, cache.rope_dim // 2), dtypes=_FP32, device=device)
+    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=_FP32, device=device)
+    check_tensor("positions", positions, shape=of_tokens, dtypes=INDICES, device=device)
+    check_tensor("slot_mapping", slot_mapping, shape=of_tokens, dtypes=INDICES, device=device)
 
 
 def check_cache(cache) -> None:
@@ -314,6 +325,7 @@ def write_latent(
     *,
     rope: str,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Normalise and rotate projected tokens and write them to their cache slots, in place.
 
@@ -336,6 +348,8 @@ def write_latent(
         rope: where the pairs stand before and after: ``"interleaved_to_half"`` (a a' b b' in, a b a' b' out:
             DeepSeek-V3), ``"interleaved"`` (a a' b b' both: DeepSeek-V2) or ``"half"`` (a b a' b' both: MiniCPM3).
         eps: added to the mean square. The models use 1e-6 here whatever their ``rms_norm_eps`` says.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
@@ -348,10 +362,12 @@ def write_latent(
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
     check_cache(cache)
-    check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=cache.data.device)
+    data = cache.data
+    check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=data.device)
     check_latent_arguments(kv_a.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)
-    check_no_grad("write_latent", kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin, cache=cache.data)
+    if any_requires_grad((kv_a, norm_weight, cos, sin, data)):
+        check_no_grad("write_latent", kv_a=kv_a, norm_weight=norm_weight, cos=cos, sin=sin, cache=data)
     _write_latent(
-        kv_a, norm_weight, cos, sin, positions, slot_mapping, cache.data, cache.layout.value, cache.latent_dim, rope,
-        float(eps),
+        kv_a, norm_weight, cos, sin, positions, slot_mapping, data, cache.layout_name, cache.latent_dim, rope,
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip

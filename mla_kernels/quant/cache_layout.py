@@ -1,12 +1,13 @@
 """How the bytes of cached latents lie: CacheLayout, and typed views of the parts of tokens in pages."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 SCALE_BLOCK = 128  # latent values that share a scale in FP8_V32
 ALIGNMENT = 16  # bytes; scales are followed by zeros up to it
+QUANTISED = ("fp8_v32", "int8")  # layouts of codes and scales, in bytes
 
 
 class CacheLayout(enum.Enum):
@@ -28,6 +29,8 @@ class CacheLayout(enum.Enum):
     A block with a NaN or an infinity gets the scale NaN. Zero bytes keep every part on 16 bytes; ``FP8_V32`` needs
     them where R is 128 or 256. Multi-head K and V of DeepSeek-V3 would take 128 x (192 + 128) x 2 = 81,920 bytes.
     """
+
+    quantised: bool  # whether tokens are codes and scales
 
     LATENT_16BIT = "latent_16bit"
     LATENT_32BIT = "latent_32bit"
@@ -53,10 +56,6 @@ class CacheLayout(enum.Enum):
         except ValueError:
             accepted = ", ".join(layout.value for layout in cls)
             raise ValueError(f"layout: got {value!r}, accepted: {accepted}") from None
-
-    @property
-    def quantised(self) -> bool:
-        return self in (CacheLayout.FP8_V32, CacheLayout.INT8)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -93,27 +92,37 @@ class CacheLayout(enum.Enum):
         return page_size * self.bytes_per_token(latent_dim, rope_dim)
 
 
+for _layout in CacheLayout:  # once, and not in __init__, which torch 2.11 would trace
+    _layout.quantised = _layout.value in QUANTISED
+
+
 @dataclass(frozen=True, eq=False)
 class PagedTokens:
-    """Typed views of tokens in pages; nothing is checked. :class:`mla_kernels.LatentCache` is what users hold."""
+    """Typed views of tokens in pages; nothing is checked. :class:`mla_kernels.LatentCache` is what users hold.
+
+    What follows from ``data``'s type and the sizes of a page is computed once, when the object is made.
+    """
 
     data: torch.Tensor
     latent_dim: int
     layout: CacheLayout
+    layout_name: str = field(init=False, repr=False)  # its value, as ops take it
+    page_size: int = field(init=False, repr=False)
+    rope_dim: int = field(init=False, repr=False)
+    width: int = field(init=False, repr=False)  # values of a token: latent_dim + rope_dim
+    dtype: torch.dtype = field(init=False, repr=False)  # of queries and new tokens; bfloat16 for quantised layouts
 
-    @property
-    def rope_dim(self) -> int:
-        return CacheLayout.rope_dim(self.layout, self.data.shape[2], self.latent_dim)
+    def __post_init__(self):
+        self._derive()
 
-    @property
-    def width(self) -> int:
-        """Values of a token: ``latent_dim + rope_dim``."""
-        return self.latent_dim + self.rope_dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What queries and new tokens must be: the element type, bfloat16 for the quantised layouts."""
-        return torch.bfloat16 if self.layout.quantised else self.data.dtype
+    def _derive(self):
+        data, layout = self.data, self.layout
+        rope_dim = CacheLayout.rope_dim(layout, data.shape[2], self.latent_dim)
+        object.__setattr__(self, "layout_name", layout.value)
+        object.__setattr__(self, "page_size", data.shape[1])
+        object.__setattr__(self, "rope_dim", rope_dim)
+        object.__setattr__(self, "width", self.latent_dim + rope_dim)
+        object.__setattr__(self, "dtype", torch.bfloat16 if layout.quantised else data.dtype)
 
     @property
     def latents(self) -> torch.Tensor:
@@ -135,13 +144,27 @@ class PagedTokens:
         return self.data[..., CacheLayout.rope_start(self.layout, self.latent_dim) :].view(self.dtype)
 
     @property
-    def page_size(self) -> int:
-        return self.data.shape[1]
-
-    @property
     def num_pages(self) -> int:
         return self.data.shape[0]
 
     @property
     def num_slots(self) -> int:
         return self.data.shape[0] * self.data.shape[1]
+
+
+def launched_parts(data: torch.Tensor, layout: str, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes as int8, fp32 scales, bf16 keys) of a quantised cache's data, views of its one storage that begin at the
+    first token's, which is what kernels take.
+
+    Refuses bytes that do not lie on 16, where :class:`mla_kernels.LatentCache` could not look: in torch.compile.
+    """
+    page_stride, slot_stride, _ = data.stride()
+    if (page_stride | slot_stride | data.storage_offset()) % ALIGNMENT:
+        raise misaligned(layout, page_stride, slot_stride, data.storage_offset())
+    keys = -(-(latent_dim + (4 * (latent_dim // SCALE_BLOCK) if layout == "fp8_v32" else 4)) // ALIGNMENT) * ALIGNMENT
+    scales = data.view(torch.float32)[..., latent_dim // 4 :]
+    return data.view(torch.int8), scales, data.view(torch.bfloat16)[..., keys // 2 :]
+
+
+def misaligned(layout: str, *places: int) -> ValueError:
+    return ValueError(f"data: got strides and offset {places}, {layout} accepts multiples of 16 bytes")

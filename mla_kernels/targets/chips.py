@@ -3,6 +3,7 @@
 Kernels and launchers ask here and never test a device name. Sizes are bytes, rates are per second for the whole chip.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 
 
@@ -35,7 +36,7 @@ class Chip:
     device: str = ""  # the part's name in :data:`mla_kernels.targets.devices.DEVICES`
     capacity: int = 0  # GiB of device memory that the part is sold with
 
-    @property
+    @functools.cached_property
     def is_gpu(self) -> bool:
         return self.vendor != "ascend"
 

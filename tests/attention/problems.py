@@ -27,6 +27,7 @@ class Problem:
     causal: bool = True
     window: int | None = None
     sink: torch.Tensor | None = None
+    batch_invariant: bool | None = None
     original: torch.Tensor | None = None  # what a quantised cache was made from, fp32
 
     def run(self, **changes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +40,7 @@ class Problem:
         return (
             self.q, self.cache.data, self.block_table, self.seq_lens, self.sink, self.softmax_scale, self.causal,
             NO_WINDOW if self.window is None else self.window, self.cache.layout.value, self.cache.latent_dim,
+            bool(self.batch_invariant),
         )  # fmt: skip
 
     def expected(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +93,7 @@ def make(
     window: int | None = None,
     sink: bool = False,
     layout: str | None = None,
+    batch_invariant: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Problem:
     """A problem whose unused cache rows are NaN and whose unused table entries are no pages. Page 0 is never used.
@@ -131,5 +134,6 @@ def make(
         causal=causal,
         window=window,
         sink=sinks.to(device) if sink else None,
+        batch_invariant=batch_invariant,
         original=original,
     )

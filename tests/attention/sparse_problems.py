@@ -50,6 +50,7 @@ class Decode:
     extra_cache: LatentCache | None = None
     extra_indices: torch.Tensor | None = None
     extra_topk_length: torch.Tensor | None = None
+    batch_invariant: bool | None = None
 
     def run(self, **changes) -> tuple[torch.Tensor, torch.Tensor]:
         return sparse_mla_decode(**{**vars(self), **changes})
@@ -60,6 +61,7 @@ class Decode:
         return (
             self.q, self.cache.data, self.indices, self.softmax_scale, self.cache.layout.value, self.cache.latent_dim,
             self.topk_length, self.sink, extra, self.extra_indices, self.extra_topk_length,
+            bool(self.batch_invariant),
         )  # fmt: skip
 
     def expected(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +169,7 @@ class Prefill:
     topk_length: torch.Tensor | None = None
     sink: torch.Tensor | None = None
     return_max_logits: bool = True
+    batch_invariant: bool | None = None
 
     def run(self, **changes) -> tuple[torch.Tensor, ...]:
         return sparse_mla_prefill(**{**vars(self), **changes})

@@ -9,6 +9,7 @@ import torch
 from mla_kernels import launch
 from mla_kernels.attention.decode import forward as decode
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.tiles import Kept
 from tests.attention.problems import Problem, make
 from tests.support import not_on
 
@@ -162,6 +163,7 @@ def test_other_tiles(backend, device, value_tiles, block_n, monkeypatch):
     def narrow(*problem):
         return tile_for(*problem) | {"BLOCK_H": 16, "BLOCK_N": block_n, "VALUE_TILES": value_tiles}
 
+    monkeypatch.setattr(decode.MLA_DECODE, "kept", Kept())
     monkeypatch.setattr(decode.MLA_DECODE, "tile_for", narrow)
     problem = make([70, 3], heads=20, queries=2, device=device)
     problem.check(problem.run())
@@ -197,11 +199,12 @@ def test_a_window_that_holds_everything_is_none(backend, device, queries):
 
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("page_size", [64, 61])
-def test_splits_of_a_window(backend, device, queries, page_size, monkeypatch):
-    problem = make([1, 129, 900, 128, 0], heads=5, queries=queries, window=300, page_size=page_size, device=device)
-    whole = problem.run()
-    problem.check(whole)
-    monkeypatch.setattr(decode, "MIN_SPLIT", 128)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_splits_of_a_window(backend, device, queries, page_size, batch_invariant):
+    problem = make(
+        [1, 129, 900, 128, 0], heads=5, queries=queries, window=300, page_size=page_size, device=device,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     problem.check(problem.run())
 
 
@@ -242,13 +245,14 @@ def test_cache_and_table_of_any_stride(backend, device):
 
 
 @pytest.mark.parametrize("queries", [1, 3])
+@not_on("has no splits", "cpu")
 def test_splits(backend, device, queries, monkeypatch):
     problem = make([1, 129, 700, 128, 0], heads=5, queries=queries, device=device)
-    problem.check(problem.run())  # 512 keys a split
-    monkeypatch.setattr(decode, "MIN_SPLIT", 128)
-    problem.check(problem.run())
-    monkeypatch.setattr(decode, "MAX_SPLITS", 2)
-    problem.check(problem.run())
+    for splits in (1, 2, 3, 6, 17):
+        monkeypatch.setattr(decode, "split_count", lambda keys, programs, cores, splits=splits: splits)
+        problem.check(problem.run())
+    monkeypatch.setattr(decode, "sequences_at_once", lambda split_bytes, splits: 2)
+    problem.check(problem.run(batch_invariant=True))
 
 
 def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, device):
@@ -270,7 +274,7 @@ def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, devic
     ids=["fp32", "bf16", "fp8", "int8"],
 )
 def test_bits_do_not_depend_on_the_batch(backend, device, options):
-    problem = make([700, 65, 0, 129], heads=5, device=device, **options)
+    problem = make([700, 65, 0, 129], heads=5, device=device, batch_invariant=True, **options)
     together = problem.run()
     for index in range(4):
         for alone, joint in zip(problem.sequence(index).run(), together):

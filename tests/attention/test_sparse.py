@@ -106,10 +106,15 @@ def test_extra_cache(backend, device, top_k, extra_top_k):
 
 
 @pytest.mark.parametrize("top_k", [256, 257, 600])
-def test_splits(backend, device, top_k):
+def test_splits(backend, device, top_k, monkeypatch):
     problem = make_decode(top_k, sequences=3, heads=5, slots=2000, lengths=True, sink=True, device=device)
     problem.topk_length[:] = torch.tensor([0, 3, top_k])
     problem.check(problem.run())
+    monkeypatch.setattr(sparse, "sequences_at_once", lambda split_bytes, splits: 2)
+    problem.check(problem.run(batch_invariant=True))
+    for splits in (1, 2):
+        monkeypatch.setattr(sparse, "split_count", lambda keys, programs, cores, splits=splits: splits)
+        problem.check(problem.run())
 
 
 def test_tokens_without_picks(backend, device):
@@ -169,11 +174,13 @@ def test_order_of_picks_changes_rounding_only(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_batch(backend, device, dtype):
     problem = make_decode(300, sequences=4, heads=17, queries=2, lengths=True, dtype=dtype, device=device)
+    problem.batch_invariant = True
     together = problem.run()
     for index in range(4):
         for alone, joint in zip(problem.rows(slice(index, index + 1)).run(), together):
             assert torch.equal(alone[0], joint[index])
     problem = make_prefill(9, 40, heads=17, dtype=dtype, device=device)
+    problem.batch_invariant = True
     together = problem.run()
     for first, last in ((0, 1), (1, 6), (8, 9)):
         part = problem.run(q=problem.q[first:last], indices=problem.indices[first:last])

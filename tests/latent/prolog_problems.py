@@ -120,7 +120,7 @@ def run(op: str, arguments: dict):
 
 def op_arguments(op: str, arguments: dict) -> tuple:
     """In the order of the torch op's schema."""
-    known = {"eps": EPS, **arguments}
+    known = {"eps": EPS, "batch_invariant": False, **arguments}
     if "cache" in arguments:
         cache = arguments["cache"]
         known |= {"cache": cache.data, "layout": cache.layout.value, "latent_dim": cache.latent_dim}

@@ -117,7 +117,10 @@ def op_arguments(problem):
     names = [a.name for a in getattr(torch.ops.mla_kernels, problem.op).default._schema.arguments]
     cache = problem.cache
     own = {"cache": cache.data, "layout": cache.layout.value, "latent_dim": cache.latent_dim}
-    return tuple({**problem.arguments, **own, "rope": problem.rope, "eps": 1e-6}[name] for name in names)
+    return tuple(
+        {**problem.arguments, **own, "rope": problem.rope, "eps": 1e-6, "batch_invariant": False}[name]
+        for name in names
+    )
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -287,5 +287,5 @@ def test_operators_on_a_cpu_do_not_grow_with_tokens(op):
     counts = []
     for tokens in (40, 400):
         arguments = op_arguments(op, make(op, dataclasses.replace(SMALL, tokens=tokens), dtype=torch.bfloat16))
-        counts.append(record(getattr(cpu, op), *arguments).operators)
+        counts.append(record(getattr(cpu, op), *arguments[:-1]).operators)
     assert counts[0] == counts[1]

@@ -1,11 +1,12 @@
 """What the prolog's ops refuse, in which words, with nothing written; opcheck and torch.compile."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.prolog import PrologWeights
 from mla_kernels.latent.write import ROPE_MODES
 from tests.latent.problems import bits
 from tests.latent.prolog_problems import OPS, Sizes, layer_weights, make, op_arguments, run
@@ -106,14 +107,14 @@ def test_refused_and_nothing_written(op, name, change, error, words):
 def test_weights_that_do_not_go_together(name, change, error, words):
     weights = layer_weights(Sizes(), torch.float32, "cpu")
     with pytest.raises(error, match=words):
-        PrologWeights(**(vars(weights) | {name: change(weights)}))
+        replace(weights, **{name: change(weights)})
 
 
 @pytest.mark.parametrize("name", ["down", "kv_norm", "q_up", "w_uk", "q_norm"])
 def test_weights_that_want_a_gradient(name):
     arguments = make("mla_prolog")
-    weights = vars(arguments["weights"])
-    weights = PrologWeights(**(weights | {name: weights[name].clone().requires_grad_()}))
+    weights = arguments["weights"]
+    weights = replace(weights, **{name: getattr(weights, name).clone().requires_grad_()})
     with pytest.raises(NotImplementedError, match=rf"mla_prolog has no backward and weights.{name}.* requires grad"):
         run("mla_prolog", arguments | {"weights": weights})
     with torch.no_grad():

@@ -25,25 +25,25 @@ def run_cases(file: Path, backend: str, names: Sequence[str] = (), **environment
     )
 
 
-@pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """(name, outcome) of every chosen case, all in one child process, and its report.
+def stub_environment(folder: Path) -> dict[str, str]:
+    """The environment of a child process over the stub driver, which is built in ``folder``.
 
     What Triton compiles there is kept, as reports of compilations are.
     """
-    chosen = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]
-    stub = tmp_path_factory.mktemp("stub")
     source = HERE / "stub_libcuda.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub / "libcuda.so.1"), str(source)], check=True)
-    child = run_cases(
-        CASES,
-        "cuda",
-        chosen,
-        PYTEST_ADDOPTS="-rA",
-        TRITON_LIBCUDA_PATH=str(stub),
-        LD_LIBRARY_PATH=str(stub),
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(source)], check=True)
+    return child_environment(
+        TRITON_LIBCUDA_PATH=str(folder),
+        LD_LIBRARY_PATH=str(folder),
         TRITON_CACHE_DIR=str(service.cache_folder() / "stub_triton"),
     )
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """(name, outcome) of every chosen case, all in one child process, and its report."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]
+    child = run_cases(CASES, "cuda", chosen, PYTEST_ADDOPTS="-rA", **stub_environment(tmp_path_factory.mktemp("stub")))
     found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) \S*::(\w+)", child.stdout, re.MULTILINE)
     return {(name, outcome) for outcome, name in found}, child.stdout + child.stderr
 

@@ -5,31 +5,42 @@ FlashAttention, https://arxiv.org/abs/2205.14135 (running softmax); Flash-Decodi
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LN2, LOWEST, load_latents, score_tile, token_rows
-from mla_kernels.attention.merge import SPLIT_STEP, first_key, merge_splits, sink_factor, split_length
+from mla_kernels.attention.merge import merge_splits, sink_factor
 from mla_kernels.attention.paging import find_tokens, quotient
+from mla_kernels.attention.splits import (
+    DECLARED_CORES,
+    MOST_CORES,
+    SPLIT_STEP,
+    first_key,
+    fixed_count,
+    most_splits,
+    sequences_at_once,
+    split_count,
+    split_range,
+)
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.cache_layout import QUANTISED, launched_parts
 
-MIN_SPLIT = 512  # fewest keys in a split of up to 63 query rows; see _min_split
-MAX_SPLITS = 32  # most splits of a sequence
 MAX_LENGTH = 1 << 30  # a sequence is shorter
+ANY_LENGTH = (1 << 31) - 1
 NO_WINDOW = MAX_LENGTH  # window that holds every sequence: the largest, and what None means to the op
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "capacity", "window", "splits", "work"])
 def mla_decode_kernel(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, block_table_ptr, seq_lens_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
     score_scale, q_stride, q_row_stride, page_stride, token_stride, table_stride,
-    sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, work,
+    sequences, heads, rows, num_pages, capacity, window, splits, work,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_TILES: tl.constexpr, PERSISTENT: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +48,8 @@ def mla_decode_kernel(
 
     Rows of a sequence are numbered query * heads + head. An item is ((sequence * splits + split) * VALUE_TILES + value
     tile) * row tiles + row tile: row tiles that read the same keys are neighbours, so that L2 serves the second.
-    A row's bits depend on its query and its sequence's keys, length and page size alone. BRANCH: see score_tile.
+    With FIXED a row's bits depend on its query, the keys that it sees and the page size alone: blocks of keys begin at
+    absolute multiples of BLOCK_N, and one that a row does not see adds exact zeros to it. BRANCH: see score_tile.
     """
     BLOCK_V: tl.constexpr = LATENT // VALUE_TILES
     PAGED: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
@@ -63,11 +75,10 @@ def mla_decode_kernel(
         unseen = rows // heads - 1  # keys hidden from the first query
         base = 0
         if WINDOW:
-            base = first_key(length, window + unseen)
-        share = split_length(tl.maximum(stored - base, 0), min_split, max_splits)
-        start = base + split * share
+            base = first_key(length, window + unseen, FIXED)
+        start, end = split_range(split, base, stored, splits, FIXED)
         if (split == 0) | (start < stored):
-            end = tl.minimum(start + share, stored)
+            end = tl.minimum(end, stored)
             if CAUSAL:
                 query = quotient(row + line, heads).to(tl.float32)  # [BLOCK_H]
                 end = tl.minimum(end, length - unseen + tl.minimum((row + BLOCK_H - 1) // heads, unseen))
@@ -150,37 +161,40 @@ def mla_decode_kernel(
                 tl.store(lse_ptr + target + line, lse, mask=inside)
 
 
-def _min_split(rows: int) -> int:
-    """Fewest keys in a split: more where there are more query rows, whose partial results must stay a small share of
-    the keys' bytes."""
-    return MIN_SPLIT * min(4, max(1, rows // 32))
-
-
-def _splits(keys: int, rows: int) -> int:
-    """Most splits that a sequence of at most ``keys`` seen keys has."""
-    return min(MAX_SPLITS, max(1, -(-keys // _min_split(rows))))
-
-
 def _keys(sizes) -> int:
     """Keys that a sequence's queries see: all, or those of the window."""
     return min(sizes["tokens"], sizes.get("window", sizes["tokens"]) + sizes["queries"] - 1)
 
 
+def _declared_splits(statics, sizes, block_h, value_tiles=1) -> int:
+    """Splits on the chip that a declaration counts with."""
+    if statics["FIXED"]:
+        return fixed_count(sizes["tokens"], _keys(sizes))
+    programs = sizes["batch"] * value_tiles * -(-sizes["queries"] * sizes["heads"] // block_h)
+    return split_count(_keys(sizes), programs, DECLARED_CORES)
+
+
 def _cost(dtype, statics, sizes):
+    """Workspace: the most on any chip."""
     sequences, keys, rows = sizes["batch"], _keys(sizes), sizes["queries"] * sizes["heads"]
     latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    splits = _splits(keys, rows)
+    if statics["FIXED"]:
+        splits = fixed_count(sizes["tokens"], keys)
+        at_once = min(sequences, sequences_at_once(rows * (latent + 1) * 4, splits))
+    else:
+        programs, at_once = sequences * -(-rows // max(MLA_DECODE.tiles["BLOCK_H"])), sequences
+        splits = most_splits(keys, programs, MOST_CORES)
     return Cost(
         flops=2.0 * sequences * rows * keys * (width + latent),
         bytes=sequences * (rows * (width + latent) * size + keys * decode_tiles.token_bytes(dtype, statics) + rows * 4),
-        workspace=splits * sequences * rows * (latent + 1) * 4 if splits > 1 else 0,
+        workspace=splits * at_once * rows * (latent + 1) * 4 if splits > 1 or statics["FIXED"] else 0,
     )
 
 
 def _work(dtype, statics, sizes, tile):
     rows, latent, size = sizes["queries"] * sizes["heads"], statics["LATENT"], DTYPE_BYTES[dtype]
     width, value = latent + statics["ROPE"], latent // tile["VALUE_TILES"]
-    splits = _splits(_keys(sizes), rows)
+    splits = _declared_splits(statics, sizes, tile["BLOCK_H"], tile["VALUE_TILES"])
     keys = -(-_keys(sizes) // splits)
     keys = -(-keys // tile["BLOCK_N"]) * tile["BLOCK_N"]
     read = decode_tiles.token_bytes(dtype, statics) + (value * size if value < latent else 0)
@@ -193,14 +207,15 @@ def _work(dtype, statics, sizes, tile):
 
 def _case(
     name, heads, *, batch=8, tokens=4096, queries=1, page=64, window=None, sink=False, layout="plain",
-    latent=512, rope=64, dtypes=("bf16",),
+    latent=512, rope=64, fixed=False, dtypes=("bf16",),
 ):  # fmt: skip
     sizes = {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens}
     if window is not None:
         sizes["window"] = window
-    split = _splits(_keys(sizes), queries * heads) > 1
-    statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "LAYOUT": layout, "CAUSAL": queries > 1}
-    statics |= {"WINDOW": window is not None, "SINK": sink and not split, "SPLIT": split}
+    statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "LAYOUT": layout, "CAUSAL": fixed or queries > 1}
+    statics |= {"WINDOW": window is not None, "FIXED": fixed}
+    split = fixed or _declared_splits(statics, sizes, block_h=64) > 1
+    statics |= {"SINK": sink and not split, "SPLIT": split}
     return Case(name, statics, sizes, dtypes)
 
 
@@ -220,13 +235,12 @@ MLA_DECODE = Kernel(
         **dict.fromkeys(("q_stride", "q_row_stride", "page_stride", "token_stride"), "i32:16"),
         **dict.fromkeys(
             (
-                "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split",
-                "max_splits", "splits", "work",
+                "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "work",
             ),
             "i32",
         ),
     },
-    statics=("LATENT", "ROPE", "PAGE_SIZE", "LAYOUT", "CAUSAL", "WINDOW", "SINK", "SPLIT"),
+    statics=("LATENT", "ROPE", "PAGE_SIZE", "LAYOUT", "CAUSAL", "WINDOW", "SINK", "SPLIT", "FIXED"),
     tiles={
         "BLOCK_H": (16, 32, 64, 128),
         "BLOCK_N": (16, 32, 64, 128),
@@ -244,7 +258,8 @@ MLA_DECODE = Kernel(
         _case("v2_lite", 16, dtypes=_ALL),
         _case("v3", 128, dtypes=_ALL),
         _case("v3_tp8", 16, batch=64, dtypes=_ALL),
-        _case("v3_one_split", 128, tokens=2048),
+        _case("v3_one_split", 128, batch=128, tokens=128),
+        _case("v3_fixed", 128, fixed=True),
         _case("v3_two_tokens", 128, queries=2, dtypes=_ALL),
         _case("odd_heads", 20),
         _case("small_pages", 128, page=16, dtypes=_ALL),
@@ -259,56 +274,102 @@ MLA_DECODE = Kernel(
     uses_dot=True,
 )  # fmt: skip
 
-ANY = {"SINK": False, "SPLIT": True}
+ANY = {"SINK": False, "SPLIT": True, "FIXED": False}
 """Constants that change no tile, as tiles are looked up with."""
 
 
-def launch_decode(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
-    cache = LatentCache(cache, latent_dim, layout)
-    sequences, queries, heads, _ = q.shape
-    rows = queries * heads
-    out, lse = empty_results(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim)
-    if queries > 1 and heads > 1 and q.stride(1) != heads * q.stride(2):
-        q = q.contiguous()
-    row_stride = q.stride(2) if heads > 1 else q.stride(1)
-    capacity = block_table.shape[1] * cache.page_size
-    windowed = window < NO_WINDOW
-    # a window's first key lies anywhere in its first SPLIT_STEP keys
-    reach = min(capacity, window + queries - 1 + SPLIT_STEP - 1) if windowed else capacity
-    min_split, splits = _min_split(rows), _splits(reach, rows)
+class _Plan(NamedTuple):
+    """What a call's shapes and options fix."""
+
+    splits: int
+    through_workspace: bool  # else the results go straight to out and lse
+    at_once: int  # sequences of a launch
+    programs: int  # of a sequence and split
+    statics: dict
+    tile: dict
+
+
+def _plan(chip, dtype, sequences, queries, heads, width, page_size, capacity, latent_dim, layout, causal, window,
+          sink, batch_invariant):  # fmt: skip
+    rows, windowed = queries * heads, window < NO_WINDOW
     statics = {
         "LATENT": latent_dim,
-        "ROPE": cache.rope_dim,
-        "PAGE_SIZE": cache.page_size,
-        "LAYOUT": layout if cache.layout.quantised else "plain",
-        "CAUSAL": causal and queries > 1,
+        "ROPE": width - latent_dim,
+        "PAGE_SIZE": page_size,
+        "LAYOUT": layout if layout in QUANTISED else "plain",
+        "CAUSAL": causal and (queries > 1 or batch_invariant),
         "WINDOW": windowed,
+        "FIXED": batch_invariant,
     }
-    chip = chip_of(q.device)
-    # the same tile whatever the batch and the table's width, so that the same bits come out
-    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[q.dtype], statics | ANY, {"heads": heads, "queries": queries})
-    statics |= {"SPLIT": splits > 1, "SINK": sink is not None and splits == 1}
-    work = sequences * splits * tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"])
-    partial, partial_lse = lse, lse  # without splits the results go straight to out and lse
-    if splits > 1:
-        partial = torch.empty(splits, sequences, rows, latent_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(splits, sequences, rows, dtype=torch.float32, device=q.device)
-    if sink is not None:
-        sink = sink.repeat(queries) if queries > 1 else sink  # one a row
-    latents, data = cache.latents, cache.data
-    args = (
-        q, latents.view(torch.int8) if cache.layout.quantised else latents,
-        cache.scales if cache.layout.quantised else lse, cache.rope, block_table, seq_lens,
-        lse if sink is None else sink, out, partial, partial_lse,
-        softmax_scale / math.log(2.0), q.stride(0), row_stride, data.stride(0), data.stride(1), block_table.stride(0),
-        sequences, heads, rows, cache.num_pages, capacity, window, min_split, MAX_SPLITS, splits, work,
+    # never by the batch or the table's width, so that one model compiles one kernel
+    sizes = {"heads": heads, "queries": 1 if batch_invariant else queries}
+    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[dtype], statics | ANY, sizes)
+    programs, at_once = tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]), sequences
+    if batch_invariant:
+        splits = fixed_count(capacity, min(capacity, window + queries - 1))
+        at_once = min(sequences, sequences_at_once(rows * (latent_dim + 1) * 4, splits))
+    else:
+        # a window's first key lies anywhere in its first SPLIT_STEP keys
+        reach = min(capacity, window + queries - 1 + SPLIT_STEP - 1) if windowed else capacity
+        splits = split_count(reach, sequences * programs, chip.dot_cores)
+    # with fixed splits always through the workspace: the same kernels whatever the table's width
+    split = splits > 1 or batch_invariant
+    statics |= {"SPLIT": split, "SINK": sink and not split}
+    return _Plan(splits, split, at_once, programs, statics, tile)
+
+
+def launch_decode(
+    q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, batch_invariant=False
+):  # fmt: skip
+    shape, (num_pages, page_size, _), chip = q.shape, cache.shape, chip_of(q.device)
+    sequences, queries, heads, _ = shape
+    capacity, rows, has_sink = block_table.shape[1] * page_size, queries * heads, sink is not None
+    options = latent_dim, layout, causal, window, has_sink, batch_invariant
+    plan = MLA_DECODE.kept.plans.get(key := (chip.device, q.dtype, *shape, page_size, capacity, *options))
+    if plan is None:
+        plan = MLA_DECODE.keep(key, _plan(chip, *key[1:]))
+    splits, through_workspace, at_once, programs, statics, tile = plan
+    out = q.new_empty((sequences, queries, heads, latent_dim))
+    lse = q.new_empty((sequences, queries, heads), dtype=torch.float32)
+    strides = q.stride()
+    if queries > 1 and heads > 1 and strides[1] != heads * strides[2]:
+        q = q.contiguous()
+        strides = q.stride()
+    row_stride = strides[2] if heads > 1 else strides[1]
+    if has_sink and queries > 1:
+        sink = sink.repeat(queries)  # one a row
+    partial, partial_lse = lse, lse
+    if through_workspace:
+        parts = splits * at_once * rows
+        partial = torch.empty(parts * (latent_dim + 1), dtype=torch.float32, device=q.device)
+        partial_lse = partial[parts * latent_dim :]
+    if layout in QUANTISED:
+        codes, scales, keys = launched_parts(cache, layout, latent_dim)
+    else:
+        codes, scales, keys = cache, lse, cache[..., latent_dim:]
+    page_stride, token_stride, _ = cache.stride()
+    settings = (
+        softmax_scale / math.log(2.0), strides[0], row_stride, page_stride, token_stride, block_table.stride()[0],
     )  # fmt: skip
-    MLA_DECODE.launch(chip, work, args, statics, tile)
-    if splits > 1:
-        limits = capacity, window + queries - 1, min_split, MAX_SPLITS
-        merge_splits(partial, partial_lse, seq_lens, sink, limits, out, lse)
+    for first in range(0, sequences, max(at_once, 1)):
+        some = (q, block_table, seq_lens, out, lse)
+        if at_once < sequences:
+            some = tuple(tensor[first : first + at_once] for tensor in some)
+        some_q, table, lengths, some_out, some_lse = some
+        count = lengths.shape[0]
+        work = count * splits * programs
+        args = (
+            some_q, codes, scales, keys, table, lengths, sink if has_sink else some_lse, some_out,
+            partial, partial_lse if through_workspace else some_lse, *settings,
+            count, heads, rows, num_pages, capacity, window, splits, work,
+        )  # fmt: skip
+        MLA_DECODE.launch(chip, work, args, statics, tile)
+        if through_workspace:
+            limits = capacity, window + queries - 1 if window < NO_WINDOW else ANY_LENGTH, splits
+            sizes = count, rows, latent_dim
+            merge_splits(chip, partial, partial_lse, lengths, sink, sizes, limits, batch_invariant, some_out, some_lse)
     return out, lse
 
 
-def empty_results(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+def empty_results(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, *_):
     return q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)

@@ -3,14 +3,15 @@
 import torch
 
 from mla_kernels.attention.decode.forward import MAX_LENGTH, NO_WINDOW, empty_results, launch_decode
-from mla_kernels.attention.paging import MAX_QUOTIENT, check_page_size
+from mla_kernels.attention.paging import COMMON_PAGE_SIZE, MAX_QUOTIENT, check_page_size
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
+from mla_kernels.invariance import wanted
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.shim import define_op
 
 
-def _check_values(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim):
+def _check_values(q, cache, block_table, seq_lens, sink, softmax_scale, causal, window, layout, latent_dim, *_):
     num_pages, page_size, _ = cache.shape
     pages = block_table.shape[1]
     check_range("seq_lens", seq_lens, 0, pages * page_size + 1, f"block_table holds {pages} pages of {page_size} a row")
@@ -25,7 +26,7 @@ def _check_values(q, cache, block_table, seq_lens, sink, softmax_scale, causal, 
 _mla_decode = define_op(
     "mla_decode",
     "(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sink, float softmax_scale, bool causal,"
-    " int window, str layout, int latent_dim) -> (Tensor, Tensor)",
+    " int window, str layout, int latent_dim, bool batch_invariant=False) -> (Tensor, Tensor)",
     cpu=cpu_mla_decode,
     device=launch_decode,
     fake=empty_results,
@@ -43,6 +44,7 @@ def mla_decode(
     causal: bool = True,
     window: int | None = None,
     sink: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Absorbed multi-head latent attention over a paged latent cache, for decoding.
 
@@ -66,11 +68,17 @@ def mla_decode(
     two; of ``int8`` the codes are multiplied, and each token's scale put on its scores and on its weights. So the error
     to what the cache holds is that of a bfloat16 cache; to the latents before quantisation, that of the quantiser.
 
-    Keys are worked on in splits whose length depends on that sequence's length, the heads and the queries alone, and
-    merged in a fixed order: the result has the same bits on every call and whatever else is in the batch. Device
-    workspace: 4 (latent_dim + 1) bytes a query row and split, where room for n tokens in a row of the table (or a
-    window of n - S_q tokens) makes ceil(n / s) splits, at most 32, with s = 512 below 64 query rows (S_q x heads),
-    1,024 below 96, 1,536 below 128 and then 2,048; none with one split. Nothing waits for the device.
+    Keys are worked on in splits, which are merged in a fixed order: the result has the same bits on every call. How
+    many splits follows from the batch, the table's width and the device's cores, so that they fill the device
+    (:func:`mla_kernels.attention.splits.split_count`); bits may therefore depend on the batch. With
+    ``batch_invariant`` splits begin at fixed positions and one tile serves every number of queries: a query has the
+    same bits alone, in any batch, in a table of any width, and (``causal``) among any number of query tokens.
+
+    Device workspace: 4 (latent_dim + 1) bytes a query row and split; none with one split. There are at most 128
+    splits, of at least 128 keys, and no more than make 4 programs a core: 70 MB on an H100 at latent_dim 512, or one
+    more. With ``batch_invariant`` there are splits of 512 keys up to 16,384, then 16 of each length 1,024, 2,048 and so
+    on, for which sequences are taken in groups: at most 256 MiB, or one sequence's where that is more. Nothing waits
+    for the device.
 
     Args:
         q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one. With
@@ -82,6 +90,8 @@ def mla_decode(
         causal: whether a query sees only the tokens up to its own.
         window: how many tokens a query sees at most, its own included; None: all. Needs ``causal``.
         sink: [heads] float32, a score as it enters the softmax (``softmax_scale`` is not applied to it); None: none.
+        batch_invariant: whether bits must not depend on what else is computed; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         (out [B, S_q, heads, latent_dim] in q's dtype, lse [B, S_q, heads] float32, natural logarithm).
@@ -106,16 +116,18 @@ def mla_decode(
     sequences, queries, heads, _ = q.shape
     if queries == 0 or heads == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token and one head are accepted")
-    if cache.num_pages == 0:
+    if data.shape[0] == 0:
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
+    page_size = cache.page_size
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
-    if block_table.shape[1] * cache.page_size >= MAX_LENGTH:
+    if block_table.shape[1] * page_size >= MAX_LENGTH:
         raise ValueError(
-            f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than 2**30 "
+            f"block_table: got {block_table.shape[1]} pages of {page_size} tokens a sequence, less than 2**30 "
             "tokens are accepted"
         )
-    check_page_size(cache.page_size)
+    if page_size > COMMON_PAGE_SIZE:
+        check_page_size(page_size)
     if queries * heads > MAX_QUOTIENT:
         raise ValueError(
             f"q: got {queries} query tokens of {heads} heads, at most {MAX_QUOTIENT:,} together are accepted"
@@ -130,7 +142,9 @@ def mla_decode(
             raise ValueError(f"window: got {window} with causal=False, a window is accepted with causal=True")
     if sink is not None:
         check_tensor("sink", sink, shape=(heads,), dtypes=(torch.float32,), device=q.device)
-    check_no_grad("mla_decode", q=q, cache=data, sink=sink)
+    if q.requires_grad or data.requires_grad or (sink is not None and sink.requires_grad):
+        check_no_grad("mla_decode", q=q, cache=data, sink=sink)
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
-    scale, layout = float(softmax_scale), cache.layout.value
-    return _mla_decode(q, data, block_table, seq_lens, sink, scale, causal, window, layout, cache.latent_dim)
+    scale, layout = float(softmax_scale), cache.layout_name
+    settings = scale, causal, window, layout, cache.latent_dim, wanted(batch_invariant)
+    return _mla_decode(q, data, block_table, seq_lens, sink, *settings)

@@ -9,7 +9,7 @@ import torch
 from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.fp8 import decode_e4m3
 
@@ -195,48 +195,50 @@ INDEXER_LOGITS = Kernel(
 def launch_logits(q, k, weights, starts, ends, k_scale, fill=True):
     """q [T, H, d] against keys in rows -> [T, S]; without ``fill``, tiles outside every range stay as allocated."""
     tokens, heads, width = q.shape
-    q = q if q.stride(1) == width or heads == 1 else q.contiguous()
-    statics = _statics(heads, width, 0, k_scale is not None, fill)
-    out = torch.empty(tokens, k.shape[0], dtype=torch.float32, device=q.device)
-    scale = out if k_scale is None else k_scale
-    strides = q.stride(0), weights.stride(0), 0, k.stride(0), 0, 0
-    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, statics)
+    q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
+    out = torch.empty((tokens, k.shape[0]), dtype=torch.float32, device=q.device)
+    fp8 = k_scale is not None
+    scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
+    strides, shape = (q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0), (heads, width, 0, fp8, fill)
+    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape)
     return out
 
 
 def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, fill=True):
     """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`."""
-    cache = IndexerCache(data, head_dim)
     sequences, tokens, heads, width = q.shape
+    page_size, parts, pages = page_size_of(data, head_dim), launched_parts(data, head_dim), data.shape[0]
     q, weights = q.reshape(sequences * tokens, heads, width), weights.reshape(sequences * tokens, heads)
-    q = q if q.stride(1) == width or heads == 1 else q.contiguous()
-    capacity = block_table.shape[1] * cache.page_size
-    out = torch.empty(sequences * tokens, capacity, dtype=torch.float32, device=q.device)
-    statics = _statics(heads, width, cache.page_size, cache.quantised, fill)
-    keys, scale = cache.keys, out if cache.scales is None else cache.scales
-    scale_stride = scale.stride(0) if cache.quantised else 0
-    strides = q.stride(0), weights.stride(0), keys.stride(0), width, scale_stride, block_table.stride(0)
+    q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
+    capacity = block_table.shape[1] * page_size
+    out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
+    shape = heads, width, page_size, parts is not None, fill
+    keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
+    strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
-        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, cache.num_pages,
-        statics,
-    )  # fmt: skip
+        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, pages, shape
+    )
     return out.view(sequences, tokens, capacity)
 
 
 def launch_indexer_logits(
-    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, statics
+    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape
 ):
-    chip = chip_of(q.device)
-    keys = out.shape[1]
+    """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
+    whether to fill."""
+    chip, keys, (_, _, page_size, fp8, _) = chip_of(q.device), out.shape[1], shape
     # nothing that depends on the batch chooses the tile, so that the same bits come out
-    sizes = {"tokens": tokens if statics["PAGE_SIZE"] else 32}
-    tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+    plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tokens if page_size else 32))
+    if plan is None:
+        statics = _statics(*shape)
+        tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": key[-1]})
+        plan = INDEXER_LOGITS.keep(key, (statics, tile))
+    statics, tile = plan
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
-    codes = k.view(torch.int8) if statics["FP8"] else out.view(torch.int8)
     args = (
-        q, q if statics["FP8"] else k, codes, scale, weights, starts, ends, block_table, out, *strides, out.stride(0),
-        tokens, keys, num_pages, token_tiles, key_tiles, work,
+        q, q if fp8 else k, k if fp8 else out.view(torch.int8), scale, weights, starts, ends, block_table, out,
+        *strides, out.stride()[0], tokens, keys, num_pages, token_tiles, key_tiles, work,
     )  # fmt: skip
     INDEXER_LOGITS.launch(chip, work, args, statics, tile)
 
@@ -246,5 +248,5 @@ def empty_logits(q, k, weights, starts, ends, k_scale):
 
 
 def empty_paged_logits(q, cache, head_dim, weights, block_table, seq_lens):
-    page_size = IndexerCache(cache, head_dim).page_size
+    page_size = page_size_of(cache, head_dim)
     return weights.new_empty(q.shape[0], q.shape[1], block_table.shape[1] * page_size)

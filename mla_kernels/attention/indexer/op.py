@@ -13,7 +13,13 @@ from mla_kernels.attention.indexer.topk import MAX_KEYS
 from mla_kernels.attention.paging import check_page_size
 from mla_kernels.checks import FLOATS, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
-from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
+from mla_kernels.latent.indexer.cache import (
+    HEAD_DIMS,
+    IndexerCache,
+    check_head_dim,
+    check_indexer_cache,
+    page_size_of,
+)
 from mla_kernels.shim import define_op
 
 
@@ -46,8 +52,7 @@ def check_pages(block_table, seq_lens, num_pages, page_size) -> None:
 
 
 def _check_paged_values(q, cache, head_dim, weights, block_table, seq_lens):
-    cache = IndexerCache(cache, head_dim)
-    check_pages(block_table, seq_lens, cache.num_pages, cache.page_size)
+    check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
 
 
 _paged_indexer_logits = define_op(
@@ -77,14 +82,16 @@ def check_logits_arguments(op, q, k, weights, starts, ends, k_scale) -> torch.Te
     check_tensor("weights", weights, shape=(tokens, heads), dtypes=(torch.float32,), device=q.device)
     check_tensor("starts", starts, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     check_tensor("ends", ends, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
-    check_no_grad(op, q=q, k=k, weights=weights)
+    if torch.is_grad_enabled():
+        check_no_grad(op, q=q, k=k, weights=weights)
     return k
 
 
 def _check_heads(q) -> None:
     if not 1 <= q.shape[-2] <= MAX_HEADS:
         raise ValueError(f"q: got {q.shape[-2]} index heads, 1 to {MAX_HEADS} are accepted")
-    check_head_dim(q.shape[-1])
+    if q.shape[-1] not in HEAD_DIMS:
+        check_head_dim(q.shape[-1])
 
 
 def check_paged_arguments(op, q, cache, weights, block_table, seq_lens) -> None:
@@ -107,7 +114,8 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens) -> None:
             f"block_table: got {block_table.shape[1]} pages of {cache.page_size} tokens a sequence, less than "
             f"{MAX_KEYS:,} tokens are accepted"
         )
-    check_no_grad(op, q=q, cache=cache.data, weights=weights)
+    if torch.is_grad_enabled():
+        check_no_grad(op, q=q, cache=cache.data, weights=weights)
 
 
 def indexer_logits(

@@ -11,7 +11,7 @@ from mla_kernels.attention.indexer.op import check_logits_arguments, check_paged
 from mla_kernels.attention.indexer.topk import check_top_k, launch_topk
 from mla_kernels.cpu import indexer as cpu
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.cache import IndexerCache, page_size_of
 from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -98,14 +98,18 @@ def _launch_keys(q, k, weights, starts, ends, k_scale, top_k):
 
 def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
     sequences, queries = q.shape[:2]
-    page_size = IndexerCache(cache, head_dim).page_size
+    page_size = page_size_of(cache, head_dim)
     capacity = block_table.shape[1] * page_size
-    slots = _empty_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k)
-    ends = seq_lens
+    slots, ends = seq_lens.new_empty((sequences, queries, top_k)), seq_lens
     if queries > 1:
         last = torch.arange(1 - queries, 1, dtype=torch.int32, device=q.device)
         ends = (seq_lens.unsqueeze(1) + last).flatten()
     step = max(1, _tokens_at_once(capacity) // queries)
+    if 0 < sequences <= step:  # all at once, without views
+        logits = launch_paged_logits(q, cache, head_dim, weights, block_table, seq_lens, fill=False)
+        positions = launch_topk(logits.view(sequences * queries, capacity), top_k, None, ends)
+        _launch_positions(positions, block_table, slots, queries, page_size)
+        return slots
     for first in range(0, sequences, step):
         rows = slice(first, first + step)
         table = block_table[rows]
@@ -122,10 +126,13 @@ def _launch_positions(positions, table, slots, queries, page_size):
         slots.fill_(-1)
         return
     chip = chip_of(positions.device)
-    tile = SLOTS.tile_for(chip, "fp32", {}, {"rows": rows, "top_k": top_k})
-    blocks = -(-top_k // tile["BLOCK"])
-    args = (positions, table, slots, table.stride(0), queries, page_size, top_k, blocks, rows * blocks)
-    SLOTS.launch(chip, rows * blocks, args, {}, tile)
+    plan = SLOTS.kept.plans.get(key := (chip.device, rows, top_k))
+    if plan is None:
+        tile = SLOTS.tile_for(chip, "fp32", {}, {"rows": rows, "top_k": top_k})
+        plan = SLOTS.keep(key, (-(-top_k // tile["BLOCK"]), {}, tile))
+    blocks, statics, tile = plan
+    args = (positions, table, slots, table.stride()[0], queries, page_size, top_k, blocks, rows * blocks)
+    SLOTS.launch(chip, rows * blocks, args, statics, tile)
 
 
 def _empty_keys(q, k, weights, starts, ends, k_scale, top_k):
@@ -141,8 +148,7 @@ def _check_keys_values(q, k, weights, starts, ends, k_scale, top_k):
 
 
 def _check_slots_values(q, cache, head_dim, weights, block_table, seq_lens, top_k):
-    cache = IndexerCache(cache, head_dim)
-    check_pages(block_table, seq_lens, cache.num_pages, cache.page_size)
+    check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
 
 
 _select_keys = define_op(

@@ -213,30 +213,37 @@ TOPK = Kernel(
 )
 
 
+def _step(chip, rows, columns, top_k, starts, ends, indices):
+    """(chunk, chunks, statics, tile) of a launch over rows of so many columns."""
+    resident = _resident(columns, top_k)
+    statics = _statics(starts, ends, indices, 2, resident)
+    sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": 1}
+    tile = TOPK.tile_for(chip, "fp32", statics, sizes)
+    if resident:  # a tuned block may belong to other sizes
+        chunk = max(tile["BLOCK"], min(power_of_two(columns), 4 * power_of_two(top_k)))
+        tile = tile | {"BLOCK": chunk}
+    else:
+        chunk = 16 * power_of_two(top_k)
+    chunks = max(1, -(-columns // chunk))
+    return chunk, chunks, _statics(starts, ends, indices, chunks, resident), tile
+
+
 def launch_topk(logits, top_k, starts, ends):
     """logits [rows, columns] fp32 -> int32 [rows, top_k]: chunk by chunk, then among the candidates of the chunks."""
-    rows, columns = logits.shape
-    chip = chip_of(logits.device)
+    (rows, columns), chip = logits.shape, chip_of(logits.device)
     values, indices = logits, None
     while True:
-        resident = _resident(columns, top_k)
-        statics = _statics(starts, ends, indices, 2, resident)
-        sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": 1}
-        tile = TOPK.tile_for(chip, "fp32", statics, sizes)
-        if resident:  # a tuned block may belong to other sizes
-            chunk = max(tile["BLOCK"], min(power_of_two(columns), 4 * power_of_two(top_k)))
-            tile = tile | {"BLOCK": chunk}
-        else:
-            chunk = 16 * power_of_two(top_k)
-        chunks = max(1, -(-columns // chunk))
-        statics = _statics(starts, ends, indices, chunks, resident)
-        out_indices = torch.empty(rows, chunks * top_k, dtype=torch.int32, device=logits.device)
+        key = chip.device, rows, columns, top_k, starts is None, ends is None, indices is None
+        chunk, chunks, statics, tile = TOPK.kept.plans.get(key) or TOPK.keep(
+            key, _step(chip, rows, columns, top_k, starts, ends, indices)
+        )
+        out_indices = torch.empty((rows, chunks * top_k), dtype=torch.int32, device=logits.device)
         out_values = torch.empty_like(out_indices, dtype=torch.float32) if chunks > 1 else values
         unused = out_indices
         args = (
             values, unused if indices is None else indices, unused if starts is None else starts,
             unused if ends is None else ends, out_values, out_indices,
-            values.stride(0), columns, chunk, chunks, top_k, rows * chunks,
+            values.stride()[0], columns, chunk, chunks, top_k, rows * chunks,
         )  # fmt: skip
         TOPK.launch(chip, rows * chunks, args, statics, tile)
         if chunks == 1:
@@ -301,5 +308,6 @@ def indexer_topk(
     for name, bound in (("starts", starts), ("ends", ends)):
         if bound is not None:
             check_tensor(name, bound, shape=(logits.shape[0],), dtypes=(torch.int32,), device=logits.device)
-    check_no_grad("indexer_topk", logits=logits)
+    if logits.requires_grad:
+        check_no_grad("indexer_topk", logits=logits)
     return _indexer_topk(logits, top_k, starts, ends)

@@ -238,4 +238,4 @@ def backward(ctx, out_grad, lse_grad, max_logits_grad):
     q_grad, kv_grad, sink_grad = _backward(
         q, kv, indices, out, lse, out_grad, lse_grad, ctx.softmax_scale, ctx.latent_dim, topk_length, sink
     )
-    return q_grad, kv_grad, None, None, None, None, None if sink is None else sink_grad, None
+    return q_grad, kv_grad, None, None, None, None, None if sink is None else sink_grad, None, None

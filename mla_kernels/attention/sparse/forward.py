@@ -5,6 +5,7 @@ Source of the mathematics: DeepSeek-V3.2-Exp report, https://github.com/deepseek
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -14,14 +15,21 @@ from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.merge import launch_merge
 from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.attention.sparse.tiles import forward_memory, forward_rule
+from mla_kernels.attention.splits import (
+    DECLARED_CORES,
+    MOST_CORES,
+    SPLIT_STEP,
+    most_splits,
+    sequences_at_once,
+    split_count,
+)
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import ALIGNMENT
+from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, launched_parts
 from mla_kernels.quant.fp8 import decode_e4m3
 
-SPLIT_PICKS = 256  # picks that a program of a decode step works on
+FIXED_PICKS = 256  # picks of a split where bits must not depend on the batch
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.
     return tl.reshape(values, [codes.shape[0], WIDTH])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "top_k", "share", "splits", "work"])
 def sparse_mla_kernel(
     q_ptr, latent_ptr, scale_ptr, rope_ptr, indices_ptr, lengths_ptr, sink_ptr, out_ptr, partial_ptr, lse_ptr,
     max_ptr, score_scale, q_stride, head_stride, page_stride, token_stride, index_stride,
@@ -63,7 +71,7 @@ def sparse_mla_kernel(
 
     An item is (token * splits + split) * head tiles + head tile: head tiles that read the same rows are neighbours, so
     that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
-    query, picks and length alone. BRANCH: see :func:`mla_kernels.attention.latents.score_tile`.
+    query, picks, length and ``share`` alone. BRANCH: see :func:`mla_kernels.attention.latents.score_tile`.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     line = tl.arange(0, BLOCK_H)
@@ -148,15 +156,24 @@ def sparse_mla_kernel(
             tl.store(max_ptr + target + line, tl.where(empty, float("-inf"), largest * LN2), mask=inside)
 
 
-def parts_of(top_k: int) -> int:
-    """Programs that share the picks of one token and head tile in a decode step."""
-    return max(1, -(-top_k // SPLIT_PICKS))
+def picks_of_split(top_k: int, programs: int, cores: int) -> int:
+    """Picks of a token that one program works on in a decode step, where ``programs`` programs would do without splits
+    of ``top_k`` picks; see :func:`mla_kernels.attention.splits.split_count`."""
+    return max(1, -(-top_k // (split_count(top_k, programs, cores) * SPLIT_STEP))) * SPLIT_STEP
+
+
+def _parts(top_k: int, share: int) -> int:
+    return max(1, -(-top_k // share))
 
 
 def _cost(dtype, statics, sizes):
+    """Workspace: the most on any chip."""
     tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
     latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    parts = parts_of(top_k) if statics["SPLIT"] else 1
+    parts = 1
+    if statics["SPLIT"]:
+        programs = tokens * -(-heads // max(SPARSE_MLA.tiles["BLOCK_H"]))
+        parts = max(most_splits(top_k, programs, MOST_CORES), _parts(top_k, FIXED_PICKS))
     return Cost(
         flops=2.0 * tokens * heads * top_k * (width + latent),
         bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (decode_tiles.token_bytes(dtype, statics) + 4)),
@@ -166,10 +183,11 @@ def _cost(dtype, statics, sizes):
 
 def _work(dtype, statics, sizes, tile):
     latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
-    parts = parts_of(sizes["top_k"]) if statics["SPLIT"] else 1
-    picks = -(-sizes["top_k"] // parts // tile["BLOCK_N"]) * tile["BLOCK_N"]
+    programs, picks = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"]), sizes["top_k"]
+    if statics["SPLIT"]:
+        picks = picks_of_split(picks, programs, DECLARED_CORES)
     return Work(
-        programs=sizes["tokens"] * parts * -(-sizes["heads"] // tile["BLOCK_H"]),
+        programs=programs * _parts(sizes["top_k"], picks),
         flops=2.0 * tile["BLOCK_H"] * picks * (width + latent),
         bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
     )
@@ -233,90 +251,136 @@ SPARSE_MLA = Kernel(
 )
 
 
-def attend(q, cache, indices, lengths, queries, scale, parts, results, sink=None):
-    """Launch over q [T, heads, width] and one source. ``results``: (out, partial, lse, max_logits), None if unused."""
-    tokens, heads, _ = q.shape
-    top_k = indices.shape[1]
-    out, partial, lse, max_logits = results
-    unit = ALIGNMENT if cache.layout.quantised else 1
-    page_stride, token_stride = cache.data.stride(0), cache.data.stride(1)
-    page_size = cache.page_size
-    last = (cache.num_pages - 1) * page_stride + (page_size - 1) * token_stride + cache.data.shape[2]
+class _Source(NamedTuple):
+    """Rows that a call attends to, and what follows from where they lie."""
+
+    parts: tuple  # latents, scales or None, keys or None
+    indices: torch.Tensor
+    lengths: torch.Tensor | None
+    slots: int
+    strides: tuple[int, int]  # of pages and tokens, as the kernel takes them
+    statics: dict
+    tile: dict
+
+
+def _source(chip, q, data, indices, lengths, latent_dim, layout, decode):
+    """The source that data ``[pages, page_size, elements]`` of a cache is to queries [..., heads, width]."""
+    (heads, width), shape, strides = q.shape[-2:], data.shape, data.stride()
+    key = chip.device, q.dtype, heads, width, shape, strides, latent_dim, layout, decode
+    plan = SPARSE_MLA.kept.plans.get(key)
+    if plan is None:
+        plan = SPARSE_MLA.keep(key, _source_plan(chip, *key[1:]))
+    parts = launched_parts(data, layout, latent_dim) if layout in QUANTISED else (data, None, data[..., latent_dim:])
+    return _Source(parts if width > latent_dim else (*parts[:2], None), indices, lengths, *plan)
+
+
+def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, decode):
+    """(slots, strides, statics, tile). The tile follows from the constants and the heads alone. Slots that lie evenly
+    are pages of one token."""
+    (pages, page_size, elements), (page_stride, token_stride, _) = shape, strides
+    last = (pages - 1) * page_stride + (page_size - 1) * token_stride
+    slots = pages * page_size
     if page_size == 1:
         token_stride = page_stride
-    elif page_stride == page_size * token_stride or cache.num_pages == 1:
+    elif page_stride == page_size * token_stride or pages == 1:
         page_size = 1
-    layout = cache.layout.value if cache.layout.quantised else "plain"
-    plain = _statics(cache.latent_dim, cache.rope_dim, layout)
-    plain |= {"PAGE_SIZE": page_size, "WIDE": last >= 1 << 31, "MAX_LOGITS": max_logits is not None}
-    plain["SPLIT"] = partial is not None
-    chip = chip_of(q.device)
-    tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[q.dtype], plain, {"heads": heads})
-    statics = plain | {"LENGTHS": lengths is not None, "SINK": sink is not None}
+    statics = _statics(latent_dim, width - latent_dim, layout if layout in QUANTISED else "plain")
+    statics |= {"PAGE_SIZE": page_size, "WIDE": last + elements >= 1 << 31, "MAX_LOGITS": not decode, "SPLIT": decode}
+    tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
+    unit = ALIGNMENT if layout in QUANTISED else 1
+    return slots, (page_stride // unit, token_stride // unit), statics, tile
+
+
+def attend(chip, q, source, indices, queries, scale, share, results, sink=None):
+    """Launch over q [T, heads, width] and one source with picks [T, top_k], ``share`` of them a program. ``results``:
+    (out, partial, lse, max_logits), None if unused."""
+    (tokens, heads, _), top_k = q.shape, indices.shape[1]
+    (latents, scales, keys), _, lengths, slots, strides, statics, tile = source
+    out, partial, lse, max_logits = results
+    statics = statics | {"SPLIT": partial is not None, "LENGTHS": lengths is not None, "SINK": sink is not None}
+    parts = max(1, -(-top_k // share))
     work = tokens * parts * -(-heads // tile["BLOCK_H"])
     args = (
-        q,
-        cache.latents.view(torch.int8) if cache.layout.quantised else cache.latents,
-        lse if cache.scales is None else cache.scales,
-        cache.rope if cache.rope_dim else q,
-        indices,
-        indices if lengths is None else lengths,
-        lse if sink is None else sink,
-        q if out is None else out,
-        lse if partial is None else partial,
-        lse,
-        lse if max_logits is None else max_logits,
-        scale / math.log(2.0),
-        q.stride(0), q.stride(1), page_stride // unit, token_stride // unit, indices.stride(0),
-        tokens, queries, heads, cache.num_slots, top_k, top_k if parts == 1 else SPLIT_PICKS, parts, work,
+        q, latents, lse if scales is None else scales, q if keys is None else keys, indices,
+        indices if lengths is None else lengths, lse if sink is None else sink, q if out is None else out,
+        lse if partial is None else partial, lse, lse if max_logits is None else max_logits,
+        scale / math.log(2.0), *q.stride()[:2], *strides, indices.stride()[0],
+        tokens, queries, heads, slots, top_k, share, parts, work,
     )  # fmt: skip
     SPARSE_MLA.launch(chip, work, args, statics, tile)
 
 
 def launch_decode(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length,
+    extra_topk_length, batch_invariant=False,
 ):  # fmt: skip
-    sequences, queries, heads, width = q.shape
-    tokens = sequences * queries
-    out = q.new_empty(sequences, queries, heads, latent_dim)
-    lse = q.new_empty(sequences, queries, heads, dtype=torch.float32)
-    q = q.reshape(tokens, heads, width)
-    sources = [(LatentCache(cache, latent_dim, layout), indices, topk_length)]
+    (sequences, queries, heads, _), chip = q.shape, chip_of(q.device)
+    out = q.new_empty((sequences, queries, heads, latent_dim))
+    lse = q.new_empty((sequences, queries, heads), dtype=torch.float32)
+    sources = [_source(chip, q, cache, indices, topk_length, latent_dim, layout, True)]
     if extra_cache is not None:
-        sources.append((LatentCache(extra_cache, latent_dim, layout), extra_indices, extra_topk_length))
-    counts = [parts_of(picks.shape[2]) for _, picks, _ in sources]
-    if sum(counts) == 1:
-        results = (out, None, lse, None)
-        attend(
-            q,
-            sources[0][0],
-            indices.reshape(tokens, indices.shape[2]),
-            topk_length,
-            queries,
-            softmax_scale,
-            1,
-            results,
-            sink,
-        )
+        sources.append(_source(chip, q, extra_cache, extra_indices, extra_topk_length, latent_dim, layout, True))
+    at_once, shares = sequences, []
+    for source in sources:
+        if batch_invariant:
+            shares.append(FIXED_PICKS)
+        else:
+            programs = sequences * queries * -(-heads // source.tile["BLOCK_H"])
+            shares.append(picks_of_split(source.indices.shape[2], programs, chip.dot_cores))
+    if batch_invariant:
+        parts = sum(_parts(source.indices.shape[2], FIXED_PICKS) for source in sources)
+        at_once = min(sequences, sequences_at_once(queries * heads * (latent_dim + 1) * 4, parts))
+    if at_once == sequences:
+        _decode(chip, q, sources, shares, softmax_scale, sink, batch_invariant, out, lse)
         return out, lse
-    partial = torch.empty(sum(counts), tokens, heads, latent_dim, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(sum(counts), tokens, heads, dtype=torch.float32, device=q.device)
-    first = 0
-    for (source, picks, lengths), parts in zip(sources, counts):
-        results = (None, partial[first:], partial_lse[first:], None)
-        attend(q, source, picks.reshape(tokens, picks.shape[2]), lengths, queries, softmax_scale, parts, results)
-        first += parts
-    launch_merge(partial, partial_lse, sink, out, lse)
+    for first in range(0, sequences, at_once):
+        some = slice(first, first + at_once)
+        part = [
+            source._replace(
+                indices=source.indices[some], lengths=None if source.lengths is None else source.lengths[some]
+            )
+            for source in sources
+        ]
+        _decode(chip, q[some], part, shares, softmax_scale, sink, batch_invariant, out[some], lse[some])
     return out, lse
 
 
-def launch_prefill(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
-    """The kernel knows the largest scores anyway; CPUs do not."""
-    results = empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink)
+def _decode(chip, q, sources, shares, scale, sink, batch_invariant, out, lse):
+    """One launch a source and the merge; one launch alone where its programs see all picks of a token. With
+    ``batch_invariant`` always through the workspace: the same kernels whatever the number of picks."""
+    sequences, queries, heads, width = q.shape
+    tokens, latent_dim, picks, counts = sequences * queries, out.shape[3], [], []
+    q = q.reshape(tokens, heads, width)
+    for source, share in zip(sources, shares):
+        top_k = source.indices.shape[2]
+        picks.append(source.indices.reshape(tokens, top_k))
+        counts.append(max(1, -(-top_k // share)))
+    if counts == [1] and not batch_invariant:
+        attend(chip, q, sources[0], picks[0], queries, scale, shares[0], (out, None, lse, None), sink)
+        return
+    rows, parts = tokens * heads, sum(counts)
+    partial = torch.empty(parts * rows * (latent_dim + 1), dtype=torch.float32, device=q.device)
+    lses = partial[parts * rows * latent_dim :]
+    attend(chip, q, sources[0], picks[0], queries, scale, shares[0], (None, partial, lses, None))
+    if len(sources) > 1:
+        first = counts[0] * rows
+        results = (None, partial[first * latent_dim :], lses[first:], None)
+        attend(chip, q, sources[1], picks[1], queries, scale, shares[1], results)
+    launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
+
+
+def launch_prefill(
+    q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, batch_invariant=False
+):
+    """The kernel knows the largest scores anyway; CPUs do not. A token's bits follow from its own picks alone."""
+    results, chip = (
+        empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink),
+        chip_of(q.device),
+    )
     out, lse, largest = results
-    cache = LatentCache(kv[:, None], latent_dim)
-    attend(q, cache, indices, topk_length, 1, softmax_scale, 1, (out, None, lse, largest), sink)
+    source = _source(chip, q, kv.unsqueeze(1), indices, topk_length, latent_dim, "plain", False)
+    picks = max(1, indices.shape[1])
+    attend(chip, q, source, indices, 1, softmax_scale, picks, (out, None, lse, largest), sink)
     return results if max_logits else (out, lse, lse.new_empty(0))
 
 
@@ -324,6 +388,6 @@ def empty_decode_results(q, cache, indices, softmax_scale, layout, latent_dim, *
     return q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+def empty_prefill_results(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True, *_):
     out, lse = q.new_empty(*q.shape[:-1], latent_dim), q.new_empty(q.shape[:-1], dtype=torch.float32)
     return out, lse, lse.new_empty(lse.shape if max_logits else 0)

@@ -2,7 +2,7 @@
 
 from mla_kernels.attention.merge import merge_end, merge_part, sink_factor
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work
 
 
 @triton.jit
@@ -80,12 +80,16 @@ SPARSE_MERGE = Kernel(
 )
 
 
-def launch_merge(partial, partial_lse, sink, out, lse):
-    parts, tokens, heads, width = partial.shape
-    chip = chip_of(out.device)
-    sizes = {"tokens": tokens, "heads": heads, "parts": parts}
-    tile = SPARSE_MERGE.tile_for(chip, DTYPE_NAMES[out.dtype], {"WIDTH": width, "SINK": False}, sizes)
-    statics = {"WIDTH": width, "SINK": sink is not None}
-    work = tokens * -(-heads // tile["BLOCK_R"])
+def launch_merge(chip, partial, partial_lse, sink, sizes, out, lse):
+    """Merge partial [parts, tokens, heads, width] and its lse into out and lse, all of any shape; ``sizes``: tokens,
+    heads, parts, width."""
+    tokens, heads, parts, width = sizes
+    plan = SPARSE_MERGE.kept.plans.get(key := (chip.device, out.dtype, sizes, sink is None))
+    if plan is None:
+        constants, problem = {"WIDTH": width, "SINK": False}, {"tokens": tokens, "heads": heads, "parts": parts}
+        tile = SPARSE_MERGE.tile_for(chip, DTYPE_NAMES[out.dtype], constants, problem)
+        statics = {"WIDTH": width, "SINK": sink is not None}
+        plan = SPARSE_MERGE.keep(key, (tokens * -(-heads // tile["BLOCK_R"]), statics, tile))
+    work, statics, tile = plan
     args = (partial, partial_lse, lse if sink is None else sink, out, lse, tokens, heads, parts, work)
     SPARSE_MERGE.launch(chip, work, args, statics, tile)

@@ -12,9 +12,10 @@ from mla_kernels.attention.sparse.forward import (
     launch_decode,
     launch_prefill,
 )
-from mla_kernels.checks import check_no_grad, check_range, check_tensor
+from mla_kernels.checks import any_requires_grad, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.sparse import sparse_mla_decode as cpu_sparse_mla_decode
 from mla_kernels.cpu.sparse import sparse_mla_prefill as cpu_sparse_mla_prefill
+from mla_kernels.invariance import wanted
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.shim import define_op
 
@@ -31,14 +32,14 @@ def _check_sink(sink):
 
 def _check_decode_values(
     q, cache, indices, softmax_scale, layout, latent_dim, topk_length, sink, extra_cache, extra_indices,
-    extra_topk_length,
+    extra_topk_length, batch_invariant,
 ):  # fmt: skip
     _check_lengths("topk_length", topk_length, indices)
     _check_lengths("extra_topk_length", extra_topk_length, extra_indices)
     _check_sink(sink)
 
 
-def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, max_logits=True):
+def _check_prefill_values(q, kv, indices, softmax_scale, latent_dim, topk_length, sink, *_):
     _check_lengths("topk_length", topk_length, indices)
     _check_sink(sink)
 
@@ -47,7 +48,7 @@ _sparse_mla_decode = define_op(
     "sparse_mla_decode",
     "(Tensor q, Tensor cache, Tensor indices, float softmax_scale, str layout, int latent_dim,"
     " Tensor? topk_length=None, Tensor? sink=None, Tensor? extra_cache=None, Tensor? extra_indices=None,"
-    " Tensor? extra_topk_length=None) -> (Tensor, Tensor)",
+    " Tensor? extra_topk_length=None, bool batch_invariant=False) -> (Tensor, Tensor)",
     cpu=cpu_sparse_mla_decode,
     device=launch_decode,
     fake=empty_decode_results,
@@ -59,7 +60,7 @@ _sparse_mla_prefill = define_op(
     "sparse_mla_prefill",
     "(Tensor q, Tensor kv, Tensor indices, float softmax_scale, int latent_dim=512, Tensor? topk_length=None,"
     " Tensor? sink=None,"
-    " bool max_logits=True) -> (Tensor, Tensor, Tensor)",
+    " bool max_logits=True, bool batch_invariant=False) -> (Tensor, Tensor, Tensor)",
     cpu=cpu_sparse_mla_prefill,
     device=launch_prefill,
     fake=empty_prefill_results,
@@ -73,13 +74,19 @@ def _check_scale(softmax_scale):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, a float is accepted")
 
 
+def _accepted(width) -> bool:
+    """Whether a latent or a rotated key may be so wide."""
+    return type(width) is int and width >= 16 and width & (width - 1) == 0
+
+
 def _check_source(prefix, q, cache, indices, topk_length):
     """One cache of a decode step and the picks from it."""
     if not isinstance(cache, LatentCache):
         raise TypeError(f"{prefix}cache: got {type(cache).__name__}, a LatentCache is accepted")
-    if cache.num_pages == 0:
+    pages = cache.data.shape[0]
+    if pages == 0:
         raise ValueError(f"{prefix}cache: got 0 pages, at least 1 is accepted")
-    if cache.num_slots >= 1 << 31:
+    if pages * cache.page_size >= 1 << 31:
         raise ValueError(f"{prefix}cache: got {cache.num_slots:,} slots, less than 2**31 are accepted")
     shape = (q.shape[0], q.shape[1], None)
     check_tensor(f"{prefix}indices", indices, shape=shape, dtypes=(torch.int32,), device=q.device)
@@ -99,6 +106,7 @@ def sparse_mla_decode(
     extra_cache: LatentCache | None = None,
     extra_indices: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Absorbed latent attention of a few query tokens per sequence over the cache slots that ``indices`` pick.
 
@@ -112,9 +120,14 @@ def sparse_mla_decode(
 
     ``extra_cache`` is a second source (its own pages and page size), attended in the same softmax.
 
-    A program works on 256 picks of a token, and the parts are merged in a fixed order: the result has the same bits on
-    every call and whatever else is in the batch. Device workspace: 4 (latent_dim + 1) bytes a query row and part, where
-    k indices make ceil(k / 256) parts (at least 1 a source); none with one part. Nothing waits for the device.
+    The picks of a token are worked on in parts, which are merged in a fixed order: the result has the same bits on
+    every call. How many parts follows from the number of tokens, top_k and the device's cores, as the splits of
+    :func:`mla_kernels.mla_decode`; bits may therefore depend on the batch. With ``batch_invariant`` a part is 256
+    picks, and a token has the same bits in any batch and with any number of absent picks behind its own.
+
+    Device workspace: 4 (latent_dim + 1) bytes a query row and part. At most 128 parts a source, of at least 128 picks
+    and no more than make 4 programs a core; none with one part. With ``batch_invariant`` at most 256 MiB, or one
+    sequence's ceil(top_k / 256) parts a source where they take more. Nothing waits for the device.
 
     Args:
         q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one.
@@ -127,6 +140,8 @@ def sparse_mla_decode(
         extra_cache: a second cache of the same layout, widths and dtype.
         extra_indices: [B, S_q, extra_top_k] int32, slots of ``extra_cache``.
         extra_topk_length: [B] int32, as ``topk_length``.
+        batch_invariant: whether bits must not depend on what else is computed; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         (out [B, S_q, heads, latent_dim] in q's dtype, lse [B, S_q, heads] float32, natural logarithm). A token with no
@@ -163,10 +178,11 @@ def sparse_mla_decode(
         check_tensor("sink", sink, shape=(q.shape[2],), dtypes=(torch.float32,), device=q.device)
     _check_scale(softmax_scale)
     extra = None if extra_cache is None else extra_cache.data
-    check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
+    if any_requires_grad((q, cache.data, sink, extra)):
+        check_no_grad("sparse_mla_decode", q=q, cache=cache.data, sink=sink, extra_cache=extra)
     return _sparse_mla_decode(
-        q, cache.data, indices, float(softmax_scale), cache.layout.value, cache.latent_dim, topk_length, sink, extra,
-        extra_indices, extra_topk_length,
+        q, cache.data, indices, float(softmax_scale), cache.layout_name, cache.latent_dim, topk_length, sink, extra,
+        extra_indices, extra_topk_length, wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -180,6 +196,7 @@ def sparse_mla_prefill(
     topk_length: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     return_max_logits: bool = False,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Absorbed latent attention of each token over the rows of ``kv`` that its indices pick, for prefill and training.
 
@@ -206,6 +223,9 @@ def sparse_mla_prefill(
         sink: [heads] float32, a logit that takes weight and gives no value: out is multiplied by
             ``sigmoid(lse - sink)``, lse stays. -inf is no sink, +inf makes out zero.
         return_max_logits: whether the largest scores are returned, too. On CPUs they take products in float32.
+        batch_invariant: whether a token's results must not depend on the others, nor on absent picks behind its own;
+            None: as the block :class:`mla_kernels.batch_invariant` says. On devices it is so in any case; CPUs then
+            take token by token.
 
     Returns:
         (out [T, heads, latent_dim] in q's dtype, lse [T, heads] float32, natural logarithm[, max_logits [T, heads]
@@ -226,7 +246,8 @@ def sparse_mla_prefill(
     check_tensor("kv", kv, shape=(None, width), like=q)
     if not 0 < kv.shape[0] < 1 << 31:
         raise ValueError(f"kv: got {kv.shape[0]} rows, 1 to 2**31 - 1 are accepted")
-    LatentCache(kv[:, None], latent_dim)  # refuses widths
+    if not (_accepted(latent_dim) and (width == latent_dim or _accepted(width - latent_dim))):
+        LatentCache(kv[:, None], latent_dim)  # refuses widths, by their names
     check_tensor("indices", indices, shape=(tokens, None), dtypes=(torch.int32,), device=q.device)
     if topk_length is not None:
         check_tensor("topk_length", topk_length, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
@@ -236,6 +257,7 @@ def sparse_mla_prefill(
     if not isinstance(return_max_logits, bool):
         raise TypeError(f"return_max_logits: got {type(return_max_logits).__name__}, a bool is accepted")
     out, lse, max_logits = _sparse_mla_prefill(
-        q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink, return_max_logits
-    )
+        q, kv, indices, float(softmax_scale), latent_dim, topk_length, sink, return_max_logits,
+        wanted(batch_invariant),
+    )  # fmt: skip
     return (out, lse, max_logits.detach()) if return_max_logits else (out, lse)

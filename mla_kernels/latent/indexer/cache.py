@@ -1,12 +1,13 @@
 """IndexerCache: the paged keys of the lightning indexer, and their byte layouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from mla_kernels.checks import FLOATS, check_choice, check_int
 
 LAYOUTS = ("bf16", "fp8")
+HEAD_DIMS = (32, 64, 128, 256)
 SCALE_BYTES = 4  # one fp32 scale a key
 
 
@@ -45,6 +46,8 @@ class IndexerCache:
     data: torch.Tensor
     head_dim: int = 128
     layout: str | None = None
+    quantised: bool = field(init=False, repr=False)
+    page_size: int = field(init=False, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.data, torch.Tensor):
@@ -52,6 +55,7 @@ class IndexerCache:
         if self.layout is None:
             object.__setattr__(self, "layout", "fp8" if self.data.dtype == torch.uint8 else "bf16")
         check_choice("layout", self.layout, LAYOUTS)
+        object.__setattr__(self, "quantised", self.layout == "fp8")
         accepted = (torch.uint8,) if self.quantised else FLOATS
         if self.data.dtype not in accepted:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
@@ -66,11 +70,12 @@ class IndexerCache:
             # torch.compile cannot trace the offset; the launch makes this check again
             place = self.data.stride(0), 0 if torch.compiler.is_compiling() else self.data.storage_offset()
             if any(value % SCALE_BYTES for value in place):
-                raise ValueError(f"data: got page stride and offset {place}, fp8 accepts multiples of 4 bytes")
+                raise misplaced(*place)
         elif len(shape) != 3 or shape[1] == 0 or shape[2] != self.head_dim:
             raise ValueError(f"data: got shape {shape}, [num_pages, page_size, {self.head_dim}] is accepted")
         if self.data.stride(-1) != 1 or (not self.quantised and shape[1] > 1 and self.data.stride(1) != self.head_dim):
             raise ValueError(f"data: got strides {self.data.stride()}, pages that are dense are accepted")
+        object.__setattr__(self, "page_size", page_size_of(self.data, self.head_dim))
 
     @classmethod
     def allocate(
@@ -94,10 +99,6 @@ class IndexerCache:
         return cls(torch.zeros(shape, dtype=dtype, device=device), head_dim, layout)
 
     @property
-    def quantised(self) -> bool:
-        return self.layout == "fp8"
-
-    @property
     def keys(self) -> torch.Tensor:
         """View ``[num_pages, page_size, head_dim]``: values, or e4m3 codes as uint8."""
         if not self.quantised:
@@ -108,10 +109,6 @@ class IndexerCache:
     def scales(self) -> torch.Tensor | None:
         """View fp32 ``[num_pages, page_size]`` of the keys' scales, or None."""
         return self.data[:, self.page_size * self.head_dim :].view(torch.float32) if self.quantised else None
-
-    @property
-    def page_size(self) -> int:
-        return self.data.shape[1] // (self.head_dim + SCALE_BYTES) if self.quantised else self.data.shape[1]
 
     @property
     def num_pages(self) -> int:
@@ -127,9 +124,31 @@ class IndexerCache:
         return self.head_dim + SCALE_BYTES if self.quantised else self.head_dim * self.data.element_size()
 
 
+def page_size_of(data: torch.Tensor, head_dim: int) -> int:
+    """Tokens of a page of a cache's data."""
+    return data.shape[1] if data.dim() == 3 else data.shape[1] // (head_dim + SCALE_BYTES)
+
+
+def launched_parts(data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(codes as int8, fp32 scales) of an "fp8" cache's data, views of its one storage that begin at the first token's,
+    which is what kernels take; None of another. Refuses bytes that do not lie on 4, where :class:`IndexerCache` could
+    not look: in torch.compile."""
+    if data.dim() == 3:
+        return None
+    place = data.stride()[0], data.storage_offset()
+    if (place[0] | place[1]) % SCALE_BYTES:
+        raise misplaced(*place)
+    codes = data.shape[1] // (head_dim + SCALE_BYTES) * head_dim
+    return data.view(torch.int8), data.view(torch.float32)[:, codes // SCALE_BYTES :]
+
+
+def misplaced(*place: int) -> ValueError:
+    return ValueError(f"data: got page stride and offset {place}, fp8 accepts multiples of 4 bytes")
+
+
 def check_head_dim(head_dim) -> None:
-    check_int("head_dim", head_dim, 32, 256)
-    if head_dim & (head_dim - 1):
+    check_int("head_dim", head_dim, HEAD_DIMS[0], HEAD_DIMS[-1])
+    if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: got {head_dim}, powers of two from 32 to 256 are accepted")
 
 

@@ -7,8 +7,16 @@ import torch
 
 from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.indexer.cache import IndexerCache, check_head_dim, check_indexer_cache
+from mla_kernels.latent.indexer.cache import (
+    IndexerCache,
+    check_head_dim,
+    check_indexer_cache,
+    launched_parts,
+    page_size_of,
+)
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.latent.write import ROPE_MODES, token_is_written
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -227,35 +235,44 @@ ROTATE_INDEXER_QUERY = Kernel(
 
 
 def _launch_write(
-    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps
-):
-    tokens, width = k.shape
-    cache = IndexerCache(cache, width)
-    statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": cache.quantised}
-    keys, scales = cache.keys, cache.scales if cache.quantised else cos
-    values, codes = (k, keys) if cache.quantised else (keys, cos)
-    chip = chip_of(k.device)
-    tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, {"tokens": tokens})
+    k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, rope_dim, rope, rope_first, hadamard, eps,
+    batch_invariant=False,
+):  # fmt: skip
+    (tokens, width), chip, parts = k.shape, chip_of(k.device), launched_parts(cache, k.shape[1])
+    options = rope_dim, rope, rope_first, hadamard, parts is None, batch_invariant
+    plan = WRITE_INDEXER_KEY.kept.plans.get(key := (chip.device, k.dtype, tokens, width, options))
+    if plan is None:
+        statics = {**_statics(width, rope_dim, rope, rope_first, hadamard), "FP8": parts is not None}
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
+        tile = WRITE_INDEXER_KEY.tile_for(chip, DTYPE_NAMES[k.dtype], statics, sizes)
+        plan = WRITE_INDEXER_KEY.keep(key, (statics, tile))
+    k = canonical(k) if batch_invariant else k
+    values, codes, scales = (cache, cos.view(torch.int8), cos) if parts is None else (k, *parts)
+    page_size = page_size_of(cache, width)
     args = (
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping,
-        values, codes.view(torch.int8), scales,
-        tokens, cos.shape[0], cache.num_slots, cache.page_size,
-        k.stride(0), cos.stride(0), sin.stride(0), keys.stride(0), scales.stride(0), eps,
+        values, codes, scales, tokens, cos.shape[0], cache.shape[0] * page_size, page_size,
+        k.stride()[0], cos.stride()[0], sin.stride()[0], cache.stride()[0], scales.stride()[0], eps,
     )  # fmt: skip
-    WRITE_INDEXER_KEY.launch(chip, tokens, args, statics, tile)
+    WRITE_INDEXER_KEY.launch(chip, tokens, args, *plan)
 
 
-def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
-    tokens, heads, width = q.shape
-    out = _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
-    statics = _statics(width, rope_dim, rope, rope_first, hadamard)
-    chip = chip_of(q.device)
-    tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tokens, "heads": heads})
+def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard, batch_invariant=False):
+    (tokens, heads, width), chip = q.shape, chip_of(q.device)
+    out = q.new_empty(q.shape)
+    options = rope_dim, rope, rope_first, hadamard, batch_invariant
+    plan = ROTATE_INDEXER_QUERY.kept.plans.get(key := (chip.device, q.dtype, tokens, heads, width, options))
+    if plan is None:
+        statics = _statics(width, rope_dim, rope, rope_first, hadamard)
+        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
+        tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
+        plan = ROTATE_INDEXER_QUERY.keep(key, (statics, tile))
+    q = canonical(q) if batch_invariant else q
     args = (
         q, cos, sin, positions, out, heads, cos.shape[0],
-        q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), tokens * heads,
+        *q.stride()[:2], cos.stride()[0], sin.stride()[0], tokens * heads,
     )  # fmt: skip
-    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, statics, tile)
+    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, *plan)
     return out
 
 
@@ -263,12 +280,12 @@ def _fake_write(*arguments):
     return None
 
 
-def _empty_rotated(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard):
+def _empty_rotated(q, *_):
     return q.new_empty(q.shape)
 
 
 def _check_write_values(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *options):
-    slots = IndexerCache(cache, k.shape[1]).num_slots
+    slots = cache.shape[0] * page_size_of(cache, k.shape[1])
     check_range("slot_mapping", slot_mapping, -1, slots, f"the cache has {slots} slots, -1 writes nothing")
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
@@ -280,8 +297,9 @@ def _check_rotate_values(q, cos, sin, positions, *options):
 _write_indexer_key = define_op(
     "write_indexer_key",
     "(Tensor k, Tensor norm_weight, Tensor norm_bias, Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first=True, bool hadamard=False, float eps=1e-06) -> ()",
-    cpu=cpu.write_indexer_key,
+    "Tensor(a!) cache, int rope_dim, str rope, bool rope_first=True, bool hadamard=False, float eps=1e-06, "
+    "bool batch_invariant=False) -> ()",
+    cpu=by_row(cpu.write_indexer_key, 0, 5, 6),
     device=_launch_write,
     fake=_fake_write,
     check_values=_check_write_values,
@@ -290,8 +308,8 @@ _write_indexer_key = define_op(
 _rotate_indexer_query = define_op(
     "rotate_indexer_query",
     "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first=True, "
-    "bool hadamard=False) -> Tensor",
-    cpu=cpu.rotate_indexer_query,
+    "bool hadamard=False, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.rotate_indexer_query, 0, 3),
     device=_launch_rotate,
     fake=_empty_rotated,
     check_values=_check_rotate_values,
@@ -299,10 +317,12 @@ _rotate_indexer_query = define_op(
 
 
 def _check_rotation(tokens, width, cos, sin, positions, rope_dim, rope, rope_first, hadamard, device) -> None:
-    check_int("rope_dim", rope_dim, 16, width)
+    if type(rope_dim) is not int or not 16 <= rope_dim <= width:
+        check_int("rope_dim", rope_dim, 16, width)
     if rope_dim & (rope_dim - 1):
         raise ValueError(f"rope_dim: got {rope_dim}, powers of two from 16 to {width} are accepted")
-    check_choice("rope", rope, ROPE_MODES)
+    if rope not in ROPE_MODES:
+        check_choice("rope", rope, ROPE_MODES)
     for name, value in (("rope_first", rope_first), ("hadamard", hadamard)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, a bool is accepted")
@@ -326,6 +346,7 @@ def write_indexer_key(
     rope_first: bool = True,
     hadamard: bool = False,
     eps: float = 1e-6,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Normalise, rotate and quantise projected index keys and write them to their cache slots, in place, in one launch.
 
@@ -349,6 +370,8 @@ def write_indexer_key(
         rope_first: whether the first values are rotated, or the last.
         hadamard: apply the transform, as DeepSeek's fp8 code does; queries must have it, too.
         eps: added to the variance.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
@@ -369,10 +392,11 @@ def write_indexer_key(
     check_tensor("slot_mapping", slot_mapping, shape=(k.shape[0],), dtypes=INDICES, device=k.device)
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
-    check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
+    if torch.is_grad_enabled():
+        check_no_grad("write_indexer_key", k=k, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
     _write_indexer_key(
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache.data, rope_dim, rope, rope_first, hadamard,
-        float(eps),
+        float(eps), wanted(batch_invariant),
     )  # fmt: skip
 
 
@@ -386,6 +410,7 @@ def rotate_indexer_query(
     rope: str,
     rope_first: bool = True,
     hadamard: bool = False,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """RoPE and, if asked, the Hadamard transform of index queries, as :func:`write_indexer_key` treats keys.
 
@@ -396,7 +421,7 @@ def rotate_indexer_query(
         q: [T, H, d], the output of ``wq_b``, bfloat16, float16 or float32; tokens and heads of any stride.
         cos, sin: [positions, rope_dim / 2] float32 tables.
         positions: [T] int32 or int64, each token's row of the tables.
-        rope_dim, rope, rope_first, hadamard: as for :func:`write_indexer_key`.
+        rope_dim, rope, rope_first, hadamard, batch_invariant: as for :func:`write_indexer_key`.
 
     Returns:
         [T, H, d] in q's dtype. On ``cuda`` and ``npu`` a position outside the tables gives zeros.
@@ -413,4 +438,5 @@ def rotate_indexer_query(
     check_head_dim(q.shape[2])
     _check_rotation(q.shape[0], q.shape[2], cos, sin, positions, rope_dim, rope, rope_first, hadamard, q.device)
     check_no_grad("rotate_indexer_query", q=q, cos=cos, sin=sin)
-    return _rotate_indexer_query(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard)
+    settings = rope_dim, rope, rope_first, hadamard, wanted(batch_invariant)
+    return _rotate_indexer_query(q, cos, sin, positions, *settings)

@@ -8,6 +8,7 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, check_cache, check_fits, row_bytes
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.cache_layout import QUANTISED, launched_parts
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
 
@@ -109,31 +110,43 @@ GATHER_TOKENS = Kernel(
 )
 
 
-def tool_parts(cache: LatentCache, values: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What kernels find a cache through: (values, codes as int8, scales, keys), views of its one storage.
+def tool_parts(
+    cache: torch.Tensor, layout: str, latent_dim: int, values: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What kernels find a cache's data through: (values, codes as int8, scales, keys), views of its one storage.
 
     An unquantised cache is the first of them, a quantised one the others. What is not used has the right type:
     ``values`` of a quantised cache, and ``indices`` read as fp32.
     """
-    if cache.layout.quantised:
-        return values, cache.latents.view(torch.int8), cache.scales, cache.rope
-    return cache.data, cache.data.view(torch.int8), indices.view(torch.float32), cache.data.view(torch.bfloat16)
+    if layout in QUANTISED:
+        return values, *launched_parts(cache, layout, latent_dim)
+    return cache, cache.view(torch.int8), indices.view(torch.float32), cache.view(torch.bfloat16)
+
+
+def tool_widths(cache: torch.Tensor, layout: str, latent_dim: int) -> tuple[int, str]:
+    """(rope_dim, LAYOUT) of a cache's data."""
+    rope_dim = CacheLayout(layout).rope_dim(cache.shape[2], latent_dim)
+    return rope_dim, layout if layout in QUANTISED else "unquantised"
 
 
 def _launch(cache, layout, latent_dim, slots, dtype):
-    cache = LatentCache(cache, latent_dim, layout)
-    held = dtype if cache.layout.quantised else cache.dtype
-    out = torch.empty(slots.shape[0], cache.width, dtype=held, device=slots.device)
-    statics = tool_statics(latent_dim, cache.rope_dim, layout if cache.layout.quantised else "unquantised")
-    chip = chip_of(slots.device)
-    tile = GATHER_TOKENS.tile_for(chip, DTYPE_NAMES[held], statics, {"tokens": slots.shape[0]})
-    page_stride, slot_stride, _ = cache.data.stride()
+    (pages, page_size, elements), chip, count = cache.shape, chip_of(slots.device), slots.shape[0]
+    held = dtype if layout in QUANTISED else cache.dtype
+    plan = GATHER_TOKENS.kept.plans.get(key := (chip.device, held, count, latent_dim, elements, layout))
+    if plan is None:
+        rope_dim, kind = tool_widths(cache, layout, latent_dim)
+        statics = tool_statics(latent_dim, rope_dim, kind)
+        tile = GATHER_TOKENS.tile_for(chip, DTYPE_NAMES[held], statics, {"tokens": count})
+        plan = GATHER_TOKENS.keep(key, (latent_dim + rope_dim, statics, tile))
+    width, statics, tile = plan
+    out = torch.empty((count, width), dtype=held, device=slots.device)
+    page_stride, slot_stride, _ = cache.stride()
     args = (
-        *tool_parts(cache, out, slots), slots, out,
-        slots.shape[0], cache.num_slots, cache.page_size, page_stride, slot_stride,
+        *tool_parts(cache, layout, latent_dim, out, slots), slots, out,
+        count, pages * page_size, page_size, page_stride, slot_stride,
     )  # fmt: skip
-    GATHER_TOKENS.launch(chip, slots.shape[0], args, statics, tile)
-    return out.to(dtype)
+    GATHER_TOKENS.launch(chip, count, args, statics, tile)
+    return out if held is dtype else out.to(dtype)
 
 
 def _check_values(cache, layout, latent_dim, slots, dtype):
@@ -187,5 +200,6 @@ def gather_tokens(cache: LatentCache, slots: torch.Tensor, *, dtype: torch.dtype
     dtype = cache.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype}, accepted: bfloat16, float16, float32")
-    check_no_grad("gather_tokens", cache=cache.data)
-    return _gather_tokens(cache.data, cache.layout.value, cache.latent_dim, slots, dtype)
+    if cache.data.requires_grad:
+        check_no_grad("gather_tokens", cache=cache.data)
+    return _gather_tokens(cache.data, cache.layout_name, cache.latent_dim, slots, dtype)

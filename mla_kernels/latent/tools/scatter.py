@@ -6,7 +6,7 @@ from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_range, chec
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.tools.gather import tool_parts, tool_statics
+from mla_kernels.latent.tools.gather import tool_parts, tool_statics, tool_widths
 from mla_kernels.latent.write import KEY_BYTES, check_cache, check_fits, load_row, row_bytes, store_latent
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -97,16 +97,18 @@ SCATTER_TOKENS = Kernel(
 
 
 def _launch(latent, rope, slot_mapping, cache, layout, latent_dim):
-    cache, tokens = LatentCache(cache, latent_dim, layout), latent.shape[0]
-    statics = tool_statics(latent_dim, cache.rope_dim, layout if cache.layout.quantised else "unquantised")
-    chip = chip_of(latent.device)
-    tile = SCATTER_TOKENS.tile_for(chip, DTYPE_NAMES[latent.dtype], statics, {"tokens": tokens})
-    page_stride, slot_stride, _ = cache.data.stride()
+    (pages, page_size, elements), chip, tokens = cache.shape, chip_of(latent.device), latent.shape[0]
+    plan = SCATTER_TOKENS.kept.plans.get(key := (chip.device, latent.dtype, tokens, latent_dim, elements, layout))
+    if plan is None:
+        statics = tool_statics(latent_dim, *tool_widths(cache, layout, latent_dim))
+        tile = SCATTER_TOKENS.tile_for(chip, DTYPE_NAMES[latent.dtype], statics, {"tokens": tokens})
+        plan = SCATTER_TOKENS.keep(key, (statics, tile))
+    page_stride, slot_stride, _ = cache.stride()
     args = (
-        latent, rope, slot_mapping, *tool_parts(cache, latent, slot_mapping),
-        tokens, cache.num_slots, cache.page_size, latent.stride(0), rope.stride(0), page_stride, slot_stride,
+        latent, rope, slot_mapping, *tool_parts(cache, layout, latent_dim, latent, slot_mapping),
+        tokens, pages * page_size, page_size, latent.stride()[0], rope.stride()[0], page_stride, slot_stride,
     )  # fmt: skip
-    SCATTER_TOKENS.launch(chip, tokens, args, statics, tile)
+    SCATTER_TOKENS.launch(chip, tokens, args, *plan)
 
 
 def _check_values(latent, rope, slot_mapping, cache, layout, latent_dim):
@@ -158,5 +160,6 @@ def scatter_tokens(latent: torch.Tensor, rope: torch.Tensor, slot_mapping: torch
     check_tensor("latent", latent, shape=(None, cache.latent_dim), dtypes=dtypes, device=device)
     check_tensor("rope", rope, shape=(latent.shape[0], cache.rope_dim), like=latent)
     check_tensor("slot_mapping", slot_mapping, shape=(latent.shape[0],), dtypes=INDICES, device=device)
-    check_no_grad("scatter_tokens", latent=latent, rope=rope, cache=cache.data)
-    _scatter_tokens(latent, rope, slot_mapping, cache.data, cache.layout.value, cache.latent_dim)
+    if torch.is_grad_enabled():
+        check_no_grad("scatter_tokens", latent=latent, rope=rope, cache=cache.data)
+    _scatter_tokens(latent, rope, slot_mapping, cache.data, cache.layout_name, cache.latent_dim)

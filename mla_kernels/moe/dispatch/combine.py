@@ -12,6 +12,8 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 from mla_kernels.moe.dispatch.dispatch import Dispatch
 from mla_kernels.shim import define_op
 
+_FP32, _INT32 = (torch.float32,), (torch.int32,)
+
 
 @triton.jit
 def moe_combine_kernel(
@@ -117,16 +119,19 @@ COMBINE = Kernel(
 
 def _launch(rows, weights, places, offsets, experts, top_k, by_pair):
     """``places`` [T, K] with rows of any stride; ``weights`` the same or None for 1, ``offsets`` None ``by_pair``."""
-    tokens, hidden = places.shape[0], rows.shape[1]
-    out = rows.new_empty(tokens, hidden)
-    chip = chip_of(rows.device)
-    statics = _statics(top_k, by_pair, weights is not None)
-    tile = COMBINE.tile_for(chip, DTYPE_NAMES[rows.dtype], statics, {"tokens": tokens, "hidden": hidden})
+    tokens, hidden, weighted, chip = places.shape[0], rows.shape[1], weights is not None, chip_of(rows.device)
+    out = rows.new_empty((tokens, hidden))
+    plan = COMBINE.kept.plans.get(key := (chip.device, rows.dtype, tokens, hidden, top_k, by_pair, weighted))
+    if plan is None:
+        statics = _statics(top_k, by_pair, weighted)
+        tile = COMBINE.tile_for(chip, DTYPE_NAMES[rows.dtype], statics, {"tokens": tokens, "hidden": hidden})
+        plan = COMBINE.keep(key, (tokens * -(-hidden // tile["BLOCK_H"]), statics, tile))
+    work, statics, tile = plan
     args = (
-        rows, out if weights is None else weights, places, places if offsets is None else offsets, out,
-        tokens, hidden, experts, rows.stride(0), 0 if weights is None else weights.stride(0), places.stride(0),
+        rows, weights if weighted else out, places, places if offsets is None else offsets, out,
+        tokens, hidden, experts, rows.stride()[0], weights.stride()[0] if weighted else 0, places.stride()[0],
     )  # fmt: skip
-    COMBINE.launch(chip, tokens * -(-hidden // tile["BLOCK_H"]), args, statics, tile)
+    COMBINE.launch(chip, work, args, statics, tile)
     return out
 
 
@@ -185,11 +190,14 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
         grad.
     """
     check_tensor("rows", rows, rank=2)
-    check_tensor("weights", weights, rank=2, dtypes=(torch.float32,), device=rows.device)
-    pairs = weights.shape[0] * weights.shape[1]
-    if rows.shape[0] != pairs:
+    device, inverse, offsets = rows.device, dispatched.inverse, dispatched.offsets
+    check_tensor("weights", weights, rank=2, dtypes=_FP32, device=device)
+    tokens, top_k = weights.shape
+    if rows.shape[0] != tokens * top_k:
+        pairs = tokens * top_k
         raise ValueError(f"rows: got {rows.shape[0]} rows, {pairs} are accepted (one for each of weights' values)")
-    check_tensor("dispatched.inverse", dispatched.inverse, shape=(pairs,), dtypes=(torch.int32,), device=rows.device)
-    check_tensor("dispatched.offsets", dispatched.offsets, rank=1, dtypes=(torch.int32,), device=rows.device)
-    check_no_grad("combine", rows=rows, weights=weights)
-    return _op(rows, weights, dispatched.inverse, dispatched.offsets)
+    check_tensor("dispatched.inverse", inverse, shape=(tokens * top_k,), dtypes=_INT32, device=device)
+    check_tensor("dispatched.offsets", offsets, rank=1, dtypes=_INT32, device=device)
+    if rows.requires_grad or weights.requires_grad:
+        check_no_grad("combine", rows=rows, weights=weights)
+    return _op(rows, weights, inverse, offsets)

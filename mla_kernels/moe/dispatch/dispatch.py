@@ -13,7 +13,11 @@ from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
+NOTHING: dict = {}  # constants of a kernel that has none
 MAX_PAIRS = 1 << 24  # row numbers are exact in fp32, which the expert kernels compare them in
+
+
+_INT32 = (torch.int32,)
 
 
 class Dispatch(NamedTuple):
@@ -163,12 +167,12 @@ def _outputs(ids, num_experts):
 
 def launch_order(ids, num_experts):
     """Order and offsets alone, for what needs no inverse: one launch. ``ids`` may have any strides."""
-    ids = ids.contiguous()
-    pairs = ids.numel()
+    ids, pairs, chip = ids.contiguous(), ids.numel(), chip_of(ids.device)
     order, offsets = ids.new_empty(pairs), ids.new_empty(num_experts + 1)
-    chip = chip_of(ids.device)
-    tile = DISPATCH.tile_for(chip, "bf16", {}, {"pairs": pairs, "experts": num_experts})
-    DISPATCH.launch(chip, num_experts + 1, (ids, order, offsets, pairs, num_experts), {}, tile)
+    tile = DISPATCH.kept.plans.get(key := (chip.device, pairs, num_experts))
+    if tile is None:
+        tile = DISPATCH.keep(key, DISPATCH.tile_for(chip, "bf16", {}, {"pairs": pairs, "experts": num_experts}))
+    DISPATCH.launch(chip, num_experts + 1, (ids, order, offsets, pairs, num_experts), NOTHING, tile)
     return order, offsets
 
 
@@ -176,11 +180,12 @@ def launch_dispatch(ids, num_experts):
     """Device implementation of the op: two launches."""
     order, offsets = launch_order(ids, num_experts)
     tokens, inverse = torch.empty_like(order), torch.empty_like(order)
-    pairs = order.shape[0]
-    chip = chip_of(ids.device)
-    tile = INVERSE.tile_for(chip, "bf16", {}, {"pairs": pairs})
+    pairs, chip = order.shape[0], chip_of(ids.device)
+    tile = INVERSE.kept.plans.get(key := (chip.device, pairs))
+    if tile is None:
+        tile = INVERSE.keep(key, INVERSE.tile_for(chip, "bf16", {}, {"pairs": pairs}))
     args = (order, tokens, inverse, pairs, ids.shape[1])
-    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), args, {}, tile)
+    INVERSE.launch(chip, -(-pairs // tile["BLOCK_P"]), args, NOTHING, tile)
     return order, tokens, inverse, offsets
 
 
@@ -195,9 +200,20 @@ _op = define_op(
 
 def check_ids(ids: torch.Tensor) -> None:
     """Refuse ``ids`` unless it is [T, K] int32 with fewer than 2^24 pairs."""
-    check_tensor("ids", ids, rank=2, dtypes=(torch.int32,))
-    check_int("top_k (ids.shape[1])", ids.shape[1], 1)
-    check_int("number of pairs (ids.numel())", ids.shape[0] * ids.shape[1], 0, MAX_PAIRS - 1)
+    check_tensor("ids", ids, rank=2, dtypes=_INT32)
+    tokens, top_k = ids.shape
+    if top_k < 1 or tokens * top_k >= MAX_PAIRS:
+        check_int("top_k (ids.shape[1])", top_k, 1)
+        check_int("number of pairs (ids.numel())", tokens * top_k, 0, MAX_PAIRS - 1)
+
+
+def check_slots(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    """Refuse ``ids`` and ``weights`` [T, K] that do not go with hidden [T, H]."""
+    check_ids(ids)
+    device = hidden.device
+    if ids.shape[0] != hidden.shape[0] or ids.device != device:
+        check_tensor("ids", ids, shape=(hidden.shape[0], None), dtypes=_INT32, device=device)
+    check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=device)
 
 
 def dispatch(ids: torch.Tensor, num_experts: int) -> Dispatch:

@@ -4,7 +4,7 @@ Symbols: g the gate projection's result, u the up projection's, L the limit.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from mla_kernels.checks import check_choice
@@ -55,6 +55,8 @@ class Activation:
     limit: float | None = None
     alpha: float = 1.702
     interleaved: bool = False
+    arguments: tuple[str, float | None, float, bool] = field(init=False, repr=False, compare=False)
+    """clamp, limit, alpha, interleaved: what a torch op takes, for :data:`OP_ARGUMENTS`."""
 
     def __post_init__(self):
         check_choice("clamp", self.clamp, tuple(_CLAMPS))
@@ -66,11 +68,8 @@ class Activation:
         if self.limit is not None:
             object.__setattr__(self, "limit", float(self.limit))
         object.__setattr__(self, "alpha", float(self.alpha))
-
-    @property
-    def arguments(self) -> tuple[str, float | None, float, bool]:
-        """clamp, limit, alpha, interleaved: what a torch op takes, for :data:`OP_ARGUMENTS`."""
-        return self.clamp.value, self.limit, self.alpha, self.interleaved
+        arguments = (self.clamp.value, self.limit, self.alpha, self.interleaved)
+        object.__setattr__(self, "arguments", arguments)
 
 
 OP_ARGUMENTS = "str clamp, float? limit, float alpha, bool interleaved"

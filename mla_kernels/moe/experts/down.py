@@ -14,7 +14,6 @@ from mla_kernels.moe.experts.grouped import (
     block_e,
     fit,
     last_weight_tile,
-    layout_of,
     product_cases,
     product_cost,
     product_work,
@@ -164,21 +163,28 @@ def launch_down(
     after it, as ``weight_at`` ("activation", "output") says. One launch."""
     pairs, inner = activation.shape
     experts, width, _ = down.shape
-    out = activation.new_empty(pairs, width)
+    out = activation.new_empty((pairs, width))
     if pairs == 0:
         return out
-    chip, dtype = chip_of(activation.device), DTYPE_NAMES[activation.dtype]
-    transposed, weight_stride = layout_of(down)
-    wide = by_pair and pairs * width >= 1 << 31
-    statics = _statics(experts, inner, transposed, bias is not None, "none", by_pair, wide)
-    sizes = {"tokens": pairs // rows.top_k, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
-    tile = fit(DOWN.tile_for(chip, dtype, statics, sizes), inner)
-    # this tile may divide a row that not every tile divides; where a weight stands changes no tile
-    statics |= {"EVEN_K": inner % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
+    (order, offsets, top_k), chip, strides = rows, chip_of(activation.device), down.stride()
+    transposed = strides[2] != 1 and inner > 1
+    shapes = pairs, top_k, experts, width, inner, transposed, bias is None
+    key = chip.device, activation.dtype, shapes, weight_at, by_pair
+    plan = DOWN.kept.plans.get(key)
+    if plan is None:
+        wide = by_pair and pairs * width >= 1 << 31
+        statics = _statics(experts, inner, transposed, bias is not None, "none", by_pair, wide)
+        sizes = {"tokens": pairs // top_k, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
+        tile = fit(DOWN.tile_for(chip, DTYPE_NAMES[activation.dtype], statics, sizes), inner)
+        # this tile may divide a row that not every tile divides; where a weight stands changes no tile
+        statics |= {"EVEN_K": inner % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
+        work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"])
+        plan = DOWN.keep(key, (work, statics, tile))
+    work, statics, tile = plan
     args = (
-        activation, down, down if bias is None else bias, out, rows.order, rows.offsets,
-        rows.offsets if weight_at == "none" else weights,
-        pairs, experts, width, inner, down.stride(0), weight_stride, 0 if bias is None else bias.stride(0),
+        activation, down, down if bias is None else bias, out, order, offsets,
+        offsets if weight_at == "none" else weights, pairs, experts, width, inner,
+        strides[0], strides[2 if transposed else 1], 0 if bias is None else bias.stride()[0],
     )  # fmt: skip
-    DOWN.launch(chip, num_slots(pairs, experts, tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"]), args, statics, tile)
+    DOWN.launch(chip, work, args, statics, tile)
     return out

@@ -2,10 +2,10 @@
 
 import torch
 
-from mla_kernels.checks import check_choice, check_tensor
+from mla_kernels.checks import any_requires_grad, check_choice
 from mla_kernels.cpu import moe as cpu
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
-from mla_kernels.moe.dispatch.dispatch import check_ids, launch_order
+from mla_kernels.moe.dispatch.dispatch import check_slots, launch_order
 from mla_kernels.moe.experts.activation import SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.down import launch_down
 from mla_kernels.moe.experts.gate_up import launch_gate_up
@@ -18,7 +18,8 @@ from mla_kernels.shim import define_op
 def _launch(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at):
     """Four launches. The order of rows, the activation and the pairs' results are the workspace."""
     experts = gate_up.shape[0]
-    rows = Rows(*launch_order(ids, experts), ids.shape[1])
+    order, offsets = launch_order(ids, experts)
+    rows = Rows(order, offsets, ids.shape[1])
     of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
     activation = activation_of(clamp, limit, alpha, interleaved)
     options = {"bias": gate_up_bias, "activation": activation, "weights": of_pairs, "weight_at": at.gate_up}
@@ -97,16 +98,16 @@ def fused_moe(
         derivative.
     """
     check_weights(hidden, gate_up, down, gate_up_bias, down_bias)
-    check_ids(ids)
-    check_tensor("ids", ids, shape=(hidden.shape[0], None), dtypes=(torch.int32,), device=hidden.device)
-    check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=hidden.device)
-    check_activation(activation)
-    check_choice("weight_at", weight_at, WEIGHT_PLACES)
+    check_slots(hidden, ids, weights)
+    if not isinstance(activation, Activation):
+        check_activation(activation)
+    if weight_at not in WEIGHT_PLACES:
+        check_choice("weight_at", weight_at, WEIGHT_PLACES)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute: got {type(recompute).__name__}, a bool is accepted")
     tensors = (hidden, gate_up, down, weights, ids, gate_up_bias, down_bias)
     arguments = (*tensors, *activation.arguments, weight_at)
-    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    gradients = torch.is_grad_enabled() and any_requires_grad(tensors)
     if gradients and weight_at == "input" and hidden.dtype == torch.float16:
         return _of_weighted_rows(*tensors, activation, recompute)
     return fused_moe_keeping(*arguments)[0] if gradients and not recompute else _op(*arguments)

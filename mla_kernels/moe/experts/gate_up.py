@@ -16,7 +16,6 @@ from mla_kernels.moe.experts.grouped import (
     fit,
     gathered_product,
     last_weight_tile,
-    layout_of,
     product_cases,
     product_cost,
     product_work,
@@ -228,25 +227,32 @@ def launch_gate_up(
 ) -> torch.Tensor:
     """The activation [P, I] in expert order; ``weights`` [T, K], contiguous, multiply the input or the activation, as
     ``weight_at`` says. One launch."""
-    (tokens, width), pairs = hidden.shape, rows.order.shape[0]
-    experts, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    out = hidden.new_empty(pairs, inner)
+    order, offsets, top_k = rows
+    (tokens, width), pairs, (experts, doubled, _) = hidden.shape, order.shape[0], gate_up.shape
+    inner, chip = doubled // 2, chip_of(hidden.device)
+    out = hidden.new_empty((pairs, inner))
     if pairs == 0:
         return out
-    chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-    transposed, weight_stride = layout_of(gate_up)
-    wide = tokens * hidden.stride(0) >= 1 << 31
-    statics = _statics(experts, width, wide, transposed, activation, bias is not None)
-    sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
-    tile = fit(GATE_UP.tile_for(chip, dtype, statics, sizes), width)
-    # this tile may divide a row that not every tile divides; where a weight stands changes no tile
-    statics |= {"EVEN_K": width % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
+    hidden_stride, strides = hidden.stride()[0], gate_up.stride()
+    wide = tokens * hidden_stride >= 1 << 31
+    transposed = strides[2] != 1 and width > 1
+    shapes = tokens, pairs, experts, width, inner, wide, transposed, bias is None
+    key = chip.device, hidden.dtype, shapes, activation.arguments, weight_at
+    plan = GATE_UP.kept.plans.get(key)
+    if plan is None:
+        statics = _statics(experts, width, wide, transposed, activation, bias is not None)
+        sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
+        tile = fit(GATE_UP.tile_for(chip, DTYPE_NAMES[hidden.dtype], statics, sizes), width)
+        # this tile may divide a row that not every tile divides; where a weight stands changes no tile
+        statics |= {"EVEN_K": width % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
+        work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-inner // tile["BLOCK_N"])
+        plan = GATE_UP.keep(key, (work, statics, tile))
+    work, statics, tile = plan
     args = (
-        hidden, gate_up, gate_up if bias is None else bias, out, rows.order, rows.offsets,
-        rows.offsets if weight_at == "none" else weights,
-        tokens, pairs, rows.top_k, experts, width, inner,
-        hidden.stride(0), gate_up.stride(0), weight_stride, 0 if bias is None else bias.stride(0),
+        hidden, gate_up, gate_up if bias is None else bias, out, order, offsets,
+        offsets if weight_at == "none" else weights, tokens, pairs, top_k, experts, width, inner,
+        hidden_stride, strides[0], strides[2 if transposed else 1], 0 if bias is None else bias.stride()[0],
         activation.limit or 0.0, activation.alpha,
     )  # fmt: skip
-    GATE_UP.launch(chip, num_slots(pairs, experts, tile["BLOCK_M"]) * -(-inner // tile["BLOCK_N"]), args, statics, tile)
+    GATE_UP.launch(chip, work, args, statics, tile)
     return out

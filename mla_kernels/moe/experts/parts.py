@@ -48,8 +48,8 @@ def _check_weight(name: str, weight, shape: tuple, hidden: torch.Tensor) -> None
         check_tensor(name, weight.transpose(1, 2), shape=(shape[0], shape[2], shape[1]), like=hidden)
     else:
         check_tensor(name, weight, shape=shape, like=hidden)
-    out, width = weight.shape[1:]
-    reach = (out - 1) * weight.stride(1) + (width - 1) * weight.stride(2)
+    (_, out, width), (_, of_out, of_width) = weight.shape, weight.stride()
+    reach = (out - 1) * of_out + (width - 1) * of_width
     if reach >= 1 << 31:
         raise ValueError(
             f"{name}: got an expert whose last element is {reach} from its first, less than 2^31 is accepted"
@@ -60,10 +60,12 @@ def check_weights(hidden, gate_up, down, gate_up_bias=None, down_bias=None) -> N
     """Refuse hidden [T, H], gate_up [E, 2I, H], down [E, H, I] and biases [E, 2I], [E, H] that do not go together."""
     check_tensor("hidden", hidden, rank=2)
     width = hidden.shape[1]
-    check_int("hidden size (hidden.shape[1])", width, 16)
+    if width < 16:
+        check_int("hidden size (hidden.shape[1])", width, 16)
     _check_weight("gate_up", gate_up, (None, None, width), hidden)
     experts, doubled, _ = gate_up.shape
-    check_int("number of experts (gate_up.shape[0])", experts, 1, 1024)
+    if not 1 <= experts <= 1024:
+        check_int("number of experts (gate_up.shape[0])", experts, 1, 1024)
     if doubled % 2 or doubled == 0:
         raise ValueError(f"gate_up: got {doubled} rows an expert, an even number is accepted (one of gate, one of up)")
     _check_weight("down", down, (experts, width, doubled // 2), hidden)

@@ -12,7 +12,7 @@ from mla_kernels.checks import check_choice, check_int, check_no_grad, check_ten
 from mla_kernels.cpu import quantised as cpu
 from mla_kernels.launch import DTYPE_NAMES, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
-from mla_kernels.moe.dispatch.dispatch import check_ids, launch_order
+from mla_kernels.moe.dispatch.dispatch import check_slots, launch_order
 from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, places
@@ -49,34 +49,8 @@ class Call(NamedTuple):
     places: Places
     of_pairs: torch.Tensor  # weights [T, K], contiguous
     ids: torch.Tensor
-    num_experts: int
-    hidden: int
-    inner: int
-
-    @property
-    def tokens(self):
-        return self.ids.shape[0]
-
-    @property
-    def pairs(self):
-        return self.ids.shape[0] * self.ids.shape[1]
-
-    @property
-    def sizes(self):
-        return sizes_of(*self.ids.shape, self.num_experts, self.hidden, self.inner)
-
-    @property
-    def constants(self):
-        return {"CLAMP": self.activation.clamp.value, "INTERLEAVED": self.activation.interleaved}
-
-    @property
-    def limits(self):
-        return (0.0 if self.activation.limit is None else self.activation.limit), self.activation.alpha
-
-
-def _bytes(tensor):
-    """The same memory as int8."""
-    return tensor if tensor is None or tensor.element_size() > 1 else tensor.view(torch.int8)
+    sizes: tuple[int, int, int, int, int]  # T, K, E, H, I
+    key: tuple  # all that the launches' constants, tiles and grids follow from
 
 
 def _launch(
@@ -85,116 +59,130 @@ def _launch(
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
     combine."""
-    if hidden.shape[0] == 0:
+    tokens, width = hidden.shape
+    if tokens == 0:
         return hidden.new_empty(hidden.shape)
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero)
-    stored = StoredWeights(format, *map(_bytes, tensors), gate_up_bias, down_bias, group_size)
-    inner = gate_up.shape[1] // 2
+    tensors = [gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero]
+    for place, tensor in enumerate(tensors):  # bytes as int8
+        if tensor is not None and tensor.dtype is torch.uint8:
+            tensors[place] = tensor.view(torch.int8)
+    stored = StoredWeights(format, *tensors, gate_up_bias, down_bias, group_size)
+    (experts, doubled, _), top_k, chip = gate_up.shape, ids.shape[1], chip_of(hidden.device)
     activation = activation_of(clamp, limit, alpha, interleaved)
     codes = torch.int8 if format == "fp8_block" else hidden.dtype  # what the activation is stored in
     at = places(weight_at, hidden.dtype, codes)
-    call = Call(activation, at, weights.contiguous(), ids, gate_up.shape[0], hidden.shape[1], inner)
-    results = hidden.new_empty(call.pairs, hidden.shape[1])
-    (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(hidden, stored, call, results)
-    return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, call.num_experts)
+    sizes = tokens, top_k, experts, width, doubled // 2
+    tensors_given = gate_up_zero is None, gate_up_bias is None, down_bias is None
+    key = chip.device, hidden.dtype, sizes, format, group_size, tensors_given, clamp, interleaved, at
+    call = Call(activation, at, weights.contiguous(), ids, sizes, key)
+    results = hidden.new_empty((tokens * top_k, width))
+    (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(chip, hidden, stored, call, results)
+    return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, experts)
 
 
-def _fit(tile, row):
-    """The tile with BLOCK_K no longer than a row."""
-    longest = 1 << (row.bit_length() - 1)
-    return tile if tile["BLOCK_K"] <= longest else tile | {"BLOCK_K": max(16, longest)}
+def _plan(kernel, chip, dtype, call, statics, weight_at, row, columns):
+    """(work, statics, tile) of a grouped product of rows so long whose results are ``columns`` wide, kept."""
+    tokens, top_k, experts, _, _ = call.sizes
+    tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], statics, sizes_of(*call.sizes))
+    if "BLOCK_K" in tile:  # no longer than a row
+        longest = 1 << (row.bit_length() - 1)
+        tile = tile if tile["BLOCK_K"] <= longest else tile | {"BLOCK_K": max(16, longest)}
+    work = num_slots(tokens * top_k, experts, tile["BLOCK_M"]) * -(-columns // tile["BLOCK_N"])
+    return kernel.keep(call.key, (work, statics | {"WEIGHT_AT": weight_at}, tile))  # which changes no tile
 
 
-def _launch_weight_only(hidden, stored, call, results):
+def _constants(activation):
+    return {"CLAMP": activation.clamp.value, "INTERLEAVED": activation.interleaved}
+
+
+def _launch_weight_only(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, and the activation, P * I elements."""
-    chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-    order, offsets = launch_order(call.ids, call.num_experts)
-    activated = hidden.new_empty(call.pairs + COLUMNS, call.inner)
-    bias, zero = stored.gate_up_bias, stored.gate_up_zero
-    zeros = zero is not None
-    common = call.num_experts, stored.format, stored.group_size, zeros
-    statics = weight_only.statics_of(*common, bias is not None, call.hidden)
-    statics |= call.constants
-    tile = _fit(weight_only.GATE_UP.tile_for(chip, dtype, statics, call.sizes), call.hidden)
-    statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
-    groups = call.hidden // max(1, stored.group_size)
+    (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
+    pairs, activation = tokens * top_k, call.activation
+    order, offsets = launch_order(call.ids, experts)
+    activated = hidden.new_empty((pairs + COLUMNS, inner))
+    bias, zero, group = stored.gate_up_bias, stored.gate_up_zero, stored.group_size
+    common = experts, stored.format, group, zero is not None
+    plan = weight_only.GATE_UP.kept.plans.get(call.key)
+    if plan is None:
+        statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
+        plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
+    work, statics, tile = plan
     args = (
-        hidden, stored.gate_up, stored.gate_up_scale, zero if zeros else stored.gate_up,
+        hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
-        call.tokens, call.pairs, call.num_experts, call.ids.shape[1], call.hidden, call.inner, groups,
-        *call.limits, hidden.stride(0),
+        tokens, pairs, experts, top_k, width, inner, width // max(1, group),
+        activation.limit or 0.0, activation.alpha, hidden.stride()[0],
     )  # fmt: skip
-    _run(weight_only.GATE_UP, chip, call, call.inner, args, statics, tile)
+    weight_only.GATE_UP.launch(chip, work, args, statics, tile)
 
     bias, zero = stored.down_bias, stored.down_zero
-    statics = weight_only.statics_of(*common, bias is not None, call.inner)
-    tile = _fit(weight_only.DOWN.tile_for(chip, dtype, statics, call.sizes), call.inner)
-    statics["WEIGHT_AT"] = call.places.down
-    groups = call.inner // max(1, stored.group_size)
+    plan = weight_only.DOWN.kept.plans.get(call.key)
+    if plan is None:
+        statics = weight_only.statics_of(*common, bias is not None, inner)
+        plan = _plan(weight_only.DOWN, chip, dtype, call, statics, call.places.down, inner, width)
+    work, statics, tile = plan
     args = (
-        activated, stored.down, stored.down_scale, zero if zeros else stored.down,
+        activated, stored.down, stored.down_scale, stored.down if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
-        call.pairs, call.num_experts, call.hidden, call.inner, groups,
+        pairs, experts, width, inner, inner // max(1, group),
     )  # fmt: skip
-    _run(weight_only.DOWN, chip, call, call.hidden, args, statics, tile)
+    weight_only.DOWN.launch(chip, work, args, statics, tile)
 
 
-def _launch_eight_bit(hidden, stored, call, results):
+def _launch_eight_bit(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, codes and scales of hidden (T * H bytes) and of the activation (P * I bytes;
     int8_w8a8: P * I elements and the largest magnitudes of their parts)."""
-    chip, dtype = chip_of(hidden.device), DTYPE_NAMES[hidden.dtype]
-    fp8 = stored.format == "fp8_block"
-    blocks, inner_blocks = -(-call.hidden // COLUMNS), -(-call.inner // COLUMNS)
+    (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
+    pairs, activation, fp8 = tokens * top_k, call.activation, stored.format == "fp8_block"
+    blocks, inner_blocks = -(-width // COLUMNS), -(-inner // COLUMNS)
     ids = call.ids.contiguous()
-    order, offsets = ids.new_empty(call.pairs), ids.new_empty(call.num_experts + 1)
-    codes = hidden.new_empty(call.tokens, blocks * COLUMNS, dtype=torch.int8)
-    code_scales = hidden.new_empty(call.tokens, blocks if fp8 else 1, dtype=torch.float32)
-    statics = {"FORMAT": stored.format}
+    order, offsets = ids.new_empty(pairs), ids.new_empty(experts + 1)
+    codes = hidden.new_empty((tokens, blocks * COLUMNS), dtype=torch.int8)
+    code_scales = hidden.new_empty((tokens, blocks if fp8 else 1), dtype=torch.float32)
     kernel = eight_bit.DISPATCH_QUANTISE
-    tile = kernel.tile_for(chip, dtype, statics, call.sizes)
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        statics = {"FORMAT": stored.format}
+        tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], statics, sizes_of(*call.sizes))
+        items = eight_bit.dispatch_items(stored.format, tokens, width, tile["BLOCK_H"])
+        plan = kernel.keep(call.key, (experts + 1 + items, statics, tile))
+    work, statics, tile = plan
     args = (
         ids, order, offsets, hidden, codes, code_scales,
-        call.pairs, call.num_experts, call.tokens, call.hidden, blocks * COLUMNS, hidden.stride(0),
+        pairs, experts, tokens, width, blocks * COLUMNS, hidden.stride()[0],
     )  # fmt: skip
-    items = eight_bit.dispatch_items(stored.format, call.tokens, call.hidden, tile["BLOCK_H"])
-    kernel.launch(chip, call.num_experts + 1 + items, args, statics, tile)
+    kernel.launch(chip, work, args, statics, tile)
 
-    bias = stored.gate_up_bias
-    aligned = call.inner % COLUMNS == 0 and not call.activation.interleaved
-    common = call.num_experts, stored.format
-    statics = eight_bit.statics_of(*common, bias is not None, call.hidden)
-    statics |= call.constants | {"ALIGNED": aligned}
-    tile = eight_bit.GATE_UP.tile_for(chip, dtype, statics, call.sizes)
-    statics["WEIGHT_AT"] = call.places.gate_up  # changes no tile
-    parts = -(-call.inner // tile["BLOCK_N"])
-    activated = hidden.new_empty(
-        call.pairs + COLUMNS, inner_blocks * COLUMNS, dtype=torch.int8 if fp8 else hidden.dtype
-    )
-    scales_shape = (call.pairs + COLUMNS, inner_blocks) if fp8 else (parts, call.pairs + COLUMNS)
+    bias, kernel = stored.gate_up_bias, eight_bit.GATE_UP
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        statics = eight_bit.statics_of(experts, stored.format, bias is not None, width) | _constants(activation)
+        statics |= {"ALIGNED": inner % COLUMNS == 0 and not activation.interleaved}
+        plan = _plan(kernel, chip, dtype, call, statics, call.places.gate_up, width, inner)
+    work, statics, tile = plan
+    parts = -(-inner // tile["BLOCK_N"])
+    activated = hidden.new_empty((pairs + COLUMNS, inner_blocks * COLUMNS), dtype=torch.int8 if fp8 else dtype)
+    scales_shape = (pairs + COLUMNS, inner_blocks) if fp8 else (parts, pairs + COLUMNS)
     activated_scales = hidden.new_empty(scales_shape, dtype=torch.float32)
     args = (
         codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
         call.of_pairs, activated, activated_scales, order, offsets,
-        call.tokens, call.pairs, call.num_experts, ids.shape[1], call.hidden, blocks * COLUMNS, call.inner,
-        *call.limits,
+        tokens, pairs, experts, top_k, width, blocks * COLUMNS, inner, activation.limit or 0.0, activation.alpha,
     )  # fmt: skip
-    _run(eight_bit.GATE_UP, chip, call, call.inner, args, statics, tile)
+    kernel.launch(chip, work, args, statics, tile)
 
-    bias = stored.down_bias
-    statics = eight_bit.statics_of(*common, bias is not None, call.inner)
-    tile = eight_bit.DOWN.tile_for(chip, dtype, statics, call.sizes)
-    statics["WEIGHT_AT"] = call.places.down
+    bias, kernel = stored.down_bias, eight_bit.DOWN
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
+        plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
+    work, statics, tile = plan
     args = (
         activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
-        call.of_pairs, results, order, offsets, call.pairs, call.num_experts, call.hidden, call.inner, parts,
+        call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
     )  # fmt: skip
-    _run(eight_bit.DOWN, chip, call, call.hidden, args, statics, tile)
-
-
-def _run(kernel, chip, call, width, args, statics, tile):
-    """Launch a grouped product whose results are ``width`` columns wide."""
-    slots = num_slots(call.pairs, call.num_experts, tile["BLOCK_M"])
-    kernel.launch(chip, slots * -(-width // tile["BLOCK_N"]), args, statics, tile)
+    kernel.launch(chip, work, args, statics, tile)
 
 
 def _fake(hidden, *_):
@@ -271,21 +259,24 @@ def fused_experts(
         options = {"activation": activation, "weight_at": weight_at}
         return fused_moe(hidden, experts.gate_up, experts.down, weights, ids, **biases, **options)
     check_tensor("hidden", hidden, shape=(None, experts.hidden_size), device=experts.device)
-    check_int("hidden size (hidden.shape[1])", hidden.shape[1], 16)
-    check_int("intermediate size (experts.intermediate_size)", experts.intermediate_size, 16)
-    for name, bias in (("gate_up_bias", experts.gate_up_bias), ("down_bias", experts.down_bias)):
-        if bias is not None:
-            check_tensor(f"experts.{name}", bias, like=hidden)
-    check_ids(ids)
-    check_tensor("ids", ids, shape=(hidden.shape[0], None), dtypes=(torch.int32,), device=hidden.device)
-    check_tensor("weights", weights, shape=tuple(ids.shape), dtypes=(torch.float32,), device=hidden.device)
-    check_activation(activation)
-    check_choice("weight_at", weight_at, WEIGHT_PLACES)
+    if hidden.shape[1] < 16 or experts.intermediate_size < 16:
+        check_int("hidden size (hidden.shape[1])", hidden.shape[1], 16)
+        check_int("intermediate size (experts.intermediate_size)", experts.intermediate_size, 16)
+    if experts.gate_up_bias is not None:
+        check_tensor("experts.gate_up_bias", experts.gate_up_bias, like=hidden)
+    if experts.down_bias is not None:
+        check_tensor("experts.down_bias", experts.down_bias, like=hidden)
+    check_slots(hidden, ids, weights)
+    if not isinstance(activation, Activation):
+        check_activation(activation)
+    if weight_at not in WEIGHT_PLACES:
+        check_choice("weight_at", weight_at, WEIGHT_PLACES)
     if 2 * experts.intermediate_size * experts.hidden_size >= 1 << 31:
         raise NotImplementedError("experts: an expert's gate_up has 2^31 weights or more, fewer are accepted")
-    check_no_grad("fused_experts", hidden=hidden, weights=weights, **experts.tensors())
+    if torch.is_grad_enabled():
+        check_no_grad("fused_experts", hidden=hidden, weights=weights, **experts.tensors())
     return _op(
-        hidden, weights, ids, experts.format.value, experts.gate_up, experts.down,
+        hidden, weights, ids, experts.format_name, experts.gate_up, experts.down,
         experts.gate_up_scale, experts.down_scale, experts.gate_up_zero, experts.down_zero,
         experts.gate_up_bias, experts.down_bias, experts.group_size or 0, *activation.arguments, weight_at,
     )  # fmt: skip

@@ -7,7 +7,7 @@ has N = 2I and K = H, down has N = H and K = I.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,6 +78,10 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     group_size: int | None = None
+    format_name: str = field(init=False, repr=False)  # its value, as ops take it
+    num_experts: int = field(init=False, repr=False)  # E
+    hidden_size: int = field(init=False, repr=False)  # H
+    intermediate_size: int = field(init=False, repr=False)  # I
 
     def __post_init__(self):
         check_choice("format", self.format, tuple(format.value for format in WeightFormat))
@@ -86,21 +90,10 @@ class ExpertWeights:
         for name in _TENSORS[:4]:
             object.__setattr__(self, name, as_stored(name, getattr(self, name), self.format))
         _check(self)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.gate_up.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.down.shape[1]
-
-    @property
-    def intermediate_size(self) -> int:
-        """I."""
-        return self.gate_up.shape[1] // 2
+        object.__setattr__(self, "format_name", self.format.value)
+        object.__setattr__(self, "num_experts", self.gate_up.shape[0])
+        object.__setattr__(self, "hidden_size", self.down.shape[1])
+        object.__setattr__(self, "intermediate_size", self.gate_up.shape[1] // 2)
 
     @property
     def device(self) -> torch.device:
@@ -410,10 +403,10 @@ def _group_size(format: WeightFormat, group_size: int | None) -> int | None:
 def _check(experts: ExpertWeights) -> None:
     """Refuse tensors that are not what the format says."""
     layout, label = FORMATS[experts.format], f"format {experts.format.value!r}"
-    for field in fields(experts):
-        value = getattr(experts, field.name)
-        if value is not None and field.name in _TENSORS and not isinstance(value, torch.Tensor):
-            raise TypeError(f"{field.name}: got {type(value).__name__}, a torch.Tensor is accepted")
+    for name in _TENSORS:
+        value = getattr(experts, name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, a torch.Tensor is accepted")
     gate_up, down = experts.gate_up, experts.down
     for name, codes in (("gate_up", gate_up), ("down", down)):
         if codes is None or codes.dtype not in layout.codes:

@@ -5,7 +5,7 @@ Symbols: T tokens, E experts, K experts a token, S = num_shared, V rows of the t
 
 import torch
 
-from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_range, check_tensor
+from mla_kernels.checks import INDICES, check_choice, check_int, check_range, check_tensor
 from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
@@ -128,16 +128,18 @@ def _outputs(logits, table, num_shared):
 
 
 def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
-    tokens, experts = logits.shape
-    vocabulary, top_k = table.shape
+    (tokens, experts), (vocabulary, top_k), chip = logits.shape, table.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, table, num_shared)
-    statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k + num_shared)
-    chip = chip_of(logits.device)
-    tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+    key = chip.device, logits.dtype, tokens, experts, top_k, num_shared, scoring, renormalize
+    plan = HASH_ROUTE.kept.plans.get(key)
+    if plan is None:
+        statics = router_statics(experts, top_k, num_shared, scoring, renormalize, top_k + num_shared)
+        tile = HASH_ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+        plan = HASH_ROUTE.keep(key, (-(-tokens // tile["BLOCK_T"]), statics, tile))
+    work, statics, tile = plan
     logits = near_rows(logits)
-    sizes = tokens, vocabulary, logits.stride(0), table.stride(0)
-    args = (logits, table, token_ids, weights, ids, *sizes, routed_scale)
-    HASH_ROUTE.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+    sizes = tokens, vocabulary, logits.stride()[0], table.stride()[0]
+    HASH_ROUTE.launch(chip, work, (logits, table, token_ids, weights, ids, *sizes, routed_scale), statics, tile)
     return weights, ids
 
 
@@ -148,7 +150,7 @@ def _fake(logits, table, token_ids, scoring, renormalize, routed_scale, num_shar
 def _check_values(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
     check_range("token_ids", token_ids, 0, table.shape[0], f"table has {table.shape[0]} rows")
     experts = logits.shape[1]
-    check_range("table[token_ids]", table[token_ids], 0, experts, f"logits have {experts} experts")
+    check_range("table[token_ids]", table.index_select(0, token_ids), 0, experts, f"logits have {experts} experts")
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -208,13 +210,16 @@ def hash_route(
             entry of these rows that is no expert.
         TypeError: a wrong dtype.
     """
-    check_tensor("logits", logits, rank=2, dtypes=FLOATS)
+    check_tensor("logits", logits, rank=2)
     tokens, experts = logits.shape
-    check_int("number of experts (logits.shape[1])", experts, 1, 1024)
     check_tensor("table", table, rank=2, dtypes=INDICES, device=logits.device)
-    check_int("rows of the table (table.shape[0])", table.shape[0], 1, (1 << 31) - 1)
-    check_int("experts a token (table.shape[1])", table.shape[1], 1, 1024)
+    rows, top_k = table.shape
+    if not (1 <= experts <= 1024 and 1 <= rows < 1 << 31 and 1 <= top_k <= 1024):
+        check_int("number of experts (logits.shape[1])", experts, 1, 1024)
+        check_int("rows of the table (table.shape[0])", rows, 1, (1 << 31) - 1)
+        check_int("experts a token (table.shape[1])", top_k, 1, 1024)
     check_tensor("token_ids", token_ids, shape=(tokens,), dtypes=INDICES, device=logits.device)
-    check_choice("scoring", scoring, SCORINGS)
-    check_int("num_shared", num_shared, 0, 1024)
+    if scoring not in SCORINGS or type(num_shared) is not int or not 0 <= num_shared <= 1024:
+        check_choice("scoring", scoring, SCORINGS)
+        check_int("num_shared", num_shared, 0, 1024)
     return _op(logits, table, token_ids, scoring, bool(renormalize), float(routed_scale), num_shared)

@@ -5,12 +5,19 @@ Symbols: T tokens, E experts, K = top_k, S = num_shared. Experts stand in runs o
 
 import torch
 
-from mla_kernels.checks import FLOATS, check_choice, check_int, check_no_grad, check_tensor
+from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.cpu import route as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route.backward import route_backward, save_for_backward
-from mla_kernels.moe.route.scores import SCORINGS, finished_slots, near_rows, router_scores, router_tiles
+from mla_kernels.moe.route.scores import (
+    MAX_STRIDE,
+    SCORINGS,
+    finished_slots,
+    near_rows,
+    router_scores,
+    router_tiles,
+)
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
@@ -209,17 +216,23 @@ def _launch(
     logits, bias, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, renormalize, routed_scale,
     num_shared,
 ):  # fmt: skip
-    tokens, experts = logits.shape
+    (tokens, experts), chip = logits.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, top_k, num_shared)
-    statics = _statics(
-        experts, top_k, scoring=scoring, groups=num_groups, top_groups=top_k_groups, rank=group_rank, fill=group_fill,
-        has_bias=bias is not None, renormalize=renormalize, shared=num_shared,
-    )  # fmt: skip
-    chip = chip_of(logits.device)
-    tile = ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
-    logits = near_rows(logits)
-    args = (logits, weights if bias is None else bias, weights, ids, tokens, logits.stride(0), routed_scale)
-    ROUTE.launch(chip, -(-tokens // tile["BLOCK_T"]), args, statics, tile)
+    options = experts, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, renormalize, num_shared
+    key = chip.device, logits.dtype, tokens, options, bias is None
+    plan = ROUTE.kept.plans.get(key)
+    if plan is None:
+        statics = _statics(
+            experts, top_k, scoring=scoring, groups=num_groups, top_groups=top_k_groups, rank=group_rank,
+            fill=group_fill, has_bias=bias is not None, renormalize=renormalize, shared=num_shared,
+        )  # fmt: skip
+        tile = ROUTE.tile_for(chip, DTYPE_NAMES[logits.dtype], statics, {"tokens": tokens})
+        plan = ROUTE.keep(key, (-(-tokens // tile["BLOCK_T"]), statics, tile))
+    work, statics, tile = plan
+    if logits.stride()[0] > MAX_STRIDE:
+        logits = near_rows(logits)
+    args = (logits, weights if bias is None else bias, weights, ids, tokens, logits.stride()[0], routed_scale)
+    ROUTE.launch(chip, work, args, statics, tile)
     return weights, ids
 
 
@@ -249,6 +262,23 @@ _op = define_op(
     fake=_fake,
     autograd=(_save_for_backward, _backward),
 )
+
+
+_RANKS, _FILLS, _FP32 = (None, "max", "top2_sum"), (None, 0.0, float("-inf")), (torch.float32,)
+
+
+def _check_options(experts, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, num_shared) -> None:
+    """Refuse options one by one, each by its name."""
+    check_int("number of experts (logits.shape[1])", experts, 1, 1024)
+    check_int("top_k", top_k, 1, experts)
+    check_choice("scoring", scoring, SCORINGS)
+    check_int("num_groups", num_groups, 1, experts)
+    if experts % num_groups:
+        raise ValueError(f"num_groups: got {num_groups}, a divisor of the number of experts, {experts}, is accepted")
+    check_int("top_k_groups", top_k_groups, 1, num_groups)
+    check_choice("group_rank", group_rank, _RANKS)
+    check_choice("group_fill", group_fill, _FILLS)
+    check_int("num_shared", num_shared, 0, 1024)
 
 
 def route(
@@ -314,21 +344,23 @@ def route(
         ValueError: a wrong rank or shape, top_k > E, groups that do not divide E, an unknown option.
         TypeError: a wrong dtype. NotImplementedError: a bias that requires grad.
     """
-    check_tensor("logits", logits, rank=2, dtypes=FLOATS)
+    check_tensor("logits", logits, rank=2)
     experts = logits.shape[1]
-    check_int("number of experts (logits.shape[1])", experts, 1, 1024)
-    check_int("top_k", top_k, 1, experts)
-    check_choice("scoring", scoring, SCORINGS)
-    check_int("num_groups", num_groups, 1, experts)
-    if experts % num_groups:
-        raise ValueError(f"num_groups: got {num_groups}, a divisor of the number of experts, {experts}, is accepted")
-    check_int("top_k_groups", top_k_groups, 1, num_groups)
-    check_choice("group_rank", group_rank, (None, "max", "top2_sum"))
-    check_choice("group_fill", group_fill, (None, 0.0, float("-inf")))
-    check_int("num_shared", num_shared, 0, 1024)
+    if not (
+        type(top_k) is type(num_groups) is type(top_k_groups) is type(num_shared) is int
+        and 1 <= top_k <= experts <= 1024
+        and 1 <= top_k_groups <= num_groups
+        and 0 <= num_shared <= 1024
+        and experts % num_groups == 0
+        and scoring in SCORINGS
+        and group_rank in _RANKS
+        and group_fill in _FILLS
+    ):
+        _check_options(experts, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, num_shared)
     if bias is not None:
-        check_tensor("bias", bias, shape=(experts,), dtypes=(torch.float32,), device=logits.device)
-        check_no_grad("route", bias=bias)
+        check_tensor("bias", bias, shape=(experts,), dtypes=_FP32, device=logits.device)
+        if bias.requires_grad:
+            check_no_grad("route", bias=bias)
     return _op(
         logits, bias, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, bool(renormalize),
         float(routed_scale), num_shared,

@@ -1,0 +1,47 @@
+"""How many Python functions an eager call runs. They are most of what it costs the host; a count is the same on every
+machine, a time is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.op_cases import OPS
+from tests.launch.test_cuda_launch import stub_environment
+
+MOST = {
+    "write_latent": 22, "compress_latent": 22, "norm_and_write": 26, "mla_prolog": 31, "absorb_query": 21,
+    "expand_output": 15, "gather_tokens": 11, "scatter_tokens": 15, "copy_pages": 12,
+    "mla_decode": 18, "mla_prefill": 24, "merge_states": 12, "sparse_mla_decode": 25, "sparse_mla_prefill": 23,
+    "write_indexer_key": 24, "rotate_indexer_query": 19, "indexer_logits": 17, "paged_indexer_logits": 22,
+    "indexer_topk": 14, "select_keys": 27, "select_slots": 35,
+    "route": 11, "hash_route": 13, "balance_loss": 29, "expert_load": 11, "update_bias": 12,
+    "dispatch": 15, "align_blocks": 20, "permute": 17, "unpermute": 19, "combine": 12, "expert_ffn": 25,
+    "fused_moe": 37, "fused_experts": 33,
+}  # fmt: skip
+"""Op -> most Python functions of a call, on any of the supported versions. Lower one when the op needs fewer."""
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    command = [sys.executable, "-m", "tests.launch.eager_calls", *MOST]
+    environment = stub_environment(tmp_path_factory.mktemp("stub"))
+    child = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("op", MOST)
+def test_python_functions_of_a_call(op, counted):
+    cases = {name: functions for name, functions in counted.items() if name.split()[0] == op}
+    assert cases
+    for name, functions in cases.items():
+        assert len(functions) <= MOST[op], f"{name}: {len(functions)} calls, {MOST[op]} at most: {functions}"
+
+
+def test_every_op_is_counted():
+    assert OPS.keys() - MOST.keys() == {"convert_cache"}  # a loop over two of the others
