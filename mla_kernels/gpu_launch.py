@@ -79,7 +79,8 @@ def _written_launch(kinds: list[str], known: dict, elsewhere: Callable, through_
     key = ["device", "aligned", *(f"a{i}.dtype" for i in tensors)]
     if _ON_AMD:
         key += [f"a{i}.untyped_storage().nbytes() >= 1 << 31" for i in tensors]
-    key += [f"a{i}" for i in every if not kinds[i].startswith(("*", "fp32"))]
+    # a tile's type follows from the constants
+    key += [f"a{i}" for i in every if not kinds[i].startswith(("*", "fp32", "tile"))]
     values = ", ".join(f"p{i}" if i in tensors else f"a{i}" for i in every)
     lines = (
         "def launch(chip, grid, args, statics, tile):",

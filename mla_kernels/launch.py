@@ -87,7 +87,7 @@ TYPES = {
 
 
 class Kernel:
-    """One Triton kernel and what is known about it.
+    """One Triton kernel and what is known about it. ``language``: which of Triton's languages it is written in.
 
     Args:
         fn: the ``@triton.jit`` function. Its run-time arguments come first, its ``tl.constexpr`` arguments after them.
@@ -109,6 +109,8 @@ class Kernel:
         unsupported: chip name -> reason, for chips that this kernel has no path on.
         types: letter -> ``(dtype, statics) -> Triton type``, for arguments whose type the constants fix.
     """
+
+    language = "triton"
 
     def __init__(
         self,
@@ -230,11 +232,8 @@ class Kernel:
         grid = self.programs(chip, work)
         device = first.device
         kind = device.type
-        if kind == "cpu" and cpu_mode() == "interpret":
-            from mla_kernels.targets import interpreter
-
-            interpreter.prepare()
-            self.fn[(grid,)](*args, **self.constexprs(statics, tile))
+        if kind == "cpu" and cpu_mode() in ("interpret", "hopper-emulated"):
+            self._interpret(grid, args, statics, tile)
         elif kind == "cpu" and cpu_mode() == "npu-emulated":
             from mla_kernels.targets import emulator
 
@@ -245,3 +244,10 @@ class Kernel:
             return
         else:
             raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
+
+    def _interpret(self, grid: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
+        """Run on CPU tensors in Triton's interpreter."""
+        from mla_kernels.targets import interpreter
+
+        interpreter.prepare()
+        self.fn[(grid,)](*args, **self.constexprs(statics, tile))

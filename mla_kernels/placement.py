@@ -11,7 +11,7 @@ from mla_kernels.targets.chips import CHIPS, Chip, nvidia_chip
 
 
 class _Cpu:
-    """How kernels of CPU tensors run: "torch" (the fast torch code), "interpret", "npu-emulated" or "cuda"."""
+    """How kernels of CPU tensors run: "torch" (the fast torch code) or another mode of :func:`on_cpu`."""
 
     mode: str = "interpret" if INTERPRET else "torch"
     chip: Chip = CHIPS["sm_90"]
@@ -32,9 +32,10 @@ def on_cpu(mode: str, target: str | None = None):
 
     ``"torch"``: the fast torch code (default). ``"interpret"``: the Triton kernels in Triton's interpreter (needs
     ``TRITON_INTERPRET=1`` at import). ``"npu-emulated"``: the kernels' Ascend lowering, executed natively.
+    ``"hopper-emulated"``: Gluon kernels' own source, executed on the CPU; all others as in ``"interpret"``.
     ``"cuda"``: the CUDA launch path, with CPU memory posing as device memory, for launch tests over a stub driver.
     """
-    modes = ("torch", "interpret", "npu-emulated", "cuda")
+    modes = ("torch", "interpret", "npu-emulated", "hopper-emulated", "cuda")
     if mode not in modes:
         raise ValueError(f"mode {mode!r}: accepted are {', '.join(modes)}")
     target = target or {"npu-emulated": "ascend910b"}.get(mode, "sm_90")

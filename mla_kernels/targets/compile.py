@@ -134,6 +134,7 @@ def _job(request: Request) -> tuple[str, dict]:
         "action": "report",
         "source": kernel.source,
         "function": kernel.name,
+        "language": kernel.language,
         "signature": kernel.signature(request.dtype, request.statics),
         "constexprs": kernel.constexprs(request.statics, request.tile),
         "vendor": chip.vendor,

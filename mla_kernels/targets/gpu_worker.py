@@ -3,14 +3,17 @@
 Run as a script by :mod:`mla_kernels.targets.service` in a process without ``TRITON_INTERPRET``. Needs no GPU and no
 torch, and imports nothing of the package but the sibling files that read machine code.
 
-A job: ``source`` (text of a module), ``function`` (the kernel in it), ``signature`` {argument: "*bf16" | "i32:16" ...},
-``constexprs`` {argument: value}, ``vendor``, ``architecture`` ("90", "gfx942"), ``options``; ``output``, a path prefix,
-asks for the artefacts as files. The answer says whether it compiled or why not, and what the machine code holds.
+A job: ``source`` (text of a module), ``function`` (the kernel in it), ``language`` ("triton" or "gluon"), ``signature``
+{argument: "*bf16" | "i32:16" | "tile<bf16[1,64,128]>" ...}, ``constexprs`` {argument: value}, ``vendor``,
+``architecture`` ("90", "gfx942"), ``options``; ``output``, a path prefix, asks for the artefacts as files. The answer
+says whether it compiled or why not, and what the machine code holds.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -28,6 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 
 TENSOR_MEMORY_COLUMNS = 512
+SERIALISED = re.compile(r"\(C75(?:0[89]|1\d)\)")
+"""What ptxas -v says where it lets no two wgmma run at a time, or ignores how registers are dealt to warp groups."""
 _SCRATCH = tempfile.TemporaryDirectory(prefix="mla_kernels_")
 
 
@@ -45,8 +50,9 @@ def load(source: str):
 
 
 def compile_job(job: dict):
-    """Triton's CompiledKernel for a job. Pointers count as divisible by 16, and so do arguments marked ":16", unless
-    the kernel says that they make no instance of their own."""
+    """(Triton's CompiledKernel for a job, what ptxas said of a Gluon kernel). Pointers count as divisible by 16, and so
+    do arguments marked ":16", unless the kernel says that they make no instance of their own."""
+    gluon = job["language"] == "gluon"
     fn = getattr(load(job["source"]), job["function"])
     signature, constexprs, attributes = {}, {}, {}
     for position, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
@@ -55,7 +61,7 @@ def compile_job(job: dict):
             constexprs[(position,)] = job["constexprs"][name]
             continue
         kind, _, divisor = job["signature"][name].partition(":")
-        signature[name] = kind
+        signature[name] = descriptor(kind) if kind.startswith("tile<") else kind
         plain = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
         if (divisor == "16" or kind.startswith("*")) and not plain:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -63,10 +69,29 @@ def compile_job(job: dict):
         target = GPUTarget("cuda", int(job["architecture"]), 32)
     else:
         target = GPUTarget("hip", job["architecture"], 64)
-    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = (gluon_source if gluon else ASTSource)(fn, signature, constexprs, attributes)
+    log = io.StringIO()
     with tempfile.TemporaryDirectory(dir=_SCRATCH.name) as folder:  # reports are cached, Triton's own files need not be
         triton.knobs.cache.dir = folder
-        return triton.compile(source, target=target, options=job["options"])
+        triton.knobs.nvidia.dump_ptxas_log = gluon
+        with contextlib.redirect_stdout(log):
+            return triton.compile(source, target=target, options=job["options"]), log.getvalue()
+
+
+def gluon_source(*arguments):
+    """Triton's ASTSource of a Gluon kernel."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource(*arguments)
+
+
+def descriptor(tile: str) -> str:
+    """Triton's type of the TMA descriptor of a ``tile<bf16[1,64,128]>``: 16-bit boxes, swizzled over 128 bytes."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    inner = tile.removeprefix("tile<").removesuffix(">")
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=inner.count(",") + 1)
+    return f"tensordesc<{inner},{layout!r}>"
 
 
 def disassemble(cubin: bytes) -> tuple[str, int]:
@@ -95,14 +120,17 @@ def describe(kinds: list[str], main: tuple[int, ...], shapes: dict[str, int]) ->
     }
 
 
-def report_nvidia(compiled) -> tuple[dict, dict[str, str]]:
+def report_nvidia(compiled, gluon: bool) -> tuple[dict, dict[str, str]]:
     listing, registers = disassemble(compiled.asm["cubin"])
     instructions = sass.parse(listing)
     kinds = [sass.kind(instruction) for instruction in instructions]
-    main = loops.main_loop(kinds, sass.loops(instructions))
+    found = sass.loops(instructions)
+    main = loops.main_loop(kinds, found)
     answer = describe(kinds, main, sass.tensor_shapes([instructions[i] for i in main]))
     architecture = str(compiled.metadata.target.arch)
-    if architecture in bounds.ARCHITECTURES and main:
+    if gluon:  # partitions have a loop each, and what one costs says nothing of the program
+        answer["loop_spills"] = sum(kinds[i] == "spill" for i in {i for loop in found for i in loop})
+    elif architecture in bounds.ARCHITECTURES and main:
         loop = [instructions[i] for i in main]
         answer["detail"]["loop_bounds"] = bounds.bounds(loop, compiled.metadata.num_warps, architecture)
     columns = compiled.metadata.tmem_size
@@ -113,7 +141,7 @@ def report_nvidia(compiled) -> tuple[dict, dict[str, str]]:
     return answer, {"sass": listing}
 
 
-def report_amd(compiled) -> tuple[dict, dict[str, str]]:
+def report_amd(compiled, gluon: bool) -> tuple[dict, dict[str, str]]:
     text = compiled.asm["amdgcn"]
     instructions, found = amdgcn.parse(text)
     kinds = [amdgcn.kind(instruction) for instruction in instructions]
@@ -128,8 +156,11 @@ def report_amd(compiled) -> tuple[dict, dict[str, str]]:
 
 
 def report(job: dict) -> dict:
-    compiled = compile_job(job)
-    answer, artefacts = (report_nvidia if job["vendor"] == "nvidia" else report_amd)(compiled)
+    compiled, log = compile_job(job)
+    gluon = job["language"] == "gluon"
+    answer, artefacts = (report_nvidia if job["vendor"] == "nvidia" else report_amd)(compiled, gluon)
+    if gluon:
+        answer["detail"]["serialised"] = [line.strip() for line in log.splitlines() if SERIALISED.search(line)]
     answer["detail"]["warps"] = compiled.metadata.num_warps
     answer |= {"ok": True, "reason": "", "memory": {"shared": compiled.metadata.shared}}
     if job.get("output"):

@@ -7,11 +7,12 @@ that keys every cache all work on this one text.
 import ast
 import builtins
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import sys
 import tokenize
+from pathlib import Path
 
 HEADER = "import triton\nimport triton.language as tl\n"
 
@@ -27,9 +28,9 @@ def python_function(kernel):
 def standalone(kernel) -> str:
     """Source of a module that defines ``kernel``, the jit functions it calls and the ``tl.constexpr`` globals they use.
 
-    Names are followed through module-level definitions and ``from mla_kernels... import`` lines. Anything else that a
-    kernel names must be a builtin, ``tl`` or ``triton``; NameError says which name could not be found, or which one two
-    modules define.
+    Names are followed through module-level definitions and ``from mla_kernels... import`` lines; an import from a module
+    of Triton is kept. Anything else that a kernel names must be a builtin, ``tl`` or ``triton``; NameError says which
+    name could not be found, or which one two modules define.
     """
     function = python_function(kernel)
     pieces: dict[str, tuple[str, str]] = {}
@@ -71,6 +72,9 @@ def _collect(module_name: str, name: str, pieces: dict[str, tuple[str, str]]) ->
         known = other in own or other in assigned or other in ("tl", "triton") or hasattr(builtins, other)
         if not known and other != name:
             _collect(module_name, other, pieces)
+    if isinstance(node, ast.ImportFrom):
+        _add(pieces, name, "", ast.unparse(node))  # the same in whichever modules import it
+        return
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     _add(pieces, name, module_name, "\n".join(source[start - 1 : node.end_lineno]))
 
@@ -83,8 +87,11 @@ def _add(pieces: dict[str, tuple[str, str]], name: str, module_name: str, text: 
 
 @functools.cache
 def _module(module_name: str):
-    module = sys.modules.get(module_name) or importlib.import_module(module_name)
-    text = inspect.getsource(module)
+    loaded = sys.modules.get(module_name)
+    if loaded is not None:
+        text = inspect.getsource(loaded)
+    else:  # only read: a file with Gluon kernels imports what this installation may lack
+        text = Path(importlib.util.find_spec(module_name).origin).read_text()
     definitions, imports = {}, {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
@@ -93,4 +100,8 @@ def _module(module_name: str):
             definitions[node.targets[0].id] = node
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mla_kernels"):
             imports.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triton."):
+            for alias in node.names:
+                single = ast.ImportFrom(node.module, [alias], 0)
+                definitions[alias.asname or alias.name] = ast.copy_location(single, node)
     return text.splitlines(), definitions, imports

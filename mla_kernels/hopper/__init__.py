@@ -1,0 +1,106 @@
+"""Variants of ops for NVIDIA's Hopper (compute capability 9.0), in Gluon: TMA, wgmma and warp specialisation.
+
+An op's launcher asks here whether its variant is launched in place of the portable kernel. By itself that is so only
+for forms that ran right on a device: those in ``ran.json`` beside this file, each with card, date and versions. The
+list is empty. A test or a benchmark asks for a variant by name::
+
+    with mla_kernels.hopper.variants("force"):
+        mla_kernels.mla_decode(...)
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+
+from mla_kernels.gluon_launch import GluonKernel
+from mla_kernels.language import HAS_TRITON, TRITON_VERSION
+from mla_kernels.targets.chips import CHIPS, Chip
+
+MODES = ("listed", "force", "portable")
+TRITON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Versions whose Gluon the kernels are written for; earlier ones lack what they use."""
+
+RAN = Path(__file__).parent / "ran.json"
+"""Forms that ran right on a device: entries of kernel, source (its hash), form (constants that decide what is compiled,
+and the dtype), card, date, torch, triton. A kernel whose source has changed since has not run."""
+
+ELSEWHERE = {
+    name: "unsupported because it is written in TMA and wgmma, which only compute capability 9.0 has"
+    for name in CHIPS
+    if name != "sm_90"
+}
+"""What a variant's declaration says of other targets."""
+
+_mode: ContextVar[str] = ContextVar("hopper_variants", default="listed")
+
+
+@contextlib.contextmanager
+def variants(mode: str) -> Iterator[None]:
+    """Within the block, which kernel an op launches that has a variant for Hopper.
+
+    Args:
+        mode: ``"listed"`` (the default outside): the variant for forms that ran right on a device, else the portable
+            kernel. ``"force"``: the variant; a launch that it cannot serve raises. ``"portable"``: the portable kernel.
+
+    Raises:
+        ValueError: another mode.
+        NotImplementedError: (by an op, in mode "force") the variant does not exist for this chip, whose compute
+            capability is named, for this version of Triton, or for this form of the call.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(map(repr, MODES))}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def chosen(kernel: GluonKernel, chip: Chip, form: Mapping, refusal) -> bool:
+    """Whether an op launches its variant ``kernel`` on ``chip``.
+
+    ``form``: the constants that decide what is compiled, and the dtype. ``refusal()`` says why the variant does not
+    serve this call, or nothing.
+
+    Raises:
+        NotImplementedError: it is asked for by name and does not serve the call.
+    """
+    mode = _mode.get()
+    if mode == "portable" or (mode == "listed" and (chip.name in kernel.unsupported or not _listed())):
+        return False
+    reason = _missing(chip) or refusal()
+    if reason and mode == "force":
+        raise NotImplementedError(f"{kernel.name}, asked for by hopper.variants('force'): {reason}")
+    return not reason and (mode == "force" or has_run(kernel, form))
+
+
+def has_run(kernel: GluonKernel, form: Mapping) -> bool:
+    """Whether this kernel, as it is now, ran right on a device in this form, under this version of Triton."""
+    return (kernel.name, kernel.source_hash, TRITON_VERSION, _frozen(form)) in _listed()
+
+
+@functools.cache
+def _listed() -> frozenset:
+    """The list as what :func:`has_run` looks for."""
+    return frozenset(
+        (entry["kernel"], entry["source"], tuple(map(int, entry["triton"].split(".")[:2])), _frozen(entry["form"]))
+        for entry in json.loads(RAN.read_text())
+    )
+
+
+def _frozen(form: Mapping) -> frozenset:
+    return frozenset(form.items())
+
+
+def _missing(chip: Chip) -> str:
+    """Why no variant can be launched on a chip, or nothing."""
+    if chip.name != "sm_90":
+        capability = f"compute capability {chip.architecture[:-1]}.{chip.architecture[-1]}"
+        return f"it needs compute capability 9.0, {chip.part} is {capability if chip.vendor == 'nvidia' else chip.name}"
+    if not HAS_TRITON or TRITON_VERSION not in TRITON_VERSIONS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in TRITON_VERSIONS)
+        return f"it needs Triton {known}, got {'.'.join(map(str, TRITON_VERSION)) if HAS_TRITON else 'none'}"
+    return ""
