@@ -1,14 +1,16 @@
 """Backends and switches of the suite.
 
-``--backend cpu,interpret,npu-emulated`` (default: all three) chooses what the parity tests run on; ``cuda`` and ``npu``
-run them on a device, and leave out every test that takes no backend, since the default run has it. The interpreter must
+``--backend cpu,interpret,npu-emulated,hopper-emulated`` (default: all four) chooses what the parity tests run on;
+``hopper-emulated`` executes the source of Gluon kernels, in the place of the portable ones, for tests marked ``hopper``;
+``cuda`` and ``npu`` run them on a device, and leave out every test that takes no backend, since the default run has it. The interpreter must
 be switched on before Triton is imported, hence the first lines. Where there is no device, CPU memory can pose as one:
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m pytest -p tests.npu.posing --backend npu``.
 
 A test that takes ``device`` (or ``backend``) is one of parity: it makes its tensors there, and it fails unless a kernel
-was launched there. Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
+was launched there (on ``hopper-emulated`` a Gluon kernel). Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
 ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
-combinations that do not exist. Nothing skips itself: a skipped test fails.
+combinations that do not exist, ``hopper`` what runs on ``hopper-emulated``, too. Nothing skips itself: a skipped test
+fails.
 
 The cases of a test take turns: one runs in the interpreter, one in the emulator, and from the third on one in neither
 where the CPU code runs it, which runs them all. With ``--no-turns`` each runs everywhere.
@@ -24,7 +26,8 @@ import os
 import sys
 from collections import Counter
 
-BACKENDS = ("cpu", "interpret", "npu-emulated", "cuda", "npu")
+VARIANTS = "hopper-emulated"
+BACKENDS = ("cpu", "interpret", "npu-emulated", VARIANTS, "cuda", "npu")
 DEVICES = ("cuda", "npu")
 EXECUTORS = ("interpret", "npu-emulated")
 QUICK_BACKENDS = ("cpu", "interpret")
@@ -38,7 +41,7 @@ def _backends(arguments: list[str]) -> tuple[str, ...]:
             return tuple(arguments[index + 1].split(","))
     if "PYTEST_BACKENDS" not in os.environ and "--quick" in arguments:
         return QUICK_BACKENDS
-    return tuple(os.environ.get("PYTEST_BACKENDS", "cpu,interpret,npu-emulated").split(","))
+    return tuple(os.environ.get("PYTEST_BACKENDS", f"cpu,interpret,npu-emulated,{VARIANTS}").split(","))
 
 
 CHOSEN = _backends(sys.argv)
@@ -51,12 +54,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from mla_kernels import launch, tile_files  # noqa: E402
+from mla_kernels import hopper, launch, tile_files  # noqa: E402
 from mla_kernels.targets.service import ToolchainMissing  # noqa: E402
 from tests.children import PRINTING  # noqa: E402
 
 WITHOUT_ASCEND = "The parity tests run without it: --backend cpu,interpret"
-MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated"}
+MODES = {"cpu": "torch", "interpret": "interpret", "npu-emulated": "npu-emulated", VARIANTS: VARIANTS}
 
 
 def pytest_addoption(parser):
@@ -79,6 +82,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
     config.addinivalue_line("markers", "quick(*ops, when=None): runs with --quick; with ops: its first case")
     config.addinivalue_line("markers", "device_process: takes no backend, but runs where a device's tests do")
+    config.addinivalue_line("markers", f"hopper(when=None): runs on {VARIANTS}, too")
     config.addinivalue_line("markers", "no_launch(reason, when=None): no kernel may be launched, on any backend")
 
 
@@ -95,7 +99,8 @@ def pytest_collection_modifyitems(config, items):
         chosen[False] += [item for item in chosen[True] if item not in quick]
         chosen[True] = [item for item in chosen[True] if item in quick]
         called = {(op, _parameters(item).get("backend")) for item in quick for op in quick[item]}
-        left_out = sorted(op for op in _ops() if any((op, backend) not in called for backend in CHOSEN))
+        everywhere = [backend for backend in CHOSEN if backend != VARIANTS]
+        left_out = sorted(op for op in _ops() if any((op, backend) not in called for backend in everywhere))
         if left_out and _everything_was_collected(config):
             raise pytest.UsageError(f"--quick: no parity test is marked quick for {', '.join(left_out)}")
     elif config.getoption("--turns"):
@@ -157,6 +162,8 @@ def _out_of_turn(items) -> set:
 def _runs(item, slow: bool) -> bool:
     if ON_DEVICE and "backend" not in _parameters(item) and _mark(item, "device_process") is None:
         return False
+    if _parameters(item).get("backend") == VARIANTS and _mark(item, "hopper") is None:
+        return False
     return _mark(item, "leave_out") is None and (slow or _mark(item, "slow") is None)
 
 
@@ -204,7 +211,8 @@ def _without_skip(report):
 def backend(request):
     """Name of the backend; public ops called with CPU tensors run on it for the length of the test."""
     if request.param in MODES:
-        with launch.on_cpu(MODES[request.param]):
+        variants = hopper.variants("force" if request.param == VARIANTS else "listed")
+        with launch.on_cpu(MODES[request.param]), variants:
             yield request.param
     else:
         yield request.param
@@ -233,9 +241,10 @@ def _count_launches():
 
     def counted(kernel, chip, work, args, statics, tile):
         run(kernel, chip, work, args, statics, tile)
-        if work:
-            place = args[0].device.type
-            _launched[launch.cpu_mode() if place == "cpu" else place] += 1
+        place = args[0].device.type
+        place = launch.cpu_mode() if place == "cpu" else place
+        if work and (place != VARIANTS or kernel.language == "gluon"):
+            _launched[place] += 1
 
     launch.Kernel.launch = counted
 

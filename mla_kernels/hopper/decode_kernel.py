@@ -208,7 +208,7 @@ def _odd_group(
         total = total * keep + gl.sum(weights, 1)
         weights = weights.to(left.dtype)
         whole(rope, 0).store(weights)
-        fence_async_shared()
+        fence_async_shared()  # for the even group's product
         mbarrier.arrive(signals.index(ODD_WEIGHTS))
         acc = acc * gl.convert_layout(keep, ACC_ROW)[:, None]
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, ACC, 2))

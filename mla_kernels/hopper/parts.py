@@ -113,7 +113,7 @@ def clear_unread(values, first, start, end):
         for tile in gl.static_range(TILES):
             kept = gl.where(((key >= start) & (key < end))[:, None], tiles.index(tile).load(ROWS), 0.0)
             tiles.index(tile).store(kept)  # [64, COLUMNS]
-        fence_async_shared()
+        fence_async_shared()  # the cleared rows
 
 
 @gluon.jit

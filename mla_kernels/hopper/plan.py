@@ -31,7 +31,7 @@ def tile_range(
     row sees the keys from whole_start to whole_end - 1.
     """
     unseen = rows // heads - 1  # keys hidden from the first query
-    reach = window + unseen if WINDOW else capacity
+    reach = window + unseen if WINDOW else length
     start, end, exists = split_range(split, length, capacity, reach, min_split, max_splits)
     lowest = start
     whole_start = start

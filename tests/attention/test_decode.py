@@ -113,6 +113,7 @@ def test_the_error_of_a_quantised_cache_is_the_quantisers(backend, device, layou
     ],
 )
 @not_on("takes the interpreter minutes; the emulator runs these sizes", "interpret")
+@pytest.mark.hopper(when=lambda dtype: dtype != torch.float32)
 def test_real_sizes(heads, dtype, lengths, backend, device):
     problem = make(lengths, heads=heads, dtype=dtype, latent_dim=512, rope_dim=64, device=device)
     problem.check(problem.run())
