@@ -79,10 +79,6 @@ class GluonKernel(Kernel):
         constants = (tile for tile in declaration["tiles"] if not tile.startswith("num_"))
         parameters = (*declaration["arguments"], *declaration["statics"], *constants)
         super().__init__(_Function(module, name, parameters), **declaration)
-        launch = self._launch_gpu
-        self._launch_gpu = lambda chip, grid, args, statics, tile: launch(
-            chip, grid, self._described(args, statics), statics, tile
-        )
 
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """As :meth:`Kernel.signature`; a tile is ``tile<bf16[1,64,128]>``, whose layout the compiler process adds."""
@@ -95,8 +91,17 @@ class GluonKernel(Kernel):
         dealt = {"maxnreg": tile["REGISTERS"]} if "REGISTERS" in tile else {}
         return super().options(chip, tile) | dealt
 
+    def launch(self, chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
+        """As :meth:`Kernel.launch`, with :class:`Tiles` for arguments of type ``"tile"``.
+
+        Triton's launcher encodes their TMA descriptors at every launch.
+        """
+        if work and not args[0].is_meta:
+            args = self._described(args, statics)
+        super().launch(chip, work, args, statics, tile)
+
     def _described(self, args: tuple, statics: Mapping) -> list:
-        """``args`` with a TMA descriptor for each tile. Triton's launcher encodes it at every launch."""
+        """``args`` with Triton's descriptor for each tile."""
         from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -119,6 +124,6 @@ class GluonKernel(Kernel):
         from mla_kernels.targets.gluon import emulator
 
         emulator.run(
-            self.fn.loaded, (grid,), self._described(args, statics), self.constexprs(statics, tile),
+            self.fn.loaded, (grid,), args, self.constexprs(statics, tile),
             num_warps=tile["num_warps"], seed=self.emulated_seed,
         )  # fmt: skip

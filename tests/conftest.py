@@ -1,16 +1,16 @@
 """Backends and switches of the suite.
 
 ``--backend cpu,interpret,npu-emulated,hopper-emulated`` (default: all four) chooses what the parity tests run on;
-``hopper-emulated`` executes the source of Gluon kernels, in the place of the portable ones, for tests marked ``hopper``;
-``cuda`` and ``npu`` run them on a device, and leave out every test that takes no backend, since the default run has it. The interpreter must
-be switched on before Triton is imported, hence the first lines. Where there is no device, CPU memory can pose as one:
-``TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m pytest -p tests.npu.posing --backend npu``.
+``hopper-emulated`` executes the source of Gluon kernels in place of the portable ones, for tests marked ``hopper``.
+``cuda`` and ``npu`` run them on a device, and leave out every test that takes no backend, since the default run has it.
+The interpreter must be switched on before Triton is imported, hence the first lines. Where there is no device, CPU
+memory can pose as one: ``TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -m pytest -p tests.npu.posing --backend npu``.
 
 A test that takes ``device`` (or ``backend``) is one of parity: it makes its tensors there, and it fails unless a kernel
-was launched there (on ``hopper-emulated`` a Gluon kernel). Marks say what differs, ``when`` a condition on the test's parameters holds, or always:
-``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with ``--slow``, ``leave_out(reason)``
-combinations that do not exist, ``hopper`` what runs on ``hopper-emulated``, too. Nothing skips itself: a skipped test
-fails.
+was launched there (on ``hopper-emulated`` a Gluon kernel). Marks say what differs, ``when`` a condition on the test's
+parameters holds, or always: ``no_launch(reason)`` where no kernel may be launched, ``slow`` what runs only with
+``--slow``, ``leave_out(reason)`` combinations that do not exist, ``hopper`` what runs on ``hopper-emulated``, too.
+Nothing skips itself: a skipped test fails.
 
 The cases of a test take turns: one runs in the interpreter, one in the emulator, and from the third on one in neither
 where the CPU code runs it, which runs them all. With ``--no-turns`` each runs everywhere.

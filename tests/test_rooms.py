@@ -9,13 +9,14 @@ import pytest
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = {"gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
+LAUNCH = {"gluon_launch", "gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
 TOOLS = {"", "__main__", "check", "demo", "device"}
 FLOORS = (
     ({"checks"}, {"invariance"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),
     ({"cpu"}, LAUNCH),
     ({"latent"},),
+    ({"hopper"},),
     ({"attention"}, {"moe"}),
     ({"nn"},),
     ({"compat"},),

@@ -1,7 +1,7 @@
 """mla_decode for Hopper: the declarations of its kernels, and their launch in place of the portable one.
 
-There are two, chosen by the query rows of a sequence (S_q * heads): up to 32, :mod:`mla_kernels.hopper.few_rows_kernel`,
-from 33, :mod:`mla_kernels.hopper.decode_kernel`. Both files import Gluon, and are imported by a first launch.
+There are two, chosen by the query rows of a sequence (S_q * heads): :mod:`mla_kernels.hopper.few_rows_kernel` up to 32,
+:mod:`mla_kernels.hopper.decode_kernel` from 33. Both files import Gluon, and are imported by a first launch.
 """
 
 import torch

@@ -137,9 +137,10 @@ def _even_group(
         page = even_next
         even_next = find_page(table_ptr, after + PAIR, end, PAGE_SIZE)
         acc = warpgroup_mma_wait(0, [acc])
+        odd_row = (after + BLOCK) % PAGE_SIZE
         if ROPE > 0:
-            load_box(rope_tiles, odd_next, (after + BLOCK) % PAGE_SIZE, LATENT, odd_rope.index(0), odd_rope_full.index(0), more)
-        load_half(key_tiles, odd_next, (after + BLOCK) % PAGE_SIZE, 0, odd_left, odd_left_full, more)
+            load_box(rope_tiles, odd_next, odd_row, LATENT, odd_rope.index(0), odd_rope_full.index(0), more)
+        load_half(key_tiles, odd_next, odd_row, 0, odd_left, odd_left_full, more)
         odd_next = find_page(table_ptr, after + PAIR + BLOCK, end, PAGE_SIZE)
     even_sum.store(total)
     mbarrier.arrive(signals.index(EVEN_SUM))
@@ -221,9 +222,10 @@ def _odd_group(
         warpgroup_mma_wait(1, [operand])  # the first product is done
         load_half(key_tiles, odd_next, (after + BLOCK) % PAGE_SIZE, HALF, right, right_full, more)
         acc = warpgroup_mma_wait(0, [acc])  # [64, HALF]
-        load_half(key_tiles, even_next, after % PAGE_SIZE, HALF, even_right, even_right_full, more)
+        even_row = after % PAGE_SIZE
+        load_half(key_tiles, even_next, even_row, HALF, even_right, even_right_full, more)
         if ROPE > 0:
-            load_box(rope_tiles, even_next, after % PAGE_SIZE, LATENT, even_rope.index(0), even_rope_full.index(0), more)
+            load_box(rope_tiles, even_next, even_row, LATENT, even_rope.index(0), even_rope_full.index(0), more)
         even_next = even_later
         odd_next = odd_later
     odd_sum.store(total)
@@ -312,10 +314,7 @@ def hopper_mla_decode_kernel(
 
     stored_rows = gl.where(exists, rows - row, 0)
     target = (split * sequences + sequence).to(gl.int64) * rows + row
-    if SPLIT:
-        result_ptr = partial_ptr + target * LATENT
-    else:
-        result_ptr = out_ptr + target * LATENT
+    result_ptr = (partial_ptr if SPLIT else out_ptr) + target * LATENT
     q = (q_left, q_right, q_rope)
     even = (even_left, even_right, even_rope)
     odd = (odd_left, odd_right, odd_rope)

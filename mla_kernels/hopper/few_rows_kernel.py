@@ -63,7 +63,8 @@ def hopper_mla_decode_few_rows_kernel(
 ):  # fmt: skip
     """Attention of all ``rows`` <= ROWS query rows of a sequence over one split of its keys.
 
-    Arguments as those of hopper_mla_decode_kernel, with q in boxes of ROWS rows. A program is sequence * splits + split.
+    Arguments as those of hopper_mla_decode_kernel, with q in boxes of ROWS rows. A program is sequence * splits +
+    split.
     """
     split = gl.program_id(0) % splits
     sequence = gl.program_id(0) // splits
@@ -130,7 +131,8 @@ def hopper_mla_decode_few_rows_kernel(
             )  # fmt: skip
         if ROPE > 0:
             mbarrier.wait(rope_full.index(stage), phase)
-            scores = warpgroup_mma(ropes.index(stage), q_boxes.index(PARTS + spot).permute((1, 0)), scores, is_async=True)
+            q_rope = q_boxes.index(PARTS + spot).permute((1, 0))
+            scores = warpgroup_mma(ropes.index(stage), q_rope, scores, is_async=True)
         valid = (page >= 0) & (page < num_pages)
         scores = warpgroup_mma_wait(0, [scores])  # [64, ROWS]
         if (first + BLOCK > whole_end) | (first < whole_start) | (not valid):

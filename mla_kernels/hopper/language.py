@@ -23,10 +23,9 @@ PUBLIC_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterp
 def reinterpret(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
     """The bytes of a shared buffer under another type, shape and layout."""
     if PUBLIC_REINTERPRET:
-        view = buffer.reinterpret(dtype, shape, layout)
+        return buffer.reinterpret(dtype, shape, layout)
     else:
-        view = buffer._reinterpret(dtype, shape, layout)
-    return view
+        return buffer._reinterpret(dtype, shape, layout)
 
 
 __all__ = [

@@ -74,9 +74,7 @@ def add_scores(scores, q, keys, full, phase, spot, FRESH: gl.constexpr):
     for box in gl.static_range(BOXES):
         mbarrier.wait(full.index(box), phase)
         key = key_boxes.index(box + spot).permute((1, 0))  # [BOX, 64]
-        scores = warpgroup_mma(
-            q_boxes.index(box + spot), key, scores, use_acc=not (FRESH and box == 0), is_async=True
-        )
+        scores = warpgroup_mma(q_boxes.index(box + spot), key, scores, use_acc=not (FRESH and box == 0), is_async=True)
     return scores
 
 

@@ -10,7 +10,7 @@ SPLIT_ALIGN = gl.constexpr(128)  # split lengths, and where the first one begins
 
 @gluon.jit
 def split_range(split, length, capacity, reach, min_split, max_splits):
-    """(start, end, exists) of a split of a sequence whose ``reach`` newest keys are seen; the first one always exists."""
+    """(start, end, exists) of a split of a sequence whose ``reach`` newest keys are seen; the first split exists."""
     stored = gl.minimum(length, capacity)
     base = gl.maximum(length - reach, 0) // SPLIT_ALIGN * SPLIT_ALIGN
     share = (gl.maximum(stored - base, 0) + max_splits - 1) // max_splits

@@ -11,8 +11,8 @@ class Report:
     ``loop_spills`` are spills to memory inside the main loop, ``spills`` those of the whole kernel. ``memory`` is what
     a program uses of the memories in ``limits``, in bytes. ``traps`` counts places where the compiler gave up and
     left an instruction that stops the kernel. ``detail`` differs by vendor: the main loop's instruction mix, tensor
-    instruction shapes, asynchronous copies, programs that fit one core at a time (``resident``); of a Gluon kernel, whose
-    ``loop_spills`` are those of all loops, what ptxas said of products that it serialises (``serialised``).
+    instruction shapes, asynchronous copies, programs that fit one core at a time (``resident``); of a Gluon kernel,
+    whose ``loop_spills`` are those of all loops, what ptxas said of products that it serialises (``serialised``).
     """
 
     target: str

@@ -28,9 +28,9 @@ def python_function(kernel):
 def standalone(kernel) -> str:
     """Source of a module that defines ``kernel``, the jit functions it calls and the ``tl.constexpr`` globals they use.
 
-    Names are followed through module-level definitions and ``from mla_kernels... import`` lines; an import from a module
-    of Triton is kept. Anything else that a kernel names must be a builtin, ``tl`` or ``triton``; NameError says which
-    name could not be found, or which one two modules define.
+    Names are followed through module-level definitions and ``from mla_kernels... import`` lines; an import from a
+    module of Triton is kept. Anything else that a kernel names must be a builtin, ``tl`` or ``triton``; NameError says
+    which name could not be found, or which one two modules define.
     """
     function = python_function(kernel)
     pieces: dict[str, tuple[str, str]] = {}

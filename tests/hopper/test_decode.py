@@ -28,7 +28,7 @@ def small(lengths, **options) -> Problem:
 
 
 def forms(count: int) -> list[tuple]:
-    """Random (heads, page size, queries, dtype, widths, window, sink, lengths) with every value of each at least once."""
+    """Random (heads, page size, queries, dtype, widths, window, sink, lengths), each value at least once."""
     rng = random.Random(5)
     columns = []
     for values in (HEADS, PAGE_SIZES, QUERIES, (BF16, FP16), WIDTHS, WINDOWS, (False, True)):
@@ -94,7 +94,9 @@ def test_empty_rows_are_zero_and_minus_infinity(backend, device, heads):
 @pytest.mark.no_launch("no queries")
 def test_empty_batch(backend, device):
     problem, none = small([5], device=device), slice(0, 0)
-    problem = replace(problem, q=problem.q[none], block_table=problem.block_table[none], seq_lens=problem.seq_lens[none])
+    problem = replace(
+        problem, q=problem.q[none], block_table=problem.block_table[none], seq_lens=problem.seq_lens[none]
+    )
     out, lse = problem.run()
     assert out.shape == (0, 1, 3, 128) and lse.shape == (0, 1, 3)
 

@@ -145,7 +145,11 @@ def test_a_form_that_is_not_carried_is_refused_where_it_is_asked_for_and_portabl
 
 @pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), 1e-31])
 def test_a_scale_that_masks_do_not_survive_is_refused(launched, scale):
-    with launch.on_cpu("interpret"), hopper.variants("force"), pytest.raises(NotImplementedError, match="softmax_scale"):
+    with (
+        launch.on_cpu("interpret"),
+        hopper.variants("force"),
+        pytest.raises(NotImplementedError, match="softmax_scale"),
+    ):
         problem().run(softmax_scale=scale)
 
 

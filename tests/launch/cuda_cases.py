@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mla_kernels
-from mla_kernels import gpu_launch
+from mla_kernels import gpu_launch, hopper
+from mla_kernels.hopper import decode as hopper_decode
 from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
 from tests.launch.cuda_recorder import record
@@ -146,6 +147,32 @@ def test_mla_decode(heads, pages):
     assert {t.data_ptr() for t in (q, cache.data, block_table, seq_lens)} <= set(pointers(decode).values())
     assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
     assert decode.constants["PAGE_SIZE"] == 64 and decode.constants["LATENT"] == 512
+
+
+@pytest.mark.parametrize("heads, queries, rows", [(16, 1, 16), (16, 2, 32), (40, 1, 64), (128, 2, 64)])
+@pytest.mark.parametrize("pages", [2, 40])
+def test_hopper_mla_decode(heads, queries, rows, pages):
+    """The grid, 64 or 16 or 32 rows a program, all warps, shared memory, and descriptors over queries and cache."""
+    cache, q = make_cache(), torch.randn(3, queries, heads, 576).to(BF16)
+    block_table, sink = torch.zeros(3, pages, dtype=I32), torch.zeros(heads)
+    seq_lens = torch.full((3,), 64 * pages, dtype=I32)
+    kernel = hopper_decode.kernel_for(queries * heads)
+    with record() as launches, hopper.variants("force"):
+        out, _ = mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1, sink=sink)
+        known = kernel.launches_known
+        mla_kernels.mla_decode(q.clone(), cache, block_table, seq_lens, softmax_scale=0.1, sink=sink)
+        assert kernel.launches_known == known
+    assert len(launches) == (4 if pages == 40 else 2)
+    decode, *merge = launches[: len(launches) // 2]
+    assert decode.kernel == kernel.name
+    assert decode.grid == 3 * decode.arguments["splits"] * -(-queries * heads // rows)
+    assert decode.threads == (256 if rows == 64 else 128)
+    assert decode.shared_bytes > 64 * 576 * 2 * 2  # two blocks of keys
+    q_tiles, key_tiles = decode.arguments["q_tiles"], decode.arguments["key_tiles"]
+    assert (q_tiles.base.data_ptr(), q_tiles.shape) == (q.data_ptr(), [3, queries * heads, 576])
+    assert (key_tiles.base.data_ptr(), key_tiles.strides) == (cache.data.data_ptr(), [64 * 576, 576, 1])
+    assert {t.data_ptr() for t in (block_table, seq_lens)} <= set(pointers(decode).values())
+    assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -22,6 +22,16 @@ UINTS = ctypes.POINTER(ctypes.c_uint)
 RECORDER = ctypes.CFUNCTYPE(None, UINTS, UINTS, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 
 
+class TensorMap(ctypes.Structure):
+    """What the stub encodes as a TMA descriptor; innermost dimension first, strides in bytes."""
+
+    _fields_ = [
+        ("address", ctypes.c_uint64), ("shape", ctypes.c_uint64 * 5), ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5), ("rank", ctypes.c_uint32), ("type", ctypes.c_uint32),
+        ("swizzle", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
 class StubDriver(DriverBase):
     """The NVIDIA driver's own utilities and launcher; device 0, stream 0, sm_90."""
 
@@ -88,15 +98,19 @@ def record():
         passed = [  # an integer that is 1 becomes a constant
             (name, value) for name, value in named.items() if name in plain or not (type(value) is int and value == 1)
         ]
-        for index, (name, value) in enumerate(passed):
-            got, want = _read(parameters[index], value)
-            if got != want:
-                problems.append(f"{kernel.name}: {name} reached the driver as {got}, the op passed {want}")
+        index = 0
+        for name, value in passed:
+            for part in _parts(value):
+                got, want = _read(parameters[index], part)
+                index += 1
+                if got != want:
+                    problems.append(f"{kernel.name}: {name} reached the driver as {got}, the op passed {want}")
         if tuple(grid[:3]) != (kernel.programs(chip, work), 1, 1):
             problems.append(f"{kernel.name}: grid {tuple(grid[:3])}, expected {kernel.programs(chip, work)}")
         constants = kernel.constexprs(statics, tile)
         launches.append(Launch(kernel.name, named, constants, grid[0], block[0], shared_bytes))
-        if block[0] != 32 * kernel.options(chip, tile).get("num_warps", 4):
+        warps = kernel.options(chip, tile).get("num_warps", 4) + getattr(kernel, "worker_warps", 0)
+        if block[0] != 32 * warps:
             problems.append(f"{kernel.name}: {block[0]} threads for {kernel.options(chip, tile)}")
 
     callback = RECORDER(reached)
@@ -112,8 +126,25 @@ def record():
         raise AssertionError("\n".join(problems))
 
 
+def _parts(value) -> tuple:
+    """The parameters that an argument becomes: a TMA descriptor is followed by its shape and strides as numbers."""
+    if not hasattr(value, "block_shape"):
+        return (value,)
+    return (value, *value.shape, *map(ctypes.c_int64, value.strides))
+
+
 def _read(address, value):
     """The parameter at ``address`` and what it should be, by the type that Triton gives ``value``."""
+    if hasattr(value, "block_shape"):
+        found, rank, size = TensorMap.from_address(address), len(value.shape), value.base.element_size()
+        strides = [size * stride for stride in value.strides[-2::-1]]
+        inner, *outer = value.block_shape[::-1]
+        box = [min(inner, 128 // size), *outer]  # a wider one is copied in pieces
+        want = value.base.data_ptr(), value.shape[::-1], strides, box, 3  # swizzled over 128 bytes
+        parts = found.shape[:rank], found.strides[: rank - 1], found.box[:rank]
+        return (found.address, *map(list, parts), found.swizzle), want
+    if isinstance(value, ctypes.c_int64):
+        return ctypes.c_int64.from_address(address).value, value.value
     if isinstance(value, torch.Tensor):
         return ctypes.c_uint64.from_address(address).value, value.data_ptr()
     if isinstance(value, float):

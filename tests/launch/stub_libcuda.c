@@ -45,7 +45,25 @@ Result cuFuncSetCacheConfig(void *function, int config) { return 0; }
 Result cuPointerGetAttribute(void *data, int attribute, DevicePtr pointer) { *(DevicePtr *)data = pointer; return 0; }
 Result cuPointerGetAttributes(unsigned n, int *attributes, void **data, DevicePtr pointer) { return 0; }
 Result cuOccupancyMaxActiveClusters(int *count, void *function, const void *config) { *count = 1; return 0; }
-Result cuTensorMapEncodeTiled(void *map) { return 0; }
+/* The 128 bytes of a map hold what it was encoded from, innermost dimension first, for the callback to read. */
+typedef struct {
+    unsigned long long address, shape[5], strides[4];
+    unsigned box[5], rank, type, swizzle;
+} TensorMap;
+Result cuTensorMapEncodeTiled(TensorMap *map, unsigned type, unsigned rank, void *address,
+                              const unsigned long long *shape, const unsigned long long *strides, const unsigned *box,
+                              const unsigned *element_strides, int interleave, int swizzle, int promotion, int fill) {
+    map->address = (unsigned long long)address;
+    map->rank = rank;
+    map->type = type;
+    map->swizzle = swizzle;
+    for (unsigned i = 0; i < rank; i++) {
+        map->shape[i] = shape[i];
+        map->box[i] = box[i];
+        if (i + 1 < rank) map->strides[i] = strides[i];
+    }
+    return 0;
+}
 Result cuTensorMapEncodeIm2col(void *map) { return 0; }
 Result cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
     if (recorder) recorder(config->grid, config->block, config->shared_bytes, parameters);
