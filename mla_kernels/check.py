@@ -142,7 +142,7 @@ def support_markdown(reports: Sequence[Report]) -> str:
         f"| op | kernel | {' | '.join(targets)} |",
         f"| --- | --- |{' --- |' * len(targets)}",
     ]
-    notes: dict[str, None] = {}
+    notes: dict[tuple[str, str], dict[str, None]] = {}  # (kernel, reason) -> targets
     for kernel, row in by_kernel.items():
         op = python_function(KERNELS[kernel].fn).__module__.removeprefix("mla_kernels.") if kernel in KERNELS else ""
         typed = kernel not in KERNELS or any("T" in kind for kind in KERNELS[kernel].arguments.values())
@@ -151,8 +151,9 @@ def support_markdown(reports: Sequence[Report]) -> str:
         for target in targets:
             for report in row.get(target, []):
                 if report.unsupported:
-                    notes[f"- `{kernel}` on {target}: {report.reason}"] = None
-    lines += ["", f"Compiled by {compilers(reports)}.", *notes]
+                    notes.setdefault((kernel, report.reason), {})[target] = None
+    lines += ["", f"Compiled by {compilers(reports)}."]
+    lines += [f"- `{kernel}` on {', '.join(where)}: {reason}" for (kernel, reason), where in notes.items()]
     return "\n".join([*lines, MATRIX_END])
 
 

@@ -38,7 +38,6 @@ def forms(count: int) -> list[tuple]:
     return list(zip(*columns, [tuple(rng.sample(LENGTHS, 3)) for _ in range(count)]))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("heads, page_size, queries, dtype, widths, window, sink, lengths", forms(14))
 def test_parity(backend, device, heads, page_size, queries, dtype, widths, window, sink, lengths):
     problem = make(
