@@ -77,8 +77,8 @@ def test_other_targets_have_no_such_kernel(kernel):
 
 SERIALISES = {
     HOPPER_MLA_DECODE: (
-        "        acc = warpgroup_mma_wait(0, [acc])\n        if ROPE",
-        "        acc = warpgroup_mma_wait(1, [acc])\n        if ROPE",
+        "acc = warpgroup_mma_wait(0, [acc])\n        odd_row",
+        "acc = warpgroup_mma_wait(1, [acc])\n        odd_row",
     ),
     HOPPER_MLA_DECODE_FEW_ROWS: (
         "acc = warpgroup_mma_wait(0, [acc])  # [LATENT, ROWS]",
