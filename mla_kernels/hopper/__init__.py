@@ -34,7 +34,7 @@ ELSEWHERE = {
 }
 """What a variant's declaration says of other targets."""
 
-_mode: ContextVar[str] = ContextVar("hopper_variants", default="listed")
+MODE: ContextVar[str] = ContextVar("hopper_variants", default="listed")
 
 
 @contextlib.contextmanager
@@ -52,11 +52,11 @@ def variants(mode: str) -> Iterator[None]:
     """
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(map(repr, MODES))}")
-    token = _mode.set(mode)
+    token = MODE.set(mode)
     try:
         yield
     finally:
-        _mode.reset(token)
+        MODE.reset(token)
 
 
 def chosen(kernel: GluonKernel, chip: Chip, form: Mapping, refusal) -> bool:
@@ -68,13 +68,21 @@ def chosen(kernel: GluonKernel, chip: Chip, form: Mapping, refusal) -> bool:
     Raises:
         NotImplementedError: it is asked for by name and does not serve the call.
     """
-    mode = _mode.get()
+    mode = MODE.get()
     if mode == "portable" or (mode == "listed" and (chip.name in kernel.unsupported or not _listed())):
         return False
-    reason = _missing(chip) or refusal()
-    if reason and mode == "force":
+    return served(kernel, _missing(chip) or refusal()) and (mode == "force" or has_run(kernel, form))
+
+
+def served(kernel: GluonKernel, reason: str) -> bool:
+    """Whether a call whose form was :func:`chosen` is launched, where ``reason`` says why not, or nothing.
+
+    Raises:
+        NotImplementedError: it is not, and the variant is asked for by name.
+    """
+    if reason and MODE.get() == "force":
         raise NotImplementedError(f"{kernel.name}, asked for by hopper.variants('force'): {reason}")
-    return not reason and (mode == "force" or has_run(kernel, form))
+    return not reason
 
 
 def has_run(kernel: GluonKernel, form: Mapping) -> bool:

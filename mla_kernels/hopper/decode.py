@@ -1,8 +1,11 @@
 """mla_decode for Hopper: the declarations of its kernels, and their launch in place of the portable one.
 
-There are two, chosen by the query rows of a sequence (S_q * heads): :mod:`mla_kernels.hopper.few_rows_kernel` up to 32,
+There are two, chosen by the query rows of a sequence (S_q * heads, or the heads alone where a query's bits must not
+depend on how many there are): :mod:`mla_kernels.hopper.few_rows_kernel` up to 32,
 :mod:`mla_kernels.hopper.decode_kernel` from 33. Both files import Gluon, and are imported by a first launch.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -69,13 +72,13 @@ def _work(dtype, statics, sizes, tile):
 
 def _case(
     name, heads, *, batch=8, tokens=4096, queries=1, page=64, window=None, sink=False, split=2048, latent=512, rope=64,
-    dtypes=("bf16",),
+    fixed=False, dtypes=("bf16",),
 ):  # fmt: skip
     sizes = {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens, "split": split}
     if window is not None:
         sizes["window"] = window
     statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "CAUSAL": queries > 1, "WINDOW": window is not None}
-    statics |= {"SINK": sink, "SPLIT": _splits(sizes) > 1}
+    statics |= {"SINK": sink, "SPLIT": _splits(sizes) > 1, "FIXED": fixed}
     if queries * heads <= max(FEW_ROWS):
         statics["ROWS"] = _few(queries * heads)
     return Case(name, statics, sizes, dtypes)
@@ -93,14 +96,11 @@ _ARGUMENTS = {
     **dict.fromkeys(("q_tiles", "key_tiles", "rope_tiles"), TILE),
     "score_scale": "fp32",
     **dict.fromkeys(
-        (
-            "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split", "max_splits",
-            "splits", "zero",
-        ),
+        ("table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "zero"),
         "i32",
     ),
 }  # fmt: skip
-_STATICS = ("LATENT", "ROPE", "PAGE_SIZE", "CAUSAL", "WINDOW", "SINK", "SPLIT")
+_STATICS = ("LATENT", "ROPE", "PAGE_SIZE", "CAUSAL", "WINDOW", "SINK", "SPLIT", "FIXED")
 _SHARED = {
     "arguments": _ARGUMENTS,
     "boxes": _boxes,
@@ -124,6 +124,7 @@ HOPPER_MLA_DECODE = GluonKernel(
         _case("window_and_sink", 128, queries=2, window=512, sink=True),
         _case("pages_of_192", 64, page=192),
         _case("no_rope", 128, rope=0),
+        _case("v3_fixed", 128, queries=2, fixed=True),
         _case("minicpm3", 40, latent=256, rope=32, dtypes=("fp16",)),
         _case("narrow", 64, latent=128, rope=16),
     ),
@@ -142,45 +143,67 @@ HOPPER_MLA_DECODE_FEW_ROWS = GluonKernel(
         _case("window_and_sink", 16, queries=2, window=512, sink=True),
         _case("pages_of_192", 20, page=192, dtypes=("fp16",)),
         _case("no_rope", 16, rope=0),
+        _case("v3_tp8_fixed", 16, fixed=True),
         _case("narrow", 8, latent=128, rope=16),
     ),
     **_SHARED,
 )
 
 
-def kernel_for(rows: int) -> GluonKernel:
-    """The kernel for a sequence's query rows."""
-    return HOPPER_MLA_DECODE_FEW_ROWS if rows <= max(FEW_ROWS) else HOPPER_MLA_DECODE
+class Choice(NamedTuple):
+    """A kernel, and what it compiles and launches."""
+
+    kernel: GluonKernel
+    statics: dict
+    tile: dict
+    row_tiles: int  # programs that share the keys of one split
 
 
-def chosen(chip, q, data, softmax_scale: float, statics) -> bool:
-    """Whether this call of ``mla_decode`` launches one of these kernels; see :func:`mla_kernels.hopper.chosen`.
+def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
+    """The kernel that calls of ``mla_decode`` of this form launch; see :func:`mla_kernels.hopper.chosen`.
 
-    ``data``: the cache's. ``statics``: LATENT, ROPE, PAGE_SIZE, LAYOUT, CAUSAL and WINDOW of the portable kernel.
+    ``statics``: LATENT, ROPE, PAGE_SIZE, LAYOUT, CAUSAL, WINDOW and FIXED of the portable kernel.
     """
-    kernel = kernel_for(q.shape[1] * q.shape[2])
-    form = {"dtype": DTYPE_NAMES[q.dtype], **statics}
-    return hopper.chosen(kernel, chip, form, lambda: refusal(data, softmax_scale, statics))
+    rows, together = queries * heads, heads if statics["FIXED"] else queries * heads
+    few = together <= max(FEW_ROWS)
+    kernel = HOPPER_MLA_DECODE_FEW_ROWS if few else HOPPER_MLA_DECODE
+    name = DTYPE_NAMES[dtype]
+    if not hopper.chosen(kernel, chip, {"dtype": name, **statics}, lambda: refusal(name, statics)):
+        return None
+    own = {constant: value for constant, value in statics.items() if constant in _STATICS}
+    tall = ROWS
+    if few:
+        tall = own["ROWS"] = _few(together)
+    return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall))
 
 
-def refusal(data, softmax_scale: float, statics) -> str:
-    """Why the kernel does not serve such a call, or nothing."""
+def refusal(dtype: str, statics) -> str:
+    """Why the kernels do not serve a form, or nothing."""
     latent, rope, page_size = statics["LATENT"], statics["ROPE"], statics["PAGE_SIZE"]
-    if statics["LAYOUT"] != "plain" or data.element_size() != 2:
-        name = statics["LAYOUT"] if statics["LAYOUT"] != "plain" else str(data.dtype).removeprefix("torch.")
-        return f"a cache of {name}; bfloat16 and float16 are carried"
+    if statics["LAYOUT"] != "plain" or dtype not in ("bf16", "fp16"):
+        return f"a cache of {dtype if statics['LAYOUT'] == 'plain' else statics['LAYOUT']}; bf16 and fp16 are carried"
     if latent not in (128, 256, 512):
         return f"latent_dim {latent}; 128, 256 and 512 are carried"
     if rope > _COLUMNS:
         return f"rope_dim {rope}; at most {_COLUMNS} is carried"
     if page_size % ROWS:
         return f"page_size {page_size}; multiples of {ROWS} are carried"
-    if not softmax_scale >= SMALLEST_SCALE:
-        return f"softmax_scale {softmax_scale}; {SMALLEST_SCALE} and more is carried"
-    if _strides(data) is None:
-        at = data.data_ptr() % 16
-        return f"a cache with strides {data.stride()} at byte {at} of 16; TMA reads from multiples of 16 bytes"
     return ""
+
+
+def serves(choice: Choice, cache, softmax_scale: float) -> bool:
+    """Whether this call, of the chosen form, can be launched: its scale, and how its cache lies in memory.
+
+    Raises:
+        NotImplementedError: it cannot, and the kernel is asked for by name.
+    """
+    reason = ""
+    if not softmax_scale >= SMALLEST_SCALE:
+        reason = f"softmax_scale {softmax_scale}; {SMALLEST_SCALE} and more is carried"
+    elif _strides(cache) is None:
+        at = cache.data_ptr() % 16
+        reason = f"a cache with strides {cache.stride()} at byte {at} of 16; TMA reads from multiples of 16 bytes"
+    return hopper.served(choice.kernel, reason)
 
 
 def _strides(data) -> tuple[int, int, int] | None:
@@ -200,17 +223,16 @@ def _tma_strides(address: int, shape: tuple[int, int, int], outer: int, row: int
     return (outer, row, 1) if fits else None
 
 
-def launch(chip, q, data, table, sink, results, numbers, statics) -> None:
-    """Launch in place of the portable kernel, for a call that :func:`chosen` chose.
+def launch(chip, choice: Choice, q, cache, table, results, sink, numbers) -> None:
+    """Launch in place of the portable kernel, for a call that :func:`serves`.
 
     Args:
         q: [B, S_q, heads, width]; the rows of a sequence, query * heads + head, are equally far apart.
-        data: the cache's, [num_pages, page_size, width].
+        cache: [num_pages, page_size, width].
         table: (block_table, seq_lens).
-        sink: [S_q * heads] float32 or None.
         results: (out, partial results, lse of these or of out), as the portable kernel fills them.
-        numbers: (score_scale, capacity, window, min_split, max_splits, splits).
-        statics: the portable kernel's constants.
+        sink: [S_q * heads] float32 or None.
+        numbers: (score_scale, capacity, window, splits).
     """
     sequences, queries, heads, width = q.shape
     rows = queries * heads
@@ -221,20 +243,10 @@ def launch(chip, q, data, table, sink, results, numbers, statics) -> None:
         strides = rows * width, width, 1
     block_table, seq_lens = table
     out, partial, lse = results
-    score_scale, capacity, window, min_split, max_splits, splits = numbers
-    keys = Tiles(data, tuple(data.shape), _strides(data))
+    score_scale, capacity, window, splits = numbers
+    keys = Tiles(cache, tuple(cache.shape), _strides(cache))
     args = (
         out, partial, lse, block_table, seq_lens, lse if sink is None else sink, Tiles(q, shape, strides), keys, keys,
-        score_scale, block_table.stride(0), sequences, heads, rows, data.shape[0], capacity, window, min_split,
-        max_splits, splits, 0,
+        score_scale, block_table.stride(0), sequences, heads, rows, cache.shape[0], capacity, window, splits, 0,
     )  # fmt: skip
-    kernel = kernel_for(rows)
-    own = {name: statics[name] for name in _STATICS}
-    if kernel is HOPPER_MLA_DECODE_FEW_ROWS:
-        own["ROWS"] = _few(rows)
-    kernel.launch(chip, sequences * splits * row_tiles(rows), args, own, kernel.rule(chip, "", own, {}))
-
-
-def row_tiles(rows: int) -> int:
-    """Programs that share the keys of one split."""
-    return -(-rows // ROWS)
+    choice.kernel.launch(chip, sequences * splits * choice.row_tiles, args, choice.statics, choice.tile)

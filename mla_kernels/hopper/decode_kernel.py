@@ -62,8 +62,7 @@ EVEN_SUM = gl.constexpr(4)
 ODD_SUM = gl.constexpr(5)
 SIGNALS = gl.constexpr(6)
 _NUMBERS = [
-    "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split", "max_splits",
-    "splits", "zero",
+    "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "zero",
 ]  # fmt: skip
 
 
@@ -91,9 +90,9 @@ def _even_group(
     nothing = gl.zeros([BLOCK, BLOCK], gl.float32, layout=SCORES)
     largest = gl.full([BLOCK], LOWEST, gl.float32, layout=ROW)
     total = gl.full([BLOCK], 0.0, gl.float32, layout=ROW)
-    page = find_page(table_ptr, start, end, PAGE_SIZE)
-    even_next = find_page(table_ptr, start + PAIR, end, PAGE_SIZE)
-    odd_next = find_page(table_ptr, start + PAIR + BLOCK, end, PAGE_SIZE)
+    page = find_page(table_ptr, start, lowest, end, PAGE_SIZE)
+    even_next = find_page(table_ptr, start + PAIR, lowest, end, PAGE_SIZE)
+    odd_next = find_page(table_ptr, start + PAIR + BLOCK, lowest, end, PAGE_SIZE)
     mbarrier.wait(q_full.index(0), 0, pred=pairs > 0)
     for pair in range(pairs):
         phase = pair & 1
@@ -135,13 +134,13 @@ def _even_group(
         mbarrier.wait(signals.index(RIGHT_ISSUED), phase)
         acc = warpgroup_mma(whole(odd_rope, spot), whole(odd_left, spot), acc, is_async=True)
         page = even_next
-        even_next = find_page(table_ptr, after + PAIR, end, PAGE_SIZE)
+        even_next = find_page(table_ptr, after + PAIR, lowest, end, PAGE_SIZE)
         acc = warpgroup_mma_wait(0, [acc])
         odd_row = (after + BLOCK) % PAGE_SIZE
         if ROPE > 0:
             load_box(rope_tiles, odd_next, odd_row, LATENT, odd_rope.index(0), odd_rope_full.index(0), more)
         load_half(key_tiles, odd_next, odd_row, 0, odd_left, odd_left_full, more)
-        odd_next = find_page(table_ptr, after + PAIR + BLOCK, end, PAGE_SIZE)
+        odd_next = find_page(table_ptr, after + PAIR + BLOCK, lowest, end, PAGE_SIZE)
     even_sum.store(total)
     mbarrier.arrive(signals.index(EVEN_SUM))
     mbarrier.wait(signals.index(ODD_SUM), 0)
@@ -176,9 +175,9 @@ def _odd_group(
     nothing = gl.zeros([BLOCK, BLOCK], gl.float32, layout=SCORES)
     largest = gl.full([BLOCK], LOWEST, gl.float32, layout=ROW)
     total = gl.full([BLOCK], 0.0, gl.float32, layout=ROW)
-    page = find_page(table_ptr, start + BLOCK, end, PAGE_SIZE)
-    even_next = find_page(table_ptr, start + PAIR, end, PAGE_SIZE)
-    odd_next = find_page(table_ptr, start + PAIR + BLOCK, end, PAGE_SIZE)
+    page = find_page(table_ptr, start + BLOCK, lowest, end, PAGE_SIZE)
+    even_next = find_page(table_ptr, start + PAIR, lowest, end, PAGE_SIZE)
+    odd_next = find_page(table_ptr, start + PAIR + BLOCK, lowest, end, PAGE_SIZE)
     mbarrier.wait(q_full.index(0), 0, pred=pairs > 0)
     for pair in range(pairs):
         phase = pair & 1
@@ -193,8 +192,8 @@ def _odd_group(
         scores = add_scores(scores, q_left, left, left_full, phase, spot, False)
         valid = (page >= 0) & (page < num_pages)
         page = odd_next
-        even_later = find_page(table_ptr, after + PAIR, end, PAGE_SIZE)
-        odd_later = find_page(table_ptr, after + PAIR + BLOCK, end, PAGE_SIZE)
+        even_later = find_page(table_ptr, after + PAIR, lowest, end, PAGE_SIZE)
+        odd_later = find_page(table_ptr, after + PAIR + BLOCK, lowest, end, PAGE_SIZE)
         scores = warpgroup_mma_wait(0, [scores])  # [64, 64]
         if (first + BLOCK > whole_end) | (first < whole_start) | (not valid):
             seen_end = gl.where(valid, end, first)
@@ -239,9 +238,9 @@ def _odd_group(
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_mla_decode_kernel(
     out_ptr, partial_ptr, lse_ptr, block_table_ptr, seq_lens_ptr, sink_ptr, q_tiles, key_tiles, rope_tiles,
-    score_scale, table_stride, sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, zero,
+    score_scale, table_stride, sequences, heads, rows, num_pages, capacity, window, splits, zero,
     LATENT: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    SINK: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    SINK: gl.constexpr, SPLIT: gl.constexpr, FIXED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 query rows over one split of a sequence's keys; arguments as those of mla_decode_kernel.
 
@@ -256,8 +255,9 @@ def hopper_mla_decode_kernel(
     sequence = gl.program_id(0) // (row_tiles * splits)
     length = gl.maximum(gl.load(seq_lens_ptr + sequence), 0)
     newest = length - (rows // heads - 1)  # the first query sees the keys below
+    STEP: gl.constexpr = PAIR if FIXED else BLOCK
     start, end, exists, lowest, whole_start, whole_end = tile_range(
-        split, length, row, BLOCK, heads, rows, capacity, window, min_split, max_splits, BLOCK, CAUSAL, WINDOW
+        split, length, row, heads, rows, capacity, window, splits, BLOCK, STEP, CAUSAL, WINDOW, FIXED
     )
     pairs = gl.maximum(end - start + PAIR - 1, 0) // PAIR
     table_ptr = block_table_ptr + sequence.to(gl.int64) * table_stride
@@ -299,8 +299,8 @@ def hopper_mla_decode_kernel(
         tma_load(q_tiles, [sequence, row, HALF + part * COLUMNS], q_bar, q_right.index(part), pred=some)
     if ROPE > 0:
         tma_load(q_tiles, [sequence, row, LATENT], q_bar, q_rope.index(0), pred=some)
-    even_page = find_page(table_ptr, start, end, PAGE_SIZE)
-    odd_page = find_page(table_ptr, start + BLOCK, end, PAGE_SIZE)
+    even_page = find_page(table_ptr, start, lowest, end, PAGE_SIZE)
+    odd_page = find_page(table_ptr, start + BLOCK, lowest, end, PAGE_SIZE)
     even_row = start % PAGE_SIZE
     odd_row = (start + BLOCK) % PAGE_SIZE
     load_half(key_tiles, even_page, even_row, 0, even_left, even_left_full, some)

@@ -36,8 +36,7 @@ from mla_kernels.hopper.plan import tile_range
 
 STAGES = gl.constexpr(2)  # blocks in shared memory
 _NUMBERS = [
-    "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "min_split", "max_splits",
-    "splits", "zero",
+    "table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "zero",
 ]  # fmt: skip
 
 
@@ -57,21 +56,23 @@ def _load_block(key_tiles, rope_tiles, page, row, keys, rope, full, rope_full, s
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_mla_decode_few_rows_kernel(
     out_ptr, partial_ptr, lse_ptr, block_table_ptr, seq_lens_ptr, sink_ptr, q_tiles, key_tiles, rope_tiles,
-    score_scale, table_stride, sequences, heads, rows, num_pages, capacity, window, min_split, max_splits, splits, zero,
+    score_scale, table_stride, sequences, heads, rows, num_pages, capacity, window, splits, zero,
     LATENT: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    SINK: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr,
+    SINK: gl.constexpr, SPLIT: gl.constexpr, FIXED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of all ``rows`` <= ROWS query rows of a sequence over one split of its keys.
+    """Attention of ROWS query rows over one split of a sequence's keys.
 
-    Arguments as those of hopper_mla_decode_kernel, with q in boxes of ROWS rows. A program is sequence * splits +
-    split.
+    Arguments and programs as those of hopper_mla_decode_kernel, with ROWS for its 64 rows. There are more than ROWS in
+    a sequence only where a query's bits must not depend on how many there are.
     """
-    split = gl.program_id(0) % splits
-    sequence = gl.program_id(0) // splits
+    row_tiles = (rows + ROWS - 1) // ROWS
+    row = gl.program_id(0) % row_tiles * ROWS
+    split = gl.program_id(0) // row_tiles % splits
+    sequence = gl.program_id(0) // (row_tiles * splits)
     length = gl.maximum(gl.load(seq_lens_ptr + sequence), 0)
     newest = length - (rows // heads - 1)
     start, end, exists, lowest, whole_start, whole_end = tile_range(
-        split, length, 0, ROWS, heads, rows, capacity, window, min_split, max_splits, BLOCK, CAUSAL, WINDOW
+        split, length, row, heads, rows, capacity, window, splits, ROWS, BLOCK, CAUSAL, WINDOW, FIXED
     )
     blocks = gl.maximum(end - start + BLOCK - 1, 0) // BLOCK
     table_ptr = block_table_ptr + sequence.to(gl.int64) * table_stride
@@ -95,9 +96,9 @@ def hopper_mla_decode_few_rows_kernel(
     Q_PARTS: gl.constexpr = PARTS + (1 if ROPE > 0 else 0)
     mbarrier.expect(q_bar, ROWS * COLUMNS * 2 * Q_PARTS, pred=blocks > 0)
     for part in gl.static_range(Q_PARTS):
-        tma_load(q_tiles, [sequence, 0, part * COLUMNS], q_bar, q.index(part), pred=blocks > 0)
-    page = find_page(table_ptr, start, end, PAGE_SIZE)
-    page_after = find_page(table_ptr, start + BLOCK, end, PAGE_SIZE)
+        tma_load(q_tiles, [sequence, row, part * COLUMNS], q_bar, q.index(part), pred=blocks > 0)
+    page = find_page(table_ptr, start, lowest, end, PAGE_SIZE)
+    page_after = find_page(table_ptr, start + BLOCK, lowest, end, PAGE_SIZE)
     _load_block(key_tiles, rope_tiles, page, start % PAGE_SIZE, keys, rope, full, rope_full, 0, blocks > 0, ROPE)
     _load_block(
         key_tiles, rope_tiles, page_after, (start + BLOCK) % PAGE_SIZE, keys, rope, full, rope_full, 1, blocks > 1, ROPE
@@ -120,7 +121,7 @@ def hopper_mla_decode_few_rows_kernel(
         phase = block // STAGES & 1
         spot = block * zero
         first = start + block * BLOCK
-        page_later = find_page(table_ptr, first + 2 * BLOCK, end, PAGE_SIZE)
+        page_later = find_page(table_ptr, first + 2 * BLOCK, lowest, end, PAGE_SIZE)
         scores = nothing
         for part in gl.static_range(PARTS):
             if part % (PARTS // BOXES) == 0:
@@ -139,7 +140,7 @@ def hopper_mla_decode_few_rows_kernel(
             key = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, ACC))
             seen = (key < gl.where(valid, end, first))[:, None]
             if CAUSAL or WINDOW:
-                limit = newest + line // heads
+                limit = newest + (row + line) // heads
                 if CAUSAL:
                     seen = seen & (key[:, None] < limit[None, :])
                 if WINDOW:
@@ -168,12 +169,12 @@ def hopper_mla_decode_few_rows_kernel(
     divisor = gl.where(some, total, 1.0)
     lse = gl.where(some, (largest + gl.log2(divisor)) * LN2, float("-inf"))
     factor = 1.0 / divisor
-    stored_rows = gl.where(exists, rows, 0)
+    stored_rows = gl.where(exists, rows - row, 0)
     if SINK:
-        sink = gl.load(sink_ptr + line, mask=line < stored_rows, other=0.0)
+        sink = gl.load(sink_ptr + row + line, mask=line < stored_rows, other=0.0)
         factor = gl.where(some, factor / (1.0 + gl.exp(sink - gl.where(some, lse, 0.0))), 0.0)
     acc = acc * factor[None, :]
-    target = (split * sequences + sequence).to(gl.int64) * rows
+    target = (split * sequences + sequence).to(gl.int64) * rows + row
     column = gl.arange(0, LATENT, layout=gl.SliceLayout(1, ACC))
     at = line[None, :] * LATENT + column[:, None]
     if SPLIT:

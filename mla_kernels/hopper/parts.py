@@ -42,9 +42,10 @@ def whole(half, spot):
 
 
 @gluon.jit
-def find_page(table_ptr, token, end, PAGE_SIZE: gl.constexpr):
-    """The page of the block that starts at ``token``; -1 for a block from ``end`` on."""
-    return gl.load(table_ptr + token // PAGE_SIZE, mask=token < end, other=-1)
+def find_page(table_ptr, token, start, end, PAGE_SIZE: gl.constexpr):
+    """The page of the block that begins at ``token``; -1 where it holds no key from ``start`` to ``end`` - 1."""
+    some = (token < end) & (token + BLOCK > start)
+    return gl.load(table_ptr + token // PAGE_SIZE, mask=some, other=-1)
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ import torch
 from mla_kernels.attention.decode import forward as decode
 from mla_kernels.gluon_launch import GluonKernel
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.tiles import Kept
 from tests.attention.problems import Problem, make
 from tests.attention.test_decode import HEADS, QUERIES, unchecked
 from tests.hopper.problems import ON_HOPPER
@@ -25,6 +26,12 @@ FEW, MANY = dict(heads=5), dict(heads=40)  # rows: the kernel for few, and that 
 
 def small(lengths, **options) -> Problem:
     return make(lengths, **dict(dtype=BF16, latent_dim=128, rope_dim=16) | options)
+
+
+def split_into(splits: int, monkeypatch) -> None:
+    """Equal splits are so many, whatever the sizes, and plans are made anew."""
+    monkeypatch.setattr(decode, "split_count", lambda keys, programs, cores: splits)
+    monkeypatch.setattr(decode.MLA_DECODE, "kept", Kept())
 
 
 def forms(count: int) -> list[tuple]:
@@ -53,14 +60,15 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
     rng = random.Random(seed)
     for _ in range(5):
         monkeypatch.setattr(GluonKernel, "emulated_seed", rng.randrange(1 << 30))
-        monkeypatch.setattr(decode, "MIN_SPLIT", rng.choice((128, 256, 512)))
+        split_into(rng.choice((1, 2, 3, 5)), monkeypatch)
         causal = rng.random() < 0.85
         latent_dim, rope_dim = rng.choice(WIDTHS)
         lengths = [rng.choice((*LENGTHS, 511, 700, 1100)) for _ in range(rng.choice((1, 2, 3)))]
         problem = make(
             lengths, heads=rng.choice((*HEADS, 32, 33, 64, 65)), queries=rng.choice(QUERIES),
             page_size=rng.choice(PAGE_SIZES), dtype=rng.choice((BF16, FP16)), latent_dim=latent_dim, rope_dim=rope_dim,
-            causal=causal, window=rng.choice(WINDOWS) if causal else None, sink=rng.random() < 0.4, device=device,
+            causal=causal, window=rng.choice(WINDOWS) if causal else None, sink=rng.random() < 0.4,
+            batch_invariant=rng.random() < 0.4, device=device,
         )  # fmt: skip
         problem.check(problem.run())
 
@@ -69,11 +77,12 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 @pytest.mark.parametrize("queries", [1, 3])
 def test_splits(backend, device, rows, queries, monkeypatch):
     problem = small([1, 129, 700, 128, 0], queries=queries, device=device, **rows)
-    problem.check(problem.run())
-    monkeypatch.setattr(decode, "MIN_SPLIT", 128)
-    problem.check(problem.run())
-    monkeypatch.setattr(decode, "MAX_SPLITS", 2)
-    problem.check(problem.run())
+    for splits in (1, 2, 3, 6):
+        split_into(splits, monkeypatch)
+        problem.check(problem.run())
+    split_into(1, monkeypatch)
+    monkeypatch.setattr(decode, "sequences_at_once", lambda split_bytes, splits: 2)
+    problem.check(problem.run(batch_invariant=True))
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
@@ -121,38 +130,57 @@ def test_garbage_in_device_tensors_is_absent_tokens(backend, device, rows, page_
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
-def test_a_sink_of_minus_infinity_is_none_and_of_infinity_all(backend, device, rows):
+def test_a_sink_of_minus_infinity_is_none_and_of_infinity_all(backend, device, rows, monkeypatch):
     problem = small([700, 3, 0], queries=2, device=device, **rows)
     heads = rows["heads"]
-    for capacity in (problem.block_table, problem.block_table[:, :8]):  # with splits, and without
-        plain = replace(problem, block_table=capacity, seq_lens=problem.seq_lens.clamp(max=512))
-        out, lse = plain.run()
-        none = plain.run(sink=torch.full((heads,), float("-inf"), device=device))
+    for splits in (1, 2):
+        split_into(splits, monkeypatch)
+        out, lse = problem.run()
+        none = problem.run(sink=torch.full((heads,), float("-inf"), device=device))
         assert torch.equal(none[0], out) and torch.equal(none[1], lse)
-        everything = plain.run(sink=torch.full((heads,), float("inf"), device=device))
+        everything = problem.run(sink=torch.full((heads,), float("inf"), device=device))
         assert (everything[0] == 0).all() and torch.equal(everything[1], lse)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
-def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, device, rows):
+def test_one_split_gives_the_same_bits_with_and_without_the_merge(backend, device, rows, monkeypatch):
     problem = small([130, 1, 0], queries=2, device=device, **rows)
-    room = torch.full((3, 40), -1, dtype=torch.int32, device=device)
-    room[:, : problem.block_table.shape[1]] = problem.block_table
-    for wide, narrow in zip(problem.run(block_table=room), problem.run()):
-        assert torch.equal(wide, narrow)
+    split_into(1, monkeypatch)
+    without = problem.run()
+    problem.check(without)
+    split_into(1, monkeypatch)
+    for merged, direct in zip(problem.run(batch_invariant=True), without):  # one fixed split, through the workspace
+        assert torch.equal(merged, direct)
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
-def test_bits_follow_neither_order_nor_batch(backend, device, rows, monkeypatch):
-    """The same in any order of events (emulated) or on a repeat (on a device), and alone or beside others."""
+def test_bits_do_not_follow_the_order_of_events(backend, device, rows, monkeypatch):
+    """The same in any order (emulated) and on a repeat (on a device)."""
     problem = small([700, 65, 0, 129], device=device, window=300, sink=True, **rows)
     together = problem.run()
     for seed in range(1, 4):
         monkeypatch.setattr(GluonKernel, "emulated_seed", seed)
         for got, want in zip(problem.run(), together):
             assert torch.equal(got, want)
-    for alone, joint in zip(problem.sequence(3).run(), together):
-        assert torch.equal(alone[0], joint[3])
+
+
+@pytest.mark.parametrize("window", [None, 150, 300])
+@pytest.mark.parametrize("heads", [5, 16, 40])
+def test_invariant_bits_follow_a_query_and_the_keys_that_it_sees_alone(backend, device, heads, window):
+    """Neither the batch, nor the table's width, nor the queries beside it: one alone or among three."""
+    problem = small(
+        [700, 65, 3, 129], heads=heads, queries=3, window=window, sink=True, batch_invariant=True, device=device
+    )
+    together = problem.run()
+    for index in (0, 3):
+        alone = problem.sequence(index)
+        alone.block_table = alone.block_table[:, : max(1, -(-int(alone.seq_lens) // 64))]
+        for got, joint in zip(alone.run(), together):
+            assert torch.equal(got[0], joint[index])
+    for query in range(3):
+        single = replace(problem, q=problem.q[:, query : query + 1], seq_lens=problem.seq_lens - 2 + query)
+        for got, joint in zip(single.run(), together):
+            assert torch.equal(got[:, 0], joint[:, query])
 
 
 @pytest.mark.parametrize("layout", ["heads_first", "query_slice", "head_slice", "one_head", "odd_place"])

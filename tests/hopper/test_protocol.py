@@ -16,6 +16,7 @@ from mla_kernels.attention.decode import forward
 from mla_kernels.hopper.decode import HOPPER_MLA_DECODE, HOPPER_MLA_DECODE_FEW_ROWS
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
+from mla_kernels.tiles import Kept
 from tests.attention.problems import make
 from tests.attention.test_decode import unchecked
 
@@ -69,21 +70,22 @@ def plain_problem(kernel, **options):
 
 
 def full_problem(kernel):
-    """With masks and a page that is none; in several splits where the fewest keys in one are 256."""
+    """With masks and a page that is none."""
     problem = plain_problem(kernel, queries=2 if kernel is FEW else 3, window=390)
     problem.cache.data[1:].nan_to_num_()
     problem.block_table[1, 3] = -1
     return problem
 
 
-@pytest.fixture
-def short_splits(monkeypatch):
-    monkeypatch.setattr(forward, "MIN_SPLIT", 256)
+@pytest.fixture(autouse=True)
+def two_splits(monkeypatch):
+    monkeypatch.setattr(forward, "split_count", lambda keys, programs, cores: 2)
+    monkeypatch.setattr(forward.MLA_DECODE, "kept", Kept())
 
 
 @pytest.mark.parametrize("problem", [plain_problem, full_problem])
 @pytest.mark.parametrize("kernel", [MANY, FEW], ids=["many rows", "few rows"])
-def test_the_kernel_itself_is_right(kernel, problem, tmp_path, monkeypatch, short_splits):
+def test_the_kernel_itself_is_right(kernel, problem, tmp_path, monkeypatch):
     assert not found(kernel, kernel.source, problem(kernel), tmp_path, monkeypatch)
 
 
@@ -139,7 +141,7 @@ FAULTS = {
         "the output is not scaled": ("        acc = acc * keep[None, :]\n", "", 1),
         "a page outside the cache is attended to": ("| (not valid):", ":", 1),
         "keys behind the end are attended to": ("gl.where(valid, end, first))[:, None]", "end + 64)[:, None]", 1),
-        "a key that is not seen yet is attended to": ("limit = newest + line", "limit = newest + 1 + line", 1),
+        "a key that is not seen yet is attended to": ("limit = newest + (row", "limit = newest + 1 + (row", 1),
         "the window is one key too wide": ("(limit - window)[None, :]", "(limit - window - 1)[None, :]", 1),
         "rows of queries are stored beyond the last": ("stored_rows)[None, :])", "stored_rows + 1)[None, :])", 2),
     },
@@ -150,7 +152,7 @@ FAULTS = {
     "kernel, fault", [(kernel, fault) for kernel in FAULTS for fault in FAULTS[kernel]],
     ids=lambda value: value if isinstance(value, str) else {MANY: "many rows", FEW: "few rows"}[value],
 )  # fmt: skip
-def test_a_fault_is_found(kernel, fault, tmp_path, monkeypatch, short_splits):
+def test_a_fault_is_found(kernel, fault, tmp_path, monkeypatch):
     before, after, times = FAULTS[kernel][fault]
     assert kernel.source.count(before) == times
     assert found(kernel, kernel.source.replace(before, after), full_problem(kernel), tmp_path, monkeypatch)

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from mla_kernels import hopper, launch
+from mla_kernels.attention.decode import forward as decode
+from mla_kernels.attention.decode.forward import MLA_DECODE
 from mla_kernels.hopper import decode as variant
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.latent.cache import LatentCache
+from mla_kernels.tiles import Kept
 from tests.attention.problems import make
 from tests.children import child_environment
 
@@ -24,6 +27,8 @@ def launched(monkeypatch):
     """Names of the kernels that an op would launch; none runs."""
     names = []
     monkeypatch.setattr(launch.Kernel, "launch", lambda kernel, *arguments: names.append(kernel.name))
+    monkeypatch.setattr(MLA_DECODE, "kept", Kept())
+    monkeypatch.setattr(decode, "split_count", lambda keys, programs, cores: 1)
     return names
 
 
@@ -62,7 +67,7 @@ def entry(**changes):
     kernel = variant.HOPPER_MLA_DECODE_FEW_ROWS
     form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "PAGE_SIZE": 64, "LAYOUT": "plain", "CAUSAL": False}
     version = ".".join(map(str, TRITON_VERSION))
-    found = {"kernel": kernel.name, "source": kernel.source_hash, "form": form | {"WINDOW": False}}
+    found = {"kernel": kernel.name, "source": kernel.source_hash, "form": form | {"WINDOW": False, "FIXED": False}}
     return found | {"card": "none", "date": "none", "torch": "none", "triton": f"{version}.0"} | changes
 
 
@@ -122,9 +127,9 @@ def test_another_triton_is_refused(launched, monkeypatch):
 
 
 REFUSED = [
-    (dict(dtype=torch.float32), "a cache of float32; bfloat16 and float16 are carried"),
-    (dict(layout="fp8_v32"), "a cache of fp8_v32; bfloat16 and float16 are carried"),
-    (dict(layout="int8"), "a cache of int8; bfloat16 and float16 are carried"),
+    (dict(dtype=torch.float32), "a cache of fp32; bf16 and fp16 are carried"),
+    (dict(layout="fp8_v32"), "a cache of fp8_v32; bf16 and fp16 are carried"),
+    (dict(layout="int8"), "a cache of int8; bf16 and fp16 are carried"),
     (dict(latent_dim=64), "latent_dim 64; 128, 256 and 512 are carried"),
     (dict(latent_dim=1024), "latent_dim 1024; 128, 256 and 512 are carried"),
     (dict(rope_dim=128), "rope_dim 128; at most 64 is carried"),
@@ -151,6 +156,16 @@ def test_a_scale_that_masks_do_not_survive_is_refused(launched, scale):
         pytest.raises(NotImplementedError, match="softmax_scale"),
     ):
         problem().run(softmax_scale=scale)
+    assert launched == []
+
+
+def test_a_call_that_a_listed_kernel_cannot_serve_is_the_portable_ones(launched, listed):
+    listed(entry())
+    made = problem(heads=16)
+    with launch.on_cpu("interpret"):
+        for scale in (0.1, 0.0, 0.1):
+            made.run(softmax_scale=scale)
+    assert launched == ["hopper_mla_decode_few_rows_kernel", "mla_decode_kernel", "hopper_mla_decode_few_rows_kernel"]
 
 
 @pytest.mark.parametrize("case", ["odd place", "odd stride", "overlapping pages"])
@@ -187,9 +202,9 @@ def test_modes_nest():
     seen = []
     with hopper.variants("force"):
         with hopper.variants("portable"):
-            seen.append(hopper._mode.get())
-        seen.append(hopper._mode.get())
-    assert [*seen, hopper._mode.get()] == ["portable", "force", "listed"]
+            seen.append(hopper.MODE.get())
+        seen.append(hopper.MODE.get())
+    assert [*seen, hopper.MODE.get()] == ["portable", "force", "listed"]
 
 
 GLUON = "import sys; print(any('experimental.gluon' in name for name in sys.modules))"

@@ -156,13 +156,12 @@ def test_hopper_mla_decode(heads, queries, rows, pages):
     cache, q = make_cache(), torch.randn(3, queries, heads, 576).to(BF16)
     block_table, sink = torch.zeros(3, pages, dtype=I32), torch.zeros(heads)
     seq_lens = torch.full((3,), 64 * pages, dtype=I32)
-    kernel = hopper_decode.kernel_for(queries * heads)
+    kernel = hopper_decode.HOPPER_MLA_DECODE if rows == 64 else hopper_decode.HOPPER_MLA_DECODE_FEW_ROWS
     with record() as launches, hopper.variants("force"):
         out, _ = mla_kernels.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.1, sink=sink)
         known = kernel.launches_known
         mla_kernels.mla_decode(q.clone(), cache, block_table, seq_lens, softmax_scale=0.1, sink=sink)
         assert kernel.launches_known == known
-    assert len(launches) == (4 if pages == 40 else 2)
     decode, *merge = launches[: len(launches) // 2]
     assert decode.kernel == kernel.name
     assert decode.grid == 3 * decode.arguments["splits"] * -(-queries * heads // rows)

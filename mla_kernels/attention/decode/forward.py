@@ -24,6 +24,8 @@ from mla_kernels.attention.splits import (
     split_count,
     split_range,
 )
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import decode as hopper_decode
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -287,10 +289,11 @@ class _Plan(NamedTuple):
     programs: int  # of a sequence and split
     statics: dict
     tile: dict
+    variant: hopper_decode.Choice | None  # launched in place of the kernel above
 
 
 def _plan(chip, dtype, sequences, queries, heads, width, page_size, capacity, latent_dim, layout, causal, window,
-          sink, batch_invariant):  # fmt: skip
+          sink, batch_invariant, mode):  # fmt: skip
     rows, windowed = queries * heads, window < NO_WINDOW
     statics = {
         "LATENT": latent_dim,
@@ -301,10 +304,16 @@ def _plan(chip, dtype, sequences, queries, heads, width, page_size, capacity, la
         "WINDOW": windowed,
         "FIXED": batch_invariant,
     }
-    # never by the batch or the table's width, so that one model compiles one kernel
-    sizes = {"heads": heads, "queries": 1 if batch_invariant else queries}
-    tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[dtype], statics | ANY, sizes)
-    programs, at_once = tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]), sequences
+    variant = None
+    if mode != "portable":
+        variant = hopper_decode.choose(chip, dtype, queries, heads, statics)
+    if variant is None:
+        # never by the batch or the table's width, so that one model compiles one kernel
+        sizes = {"heads": heads, "queries": 1 if batch_invariant else queries}
+        tile = MLA_DECODE.tile_for(chip, DTYPE_NAMES[dtype], statics | ANY, sizes)
+        programs, at_once = tile["VALUE_TILES"] * -(-rows // tile["BLOCK_H"]), sequences
+    else:
+        tile, programs, at_once = variant.tile, variant.row_tiles, sequences
     if batch_invariant:
         splits = fixed_count(capacity, min(capacity, window + queries - 1))
         at_once = min(sequences, sequences_at_once(rows * (latent_dim + 1) * 4, splits))
@@ -315,7 +324,9 @@ def _plan(chip, dtype, sequences, queries, heads, width, page_size, capacity, la
     # with fixed splits always through the workspace: the same kernels whatever the table's width
     split = splits > 1 or batch_invariant
     statics |= {"SPLIT": split, "SINK": sink and not split}
-    return _Plan(splits, split, at_once, programs, statics, tile)
+    if variant is not None:
+        variant.statics.update(SPLIT=split, SINK=sink and not split)
+    return _Plan(splits, split, at_once, programs, statics, tile, variant)
 
 
 def launch_decode(
@@ -324,11 +335,13 @@ def launch_decode(
     shape, (num_pages, page_size, _), chip = q.shape, cache.shape, chip_of(q.device)
     sequences, queries, heads, _ = shape
     capacity, rows, has_sink = block_table.shape[1] * page_size, queries * heads, sink is not None
-    options = latent_dim, layout, causal, window, has_sink, batch_invariant
+    options = latent_dim, layout, causal, window, has_sink, batch_invariant, MODE.get()
     plan = MLA_DECODE.kept.plans.get(key := (chip.device, q.dtype, *shape, page_size, capacity, *options))
     if plan is None:
         plan = MLA_DECODE.keep(key, _plan(chip, *key[1:]))
-    splits, through_workspace, at_once, programs, statics, tile = plan
+    if plan.variant is not None and not hopper_decode.serves(plan.variant, cache, softmax_scale):
+        plan = _plan(chip, *key[1:-1], "portable")
+    splits, through_workspace, at_once, programs, statics, tile, variant = plan
     out = q.new_empty((sequences, queries, heads, latent_dim))
     lse = q.new_empty((sequences, queries, heads), dtype=torch.float32)
     strides = q.stride()
@@ -357,13 +370,17 @@ def launch_decode(
             some = tuple(tensor[first : first + at_once] for tensor in some)
         some_q, table, lengths, some_out, some_lse = some
         count = lengths.shape[0]
-        work = count * splits * programs
-        args = (
-            some_q, codes, scales, keys, table, lengths, sink if has_sink else some_lse, some_out,
-            partial, partial_lse if through_workspace else some_lse, *settings,
-            count, heads, rows, num_pages, capacity, window, splits, work,
-        )  # fmt: skip
-        MLA_DECODE.launch(chip, work, args, statics, tile)
+        its_lse = partial_lse if through_workspace else some_lse
+        if variant is not None:
+            numbers = settings[0], capacity, window, splits
+            places = (table, lengths), (some_out, partial, its_lse)
+            hopper_decode.launch(chip, variant, some_q, cache, *places, sink, numbers)
+        else:
+            args = (
+                some_q, codes, scales, keys, table, lengths, sink if has_sink else some_lse, some_out, partial, its_lse,
+                *settings, count, heads, rows, num_pages, capacity, window, splits, count * splits * programs,
+            )  # fmt: skip
+            MLA_DECODE.launch(chip, args[-1], args, statics, tile)
         if through_workspace:
             limits = capacity, window + queries - 1 if window < NO_WINDOW else ANY_LENGTH, splits
             sizes = count, rows, latent_dim
