@@ -13,50 +13,57 @@ from mla_kernels.moe.experts.activation import SWIGLU
 pytestmark = pytest.mark.quick
 
 SIGNATURES = {
-    "absorb_query": "(q, w_uk, cos, sin, positions, *, rope)",
+    "absorb_query": "(q, w_uk, cos, sin, positions, *, rope, batch_invariant=None)",
     "align_blocks": "(ids, num_experts, block_size)",
     "balance_loss": "(logits, ids, *, scoring='sigmoid', cu_seqlens=None, num_shared=0, divide_by_top_k=True, "
     "coefficient=1.0)",
-    "combine": "(rows, weights, dispatched)",
-    "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+    "combine": "(rows, weights, dispatched, *, batch_invariant=None)",
+    "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
+    "batch_invariant=None)",
     "convert_cache": "(cache, layout, *, dtype=None)",
     "copy_pages": "(cache, source_pages, target_pages)",
     "dispatch": "(ids, num_experts)",
-    "expand_output": "(out, w_uv)",
-    "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU)",
-    "fused_experts": "(hidden, experts, weights, ids, *, activation=SWIGLU, weight_at='output')",
+    "expand_output": "(out, w_uv, *, batch_invariant=None)",
+    "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
+    "batch_invariant=None)",
+    "fused_experts": "(hidden, experts, weights, ids, *, activation=SWIGLU, weight_at='output', batch_invariant=None)",
     "expert_load": "(ids, num_experts)",
     "fused_moe": "(hidden, gate_up, down, weights, ids, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
-    "weight_at='output', recompute=False)",
+    "weight_at='output', recompute=False, batch_invariant=None)",
     "gather_tokens": "(cache, slots, *, dtype=None)",
     "hash_route": "(logits, table, token_ids, *, scoring='sqrt_softplus', renormalize=True, routed_scale=1.0, "
-    "num_shared=0)",
-    "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None)",
+    "num_shared=0, batch_invariant=None)",
+    "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None, batch_invariant=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
-    "merge_states": "(outs, lses)",
-    "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True, window=None, sink=None)",
-    "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, causal=True, "
-    "k_rope=None)",
-    "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
-    "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
-    "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens)",
+    "merge_states": "(outs, lses, *, batch_invariant=None)",
+    "mla_decode": "(q, cache, block_table, seq_lens, *, softmax_scale, causal=True, window=None, sink=None, "
+    "batch_invariant=None)",
+    "mla_prefill": "(q, k, v, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, softmax_scale, "
+    "causal=True, k_rope=None, batch_invariant=None)",
+    "mla_prolog": "(hidden, weights, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
+    "batch_invariant=None)",
+    "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
+    "batch_invariant=None)",
+    "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens, *, batch_invariant=None)",
     "permute": "(hidden, dispatched)",
     "quantisation_error": "(gate_up, down, experts)",
-    "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False)",
-    "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, "
-    "group_rank=None, group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0)",
+    "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False, "
+    "batch_invariant=None)",
+    "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, group_rank=None, "
+    "group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0, batch_invariant=None)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
-    "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None)",
-    "select_slots": "(q, cache, weights, block_table, seq_lens, top_k)",
+    "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None, batch_invariant=None)",
+    "select_slots": "(q, cache, weights, block_table, seq_lens, top_k, *, batch_invariant=None)",
     "sparse_mla_decode": "(q, cache, indices, *, softmax_scale, topk_length=None, sink=None, extra_cache=None, "
-    "extra_indices=None, extra_topk_length=None)",
+    "extra_indices=None, extra_topk_length=None, batch_invariant=None)",
     "sparse_mla_prefill": "(q, kv, indices, *, softmax_scale, latent_dim=512, topk_length=None, sink=None, "
-    "return_max_logits=False)",
-    "unpermute": "(rows, dispatched, weights=None, *, top_k=1)",
+    "return_max_logits=False, batch_invariant=None)",
+    "unpermute": "(rows, dispatched, weights=None, *, top_k=1, batch_invariant=None)",
     "update_bias": "(bias, load, speed)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
-    "rope_first=True, hadamard=False, eps=1e-06)",
-    "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06)",
+    "rope_first=True, hadamard=False, eps=1e-06, batch_invariant=None)",
+    "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
+    "batch_invariant=None)",
 }
 
 COMPOSED = {"convert_cache", "quantisation_error"}
@@ -92,6 +99,7 @@ def test_other_names():
         "PrologWeights",
         "WeightError",
         "WeightFormat",
+        "batch_invariant",
     }
     assert mla_kernels.Dispatch._fields == ("order", "tokens", "inverse", "offsets")
 
@@ -115,7 +123,7 @@ def test_references_take_the_same_arguments():
     references = [importlib.import_module(f"mla_kernels.reference.{name}") for name in REFERENCES]
     for name, signature in SIGNATURES.items():
         twin = next(getattr(module, name) for module in references if hasattr(module, name))
-        own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters]
+        own = [p for p in inspect.signature(getattr(mla_kernels, name)).parameters if p != "batch_invariant"]
         of_caches = {"latent_dim", "layout", "cache_layout"} - set(own)
         theirs = [p for p in inspect.signature(twin).parameters if p not in of_caches]
         assert own == theirs, f"{name}: {signature}"
@@ -136,6 +144,8 @@ def test_ops_have_the_defaults_of_their_functions():
         own = _defaults(inspect.signature(getattr(mla_kernels, name)).parameters.values())
         if own.get("activation") is SWIGLU:
             own |= dict(zip(ACTIVATION, SWIGLU.arguments))
+        if "batch_invariant" in own:
+            own["batch_invariant"] = False  # None asks the context, which an op does not
         schema = getattr(torch.ops.mla_kernels, name).default._schema
         for argument in reversed(schema.arguments):
             if argument.name not in own or (name, argument.name) == FROM_THE_CACHE:

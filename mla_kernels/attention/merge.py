@@ -7,8 +7,9 @@ import torch
 
 from mla_kernels.attention.splits import first_key, split_parts
 from mla_kernels.checks import check_tensor
-from mla_kernels.cpu.attention import merge_states as cpu_merge_states
+from mla_kernels.cpu.attention import merge_states_op as cpu_merge_states_op
 from mla_kernels.cpu.attention import seen_lses
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -221,7 +222,7 @@ def merge_splits(chip, partial, partial_lse, seq_lens, sink, sizes, limits, fixe
     MERGE_SPLITS.launch(chip, work, args, statics, tile)
 
 
-def _launch_merge_states(outs, lses):
+def _launch_merge_states(outs, lses, batch_invariant=False):
     parts, width = outs.shape[0], outs.shape[-1]
     out, lse = _empty_results(outs, lses)
     rows = lse.numel()
@@ -236,12 +237,12 @@ def _launch_merge_states(outs, lses):
     return out, lse
 
 
-def _empty_results(outs, lses):
+def _empty_results(outs, lses, *_):
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:2], *output)
 
 
 def _backward(ctx, out_grad, lse_grad):
@@ -252,20 +253,22 @@ def _backward(ctx, out_grad, lse_grad):
     weights = torch.exp(lses - lse).masked_fill(empty, 0.0)
     out_grad = out_grad.float()
     toward = (out_grad * (outs.float() - out.float())).sum(-1).masked_fill(empty, 0.0)
-    return (weights[..., None] * out_grad).to(outs.dtype), weights * (toward + lse_grad)
+    return (weights[..., None] * out_grad).to(outs.dtype), weights * (toward + lse_grad), None
 
 
 _merge_states = define_op(
     "merge_states",
-    "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
-    cpu=cpu_merge_states,
+    "(Tensor outs, Tensor lses, bool batch_invariant=False) -> (Tensor, Tensor)",
+    cpu=cpu_merge_states_op,
     device=_launch_merge_states,
     fake=_empty_results,
     autograd=(_save_for_backward, _backward),
 )
 
 
-def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_states(
+    outs: torch.Tensor, lses: torch.Tensor, *, batch_invariant: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the union of disjoint key sets, from attention over each of them.
 
     Given ``outs[i]`` and ``lses[i]``, attention and log-sum-exp of the same queries over part i of the keys,
@@ -282,6 +285,8 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     Args:
         outs: [parts, ..., d], bfloat16, float16 or float32. Any stride between parts is taken as it is.
         lses: [parts, ...], float32, natural logarithm, on the same device, in any layout.
+        batch_invariant: whether bits must not depend on what else lies along the second dimension; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
 
     Returns:
         (out [..., d] in the dtype of ``outs``, lse [...] float32).
@@ -296,4 +301,4 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     if outs.dim() < 2 or outs.shape[0] == 0 or outs.shape[-1] == 0:
         raise ValueError(f"outs: got shape {tuple(outs.shape)}, (parts, ..., d) with parts and d above 0 is accepted")
     check_tensor("lses", lses, shape=tuple(outs.shape[:-1]), dtypes=(torch.float32,), device=outs.device, dense=False)
-    return _merge_states(outs, lses)
+    return _merge_states(outs, lses, wanted(batch_invariant))

@@ -2,6 +2,7 @@
 
 import torch
 
+from mla_kernels.cpu.alone import copied, joined
 from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
 from mla_kernels.quant.cache_layout import CacheLayout, PagedTokens
 
@@ -51,7 +52,7 @@ def mla_decode(
     return out, lse
 
 
-def _attend(q, cache, pages, length, limits, window, scale, copied):
+def _attend(q, cache, pages, length, limits, window, scale, alone):
     """q [queries, heads, width] against one sequence -> out [queries, heads, latent_dim] fp32, lse [queries, heads].
 
     ``limits`` says how many tokens each query sees (None: all of ``length``), of which ``window`` are not too old.
@@ -63,8 +64,8 @@ def _attend(q, cache, pages, length, limits, window, scale, copied):
     if seen == 0 or rows == 0:
         return torch.zeros(queries, heads, cache.latent_dim), torch.full((queries, heads), float("-inf"))
     q_rows, fused = q.reshape(1, rows, width), is_fused(q, rows, cache)
-    if copied:
-        q_rows = q_rows.clone(memory_format=torch.contiguous_format)
+    if alone:
+        q_rows = copied(q_rows)
     state = None
     for start, stop, masked in _runs(oldest, seen, limits, window):
         by_torch = fused and not masked
@@ -74,8 +75,8 @@ def _attend(q, cache, pages, length, limits, window, scale, copied):
         for first in range(start, stop, block):
             last = min(first + block, stop)
             keys = _values(_tokens(cache.data, pages, first, last), cache, dtype)[None]  # [1, block, width]
-            if copied and not cache.layout.quantised:
-                keys = keys.clone(memory_format=torch.contiguous_format)
+            if alone and not cache.layout.quantised:
+                keys = copied(keys)
             hidden = _hidden(first, last, limits, window, heads) if masked else None
             part = part_of(q_rows.to(dtype), keys, cache.latent_dim, scale, hidden)
             state = part if state is None else join(*state, *part)
@@ -155,6 +156,14 @@ def seen_lses(outs: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
     infinite = lses == _INF
     empty = infinite & (outs == 0.0).all(-1)
     return lses.masked_fill(infinite, float("nan")).masked_fill(empty, -_INF)
+
+
+def merge_states_op(outs, lses, batch_invariant):
+    """Row by row of the first dimension behind the parts where ``batch_invariant``; see :mod:`.alone`."""
+    if not batch_invariant or lses.dim() < 2 or lses.shape[1] == 0:
+        return merge_states(outs, lses)
+    rows = (slice(row, row + 1) for row in range(lses.shape[1]))
+    return joined([merge_states(copied(outs[:, row]), copied(lses[:, row])) for row in rows])
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from mla_kernels.cpu.alone import each
 from mla_kernels.cpu.gemm import linear
 from mla_kernels.cpu.latent import decode_e4m3
 
@@ -75,6 +76,25 @@ def paged_indexer_logits(q, cache, head_dim, weights, block_table, seq_lens) -> 
             keys = _cached(cache, head_dim, block_table[sequence])
             _score(q[sequence], keys, weights[sequence], starts, ends, out[sequence, :, :length])
     return out
+
+
+def by_query(function):
+    """``function`` of q, cache, head_dim, weights, block_table, seq_lens and more, with one more argument,
+    batch_invariant. With it, each query of each sequence is taken alone, from a copy; see :mod:`.alone`."""
+
+    def run(*args):
+        q, cache, head_dim, weights, block_table, seq_lens, *more, batch_invariant = args
+        if not batch_invariant or 0 in q.shape[:2]:
+            return function(*args[:-1])
+        queries = q.shape[1]
+        results = []
+        for query in range(queries):
+            newer = queries - 1 - query
+            one = q[:, query : query + 1], cache, head_dim, weights[:, query : query + 1], block_table
+            results.append(each(function, (*one, (seq_lens - newer).clamp_min(0), *more), (0, 3, 4, 5)))
+        return torch.cat(results, 1)
+
+    return run
 
 
 def select_keys(q, k, weights, starts, ends, k_scale, top_k) -> torch.Tensor:

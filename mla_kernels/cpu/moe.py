@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mla_kernels.cpu import amx
+from mla_kernels.cpu.alone import copied
 from mla_kernels.cpu.gemm import wide, wide_linear
 from mla_kernels.cpu.packed import multiply, packed
 
@@ -79,12 +80,27 @@ def expert_ffn(
     limit: float | None = None,
     alpha: float = 1.702,
     interleaved: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The experts' rows, those without an expert 0."""
+    if batch_invariant:
+        options = gate_up_bias, down_bias, clamp, limit, alpha, interleaved
+        return _ffn_of_each_row(hidden, gate_up, down, tokens, offsets, *options)
     experts = _experts(gate_up, down, gate_up_bias, down_bias, (clamp, limit, alpha, interleaved))
     rows = _rows(hidden, experts, tokens, offsets)
     rows[int(offsets[-1]) :] = 0.0
     return rows.to(hidden.dtype)
+
+
+def _ffn_of_each_row(hidden, gate_up, down, tokens, offsets, *options):
+    """`expert_ffn` of a row at a time; see :mod:`mla_kernels.cpu.alone`."""
+    out, first = hidden.new_zeros(tokens.shape[0], hidden.shape[1]), torch.zeros(1, dtype=torch.int32)
+    owners = torch.arange(down.shape[0]).repeat_interleave(offsets.diff())
+    for row, (token, expert) in enumerate(zip(tokens.tolist(), owners.tolist())):
+        alone = torch.zeros_like(offsets)
+        alone[expert + 1 :] = 1
+        out[row] = expert_ffn(copied(hidden[token : token + 1]), gate_up, down, first, alone, *options)[0]
+    return out
 
 
 def _rows(hidden, experts, tokens, offsets, input_weight=None, inner_weight=None):
@@ -179,6 +195,21 @@ def combine(
             values.masked_fill_(skipped[:, slot], 0.0)
         total.addcmul_(values, weight)
     return total.to(rows.dtype if dtype is None else dtype)
+
+
+def combine_op(rows, weights, inverse, offsets, batch_invariant):
+    return (combine_each if batch_invariant else combine)(rows, weights, inverse, offsets)
+
+
+def combine_each(rows, weights, inverse, offsets):
+    """`combine` of a token at a time; see :mod:`mla_kernels.cpu.alone`."""
+    out, slots = rows.new_empty(weights.shape[0], rows.shape[1]), weights.shape[1]
+    end = offsets.new_tensor([slots])
+    for token, places in enumerate(inverse.view(weights.shape)):
+        own = rows.index_select(0, places) if slots else rows[:0]
+        order = torch.arange(slots, dtype=inverse.dtype).masked_fill_(places >= offsets[-1], slots)
+        out[token] = _combine_one(own, copied(weights[token : token + 1]), order, end)[0]
+    return out
 
 
 def _combine_one(rows, weights, inverse, offsets):

@@ -8,16 +8,21 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from mla_kernels.cpu.alone import each
 from mla_kernels.cpu.gemm import wide, wide_linear
 from mla_kernels.cpu.grouped import products as products_of
 from mla_kernels.cpu.grouped import weight_gradient
-from mla_kernels.cpu.moe import activate, combine, dispatch
+from mla_kernels.cpu.moe import activate, combine, dispatch, fused_moe
 
 
 def keeping(
-    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at
+    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at,
+    batch_invariant=False,
 ):  # fmt: skip
     """fused_moe's result, and gate_up's results [P, 2I] in expert order without weight or bias."""
+    if batch_invariant:  # of the result; the backward pass makes no promise
+        args = hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at
+        return each(fused_moe, args, (0, 3, 4)), keeping(*args)[1]
     order, tokens, inverse, offsets = dispatch(ids, gate_up.shape[0])
     bounds = offsets.tolist()
     products = products_of(hidden.index_select(0, tokens), gate_up, bounds)

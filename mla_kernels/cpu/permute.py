@@ -2,7 +2,7 @@
 
 import torch
 
-from mla_kernels.cpu.moe import combine, dispatch
+from mla_kernels.cpu.moe import combine_op, dispatch
 
 
 def permute(
@@ -31,11 +31,12 @@ def unpermute(
     offsets: torch.Tensor,
     weights: torch.Tensor | None,
     top_k: int,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The sum over slots, slot 0 first."""
     if weights is None:
         weights = torch.ones(inverse.shape[0] // top_k, top_k)
-    return combine(rows, weights, inverse, offsets)
+    return combine_op(rows, weights, inverse, offsets, batch_invariant)
 
 
 def pair_dots(

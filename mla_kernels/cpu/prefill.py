@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
+from mla_kernels.cpu.alone import copied
 from mla_kernels.cpu.attention import merge_states
 from mla_kernels.cpu.softmax import fused_attention
 
@@ -29,14 +30,18 @@ def mla_prefill(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence by sequence, so that no result depends on the rest of the batch."""
+    """Sequence by sequence, so that no result depends on the rest of the batch; with ``batch_invariant`` from copies,
+    since a product's bits may follow from where its operands lie."""
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
     attend = fused_attention() or _attend_by_blocks
     width = max(q.shape[2], v.shape[2])
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, causal):
         q_heads, key, value = _heads(q[rows], width), _keys(k, k_rope, keys, width), _heads(v[keys], width)
+        if batch_invariant:
+            q_heads, key, value = copied(q_heads), copied(key), copied(value)
         parts = [
             attend(q_heads, key[:, :, part], value[:, :, part], 0.0, square, scale=softmax_scale)
             for part, square in _parts(rows, keys, causal)

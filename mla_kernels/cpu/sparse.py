@@ -6,6 +6,7 @@ the products of blocks of tokens are weighted by how often each token picks each
 
 import torch
 
+from mla_kernels.cpu.alone import copied, joined
 from mla_kernels.cpu.attention import is_fused
 from mla_kernels.cpu.gemm import linear
 from mla_kernels.cpu.latent import decode_e4m3
@@ -103,13 +104,13 @@ def _one_by_one(q, sources, scale, latent_dim, sink, dtype):
                 part = picks[:, first : min(first + _FIXED_PICKS, count)]
                 block[:, : part.shape[1]] = part
                 few.append((cache, block, None))
-        row = q[one].clone(memory_format=torch.contiguous_format)
+        row = copied(q[one])
         results.append(
             _forward(row, few or [(sources[0][0], sources[0][1][one, :0], None)], scale, latent_dim, sink, dtype)
         )
     if not results:
         return _forward(q, sources, scale, latent_dim, sink, dtype)
-    return tuple(torch.cat(parts) for parts in zip(*results))
+    return joined(results)
 
 
 def sparse_mla_prefill_backward(

@@ -49,7 +49,7 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 from mla_kernels.shim import define_op
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_and_write_kernel(
     q_a, q_norm, q_latent,  # [tokens, Q], [Q], [tokens, Q]
     kv_a,  # [tokens, LATENT + ROPE]

@@ -100,7 +100,7 @@ def load_row(row, WIDTH: tl.constexpr):
     return tl.load(row + tl.arange(0, WIDTH)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def write_latent_kernel(
     kv_a,  # [tokens, LATENT + ROPE]
     norm_weight,  # [LATENT]

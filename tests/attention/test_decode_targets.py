@@ -54,9 +54,9 @@ HOPPER = {  # case -> core and serial bound at most, in clocks of an SM for 64 r
     "v3_two_tokens": ((3400, 5700), (2450, 3600)),
     "small_pages": ((3500, 5800), (2500, 3650)),
     "v3_fp8": ((4000, 6350), (2950, 4100)),
-    "v3_int8": ((4000, 6310), (2750, 3900)),
+    "v3_int8": ((4050, 6310), (2750, 3900)),
 }
-NARROW = {"v3_fp8"} if TRITON_VERSION < (3, 7) else set(HOPPER) if TRITON_VERSION >= (3, 9) else set()
+NARROW = {"v3_fp8", "small_pages"} if TRITON_VERSION < (3, 7) else set(HOPPER) if TRITON_VERSION >= (3, 9) else set()
 """Cases in which the installed Triton keeps 32 tokens in registers and no 64."""
 
 

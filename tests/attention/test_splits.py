@@ -1,5 +1,8 @@
 """Plans of splits: how many fill a chip, where fixed ones begin, and the workspace that both declare."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +14,11 @@ from mla_kernels.attention.splits import fixed_count, fixed_index, most_splits, 
 from mla_kernels.targets.chips import CHIPS
 from tests.attention.problems import make
 
-MEASURED = {  # batch -> keys of a split -> us; one H200, mla_decode, 128 heads (2 programs a sequence), 4,096 keys
-    1: {128: 26.3, 256: 28.1, 512: 40.0, 1024: 66.7, 2048: 121.5},
-    4: {128: 53.5, 256: 33.3, 512: 42.1, 1024: 68.2, 2048: 125.8},
-    16: {128: 160.0, 256: 113.8, 512: 91.1, 1024: 78.2, 2048: 131.2},
-    64: {256: 422.0, 512: 333.0, 1024: 290.5, 2048: 265.6},
-}
+MEASURED: dict[int, dict[int, float]] = {}
+"""Sequences -> keys of a split -> us: one H200, mla_decode, 128 heads (2 programs a sequence), 4,096 keys, bf16."""
+with (Path(__file__).parents[2] / "docs/data/splits_h200_2026-11-28.csv").open() as lines:
+    for row in csv.DictReader(lines):
+        MEASURED.setdefault(int(row["sequences"]), {})[int(row["keys of a split"])] = float(row["us"])
 
 
 @pytest.mark.parametrize("batch", MEASURED)

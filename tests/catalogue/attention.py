@@ -146,5 +146,9 @@ def _paged_index(function, layout):
 
 for _layout in ("bf16", "fp8"):
     _axes = {**_BATCH, "weights": {0: "tokens"}}
-    enter(f"paged_indexer_logits of {_layout}", _axes, *_paged_index(mk.paged_indexer_logits, _layout))
+    enter(
+        f"paged_indexer_logits of {_layout}",
+        _axes,
+        *_paged_index(lambda *args: mk.paged_indexer_logits(*args), _layout),
+    )
     enter(f"select_slots of {_layout}", _axes, *_paged_index(lambda *args: mk.select_slots(*args, 3), _layout))

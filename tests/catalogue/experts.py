@@ -46,7 +46,7 @@ def _quantised(form):
     codes = mk.ExpertWeights.quantise(*_experts(torch.bfloat16, 128, 128).values(), form)
 
     def run(hidden, weights, ids):
-        return mk.fused_experts(hidden, codes, weights, ids)
+        return mk.fused_experts(hidden, codes.to(hidden.device), weights, ids)
 
     def example(n):
         return {"hidden": torch.randn(n, 128).bfloat16(), "weights": torch.rand(n, TOP_K), "ids": ids_of(n)}

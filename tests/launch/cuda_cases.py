@@ -12,7 +12,9 @@ from mla_kernels import gpu_launch, hopper
 from mla_kernels.hopper import decode as hopper_decode
 from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
+from tests.catalogue import CALLS
 from tests.launch.cuda_recorder import record
+from tests.test_batch_invariance import WITHOUT_ROWS
 
 pytestmark = pytest.mark.device_process
 BF16, I32 = torch.bfloat16, torch.int32
@@ -198,7 +200,7 @@ def test_mla_prefill_and_its_gradients(causal):
     assert launches[0].arguments["k_stride"] == launches[2].arguments["v_stride"] == 2 * 256
 
 
-@pytest.mark.parametrize("top_k, splits", [(256, False), (2048, True)])
+@pytest.mark.parametrize("top_k, splits", [(128, False), (2048, True)])
 def test_sparse_mla_decode(top_k, splits):
     cache, q = make_cache(), torch.randn(3, 1, 16, 576).to(BF16)
     indices, sink = torch.zeros(3, 1, top_k, dtype=I32), torch.zeros(16)
@@ -430,3 +432,62 @@ def test_a_router_is_compiled_once_for_all_numbers_of_tokens_strides_and_alignme
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert len(compiled) == 3, compiled
+
+
+EXACT = {
+    "merge_splits_kernel", "merge_states_kernel", "sparse_merge_kernel", "moe_combine_kernel", "topk_kernel",
+    "slots_kernel", "moe_dispatch_kernel", "moe_inverse_kernel", "permute_kernel", "eb_dispatch_kernel",
+}  # fmt: skip
+"""They add lane by lane, count in whole numbers or take maxima: no tile changes a bit."""
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in (*WITHOUT_ROWS, "expert_ffn and combine")])
+def test_one_tile_serves_every_batch(name):
+    """With batch_invariant: what a tensor core or a sum over lanes adds, and in which order, follows from constants."""
+    found = []
+    for tokens in (1, 9, 200):
+        if name.startswith(("fused", "expert", "unpermute")) and tokens == 1:
+            tokens = 2
+        tensors = CALLS[name].example(tokens)
+        with record() as launches, mla_kernels.batch_invariant():
+            CALLS[name].run(**tensors)
+        found.append({(launch.kernel, *launch.constants.items()) for launch in launches if launch.kernel not in EXACT})
+    assert found[0] == found[1] == found[2]
+
+
+def test_one_tile_serves_expert_ffn():
+    gate_up, down = torch.randn(5, 64, 32), torch.randn(5, 32, 32)
+    found = []
+    for tokens in (1, 9, 400):
+        rows, offsets = torch.zeros(2 * tokens, dtype=I32), torch.zeros(6, dtype=I32)
+        dispatched = mla_kernels.Dispatch(rows, rows, rows, offsets)
+        with record() as launches:
+            mla_kernels.expert_ffn(torch.randn(tokens, 32), gate_up, down, dispatched, batch_invariant=True)
+        found.append([launch.constants for launch in launches])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_batch_invariant_sum_over_a_row_is_compiled_once():
+    """Whatever the number of tokens, the strides and the alignment: an aligned row is loaded, and added, otherwise."""
+    import triton
+
+    compiled = []
+    cache, cos, sin = make_cache(), *table(64)
+    keys = mla_kernels.IndexerCache.allocate(4, 64, head_dim=128, layout="fp8", device="cpu")
+    wide = torch.randn(40, 1400).to(BF16)
+    norm = torch.ones(512, dtype=BF16)
+    triton.knobs.runtime.jit_post_compile_hook = lambda *_, fn, **__: compiled.append(fn.name) and False
+    try:
+        with record(), mla_kernels.batch_invariant():
+            for rows, first in ((1, 0), (16, 0), (17, 1), (20, 8), (1, 3)):
+                places = (cos, sin, torch.arange(rows), torch.arange(rows))
+                kv_a, q_a = wide[:rows, first : first + 576], wide[:rows, 600 + first : 600 + first + 512]
+                mla_kernels.write_latent(kv_a, norm, *places, cache, rope="half")
+                mla_kernels.norm_and_write(q_a, norm, kv_a, norm, *places, cache, rope="half")
+                key, options = wide[:rows, first : first + 128], {"rope_dim": 64, "rope": "half", "hadamard": True}
+                mla_kernels.write_indexer_key(key, norm[:128], norm[:128], *places, keys, **options)
+                heads = wide[:rows, first : first + 512].unflatten(1, (4, 128))
+                mla_kernels.rotate_indexer_query(heads, *places[:3], **options)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert len(compiled) == 4, compiled

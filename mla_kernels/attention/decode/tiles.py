@@ -18,14 +18,15 @@ def rule(chip, dtype, statics, sizes):
     """:func:`widest` tile, narrowed on sm_90 where 64 rows and 64 paged keys are more than the registers hold.
 
     Triton 3.9 compiles by ptxas 13 and --regAllocOptLevel=2, at which 64 keys spill; Triton 3.6 spills where 64 are
-    decoded from fp8.
+    decoded from fp8, or of several pages.
     """
     tile, newest = widest(chip, dtype, statics, sizes), TRITON_VERSION >= (3, 9)
     if chip.architecture != "90" or tile["BLOCK_H"] < 64 or statics["LATENT"] < 512:
         return tile
     if statics["ROPE"] == 0:
         return tile | ({"BLOCK_H": 32} if newest else {})
-    if newest or (statics["LAYOUT"] == "fp8_v32" and TRITON_VERSION < (3, 7)):
+    crowded = statics["LAYOUT"] == "fp8_v32" or statics["PAGE_SIZE"] % 64
+    if newest or (crowded and TRITON_VERSION < (3, 7)):
         tile["BLOCK_N"] = 32
     return tile
 
@@ -75,7 +76,8 @@ def _amd(chip, dtype, statics, rows):
     tile = {"BLOCK_H": 16 if dtype == "fp32" or rows <= 16 else 64 if wide else 32, "BLOCK_N": 32, "num_stages": 1}
     page = statics["PAGE_SIZE"]
     scattered = statics["CAUSAL"] and page % 32 and (statics["WINDOW"] or page % 16)
-    crowded = TRITON_VERSION < (3, 7) and rows > 16 and (statics["CAUSAL"] or statics["WINDOW"] or page % 16)
+    crowded = TRITON_VERSION < (3, 7) and rows > 16 and (statics["CAUSAL"] or statics["WINDOW"] or page % 32)
+    crowded = crowded or (rows > 16 and page % 32 and chip.memory["shared"] <= 65536)
     if dtype == "fp32" or (statics["LAYOUT"] == "int8" and rows > 16) or scattered or crowded:
         tile["BLOCK_N"] = 16
     return tile

@@ -192,7 +192,7 @@ INDEXER_LOGITS = Kernel(
 )
 
 
-def launch_logits(q, k, weights, starts, ends, k_scale, fill=True):
+def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, fill=True):
     """q [T, H, d] against keys in rows -> [T, S]; without ``fill``, tiles outside every range stay as allocated."""
     tokens, heads, width = q.shape
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
@@ -200,11 +200,11 @@ def launch_logits(q, k, weights, starts, ends, k_scale, fill=True):
     fp8 = k_scale is not None
     scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
     strides, shape = (q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0), (heads, width, 0, fp8, fill)
-    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape)
+    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32)
     return out
 
 
-def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, fill=True):
+def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, batch_invariant=False, fill=True):
     """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`."""
     sequences, tokens, heads, width = q.shape
     page_size, parts, pages = page_size_of(data, head_dim), launched_parts(data, head_dim), data.shape[0]
@@ -216,22 +216,22 @@ def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, fill=
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
-        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, pages, shape
-    )
+        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
+        32 if batch_invariant else tokens,
+    )  # fmt: skip
     return out.view(sequences, tokens, capacity)
 
 
 def launch_indexer_logits(
-    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape
+    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
-    whether to fill."""
-    chip, keys, (_, _, page_size, fp8, _) = chip_of(q.device), out.shape[1], shape
-    # nothing that depends on the batch chooses the tile, so that the same bits come out
-    plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tokens if page_size else 32))
+    whether to fill. ``tiled``: the number of tokens that a tile is looked up for, never that of a batch."""
+    chip, keys, (_, _, _, fp8, _) = chip_of(q.device), out.shape[1], shape
+    plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
     if plan is None:
         statics = _statics(*shape)
-        tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": key[-1]})
+        tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tiled})
         plan = INDEXER_LOGITS.keep(key, (statics, tile))
     statics, tile = plan
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
@@ -243,10 +243,10 @@ def launch_indexer_logits(
     INDEXER_LOGITS.launch(chip, work, args, statics, tile)
 
 
-def empty_logits(q, k, weights, starts, ends, k_scale):
+def empty_logits(q, k, weights, *_):
     return weights.new_empty(q.shape[0], k.shape[0])
 
 
-def empty_paged_logits(q, cache, head_dim, weights, block_table, seq_lens):
+def empty_paged_logits(q, cache, head_dim, weights, block_table, *_):
     page_size = page_size_of(cache, head_dim)
     return weights.new_empty(q.shape[0], q.shape[1], block_table.shape[1] * page_size)

@@ -13,6 +13,8 @@ from mla_kernels.attention.indexer.topk import MAX_KEYS
 from mla_kernels.attention.paging import check_page_size
 from mla_kernels.checks import FLOATS, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.latent.indexer.cache import (
     HEAD_DIMS,
     IndexerCache,
@@ -29,14 +31,15 @@ def check_scale(k_scale) -> None:
         raise ValueError(f"k_scale: got {float(k_scale.nan_to_num(0.0).min())}, scales of at least 0 are accepted")
 
 
-def _check_scale_values(q, k, weights, starts, ends, k_scale):
+def _check_scale_values(q, k, weights, starts, ends, k_scale, *_):
     check_scale(k_scale)
 
 
 _indexer_logits = define_op(
     "indexer_logits",
-    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale=None) -> Tensor",
-    cpu=cpu.indexer_logits,
+    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale=None, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.indexer_logits, 0, 2, 3, 4),
     device=launch_logits,
     fake=empty_logits,
     check_values=_check_scale_values,
@@ -51,14 +54,15 @@ def check_pages(block_table, seq_lens, num_pages, page_size) -> None:
     check_range("block_table", block_table[used], 0, num_pages, "pages of the cache")
 
 
-def _check_paged_values(q, cache, head_dim, weights, block_table, seq_lens):
+def _check_paged_values(q, cache, head_dim, weights, block_table, seq_lens, *_):
     check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
 
 
 _paged_indexer_logits = define_op(
     "paged_indexer_logits",
-    "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens) -> Tensor",
-    cpu=cpu.paged_indexer_logits,
+    "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=cpu.by_query(cpu.paged_indexer_logits),
     device=launch_paged_logits,
     fake=empty_paged_logits,
     check_values=_check_paged_values,
@@ -126,6 +130,7 @@ def indexer_logits(
     ends: torch.Tensor,
     *,
     k_scale: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Lightning indexer's scores of every token against the keys of its range, for prefill.
 
@@ -140,6 +145,8 @@ def indexer_logits(
         weights: [T, H] float32.
         starts, ends: [T] int32, the range of keys that a token sees; cut to [0, S).
         k_scale: [S] float32, at least 0: key s is ``e4m3(k[s]) * k_scale[s]``.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
 
     Returns:
         [T, S] float32. A NaN in a key makes its own logits NaN. Keys outside a token's range have no influence.
@@ -152,7 +159,7 @@ def indexer_logits(
     Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 2.1, equation 1.
     """
     k = check_logits_arguments("indexer_logits", q, k, weights, starts, ends, k_scale)
-    return _indexer_logits(q, k, weights, starts, ends, k_scale)
+    return _indexer_logits(q, k, weights, starts, ends, k_scale, wanted(batch_invariant))
 
 
 def paged_indexer_logits(
@@ -161,6 +168,8 @@ def paged_indexer_logits(
     weights: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    *,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Lightning indexer's scores of the newest tokens of each sequence against its cached keys, for decoding.
 
@@ -173,6 +182,8 @@ def paged_indexer_logits(
         weights: [B, S_q, H] float32, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
         block_table: [B, P] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached keys of each sequence, its S_q newest included.
+        batch_invariant: whether a query's bits must not depend on other queries, sequences and the table's width; None:
+            as the block :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         [B, S_q, P * page_size] float32, -inf where a query sees no key.
@@ -187,4 +198,4 @@ def paged_indexer_logits(
     Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 2.1, equation 1.
     """
     check_paged_arguments("paged_indexer_logits", q, cache, weights, block_table, seq_lens)
-    return _paged_indexer_logits(q, cache.data, cache.head_dim, weights, block_table, seq_lens)
+    return _paged_indexer_logits(q, cache.data, cache.head_dim, weights, block_table, seq_lens, wanted(batch_invariant))

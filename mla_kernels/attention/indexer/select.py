@@ -10,6 +10,8 @@ from mla_kernels.attention.indexer.forward import launch_logits, launch_paged_lo
 from mla_kernels.attention.indexer.op import check_logits_arguments, check_paged_arguments, check_pages, check_scale
 from mla_kernels.attention.indexer.topk import check_top_k, launch_topk
 from mla_kernels.cpu import indexer as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import IndexerCache, page_size_of
 from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
@@ -86,7 +88,7 @@ def _tokens_at_once(keys: int) -> int:
     return tokens // 32 * 32 if tokens >= 32 else tokens
 
 
-def _launch_keys(q, k, weights, starts, ends, k_scale, top_k):
+def _launch_keys(q, k, weights, starts, ends, k_scale, top_k, batch_invariant=False):
     step = _tokens_at_once(k.shape[0])
     parts = []
     for first in range(0, max(q.shape[0], 1), step):
@@ -96,7 +98,7 @@ def _launch_keys(q, k, weights, starts, ends, k_scale, top_k):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
+def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, batch_invariant=False):
     sequences, queries = q.shape[:2]
     page_size = page_size_of(cache, head_dim)
     capacity = block_table.shape[1] * page_size
@@ -106,14 +108,15 @@ def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
         ends = (seq_lens.unsqueeze(1) + last).flatten()
     step = max(1, _tokens_at_once(capacity) // queries)
     if 0 < sequences <= step:  # all at once, without views
-        logits = launch_paged_logits(q, cache, head_dim, weights, block_table, seq_lens, fill=False)
+        logits = launch_paged_logits(q, cache, head_dim, weights, block_table, seq_lens, batch_invariant, fill=False)
         positions = launch_topk(logits.view(sequences * queries, capacity), top_k, None, ends)
         _launch_positions(positions, block_table, slots, queries, page_size)
         return slots
     for first in range(0, sequences, step):
         rows = slice(first, first + step)
         table = block_table[rows]
-        logits = launch_paged_logits(q[rows], cache, head_dim, weights[rows], table, seq_lens[rows], fill=False)
+        part = q[rows], cache, head_dim, weights[rows], table, seq_lens[rows], batch_invariant
+        logits = launch_paged_logits(*part, fill=False)
         own = ends[first * queries : (first + step) * queries]
         positions = launch_topk(logits.flatten(0, 1), top_k, None, own)
         _launch_positions(positions, table, slots[rows], queries, page_size)
@@ -135,26 +138,27 @@ def _launch_positions(positions, table, slots, queries, page_size):
     SLOTS.launch(chip, rows * blocks, args, statics, tile)
 
 
-def _empty_keys(q, k, weights, starts, ends, k_scale, top_k):
+def _empty_keys(q, k, weights, starts, ends, k_scale, top_k, *_):
     return starts.new_empty(q.shape[0], top_k)
 
 
-def _empty_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k):
+def _empty_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, *_):
     return seq_lens.new_empty(*q.shape[:2], top_k)
 
 
-def _check_keys_values(q, k, weights, starts, ends, k_scale, top_k):
+def _check_keys_values(q, k, weights, starts, ends, k_scale, *_):
     check_scale(k_scale)
 
 
-def _check_slots_values(q, cache, head_dim, weights, block_table, seq_lens, top_k):
+def _check_slots_values(q, cache, head_dim, weights, block_table, seq_lens, *_):
     check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
 
 
 _select_keys = define_op(
     "select_keys",
-    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale, int top_k) -> Tensor",
-    cpu=cpu.select_keys,
+    "(Tensor q, Tensor k, Tensor weights, Tensor starts, Tensor ends, Tensor? k_scale, int top_k, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.select_keys, 0, 2, 3, 4),
     device=_launch_keys,
     fake=_empty_keys,
     check_values=_check_keys_values,
@@ -162,8 +166,9 @@ _select_keys = define_op(
 
 _select_slots = define_op(
     "select_slots",
-    "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, int top_k) -> Tensor",
-    cpu=cpu.select_slots,
+    "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, int top_k, "
+    "bool batch_invariant=False) -> Tensor",
+    cpu=cpu.by_query(cpu.select_slots),
     device=_launch_slots,
     fake=_empty_slots,
     check_values=_check_slots_values,
@@ -179,6 +184,7 @@ def select_keys(
     top_k: int,
     *,
     k_scale: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """The ``top_k`` keys that the lightning indexer rates highest for each token: rows for ``sparse_mla_prefill``.
 
@@ -187,7 +193,7 @@ def select_keys(
     bits on every call, and whatever other tokens there are.
 
     Args:
-        q, k, weights, starts, ends, k_scale: as for :func:`mla_kernels.indexer_logits`.
+        q, k, weights, starts, ends, k_scale, batch_invariant: as for :func:`mla_kernels.indexer_logits`.
         top_k: how many, 1 to 65536.
 
     Returns:
@@ -200,7 +206,7 @@ def select_keys(
     """
     k = check_logits_arguments("select_keys", q, k, weights, starts, ends, k_scale)
     check_top_k(top_k, k.shape[0])
-    return _select_keys(q, k, weights, starts, ends, k_scale, top_k)
+    return _select_keys(q, k, weights, starts, ends, k_scale, top_k, wanted(batch_invariant))
 
 
 def select_slots(
@@ -210,6 +216,8 @@ def select_slots(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     top_k: int,
+    *,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """The cache slots of the ``top_k`` keys rated highest for each query: ``indices`` for ``sparse_mla_decode``.
 
@@ -217,10 +225,10 @@ def select_slots(
     its slot, ``block_table[b, p // page_size] * page_size + p % page_size``: with page_size 4 and the table row
     ``[7, 2]``, positions ``[1, 5]`` become slots ``[29, 9]``. The latent cache must be paged by the same table. Works
     on as many sequences at once as 256 MiB of device workspace hold, 8 bytes a query and token of the table's room (one
-    sequence's where that is more). The same bits on every call, and whatever else is in the batch.
+    sequence's where that is more). The same bits on every call.
 
     Args:
-        q, cache, weights, block_table, seq_lens: as for :func:`mla_kernels.paged_indexer_logits`.
+        q, cache, weights, block_table, seq_lens, batch_invariant: as for :func:`mla_kernels.paged_indexer_logits`.
         top_k: how many, 1 to 65536.
 
     Returns:
@@ -233,4 +241,5 @@ def select_slots(
     """
     check_paged_arguments("select_slots", q, cache, weights, block_table, seq_lens)
     check_top_k(top_k, block_table.shape[1] * cache.page_size)
-    return _select_slots(q, cache.data, cache.head_dim, weights, block_table, seq_lens, top_k)
+    table = block_table, seq_lens, top_k
+    return _select_slots(q, cache.data, cache.head_dim, weights, *table, wanted(batch_invariant))

@@ -375,7 +375,7 @@ _mla_prefill_backward = define_op(
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *ctx.settings = inputs
+    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *ctx.settings, _ = inputs
     ctx.save_for_backward(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *output)
 
 
@@ -383,4 +383,4 @@ def mla_prefill_gradients(ctx, out_grad, lse_grad):
     """Gradients of the arguments of the op ``mla_prefill``, in their order."""
     saved = ctx.saved_tensors  # once: under a checkpoint a second look computes the forward again, or is refused
     grads = _mla_prefill_backward(out_grad, lse_grad, *saved, *ctx.settings)
-    return *grads[:3], None if saved[3] is None else grads[3], None, None, None, None, None, None
+    return *grads[:3], None if saved[3] is None else grads[3], *(None,) * 7

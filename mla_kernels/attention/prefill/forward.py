@@ -206,11 +206,12 @@ MLA_PREFILL = Kernel(
 )
 
 
-def launch_prefill(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+def launch_prefill(
+    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+    batch_invariant=False,
+):  # fmt: skip
     queries, heads, _ = q.shape
-    out, lse = empty_results(
-        q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
-    )
+    out, lse = empty_results(q, k, v)
     first, rest = widths(k.shape[2])
     rope = k if k_rope is None else k_rope  # never read without k_rope
     statics = {
@@ -237,5 +238,5 @@ def launch_prefill(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     return out, lse
 
 
-def empty_results(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+def empty_results(q, k, v, *_):
     return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)

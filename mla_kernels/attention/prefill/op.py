@@ -9,6 +9,7 @@ from mla_kernels.attention.prefill.forward import empty_results, launch_prefill
 from mla_kernels.attention.prefill.sequence_rows import MAX_STRIDE, widths
 from mla_kernels.checks import check_int, check_tensor
 from mla_kernels.cpu.prefill import mla_prefill as cpu_mla_prefill
+from mla_kernels.invariance import wanted
 from mla_kernels.shim import define_op
 
 VALUE_WIDTHS = (16, 32, 64, 128, 256)
@@ -16,7 +17,7 @@ ROPE_WIDTHS = (16, 32, 64, 128)
 MAX_LENGTH = 1 << 30
 
 
-def _check_values(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+def _check_values(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_):
     for name, bounds, rows, longest in (
         ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
         ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
@@ -41,7 +42,7 @@ def _some(values: torch.Tensor) -> str:
 _mla_prefill = define_op(
     "mla_prefill",
     "(Tensor q, Tensor k, Tensor v, Tensor? k_rope, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float softmax_scale, bool causal=True) -> (Tensor, Tensor)",
+    "SymInt max_seqlen_k, float softmax_scale, bool causal=True, bool batch_invariant=False) -> (Tensor, Tensor)",
     cpu=cpu_mla_prefill,
     device=launch_prefill,
     fake=empty_results,
@@ -62,6 +63,7 @@ def mla_prefill(
     softmax_scale: float,
     causal: bool = True,
     k_rope: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multi-head attention over expanded keys, for sequences of different lengths laid end to end.
 
@@ -142,9 +144,8 @@ def mla_prefill(
         raise ValueError(f"softmax_scale: got {softmax_scale}, a finite number above 0 is accepted")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {type(causal).__name__}, a bool is accepted")
-    return _mla_prefill(
-        q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, float(softmax_scale), causal
-    )
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _mla_prefill(q, k, v, k_rope, *lengths, float(softmax_scale), causal, wanted(batch_invariant))
 
 
 def check_widths(key: int, rope: int, value: int) -> None:

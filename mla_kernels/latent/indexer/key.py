@@ -59,7 +59,7 @@ def rotate_row(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def write_indexer_key_kernel(
     k_ptr,  # [tokens, HEAD_DIM]
     norm_weight, norm_bias,  # [HEAD_DIM]
@@ -102,7 +102,7 @@ def write_indexer_key_kernel(
                 tl.store(values + out + lane, x.to(values.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["work"])
 def rotate_indexer_query_kernel(
     q_ptr,  # [tokens, heads, HEAD_DIM]
     cos, sin,  # [table_rows, ROPE / 2]

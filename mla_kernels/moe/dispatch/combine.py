@@ -7,6 +7,7 @@ import torch
 
 from mla_kernels.checks import check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import moe as cpu
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.dispatch.dispatch import Dispatch
@@ -135,8 +136,8 @@ def _launch(rows, weights, places, offsets, experts, top_k, by_pair):
     return out
 
 
-def launch_combine(rows, weights, inverse, offsets):
-    """Device implementation of the op: one launch."""
+def launch_combine(rows, weights, inverse, offsets, batch_invariant=False):
+    """Device implementation of the op: one launch, which adds slot after slot in any batch."""
     places = inverse.view(weights.shape)
     return _launch(rows, weights, places, offsets, offsets.shape[0] - 1, weights.shape[1], by_pair=False)
 
@@ -153,26 +154,28 @@ def launch_combine_pairs(rows, weights, ids, experts):
     return _launch(rows, weights, ids, None, experts, ids.shape[1], by_pair=True)
 
 
-def _fake(rows, weights, inverse, offsets):
+def _fake(rows, weights, *_):
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
-def _check_values(rows, weights, inverse, offsets):
+def _check_values(rows, weights, inverse, offsets, *_):
     check_range("inverse", inverse, 0, max(rows.shape[0], 1), "rows")
     check_range("offsets", offsets, 0, rows.shape[0] + 1, "rows")
 
 
 _op = define_op(
     "combine",
-    "(Tensor rows, Tensor weights, Tensor inverse, Tensor offsets) -> Tensor",
-    cpu=cpu.combine,
+    "(Tensor rows, Tensor weights, Tensor inverse, Tensor offsets, bool batch_invariant=False) -> Tensor",
+    cpu=cpu.combine_op,
     device=launch_combine,
     fake=_fake,
     check_values=_check_values,
 )
 
 
-def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
+def combine(
+    rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch, *, batch_invariant: bool | None = None
+) -> torch.Tensor:
     """Each token's weighted sum of its experts' rows, over slots 0, 1, ... in this order. One kernel launch.
 
     The result is the same bits at every call: no atomics, no other order of summation.
@@ -181,6 +184,8 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
         rows: [T * K, H] bf16, fp16 or fp32, in expert order: what :func:`mla_kernels.expert_ffn` returns.
         weights: [T, K] fp32.
         dispatched: from :func:`mla_kernels.dispatch`. A pair without an expert adds 0; its row and weight are ignored.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
 
     Returns:
         [T, H] in the dtype of ``rows``, summed in fp32.
@@ -200,4 +205,4 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, dispatched: Dispatch) -> 
     check_tensor("dispatched.offsets", offsets, rank=1, dtypes=_INT32, device=device)
     if rows.requires_grad or weights.requires_grad:
         check_no_grad("combine", rows=rows, weights=weights)
-    return _op(rows, weights, inverse, offsets)
+    return _op(rows, weights, inverse, offsets, wanted(batch_invariant))

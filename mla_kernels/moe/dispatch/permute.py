@@ -7,6 +7,7 @@ import torch
 
 from mla_kernels.checks import check_int, check_tensor
 from mla_kernels.cpu import permute as cpu
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_rows
@@ -155,7 +156,7 @@ def _launch_permute(hidden, order, inverse, offsets, weights, top_k):
     return rows
 
 
-def _launch_unpermute(rows, order, inverse, offsets, weights, top_k):
+def _launch_unpermute(rows, order, inverse, offsets, weights, top_k, batch_invariant=False):
     return launch_combine_rows(rows, weights, inverse.view(-1, top_k), offsets)
 
 
@@ -183,7 +184,7 @@ def _permute_gradients(ctx, grad):
 
 
 def _save_unpermute(ctx, inputs, output):
-    rows, order, inverse, offsets, weights, ctx.top_k = inputs
+    rows, order, inverse, offsets, weights, ctx.top_k, _ = inputs
     ctx.save_for_backward(rows if weights is not None else None, order, inverse, offsets, weights)
 
 
@@ -194,7 +195,7 @@ def _unpermute_gradients(ctx, grad):
         rows_grad = _permute(grad, order, inverse, offsets, weights, ctx.top_k)
     if ctx.needs_input_grad[4]:
         weights_grad = _dots(rows, grad, inverse, offsets, ctx.top_k)
-    return rows_grad, None, None, None, weights_grad, None
+    return rows_grad, None, None, None, weights_grad, None, None
 
 
 _dots = define_op(
@@ -214,10 +215,13 @@ _permute = define_op(
 )
 _unpermute = define_op(
     "unpermute",
-    "(Tensor rows, Tensor order, Tensor inverse, Tensor offsets, Tensor? weights=None, int top_k=1) -> Tensor",
+    "(Tensor rows, Tensor order, Tensor inverse, Tensor offsets, Tensor? weights=None, int top_k=1, "
+    "bool batch_invariant=False) -> Tensor",
     cpu=cpu.unpermute,
     device=_launch_unpermute,
-    fake=lambda rows, order, inverse, offsets, weights, top_k: rows.new_empty(inverse.shape[0] // top_k, rows.shape[1]),
+    fake=lambda rows, order, inverse, offsets, weights, top_k, *_: rows.new_empty(
+        inverse.shape[0] // top_k, rows.shape[1]
+    ),
     autograd=(_save_unpermute, _unpermute_gradients),
 )
 
@@ -259,7 +263,12 @@ def permute(hidden: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
 
 
 def unpermute(
-    rows: torch.Tensor, dispatched: Dispatch, weights: torch.Tensor | None = None, *, top_k: int = 1
+    rows: torch.Tensor,
+    dispatched: Dispatch,
+    weights: torch.Tensor | None = None,
+    *,
+    top_k: int = 1,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Rows in expert order back to tokens: the sum over a token's slots of weight * row. One kernel launch.
 
@@ -270,6 +279,8 @@ def unpermute(
         dispatched: from :func:`mla_kernels.dispatch`. A pair without an expert adds 0, and its row is not read.
         weights: [T, K] fp32, or None for 1.
         top_k: K where ``weights`` is None; with 1 the rows are put back in the order of pairs.
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
 
     Returns:
         [T, H] in rows' dtype, summed in fp32 over slots 0, 1, ... in this order.
@@ -291,4 +302,4 @@ def unpermute(
     elif rows.shape[0] % top_k:
         raise ValueError(f"top_k: got {top_k}, a divisor of the {rows.shape[0]} rows is accepted")
     order, _, inverse, offsets = dispatched
-    return _unpermute(rows, order, inverse, offsets, weights, top_k)
+    return _unpermute(rows, order, inverse, offsets, weights, top_k, wanted(batch_invariant))

@@ -17,6 +17,7 @@ from mla_kernels.moe.experts.grouped import (
     product_cases,
     product_cost,
     product_work,
+    sizes_of_tile,
     tile_memory,
     tile_rule,
     weight_tile,
@@ -157,6 +158,7 @@ def launch_down(
     weights: torch.Tensor | None = None,
     weight_at: str = "none",
     by_pair: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Rows [P, H], in expert order (those without an expert 0) or, with ``by_pair``, in the order of (token, slot),
     where pairs without an expert hold anything; ``weights`` [T, K], contiguous, multiply the product before the bias or
@@ -168,13 +170,14 @@ def launch_down(
         return out
     (order, offsets, top_k), chip, strides = rows, chip_of(activation.device), down.stride()
     transposed = strides[2] != 1 and inner > 1
-    shapes = pairs, top_k, experts, width, inner, transposed, bias is None
+    shapes = pairs, top_k, experts, width, inner, transposed, bias is None, batch_invariant
     key = chip.device, activation.dtype, shapes, weight_at, by_pair
     plan = DOWN.kept.plans.get(key)
     if plan is None:
         wide = by_pair and pairs * width >= 1 << 31
         statics = _statics(experts, inner, transposed, bias is not None, "none", by_pair, wide)
         sizes = {"tokens": pairs // top_k, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
+        sizes = sizes_of_tile(sizes, batch_invariant)
         tile = fit(DOWN.tile_for(chip, DTYPE_NAMES[activation.dtype], statics, sizes), inner)
         # this tile may divide a row that not every tile divides; where a weight stands changes no tile
         statics |= {"EVEN_K": inner % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}

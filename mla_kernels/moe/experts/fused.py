@@ -4,6 +4,8 @@ import torch
 
 from mla_kernels.checks import any_requires_grad, check_choice
 from mla_kernels.cpu import moe as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch.dispatch import check_slots, launch_order
 from mla_kernels.moe.experts.activation import SWIGLU, Activation, activation_of
@@ -15,16 +17,20 @@ from mla_kernels.moe.training.backward import ARGUMENTS, fused_moe_gradients, fu
 from mla_kernels.shim import define_op
 
 
-def _launch(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at):
+def _launch(
+    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at,
+    batch_invariant,
+):  # fmt: skip
     """Four launches. The order of rows, the activation and the pairs' results are the workspace."""
     experts = gate_up.shape[0]
     order, offsets = launch_order(ids, experts)
     rows = Rows(order, offsets, ids.shape[1])
     of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
     activation = activation_of(clamp, limit, alpha, interleaved)
-    options = {"bias": gate_up_bias, "activation": activation, "weights": of_pairs, "weight_at": at.gate_up}
-    inner = launch_gate_up(hidden, gate_up, rows, **options)
-    results = launch_down(inner, down, rows, bias=down_bias, weights=of_pairs, weight_at=at.down, by_pair=True)
+    options = {"weights": of_pairs, "batch_invariant": batch_invariant}
+    first = {"bias": gate_up_bias, "activation": activation, "weight_at": at.gate_up}
+    inner = launch_gate_up(hidden, gate_up, rows, **first, **options)
+    results = launch_down(inner, down, rows, bias=down_bias, weight_at=at.down, by_pair=True, **options)
     return launch_combine_pairs(results, of_pairs if at.combine else None, ids, experts)
 
 
@@ -35,7 +41,7 @@ def _fake(hidden, *_):
 _op = define_op(
     "fused_moe",
     f"({ARGUMENTS}) -> Tensor",
-    cpu=cpu.fused_moe,
+    cpu=by_row(cpu.fused_moe, 0, 3, 4),
     device=_launch,
     fake=_fake,
     autograd=(save_for_backward, fused_moe_gradients),
@@ -54,6 +60,7 @@ def fused_moe(
     activation: Activation = SWIGLU,
     weight_at: str = "output",
     recompute: bool = False,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Sum over a token's slots of weight * expert(hidden): dispatch, expert_ffn and combine without a host wait.
 
@@ -88,6 +95,8 @@ def fused_moe(
         weight_at: "input", "activation" or "output".
         recompute: where a gradient is wanted, compute gate_up's results again in the backward pass instead of keeping
             them, 2 * I * T * K elements; no difference elsewhere.
+        batch_invariant: whether a token's bits must not depend on the others (those of its gradients may); None: as the
+            block :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         [T, H] in hidden's dtype; the same bits at every call. Differentiable in hidden, gate_up, down, weights and the
@@ -106,20 +115,28 @@ def fused_moe(
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute: got {type(recompute).__name__}, a bool is accepted")
     tensors = (hidden, gate_up, down, weights, ids, gate_up_bias, down_bias)
-    arguments = (*tensors, *activation.arguments, weight_at)
+    invariant = wanted(batch_invariant)
+    arguments = (*tensors, *activation.arguments, weight_at, invariant)
     gradients = torch.is_grad_enabled() and any_requires_grad(tensors)
     if gradients and weight_at == "input" and hidden.dtype == torch.float16:
-        return _of_weighted_rows(*tensors, activation, recompute)
+        return _of_weighted_rows(*tensors, activation, recompute, invariant)
     return fused_moe_keeping(*arguments)[0] if gradients and not recompute else _op(*arguments)
 
 
-def _of_weighted_rows(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, activation, recompute):
+def _of_weighted_rows(hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, activation, recompute, invariant):
     """Weights at the input as rows of their own: the backward pass would keep gate_up's results without weights, and
     float16 may not hold those."""
     absent = (ids < 0) | (ids >= gate_up.shape[0])
     rows = hidden.unsqueeze(1) * weights.masked_fill(absent, 0.0).unsqueeze(2)  # [T, K, H] fp32
     options = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "activation": activation, "recompute": recompute}
+    options["batch_invariant"] = invariant
     pairs = ids.reshape(-1, 1)
     ones = torch.ones(pairs.shape, dtype=torch.float32, device=pairs.device)
     each = fused_moe(rows.to(hidden.dtype).flatten(0, 1), gate_up, down, ones, pairs, **options)
-    return each.view(*ids.shape, -1).sum(1, dtype=torch.float32).to(hidden.dtype)
+    each = each.view(*ids.shape, -1)
+    if not invariant:
+        return each.sum(1, dtype=torch.float32).to(hidden.dtype)
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for slot in each.unbind(1):  # the order of torch's sum follows from the shape
+        total = total + slot.float()
+    return total.to(hidden.dtype)

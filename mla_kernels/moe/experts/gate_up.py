@@ -19,6 +19,7 @@ from mla_kernels.moe.experts.grouped import (
     product_cases,
     product_cost,
     product_work,
+    sizes_of_tile,
     tile_memory,
     tile_rule,
     weight_tile,
@@ -224,6 +225,7 @@ def launch_gate_up(
     activation: Activation = SWIGLU,
     weights: torch.Tensor | None = None,
     weight_at: str = "none",
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The activation [P, I] in expert order; ``weights`` [T, K], contiguous, multiply the input or the activation, as
     ``weight_at`` says. One launch."""
@@ -236,12 +238,13 @@ def launch_gate_up(
     hidden_stride, strides = hidden.stride()[0], gate_up.stride()
     wide = tokens * hidden_stride >= 1 << 31
     transposed = strides[2] != 1 and width > 1
-    shapes = tokens, pairs, experts, width, inner, wide, transposed, bias is None
+    shapes = tokens, pairs, experts, width, inner, wide, transposed, bias is None, batch_invariant
     key = chip.device, hidden.dtype, shapes, activation.arguments, weight_at
     plan = GATE_UP.kept.plans.get(key)
     if plan is None:
         statics = _statics(experts, width, wide, transposed, activation, bias is not None)
         sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "hidden": width, "intermediate": inner}
+        sizes = sizes_of_tile(sizes, batch_invariant)
         tile = fit(GATE_UP.tile_for(chip, DTYPE_NAMES[hidden.dtype], statics, sizes), width)
         # this tile may divide a row that not every tile divides; where a weight stands changes no tile
         statics |= {"EVEN_K": width % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}

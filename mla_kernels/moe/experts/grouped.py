@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, Case, Cost, Work
 from mla_kernels.moe.experts.schedule import block_m
@@ -100,6 +101,16 @@ def gathered_product(
         w = last_weight_tile(weight, n, k, stride, mask, k >= whole, TRANSPOSED)
         total = tl.dot(x, w, total, input_precision="ieee")
     return total
+
+
+def sizes_of_tile(sizes: dict[str, int], batch_invariant: bool) -> dict[str, int]:
+    """The sizes that a tile is looked up with: the call's, or, where bits must not depend on the batch, those at which
+    each expert has 64 rows. Tensor cores add a row's products in an order that follows from the tile alone."""
+    if not batch_invariant:
+        return sizes
+    slots = max(1, -(-sizes["pairs"] // max(sizes["tokens"], 1)))
+    tokens = -(-FIXED_TOKENS * sizes["experts"] // slots)
+    return sizes | {"tokens": tokens, "pairs": tokens * slots}
 
 
 def tile_rule(products):

@@ -7,6 +7,7 @@ import torch
 
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import moe as cpu
+from mla_kernels.invariance import wanted
 from mla_kernels.moe.dispatch.dispatch import MAX_PAIRS, Dispatch
 from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.down import launch_down
@@ -17,9 +18,10 @@ from mla_kernels.shim import define_op
 
 def _launch(hidden, gate_up, down, tokens, offsets, gate_up_bias, down_bias, *activation):
     """Two launches, workspace P * I elements."""
-    rows = Rows(tokens, offsets, 1)
-    inner = launch_gate_up(hidden, gate_up, rows, bias=gate_up_bias, activation=activation_of(*activation))
-    return launch_down(inner, down, rows, bias=down_bias)
+    *activation, batch_invariant = activation
+    rows, options = Rows(tokens, offsets, 1), {"batch_invariant": batch_invariant}
+    inner = launch_gate_up(hidden, gate_up, rows, bias=gate_up_bias, activation=activation_of(*activation), **options)
+    return launch_down(inner, down, rows, bias=down_bias, **options)
 
 
 def _fake(hidden, gate_up, down, tokens, offsets, *_):
@@ -34,7 +36,7 @@ def _check_values(hidden, gate_up, down, tokens, offsets, *_):
 _op = define_op(
     "expert_ffn",
     "(Tensor hidden, Tensor gate_up, Tensor down, Tensor tokens, Tensor offsets, Tensor? gate_up_bias=None, "
-    f"Tensor? down_bias=None, {OP_OPTIONS}) -> Tensor",
+    f"Tensor? down_bias=None, {OP_OPTIONS}, bool batch_invariant=False) -> Tensor",
     cpu=cpu.expert_ffn,
     device=_launch,
     fake=_fake,
@@ -90,6 +92,7 @@ def expert_ffn(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     activation: Activation = SWIGLU,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Each expert's feed-forward network on its rows: down(act(gate_up(x))). Two kernel launches.
 
@@ -106,6 +109,8 @@ def expert_ffn(
         gate_up_bias: [E, 2I] in hidden's dtype and gate_up's order of rows.
         down_bias: [E, H] in hidden's dtype.
         activation: see :class:`mla_kernels.Activation`.
+        batch_invariant: whether a row's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         rows [T * K, H] in expert order and hidden's dtype: rows[row] belongs to token dispatched.tokens[row]. Rows from
@@ -124,4 +129,5 @@ def expert_ffn(
     check_tensor("dispatched.offsets", offsets, shape=(experts + 1,), dtypes=(torch.int32,), device=hidden.device)
     tensors = {"hidden": hidden, "gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
     check_no_grad("expert_ffn", **tensors)
-    return _op(hidden, gate_up, down, dispatched.tokens, offsets, gate_up_bias, down_bias, *activation.arguments)
+    tensors = hidden, gate_up, down, dispatched.tokens, offsets, gate_up_bias, down_bias
+    return _op(*tensors, *activation.arguments, wanted(batch_invariant))

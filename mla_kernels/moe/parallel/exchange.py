@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from mla_kernels.invariance import wanted
 from mla_kernels.moe.parallel.agreement import Agreement
 
 
@@ -263,4 +264,4 @@ def _sum(rows, slots):
     """[tokens, H]: the sum of each token's rows in fp32, in the order of its slots. The last row is nobody's."""
     filled = slots.new_full((2,), len(rows) - 1, dtype=torch.int32)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
-    return torch.ops.mla_kernels.combine(rows, ones, slots.int().flatten(), filled)
+    return torch.ops.mla_kernels.combine(rows, ones, slots.int().flatten(), filled, wanted(None))

@@ -11,7 +11,9 @@ from itertools import accumulate, pairwise
 import torch
 import torch.distributed as dist
 
+from mla_kernels import invariance
 from mla_kernels.checks import FLOATS, check_int, check_tensor
+from mla_kernels.invariance import wanted
 from mla_kernels.moe.experts.activation import SWIGLU, Activation
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.parallel.agreement import MAX_CHUNKS, Agreement
@@ -113,6 +115,7 @@ class ExpertParallel:
         activation: Activation = SWIGLU,
         weight_at: str = "output",
         chunks: int = 1,
+        batch_invariant: bool | None = None,
     ) -> torch.Tensor:
         """:func:`mla_kernels.fused_moe` of this rank's tokens, with the experts of all ranks.
 
@@ -129,6 +132,7 @@ class ExpertParallel:
             activation, weight_at: as there.
             chunks: 1 to 16, the same on every rank. The tokens are cut into so many runs, and the experts work on one
                 while the next is on its way here and the last one on its way back.
+            batch_invariant: as there; the experts' ranks stay part of what a token's bits follow from.
 
         Returns:
             [T, H] in hidden's dtype.
@@ -138,7 +142,8 @@ class ExpertParallel:
             disagree on sizes; on every rank. TimeoutError, RuntimeError: a rank did not come or failed, with the cause
             that it gave; what fails in its experts' own backward is not told, and the others wait for their time-out.
         """
-        options = {"activation": activation, "weight_at": weight_at}
+        invariant = wanted(batch_invariant)
+        options = {"activation": activation, "weight_at": weight_at, "batch_invariant": invariant}
 
         def check():
             for name, weight in (("gate_up", gate_up), ("down", down)):
@@ -156,7 +161,8 @@ class ExpertParallel:
             )
 
         parameters = (gate_up, down, gate_up_bias, down_bias)
-        return self.run(compute, hidden, weights, ids, parameters=parameters, chunks=chunks, check=check)
+        with invariance.batch_invariant(invariant):  # for the sum over ranks
+            return self.run(compute, hidden, weights, ids, parameters=parameters, chunks=chunks, check=check)
 
     def run(
         self,

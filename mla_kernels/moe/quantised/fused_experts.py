@@ -10,12 +10,14 @@ import torch
 
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.cpu import quantised as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.launch import DTYPE_NAMES, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch.dispatch import check_slots, launch_order
 from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.fused import fused_moe
-from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, places
+from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, places, sizes_of_tile
 from mla_kernels.moe.experts.parts import check_activation
 from mla_kernels.moe.experts.schedule import num_slots
 from mla_kernels.moe.quantised import eight_bit, weight_only
@@ -51,11 +53,12 @@ class Call(NamedTuple):
     ids: torch.Tensor
     sizes: tuple[int, int, int, int, int]  # T, K, E, H, I
     key: tuple  # all that the launches' constants, tiles and grids follow from
+    batch_invariant: bool
 
 
 def _launch(
     hidden, weights, ids, format, gate_up, down, gate_up_scale, down_scale, gate_up_zero, down_zero,
-    gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at,
+    gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
     combine."""
@@ -73,8 +76,8 @@ def _launch(
     at = places(weight_at, hidden.dtype, codes)
     sizes = tokens, top_k, experts, width, doubled // 2
     tensors_given = gate_up_zero is None, gate_up_bias is None, down_bias is None
-    key = chip.device, hidden.dtype, sizes, format, group_size, tensors_given, clamp, interleaved, at
-    call = Call(activation, at, weights.contiguous(), ids, sizes, key)
+    key = chip.device, hidden.dtype, sizes, format, group_size, tensors_given, clamp, interleaved, at, batch_invariant
+    call = Call(activation, at, weights.contiguous(), ids, sizes, key, batch_invariant)
     results = hidden.new_empty((tokens * top_k, width))
     (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(chip, hidden, stored, call, results)
     return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, experts)
@@ -83,7 +86,8 @@ def _launch(
 def _plan(kernel, chip, dtype, call, statics, weight_at, row, columns):
     """(work, statics, tile) of a grouped product of rows so long whose results are ``columns`` wide, kept."""
     tokens, top_k, experts, _, _ = call.sizes
-    tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], statics, sizes_of(*call.sizes))
+    sizes = sizes_of_tile(sizes_of(*call.sizes), call.batch_invariant)
+    tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], statics, sizes)
     if "BLOCK_K" in tile:  # no longer than a row
         longest = 1 << (row.bit_length() - 1)
         tile = tile if tile["BLOCK_K"] <= longest else tile | {"BLOCK_K": max(16, longest)}
@@ -193,8 +197,8 @@ _op = define_op(
     "fused_experts",
     "(Tensor hidden, Tensor weights, Tensor ids, str format, Tensor gate_up, Tensor down, Tensor gate_up_scale, "
     "Tensor down_scale, Tensor? gate_up_zero, Tensor? down_zero, Tensor? gate_up_bias, Tensor? down_bias, "
-    f"int group_size, {OP_OPTIONS}, str weight_at='output') -> Tensor",
-    cpu=cpu.fused_experts,
+    f"int group_size, {OP_OPTIONS}, str weight_at='output', bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.fused_experts, 0, 1, 2),
     device=_launch,
     fake=_fake,
 )
@@ -208,6 +212,7 @@ def fused_experts(
     *,
     activation: Activation = SWIGLU,
     weight_at: str = "output",
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Sum over a token's slots of weight * expert(hidden), for weights in any format: see :class:`ExpertWeights`.
 
@@ -244,6 +249,8 @@ def fused_experts(
         ids: [T, K] int32, from the same; an id outside 0 .. E - 1 is skipped, and its weight ignored.
         activation: see :class:`mla_kernels.Activation`.
         weight_at: "input", "activation" or "output".
+        batch_invariant: whether a token's bits must not depend on the others; None: as the block
+            :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         [T, H] in hidden's dtype; the same bits at every call.
@@ -256,7 +263,7 @@ def fused_experts(
         raise TypeError(f"experts: got {type(experts).__name__}, an ExpertWeights is accepted")
     if experts.format is WeightFormat.PLAIN:
         biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
-        options = {"activation": activation, "weight_at": weight_at}
+        options = {"activation": activation, "weight_at": weight_at, "batch_invariant": batch_invariant}
         return fused_moe(hidden, experts.gate_up, experts.down, weights, ids, **biases, **options)
     check_tensor("hidden", hidden, shape=(None, experts.hidden_size), device=experts.device)
     if hidden.shape[1] < 16 or experts.intermediate_size < 16:
@@ -279,4 +286,5 @@ def fused_experts(
         hidden, weights, ids, experts.format_name, experts.gate_up, experts.down,
         experts.gate_up_scale, experts.down_scale, experts.gate_up_zero, experts.down_zero,
         experts.gate_up_bias, experts.down_bias, experts.group_size or 0, *activation.arguments, weight_at,
+        wanted(batch_invariant),
     )  # fmt: skip

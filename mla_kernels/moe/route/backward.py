@@ -4,6 +4,7 @@ Symbols: T tokens, E experts, K = top_k, S = num_shared.
 """
 
 from mla_kernels.cpu import route as cpu
+from mla_kernels.cpu.alone import by_row
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
 from mla_kernels.moe.route.scores import (
@@ -118,7 +119,7 @@ ROUTE_BACKWARD = Kernel(
 )
 
 
-def _launch(weights_grad, logits, weights, ids, scoring, renormalize, routed_scale, num_shared):
+def _launch(weights_grad, logits, weights, ids, scoring, renormalize, routed_scale, num_shared, batch_invariant):
     if weights_grad.stride(1) != 1:
         weights_grad = weights_grad.contiguous()
     tokens, experts = logits.shape
@@ -134,7 +135,7 @@ def _launch(weights_grad, logits, weights, ids, scoring, renormalize, routed_sca
     return logits_grad
 
 
-def _fake(weights_grad, logits, weights, ids, scoring, renormalize, routed_scale, num_shared):
+def _fake(weights_grad, logits, *_):
     return logits.new_empty(logits.shape)
 
 
@@ -145,8 +146,8 @@ def _refuse(ctx, *grads):
 _op = define_op(
     "route_backward",
     "(Tensor weights_grad, Tensor logits, Tensor weights, Tensor ids, str scoring, bool renormalize, "
-    "float routed_scale, int num_shared) -> Tensor",
-    cpu=cpu.route_backward,
+    "float routed_scale, int num_shared, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(cpu.route_backward, 0, 1, 2, 3),
     device=_launch,
     fake=_fake,
     autograd=(lambda ctx, inputs, output: None, _refuse),
@@ -154,7 +155,8 @@ _op = define_op(
 
 
 def save_for_backward(ctx, logits, output, *settings):
-    """What `route_backward` needs; ``settings`` are scoring, renormalize, routed_scale and num_shared."""
+    """What `route_backward` needs; ``settings`` are scoring, renormalize, routed_scale, num_shared and
+    batch_invariant."""
     ctx.save_for_backward(logits, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = settings

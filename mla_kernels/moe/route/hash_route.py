@@ -7,6 +7,8 @@ import torch
 
 from mla_kernels.checks import INDICES, check_choice, check_int, check_range, check_tensor
 from mla_kernels.cpu import route as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, chip_of
 from mla_kernels.moe.route.backward import route_backward, save_for_backward
@@ -127,7 +129,7 @@ def _outputs(logits, table, num_shared):
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
+def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared, batch_invariant):
     (tokens, experts), (vocabulary, top_k), chip = logits.shape, table.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, table, num_shared)
     key = chip.device, logits.dtype, tokens, experts, top_k, num_shared, scoring, renormalize
@@ -143,11 +145,11 @@ def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_sh
     return weights, ids
 
 
-def _fake(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
+def _fake(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared, *_):
     return _outputs(logits, table, num_shared)
 
 
-def _check_values(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared):
+def _check_values(logits, table, token_ids, *_):
     check_range("token_ids", token_ids, 0, table.shape[0], f"table has {table.shape[0]} rows")
     experts = logits.shape[1]
     check_range("table[token_ids]", table.index_select(0, token_ids), 0, experts, f"logits have {experts} experts")
@@ -159,14 +161,14 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, weights_grad, ids_grad):
-    return route_backward(ctx, weights_grad), *(None,) * 6
+    return route_backward(ctx, weights_grad), *(None,) * 7
 
 
 _op = define_op(
     "hash_route",
     "(Tensor logits, Tensor table, Tensor token_ids, str scoring='sqrt_softplus', bool renormalize=True, "
-    "float routed_scale=1.0, int num_shared=0) -> (Tensor, Tensor)",
-    cpu=cpu.hash_route,
+    "float routed_scale=1.0, int num_shared=0, bool batch_invariant=False) -> (Tensor, Tensor)",
+    cpu=by_row(cpu.hash_route, 0, 2),
     device=_launch,
     fake=_fake,
     check_values=_check_values,
@@ -183,6 +185,7 @@ def hash_route(
     renormalize: bool = True,
     routed_scale: float = 1.0,
     num_shared: int = 0,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts by token id, ``ids = table[token_ids]``, with the weights that :func:`route` would give them.
 
@@ -198,6 +201,7 @@ def hash_route(
         renormalize: divide the weights of a token by their sum + 1e-20.
         routed_scale: factor of every weight.
         num_shared: shared experts S: slots for experts E to E + S - 1, with weight 1.0, follow the K of each token.
+        batch_invariant: as of :func:`route`.
 
     Returns:
         weights [T, K + S] fp32 and ids [T, K + S] int32, in the table's order.
@@ -222,4 +226,5 @@ def hash_route(
     if scoring not in SCORINGS or type(num_shared) is not int or not 0 <= num_shared <= 1024:
         check_choice("scoring", scoring, SCORINGS)
         check_int("num_shared", num_shared, 0, 1024)
-    return _op(logits, table, token_ids, scoring, bool(renormalize), float(routed_scale), num_shared)
+    settings = scoring, bool(renormalize), float(routed_scale), num_shared, wanted(batch_invariant)
+    return _op(logits, table, token_ids, *settings)

@@ -7,6 +7,8 @@ import torch
 
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.cpu import route as cpu
+from mla_kernels.cpu.alone import by_row
+from mla_kernels.invariance import wanted
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.route.backward import route_backward, save_for_backward
@@ -214,8 +216,9 @@ def _outputs(logits, top_k, num_shared):
 
 def _launch(
     logits, bias, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, renormalize, routed_scale,
-    num_shared,
+    num_shared, batch_invariant=False,
 ):  # fmt: skip
+    """One instance of the kernel, a row a program, serves every number of tokens: see router_tiles."""
     (tokens, experts), chip = logits.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, top_k, num_shared)
     options = experts, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, renormalize, num_shared
@@ -238,26 +241,26 @@ def _launch(
 
 def _fake(
     logits, bias, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, renormalize, routed_scale,
-    num_shared,
+    num_shared, *_,
 ):  # fmt: skip
     return _outputs(logits, top_k, num_shared)
 
 
 def _save_for_backward(ctx, inputs, output):
-    logits, _, _, scoring, *_, renormalize, routed_scale, num_shared = inputs
-    save_for_backward(ctx, logits, output, scoring, renormalize, routed_scale, num_shared)
+    logits, _, _, scoring, *_, renormalize, routed_scale, num_shared, batch_invariant = inputs
+    save_for_backward(ctx, logits, output, scoring, renormalize, routed_scale, num_shared, batch_invariant)
 
 
 def _backward(ctx, weights_grad, ids_grad):
-    return route_backward(ctx, weights_grad), *(None,) * 10
+    return route_backward(ctx, weights_grad), *(None,) * 11
 
 
 _op = define_op(
     "route",
     "(Tensor logits, Tensor? bias, int top_k, str scoring='sigmoid', int num_groups=1, int top_k_groups=1, "
-    "str? group_rank=None, float? group_fill=None, bool renormalize=True, float routed_scale=1.0, int num_shared=0)"
-    " -> (Tensor, Tensor)",
-    cpu=cpu.route,
+    "str? group_rank=None, float? group_fill=None, bool renormalize=True, float routed_scale=1.0, int num_shared=0, "
+    "bool batch_invariant=False) -> (Tensor, Tensor)",
+    cpu=by_row(cpu.route, 0),
     device=_launch,
     fake=_fake,
     autograd=(_save_for_backward, _backward),
@@ -294,6 +297,7 @@ def route(
     renormalize: bool = True,
     routed_scale: float = 1.0,
     num_shared: int = 0,
+    batch_invariant: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose ``top_k`` experts for every token, and their weights. One kernel launch.
 
@@ -317,7 +321,8 @@ def route(
     routers of Hugging Face's models of these names.
 
     Differentiable in ``logits``, through the weights; the choice itself has no gradient. On devices a token's results
-    have the same bits in every batch, wherever its logits lie; of CPU tensors weights may differ by an ulp.
+    have the same bits in every batch, wherever its logits lie; of CPU tensors weights may differ by an ulp without
+    ``batch_invariant``.
 
     Args:
         logits: [T, E] bf16, fp16 or fp32, contiguous rows; computed in fp32. E is 1 to 1024.
@@ -334,6 +339,8 @@ def route(
         renormalize: divide the weights of a token by their sum + 1e-20.
         routed_scale: factor of every weight.
         num_shared: shared experts S: slots for experts E to E + S - 1, with weight 1.0, follow the top_k of each token.
+        batch_invariant: whether a token's results must not depend on the others, and their gradient not, either; None:
+            as the block :class:`mla_kernels.batch_invariant` says.
 
     Returns:
         weights [T, top_k + S] fp32 and ids [T, top_k + S] int32, best choice first. Equal values, of groups and of
@@ -363,5 +370,5 @@ def route(
             check_no_grad("route", bias=bias)
     return _op(
         logits, bias, top_k, scoring, num_groups, top_k_groups, group_rank, group_fill, bool(renormalize),
-        float(routed_scale), num_shared,
+        float(routed_scale), num_shared, wanted(batch_invariant),
     )  # fmt: skip

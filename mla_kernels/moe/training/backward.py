@@ -24,17 +24,21 @@ from mla_kernels.shim import define_op
 
 
 def _launch_keeping(
-    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at
+    hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at,
+    batch_invariant,
 ):  # fmt: skip
     """fused_moe's result, and gate_up's results [P, 2I] in expert order without weight or bias: five launches."""
     experts = gate_up.shape[0]
     rows = Rows(*launch_order(ids, experts), ids.shape[1])
     of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
     activation = activation_of(clamp, limit, alpha, interleaved)
-    products = launch_project(hidden, gate_up, rows)
+    products = launch_project(hidden, gate_up, rows, batch_invariant)
     options = {"bias": gate_up_bias, "activation": activation, "weights": of_pairs, "weight_at": at.gate_up}
     inner = launch_activate(products, rows, experts, **options)
-    results = launch_down(inner, down, rows, bias=down_bias, weights=of_pairs, weight_at=at.down, by_pair=True)
+    results = launch_down(
+        inner, down, rows, bias=down_bias, weights=of_pairs, weight_at=at.down, by_pair=True,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     return launch_combine_pairs(results, of_pairs if at.combine else None, ids, experts), products
 
 
@@ -121,14 +125,14 @@ _backward = define_op(
 
 ARGUMENTS = (
     "Tensor hidden, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? gate_up_bias=None, "
-    f"Tensor? down_bias=None, {OP_OPTIONS}, str weight_at='output'"
+    f"Tensor? down_bias=None, {OP_OPTIONS}, str weight_at='output', bool batch_invariant=False"
 )
 """The arguments of the op ``fused_moe`` in torch's schema language."""
 
 
 def save_for_backward(ctx, inputs, output):
     """``output`` is the result, and of the op that keeps them gate_up's results too."""
-    *tensors, ctx.clamp, ctx.limit, ctx.alpha, ctx.interleaved, ctx.weight_at = inputs
+    *tensors, ctx.clamp, ctx.limit, ctx.alpha, ctx.interleaved, ctx.weight_at, _ = inputs
     products = None
     if isinstance(output, tuple):
         products = output[1]

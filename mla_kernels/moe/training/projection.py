@@ -16,6 +16,7 @@ from mla_kernels.moe.experts.grouped import (
     fit,
     gathered_product,
     layout_of,
+    sizes_of_tile,
     tile_memory,
     tile_rule,
 )
@@ -117,7 +118,9 @@ PROJECT = Kernel(
 )
 
 
-def launch_project(hidden: torch.Tensor, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
+def launch_project(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: Rows, batch_invariant: bool = False
+) -> torch.Tensor:
     """[P, out] in expert order: hidden [T, in] of the rows' tokens times weight [E, out, in]. One launch."""
     (tokens, depth), (experts, columns, _), pairs = hidden.shape, weight.shape, rows.order.shape[0]
     out = hidden.new_empty(pairs, columns)
@@ -127,7 +130,7 @@ def launch_project(hidden: torch.Tensor, weight: torch.Tensor, rows: Rows) -> to
     transposed, stride = layout_of(weight)
     statics = gather_statics(experts, depth, rows.top_k, transposed, tokens * hidden.stride(0) >= 1 << 31)
     sizes = {"tokens": tokens, "pairs": pairs, "experts": experts, "depth": depth, "columns": columns}
-    tile = fit(PROJECT.tile_for(chip, dtype, statics, sizes), depth)
+    tile = fit(PROJECT.tile_for(chip, dtype, statics, sizes_of_tile(sizes, batch_invariant)), depth)
     args = (
         hidden, weight, out, rows.order, rows.offsets,
         tokens, pairs, experts, depth, columns, hidden.stride(0), weight.stride(0), stride,
