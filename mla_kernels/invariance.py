@@ -81,7 +81,7 @@ def wanted(batch_invariant: bool | None) -> bool:
         TypeError: the argument is neither None nor a bool.
     """
     if batch_invariant is None:
-        return _traced.on if torch.compiler.is_compiling() else _inside.get()
+        return _traced.on and (torch.compiler.is_compiling() or _inside.get())  # on: some thread is in a block
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: got {type(batch_invariant).__name__}, None or a bool is accepted")
     return batch_invariant
