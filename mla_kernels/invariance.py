@@ -81,7 +81,9 @@ def wanted(batch_invariant: bool | None) -> bool:
         TypeError: the argument is neither None nor a bool.
     """
     if batch_invariant is None:
-        return _traced.on if torch.compiler.is_compiling() else _inside.get()
+        if not _traced.on:  # in no thread: a single look for most calls
+            return False
+        return True if torch.compiler.is_compiling() else _inside.get()
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: got {type(batch_invariant).__name__}, None or a bool is accepted")
     return batch_invariant
