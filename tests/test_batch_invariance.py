@@ -398,3 +398,19 @@ def test_a_workspace_that_ends_changes_no_bits(backend, device, monkeypatch):
     monkeypatch.setattr(sparse, "sequences_at_once", lambda split_bytes, splits: 1)
     for got, want in zip((*problem.run(), *picks.run(batch_invariant=True)), (*whole, *picked)):
         assert same(got, want)
+
+
+def test_other_libraries_names_and_modules_follow_the_block(cpu_code):
+    from mla_kernels.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+    from mla_kernels.nn import MoE, MoEConfig
+
+    metadata, splits = get_mla_metadata()
+    cache = torch.randn(4, 64, 1, 576).bfloat16()
+    table, lengths = torch.arange(4, dtype=torch.int32).view(2, 2), torch.tensor([100, 7], dtype=torch.int32)
+    layer = MoE(MoEConfig(32, 16, 16, num_experts=4, top_k=2, num_groups=1, top_k_groups=1))
+    with torch.no_grad(), mk.batch_invariant(), _Flags() as found:
+        flash_mla_with_kvcache(
+            torch.randn(2, 1, 16, 576).bfloat16(), cache, table, lengths, 512, metadata, splits, causal=True
+        )
+        layer(torch.randn(3, 32))
+    assert set(found.seen) == {True}
