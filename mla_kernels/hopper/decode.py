@@ -1,8 +1,9 @@
 """mla_decode for Hopper: the declarations of its kernels, and their launch in place of the portable one.
 
-There are two, chosen by the query rows of a sequence (S_q * heads, or the heads alone where a query's bits must not
-depend on how many there are): :mod:`mla_kernels.hopper.few_rows_kernel` up to 32,
-:mod:`mla_kernels.hopper.decode_kernel` from 33. Both files import Gluon, and are imported by a first launch.
+Two for each kind of cache, chosen by the query rows of a sequence (S_q * heads, or the heads alone where a query's bits
+must not depend on how many there are). For 16-bit latents :mod:`mla_kernels.hopper.few_rows_kernel` up to 32,
+:mod:`mla_kernels.hopper.decode_kernel` from 33; for quantised ones :mod:`mla_kernels.hopper.few_rows_codes_kernel` and
+:mod:`mla_kernels.hopper.codes_kernel`. These files import Gluon, and are imported by a first launch.
 """
 
 from typing import NamedTuple
@@ -12,14 +13,18 @@ import torch
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
+from mla_kernels.quant.cache_layout import CacheLayout
 
 ROWS = 64
 """Query rows of a program with many, and keys of a block."""
 FEW_ROWS = (16, 32)
 """Query rows of a program where a sequence has no more."""
+MOST_APART = 1 << 25
+"""Bytes from a quantised token to the next: 64 of them are counted in 32 bits."""
 _COLUMNS = 64  # of a box of queries or rotated keys: 128 bytes
 _PAIR = 2 * ROWS
-_ALIGNMENT = 8  # TMA reads from multiples of 16 bytes
+_WORD = 4  # bytes in which codes are read
+_UNIT = 16  # bytes of which TMA wants multiples; strides of codes are counted in them
 SMALLEST_SCALE = 1e-30
 """Scores are masked with -inf before they are scaled: a scale of 0, or below, would make something else of it."""
 
@@ -41,6 +46,10 @@ def _memory(chip, dtype, statics, tile):
     return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else 0) + 2048}
 
 
+def _codes_boxes(statics):
+    return {"q_tiles": (1, statics.get("ROWS", ROWS), _COLUMNS)}
+
+
 def _splits(sizes) -> int:
     return max(1, -(-_keys(sizes) // sizes["split"]))
 
@@ -54,31 +63,38 @@ def _cost(dtype, statics, sizes):
     latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
     return Cost(
         flops=2.0 * sequences * rows * keys * (width + latent),
-        bytes=sequences * (rows * (width + latent) * size + keys * width * size + rows * 4),
+        bytes=sequences * (rows * (width + latent) * size + keys * _token_bytes(statics) + rows * 4),
         workspace=_splits(sizes) * sequences * rows * (latent + 1) * 4 if statics["SPLIT"] else 0,
     )
 
 
+def _token_bytes(statics) -> int:
+    layout = CacheLayout(statics.get("LAYOUT", CacheLayout.LATENT_16BIT))
+    return layout.bytes_per_token(statics["LATENT"], statics["ROPE"])
+
+
 def _work(dtype, statics, sizes, tile):
     latent, width, tall = statics["LATENT"], statics["LATENT"] + statics["ROPE"], statics.get("ROWS", ROWS)
-    step = _PAIR if tall == ROWS else ROWS
+    step = _PAIR if tall == ROWS and "LAYOUT" not in statics else ROWS
     keys = -(-min(_keys(sizes), sizes["split"]) // step) * step
     return Work(
         programs=sizes["batch"] * _splits(sizes) * -(-sizes["queries"] * sizes["heads"] // tall),
         flops=2.0 * tall * keys * (width + latent),
-        bytes=tall * (width * 2 + latent * 4) + keys * width * 2,
+        bytes=tall * (width * 2 + latent * 4) + keys * _token_bytes(statics),
     )
 
 
 def _case(
     name, heads, *, batch=8, tokens=4096, queries=1, page=64, window=None, sink=False, split=2048, latent=512, rope=64,
-    fixed=False, dtypes=("bf16",),
+    fixed=False, layout=None, dtypes=("bf16",),
 ):  # fmt: skip
     sizes = {"heads": heads, "queries": queries, "batch": batch, "tokens": tokens, "split": split}
     if window is not None:
         sizes["window"] = window
     statics = {"LATENT": latent, "ROPE": rope, "PAGE_SIZE": page, "CAUSAL": queries > 1, "WINDOW": window is not None}
     statics |= {"SINK": sink, "SPLIT": _splits(sizes) > 1, "FIXED": fixed}
+    if layout is not None:
+        statics["LAYOUT"] = layout
     if queries * heads <= max(FEW_ROWS):
         statics["ROWS"] = _few(queries * heads)
     return Case(name, statics, sizes, dtypes)
@@ -88,22 +104,34 @@ def _few(rows: int) -> int:
     return min(size for size in FEW_ROWS if rows <= size)
 
 
-_ARGUMENTS = {
+_RESULTS = {
     "out_ptr": "*T",
     **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
     **dict.fromkeys(("block_table_ptr", "seq_lens_ptr"), "*i32"),
     "sink_ptr": "*fp32",
+}
+_NUMBERS = dict.fromkeys(
+    ("table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "zero"), "i32"
+)
+_ARGUMENTS = {
+    **_RESULTS,
     **dict.fromkeys(("q_tiles", "key_tiles", "rope_tiles"), TILE),
     "score_scale": "fp32",
-    **dict.fromkeys(
-        ("table_stride", "sequences", "heads", "rows", "num_pages", "capacity", "window", "splits", "zero"),
-        "i32",
-    ),
-}  # fmt: skip
+    **_NUMBERS,
+}
+_CODES_ARGUMENTS = {
+    **_RESULTS,
+    "codes_ptr": "*i32",
+    "scales_ptr": "*fp32",
+    "rope_ptr": "*i32",
+    "q_tiles": TILE,
+    "score_scale": "fp32",
+    **dict.fromkeys(("page_units", "token_units"), "i32"),
+    **_NUMBERS,
+}
 _STATICS = ("LATENT", "ROPE", "PAGE_SIZE", "CAUSAL", "WINDOW", "SINK", "SPLIT", "FIXED")
+_CODES_STATICS = ("LATENT", "ROPE", "PAGE_SIZE", "LAYOUT", "CAUSAL", "WINDOW", "SINK", "SPLIT", "FIXED")
 _SHARED = {
-    "arguments": _ARGUMENTS,
-    "boxes": _boxes,
     "memory": _memory,
     "cost": _cost,
     "work": _work,
@@ -115,6 +143,8 @@ HOPPER_MLA_DECODE = GluonKernel(
     "mla_kernels.hopper.decode_kernel",
     "hopper_mla_decode_kernel",
     worker_warps=4,
+    arguments=_ARGUMENTS,
+    boxes=_boxes,
     statics=_STATICS,
     tiles={"REGISTERS": (248,), "num_warps": (4,)},
     rule=lambda chip, dtype, statics, sizes: {"REGISTERS": 248, "num_warps": 4},
@@ -134,6 +164,8 @@ HOPPER_MLA_DECODE_FEW_ROWS = GluonKernel(
     "mla_kernels.hopper.few_rows_kernel",
     "hopper_mla_decode_few_rows_kernel",
     worker_warps=0,
+    arguments=_ARGUMENTS,
+    boxes=_boxes,
     statics=(*_STATICS, "ROWS"),
     tiles={"num_warps": (4,)},
     rule=lambda chip, dtype, statics, sizes: {"num_warps": 4},
@@ -148,6 +180,66 @@ HOPPER_MLA_DECODE_FEW_ROWS = GluonKernel(
     ),
     **_SHARED,
 )
+
+
+HOPPER_MLA_DECODE_CODES = GluonKernel(
+    "mla_kernels.hopper.codes_kernel",
+    "hopper_mla_decode_codes_kernel",
+    worker_warps=8,
+    arguments=_CODES_ARGUMENTS,
+    boxes=_codes_boxes,
+    statics=_CODES_STATICS,
+    tiles={"REGISTERS": (168,), "RIGHT": (160,), "DECODER": (112,), "num_warps": (4,)},
+    rule=lambda chip, dtype, statics, sizes: {"REGISTERS": 168, "RIGHT": 160, "DECODER": 112, "num_warps": 4},
+    cases=(
+        _case("v3_fp8", 128, layout="fp8_v32"),
+        _case("v3_int8", 128, layout="int8"),
+        _case("window_and_sink", 128, queries=2, window=512, sink=True, layout="fp8_v32"),
+        _case("window_and_sink_int8", 128, queries=2, window=512, sink=True, layout="int8"),
+        _case("pages_of_192", 64, page=192, layout="fp8_v32"),
+        _case("no_rope", 128, rope=0, layout="int8"),
+        _case("v3_fixed", 128, queries=2, fixed=True, layout="fp8_v32"),
+        _case("narrow", 64, latent=128, rope=16, layout="fp8_v32"),
+        _case("minicpm3", 40, latent=256, rope=32, layout="int8"),
+    ),
+    **_SHARED,
+)
+
+
+def _few_rows_codes_rule(chip, dtype, statics, sizes):
+    """Triton 3.9.0's ptxas spills with the other number."""
+    return {"REGISTERS": 144, "DECODER": 96 if statics.get("WINDOW") else 104, "num_warps": 4}
+
+
+HOPPER_MLA_DECODE_FEW_ROWS_CODES = GluonKernel(
+    "mla_kernels.hopper.few_rows_codes_kernel",
+    "hopper_mla_decode_few_rows_codes_kernel",
+    worker_warps=8,
+    arguments=_CODES_ARGUMENTS,
+    boxes=_codes_boxes,
+    statics=(*_CODES_STATICS, "ROWS"),
+    tiles={"REGISTERS": (144,), "DECODER": (96, 104), "num_warps": (4,)},
+    rule=_few_rows_codes_rule,
+    cases=(
+        _case("v3_fp8_tp8", 16, batch=64, layout="fp8_v32"),
+        _case("v3_int8_tp8", 16, batch=64, layout="int8"),
+        _case("window_and_sink", 16, queries=2, window=512, sink=True, layout="fp8_v32"),
+        _case("window_and_sink_int8", 16, queries=2, window=512, sink=True, layout="int8"),
+        _case("pages_of_192", 20, page=192, layout="int8"),
+        _case("no_rope", 16, rope=0, layout="fp8_v32"),
+        _case("v3_tp8_fixed", 16, fixed=True, layout="int8"),
+        _case("narrow", 8, latent=128, rope=16, layout="fp8_v32"),
+    ),
+    **_SHARED,
+)
+
+
+def kernel_for(rows: int, layout: str = "plain") -> GluonKernel:
+    """The kernel for so many query rows, and a cache of this LAYOUT."""
+    few = rows <= max(FEW_ROWS)
+    if layout == "plain":
+        return HOPPER_MLA_DECODE_FEW_ROWS if few else HOPPER_MLA_DECODE
+    return HOPPER_MLA_DECODE_FEW_ROWS_CODES if few else HOPPER_MLA_DECODE_CODES
 
 
 class Choice(NamedTuple):
@@ -165,14 +257,13 @@ def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
     ``statics``: LATENT, ROPE, PAGE_SIZE, LAYOUT, CAUSAL, WINDOW and FIXED of the portable kernel.
     """
     rows, together = queries * heads, heads if statics["FIXED"] else queries * heads
-    few = together <= max(FEW_ROWS)
-    kernel = HOPPER_MLA_DECODE_FEW_ROWS if few else HOPPER_MLA_DECODE
+    kernel = kernel_for(together, statics["LAYOUT"])
     name = DTYPE_NAMES[dtype]
     if not hopper.chosen(kernel, chip, {"dtype": name, **statics}, lambda: refusal(name, statics)):
         return None
-    own = {constant: value for constant, value in statics.items() if constant in _STATICS}
+    own = {constant: value for constant, value in statics.items() if constant in kernel.statics}
     tall = ROWS
-    if few:
+    if "ROWS" in kernel.statics:
         tall = own["ROWS"] = _few(together)
     return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall))
 
@@ -180,8 +271,8 @@ def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
 def refusal(dtype: str, statics) -> str:
     """Why the kernels do not serve a form, or nothing."""
     latent, rope, page_size = statics["LATENT"], statics["ROPE"], statics["PAGE_SIZE"]
-    if statics["LAYOUT"] != "plain" or dtype not in ("bf16", "fp16"):
-        return f"a cache of {dtype if statics['LAYOUT'] == 'plain' else statics['LAYOUT']}; bf16 and fp16 are carried"
+    if dtype not in ("bf16", "fp16"):
+        return f"a cache of {dtype}; bf16, fp16, fp8_v32 and int8 are carried"
     if latent not in (128, 256, 512):
         return f"latent_dim {latent}; 128, 256 and 512 are carried"
     if rope > _COLUMNS:
@@ -203,15 +294,19 @@ def serves(choice: Choice, cache, softmax_scale: float) -> bool:
     elif _strides(cache) is None:
         at = cache.data_ptr() % 16
         reason = f"a cache with strides {cache.stride()} at byte {at} of 16; TMA reads from multiples of 16 bytes"
+    elif "LAYOUT" in choice.statics and cache.stride(1) >= MOST_APART:
+        reason = f"tokens {cache.stride(1)} bytes apart; less than {MOST_APART} is carried"
     return hopper.served(choice.kernel, reason)
 
 
 def _strides(data) -> tuple[int, int, int] | None:
-    return _tma_strides(data.data_ptr(), tuple(data.shape), data.stride(0), data.stride(1))
+    return _tma_strides(data.data_ptr(), tuple(data.shape), data.stride(0), data.stride(1), data.element_size())
 
 
-def _tma_strides(address: int, shape: tuple[int, int, int], outer: int, row: int) -> tuple[int, int, int] | None:
-    """Strides of 16-bit elements as TMA takes them; None if it takes none.
+def _tma_strides(
+    address: int, shape: tuple[int, int, int], outer: int, row: int, size: int = 2
+) -> tuple[int, int, int] | None:
+    """Strides of elements of ``size`` bytes as TMA takes them; None if it takes none.
 
     The stride of a dimension of size 1 is free in torch; TMA wants one that fits the others.
     """
@@ -219,7 +314,8 @@ def _tma_strides(address: int, shape: tuple[int, int, int], outer: int, row: int
         row = shape[2]
     if shape[0] == 1:
         outer = shape[1] * row
-    fits = address % 16 == 0 and row % _ALIGNMENT == 0 and row >= shape[2] and outer >= row and outer % row == 0
+    aligned = address % _UNIT == 0 and row * size % _UNIT == 0
+    fits = aligned and row >= shape[2] and outer >= row and outer % row == 0
     return (outer, row, 1) if fits else None
 
 
@@ -244,9 +340,23 @@ def launch(chip, choice: Choice, q, cache, table, results, sink, numbers) -> Non
     block_table, seq_lens = table
     out, partial, lse = results
     score_scale, capacity, window, splits = numbers
-    keys = Tiles(cache, tuple(cache.shape), _strides(cache))
+    q_tiles = Tiles(q, shape, strides)
+    if "LAYOUT" in choice.statics:
+        read = _codes(cache, q_tiles, score_scale, choice.statics)
+    else:
+        keys = Tiles(cache, tuple(cache.shape), _strides(cache))
+        read = q_tiles, keys, keys, score_scale
     args = (
-        out, partial, lse, block_table, seq_lens, lse if sink is None else sink, Tiles(q, shape, strides), keys, keys,
-        score_scale, block_table.stride(0), sequences, heads, rows, cache.shape[0], capacity, window, splits, 0,
+        out, partial, lse, block_table, seq_lens, lse if sink is None else sink, *read, block_table.stride(0),
+        sequences, heads, rows, cache.shape[0], capacity, window, splits, 0,
     )  # fmt: skip
     choice.kernel.launch(chip, sequences * splits * choice.row_tiles, args, choice.statics, choice.tile)
+
+
+def _codes(cache, q_tiles: Tiles, score_scale: float, statics) -> tuple:
+    """What a kernel for codes takes of a quantised cache's bytes, around the queries."""
+    outer, row, _ = _strides(cache)
+    words = cache.view(torch.int32)
+    scales = words[..., statics["LATENT"] // _WORD :]
+    rope = words[..., words.shape[2] - statics["ROPE"] // 2 :]
+    return words, scales.view(torch.float32), rope, q_tiles, score_scale, outer // _UNIT, row // _UNIT

@@ -24,13 +24,15 @@ from mla_kernels.hopper.language import (
 from mla_kernels.hopper.parts import (
     BLOCK,
     COLUMNS,
-    LN2,
     LOWEST,
     clear_unread,
     find_page,
+    hide_unseen_keys,
+    last_factor,
     load_box,
     new_barriers,
     reinterpret,
+    store_columns,
 )
 from mla_kernels.hopper.plan import tile_range
 
@@ -115,7 +117,6 @@ def hopper_mla_decode_few_rows_kernel(
     nothing = gl.zeros([BLOCK, ROWS], gl.float32, layout=ACC)
     sums = gl.zeros([BLOCK, ROWS], gl.float32, layout=ACC)  # of weights, yet to be added up over the block's keys
     largest = gl.full([ROWS], LOWEST, gl.float32, layout=COLUMN)
-    line = gl.arange(0, ROWS, layout=COLUMN)
     for block in range(blocks):
         stage = block % STAGES
         phase = block // STAGES & 1
@@ -137,15 +138,8 @@ def hopper_mla_decode_few_rows_kernel(
         valid = (page >= 0) & (page < num_pages)
         scores = warpgroup_mma_wait(0, [scores])  # [64, ROWS]
         if (first + BLOCK > whole_end) | (first < whole_start) | (not valid):
-            key = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, ACC))
-            seen = (key < gl.where(valid, end, first))[:, None]
-            if CAUSAL or WINDOW:
-                limit = newest + (row + line) // heads
-                if CAUSAL:
-                    seen = seen & (key[:, None] < limit[None, :])
-                if WINDOW:
-                    seen = seen & (key[:, None] >= (limit - window)[None, :])
-            scores = gl.where(seen, scores, float("-inf"))
+            seen_end = gl.where(valid, end, first)
+            scores = hide_unseen_keys(scores, first, seen_end, row, heads, newest, window, CAUSAL, WINDOW)
         top = gl.maximum(largest, gl.max(scores, 0) * score_scale)
         weights = gl.exp2(scores * score_scale - top[None, :])
         keep = gl.exp2(largest - top)
@@ -164,21 +158,9 @@ def hopper_mla_decode_few_rows_kernel(
         page = page_after
         page_after = page_later
 
-    total = gl.sum(sums, 0)
-    some = total > 0.0
-    divisor = gl.where(some, total, 1.0)
-    lse = gl.where(some, (largest + gl.log2(divisor)) * LN2, float("-inf"))
-    factor = 1.0 / divisor
     stored_rows = gl.where(exists, rows - row, 0)
-    if SINK:
-        sink = gl.load(sink_ptr + row + line, mask=line < stored_rows, other=0.0)
-        factor = gl.where(some, factor / (1.0 + gl.exp(sink - gl.where(some, lse, 0.0))), 0.0)
-    acc = acc * factor[None, :]
+    factor, lse = last_factor(largest, gl.sum(sums, 0), sink_ptr + row, stored_rows, SINK)
     target = (split * sequences + sequence).to(gl.int64) * rows + row
-    column = gl.arange(0, LATENT, layout=gl.SliceLayout(1, ACC))
-    at = line[None, :] * LATENT + column[:, None]
-    if SPLIT:
-        gl.store(partial_ptr + target * LATENT + at, acc, mask=(line < stored_rows)[None, :])
-    else:
-        gl.store(out_ptr + target * LATENT + at, acc.to(DTYPE), mask=(line < stored_rows)[None, :])
+    store_columns(acc * factor[None, :], (partial_ptr if SPLIT else out_ptr) + target * LATENT, stored_rows)
+    line = gl.arange(0, ROWS, layout=COLUMN)
     gl.store(lse_ptr + target + line, lse, mask=line < stored_rows)

@@ -98,6 +98,21 @@ def hide_unseen(scores, first, end, row, heads, newest, window, CAUSAL: gl.const
 
 
 @gluon.jit
+def hide_unseen_keys(scores, first, end, row, heads, newest, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """As hide_unseen, of scores [64 keys, query rows]."""
+    SCORES: gl.constexpr = scores.type.layout
+    key = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, SCORES))
+    seen = (key < end)[:, None]
+    if CAUSAL or WINDOW:
+        limit = newest + (row + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, SCORES))) // heads
+        if CAUSAL:
+            seen = seen & (key[:, None] < limit[None, :])
+        if WINDOW:
+            seen = seen & (key[:, None] >= (limit - window)[None, :])
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
 def clear_unread(values, first, start, end):
     """Zero the rows of a value tile [64, width] that are no keys from ``start`` to ``end`` - 1; its first is ``first``.
 
@@ -116,22 +131,28 @@ def clear_unread(values, first, start, end):
 
 
 @gluon.jit
-def finish(acc, largest, total, sink_ptr, limit, SINK: gl.constexpr):
-    """(the output of a row, its natural log-sum-exp) from sums of 2^(score - largest); (0, -inf) where none was seen.
+def last_factor(largest, total, sink_ptr, limit, SINK: gl.constexpr):
+    """(what a row's sums are multiplied by, its natural log-sum-exp) from ``total`` sums of 2^(score - largest).
 
-    With SINK the output is multiplied by sigmoid(lse - sink).
+    (1, -inf) where no key was seen, all sums being 0. With SINK the factor holds sigmoid(lse - sink); rows from
+    ``limit`` on have no sink.
     """
-    ROW: gl.constexpr = total.type.layout
-    ACC_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    seen = total > 0.0
+    seen = total != 0.0  # NaN, too
     some = gl.where(seen, total, 1.0)
     lse = gl.where(seen, (largest + gl.log2(some)) * LN2, float("-inf"))
     factor = 1.0 / some
     if SINK:
-        line = gl.arange(0, BLOCK, layout=ROW)
+        line = gl.arange(0, total.shape[0], layout=total.type.layout)
         sink = gl.load(sink_ptr + line, mask=line < limit, other=0.0)
         factor = gl.where(seen, factor / (1.0 + gl.exp(sink - gl.where(seen, lse, 0.0))), 0.0)
-    return acc * gl.convert_layout(factor, ACC_ROW)[:, None], lse
+    return factor, lse
+
+
+@gluon.jit
+def finish(acc, largest, total, sink_ptr, limit, SINK: gl.constexpr):
+    """(the output of a row, its natural log-sum-exp); (0, -inf) where none was seen. See last_factor."""
+    factor, lse = last_factor(largest, total, sink_ptr, limit, SINK)
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None], lse
 
 
 @gluon.jit
@@ -142,3 +163,13 @@ def store_rows(acc, out_ptr, limit, STRIDE: gl.constexpr):
     column = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
     at = row[:, None] * STRIDE + column[None, :]
     gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < limit)[:, None])
+
+
+@gluon.jit
+def store_columns(acc, out_ptr, limit):
+    """The first ``limit`` columns of acc to rows of out_ptr that follow each other, in its element type."""
+    ACC: gl.constexpr = acc.type.layout
+    LATENT: gl.constexpr = acc.shape[0]
+    line = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
+    at = line[None, :] * LATENT + gl.arange(0, LATENT, layout=gl.SliceLayout(1, ACC))[:, None]
+    gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(line < limit)[None, :])

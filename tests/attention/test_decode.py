@@ -121,6 +121,7 @@ def test_real_sizes(heads, dtype, lengths, backend, device):
 
 @pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
 @pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.hopper
 def test_real_sizes_of_quantised_layouts(layout, heads, backend, device):
     problem = make(
         [581, 77], heads=heads, queries=2, window=300, sink=True, dtype=torch.bfloat16, layout=layout,

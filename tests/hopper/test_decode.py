@@ -130,6 +130,19 @@ def test_garbage_in_device_tensors_is_absent_tokens(backend, device, rows, page_
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("part", ["latents", "rope"])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_nan_reaches_what_sees_it_and_nothing_else(backend, device, rows, part, splits, monkeypatch):
+    split_into(splits, monkeypatch)
+    problem = small([70, 170], device=device, **rows)
+    before, lse_before = problem.run()
+    getattr(problem.cache, part)[problem.block_table[0, 1].long(), 3, 0] = float("nan")
+    out, lse = problem.run()
+    assert out[0].isnan().any(-1).all() and lse[0].isnan().all()
+    assert torch.equal(out[1], before[1]) and torch.equal(lse[1], lse_before[1])
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
 def test_a_sink_of_minus_infinity_is_none_and_of_infinity_all(backend, device, rows, monkeypatch):
     problem = small([700, 3, 0], queries=2, device=device, **rows)
     heads = rows["heads"]

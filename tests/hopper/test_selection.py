@@ -63,6 +63,32 @@ def test_a_variant_that_is_asked_for_is_launched(launched, heads, queries, name)
     assert launched == [name]
 
 
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize(
+    "heads, name", [(32, "hopper_mla_decode_few_rows_codes_kernel"), (33, "hopper_mla_decode_codes_kernel")]
+)
+def test_quantised_caches_have_kernels_of_their_own(launched, layout, heads, name):
+    call(heads=heads, layout=layout)
+    assert launched == ["mla_decode_kernel"]
+    with hopper.variants("force"):
+        call(heads=heads, layout=layout)
+    assert launched[1:] == [name]
+
+
+def test_quantised_tokens_too_far_apart_are_refused(launched, monkeypatch):
+    monkeypatch.setattr(variant, "MOST_APART", 176)
+    with hopper.variants("force"), pytest.raises(NotImplementedError, match="tokens 176 bytes apart; less than 176 is"):
+        call(layout="int8")
+
+
+def test_a_quantised_cache_whose_pages_overlap_is_refused(launched):
+    made = problem(layout="int8")
+    same = made.cache.data[:1].expand(made.cache.data.shape)
+    made = replace(made, cache=LatentCache(same, 128, "int8"), block_table=torch.zeros_like(made.block_table))
+    with launch.on_cpu("interpret"), hopper.variants("force"), pytest.raises(NotImplementedError, match="strides"):
+        made.run()
+
+
 def entry(**changes):
     kernel = variant.HOPPER_MLA_DECODE_FEW_ROWS
     form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "PAGE_SIZE": 64, "LAYOUT": "plain", "CAUSAL": False}
@@ -127,14 +153,16 @@ def test_another_triton_is_refused(launched, monkeypatch):
 
 
 REFUSED = [
-    (dict(dtype=torch.float32), "a cache of fp32; bf16 and fp16 are carried"),
-    (dict(layout="fp8_v32"), "a cache of fp8_v32; bf16 and fp16 are carried"),
-    (dict(layout="int8"), "a cache of int8; bf16 and fp16 are carried"),
+    (dict(dtype=torch.float32), "a cache of fp32; bf16, fp16, fp8_v32 and int8 are carried"),
     (dict(latent_dim=64), "latent_dim 64; 128, 256 and 512 are carried"),
     (dict(latent_dim=1024), "latent_dim 1024; 128, 256 and 512 are carried"),
     (dict(rope_dim=128), "rope_dim 128; at most 64 is carried"),
     (dict(page_size=16), "page_size 16; multiples of 64 are carried"),
     (dict(page_size=96), "page_size 96; multiples of 64 are carried"),
+    (dict(page_size=32, layout="fp8_v32"), "page_size 32; multiples of 64 are carried"),
+    (dict(latent_dim=1024, layout="fp8_v32"), "latent_dim 1024; 128, 256 and 512 are carried"),
+    (dict(latent_dim=64, layout="int8"), "latent_dim 64; 128, 256 and 512 are carried"),
+    (dict(rope_dim=128, layout="int8"), "rope_dim 128; at most 64 is carried"),
 ]
 
 

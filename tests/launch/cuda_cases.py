@@ -176,6 +176,23 @@ def test_hopper_mla_decode(heads, queries, rows, pages):
     assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
 
 
+@pytest.mark.parametrize("heads, rows", [(16, 16), (40, 64)])
+@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+def test_hopper_mla_decode_of_codes(heads, rows, layout):
+    """The same with the codes', the scales' and the rotated keys' places in the cache, and strides in 16 bytes."""
+    cache = mla_kernels.LatentCache.allocate(8, 64, latent_dim=512, rope_dim=64, dtype=BF16, layout=layout)
+    q, block_table = torch.randn(3, 1, heads, 576).to(BF16), torch.zeros(3, 2, dtype=I32)
+    with record() as launches, hopper.variants("force"):
+        out, _ = mla_kernels.mla_decode(q, cache, block_table, torch.full((3,), 128, dtype=I32), softmax_scale=0.1)
+    (decode,) = launches
+    assert decode.kernel == hopper_decode.kernel_for(heads, layout).name and decode.grid == 3
+    assert decode.threads == 384 and decode.constants["LAYOUT"] == layout
+    at, parts = cache.data.data_ptr(), pointers(decode)
+    assert (parts["codes_ptr"], parts["scales_ptr"], parts["rope_ptr"]) == (at, at + 512, at + 528)
+    assert (decode.arguments["page_units"], decode.arguments["token_units"]) == (64 * 41, 41)
+    assert decode.arguments["q_tiles"].base.data_ptr() == q.data_ptr() and parts["out_ptr"] == out.data_ptr()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_mla_prefill_and_its_gradients(causal):
     q, rope = torch.randn(70, 2, 192).to(BF16), torch.randn(90, 64).to(BF16)
