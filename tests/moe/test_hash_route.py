@@ -73,7 +73,7 @@ def test_ids_that_are_none_on_a_device(mode, index):
     token_ids[:6] = torch.tensor([-1, 50, torch.iinfo(index).min, torch.iinfo(index).max, 5, 6]).to(index)
     expected = reference.hash_route(logits, table, token_ids)
     with launch.on_cpu(mode):
-        weights, ids = module._launch(logits, table, token_ids, "sqrt_softplus", True, 1.0, 0)
+        weights, ids = module._launch(logits, table, token_ids, "sqrt_softplus", True, 1.0, 0, False)
     assert torch.equal(ids, expected[1])
     assert (ids[:4] == -1).all() and not weights[:4].any()
     torch.testing.assert_close(weights, expected[0])

@@ -151,7 +151,7 @@ def test_the_launcher_allocates_and_nothing_else(launches, weight_at):
     """No operator that copies, computes, or brings a value to the host: all work is in the launches."""
     problem = layer(17, 8, 3, 80, 72)
     with launch.on_cpu("interpret"), Operators() as operators:
-        fused._launch(*problem.inputs(), None, None, *Activation("pre", limit=7.0).arguments, weight_at)
+        fused._launch(*problem.inputs(), None, None, *Activation("pre", limit=7.0).arguments, weight_at, False)
     assert launches == ["moe_dispatch_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel"]
     assert operators.names <= {"new_empty", "empty", "view"}
 
@@ -167,6 +167,6 @@ def test_nothing_depends_on_values(launches):
     """Fake tensors have none; asking for one raises."""
     with FakeTensorMode() as mode, launch.on_cpu("interpret"):
         inputs = [mode.from_tensor(x) for x in layer(17, 8, 3, 80, 72).inputs()]
-        assert fused._launch(*inputs, None, None, *SWIGLU.arguments, "output").shape == (17, 80)
+        assert fused._launch(*inputs, None, None, *SWIGLU.arguments, "output", False).shape == (17, 80)
         assert fused_moe(*inputs).shape == (17, 80)
     assert len(launches) == 4
