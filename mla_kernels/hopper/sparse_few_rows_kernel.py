@@ -41,7 +41,7 @@ _NUMBERS = [
 @gluon.jit
 def _multiply(
     q, keys, rope, weights_tile, barriers, picks, start, blocks, zero, rule, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     q_full, full, free = barriers
     indices, end, num_slots, _, _ = picks
@@ -68,7 +68,8 @@ def _multiply(
         spot = block * zero
         hidden = hide_absent(indices, start + block * BLOCK, end, num_slots, LINE)
         mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()  # for the copied rows
+        if LAYOUT == "plain":
+            fence_async_shared()  # for the copied rows
         scores = nothing
         for part in gl.static_range(PARTS):
             scores = warpgroup_mma(
@@ -176,7 +177,7 @@ def hopper_sparse_mla_few_rows_kernel(
     gl.warp_specialize(
         [
             (_multiply, (q, keys, rope, weights_tile, barriers, picks, start, blocks, zero, rule, results,
-                         LATENT, ROPE, SINK)),
+                         LATENT, ROPE, LAYOUT, SINK)),
             (_gather, (keys, rope, barriers, picks, start, blocks, sources, LATENT, ROPE, LAYOUT, PAGE_SIZE)),
         ],
         [4],

@@ -14,7 +14,8 @@ waits for one, * gives a piece back):
     odd:  S_odd  | EVEN_MAX -> ODD_WEIGHTS  P_odd V_odd.right * | EVEN_WEIGHTS  P_even V_even.right * -> RIGHT_ISSUED
 
 Iteration i waits for phase i & 1 of every signal and of every piece's FULL, the gatherer for that of the iteration
-before of every FREE. That no signal is overtaken follows as in the dense kernel.
+before of every FREE. Who computes a block's scores waits for both its pieces; its WEIGHTS tell the other group of them,
+too. That no signal is overtaken follows as in the dense kernel.
 """
 
 from mla_kernels.hopper.gather import (
@@ -60,10 +61,11 @@ _NUMBERS = [
 
 
 @gluon.jit
-def _add_scores(scores, q, keys, full, phase, spot, FRESH: gl.constexpr):
+def _add_scores(scores, q, keys, full, phase, spot, LAYOUT: gl.constexpr, FRESH: gl.constexpr):
     """scores [64, 64] + q . keys^T over a half, once it is there; FRESH: from zero."""
     mbarrier.wait(full, phase)
-    fence_async_shared()  # for the copied rows
+    if LAYOUT == "plain":
+        fence_async_shared()  # for the copied rows
     return warpgroup_mma(
         whole(q, spot), whole(keys, spot).permute((1, 0)), scores, use_acc=not FRESH, is_async=True
     )  # fmt: skip
@@ -72,7 +74,7 @@ def _add_scores(scores, q, keys, full, phase, spot, FRESH: gl.constexpr):
 @gluon.jit
 def _even_group(
     q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rope = q
     left, right, rope = even
@@ -98,8 +100,8 @@ def _even_group(
         spot = pair * zero
         first = start + pair * PAIR
         hidden = hide_absent(indices, first, end, num_slots, LINE)
-        scores = _add_scores(nothing, q_left, left, pieces.index(EVEN_LEFT), phase, spot, True)
-        scores = _add_scores(scores, q_right, right, pieces.index(EVEN_RIGHT), phase, spot, False)
+        scores = _add_scores(nothing, q_left, left, pieces.index(EVEN_LEFT), phase, spot, LAYOUT, True)
+        scores = _add_scores(scores, q_right, right, pieces.index(EVEN_RIGHT), phase, spot, LAYOUT, False)
         if ROPE > 0:
             scores = warpgroup_mma(whole(q_rope, spot), whole(rope, spot).permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])  # [64, 64]
@@ -123,8 +125,6 @@ def _even_group(
         fence_async_shared()
         mbarrier.arrive(signals.index(EVEN_WEIGHTS))
         acc = acc * gl.convert_layout(keep, ACC_ROW)[:, None]
-        mbarrier.wait(pieces.index(ODD_LEFT), phase)
-        fence_async_shared()  # for the copied rows
         mbarrier.wait(signals.index(RIGHT_ISSUED), phase)
         acc = warpgroup_mma(whole(odd_rope, spot), whole(odd_left, spot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, [acc])
@@ -142,7 +142,7 @@ def _even_group(
 @gluon.jit
 def _odd_group(
     q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rope = q
     _, even_right, even_rope = even
@@ -168,8 +168,8 @@ def _odd_group(
         spot = pair * zero
         first = start + pair * PAIR + BLOCK  # of the odd block
         hidden = hide_absent(indices, first, end, num_slots, LINE)
-        scores = _add_scores(nothing, q_right, right, pieces.index(ODD_RIGHT), phase, spot, True)
-        scores = _add_scores(scores, q_left, left, pieces.index(ODD_LEFT), phase, spot, False)
+        scores = _add_scores(nothing, q_right, right, pieces.index(ODD_RIGHT), phase, spot, LAYOUT, True)
+        scores = _add_scores(scores, q_left, left, pieces.index(ODD_LEFT), phase, spot, LAYOUT, False)
         if ROPE > 0:
             scores = warpgroup_mma(whole(q_rope, spot), whole(rope, spot).permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])  # [64, 64]
@@ -189,9 +189,7 @@ def _odd_group(
         acc = acc * gl.convert_layout(keep, ACC_ROW)[:, None]
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, ACC, 2))
         acc = warpgroup_mma(operand, whole(right, spot), acc, is_async=True)
-        mbarrier.wait(pieces.index(EVEN_RIGHT), phase)
         mbarrier.wait(signals.index(EVEN_WEIGHTS), phase)
-        fence_async_shared()  # for the copied rows
         acc = warpgroup_mma(whole(even_rope, spot), whole(even_right, spot), acc, is_async=True)
         mbarrier.arrive(signals.index(RIGHT_ISSUED))
         warpgroup_mma_wait(1, [operand])  # the first product is done
@@ -322,9 +320,9 @@ def hopper_sparse_mla_kernel(
     gl.warp_specialize(
         [
             (_even_group, (q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-                           LATENT, ROPE, SINK)),
+                           LATENT, ROPE, LAYOUT, SINK)),
             (_odd_group, (q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-                          LATENT, ROPE, SINK)),
+                          LATENT, ROPE, LAYOUT, SINK)),
             (_gather, (even, odd, full, free, picks, keys, sources, LATENT, ROPE, LAYOUT, PAGE_SIZE)),
         ],
         [4, 4],
