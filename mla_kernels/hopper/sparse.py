@@ -185,7 +185,9 @@ def serves(choice: Choice, data) -> bool:
         NotImplementedError: it does not, and the kernel is asked for by name.
     """
     at = data.data_ptr() % ALIGNMENT
-    return hopper.served(choice.kernel, f"a cache at byte {at} of 16; rows are copied from multiples of 16" if at else "")
+    return hopper.served(
+        choice.kernel, f"a cache at byte {at} of 16; rows are copied from multiples of 16 bytes" if at else ""
+    )
 
 
 def launch(chip, choice: Choice, q, places, results, sink, numbers) -> None:

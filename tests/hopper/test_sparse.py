@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.sparse import forward
 from mla_kernels.gluon_launch import GluonKernel
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import Decode, cache_of, make_decode, pick
@@ -22,6 +23,17 @@ WIDTHS = ((128, 16), (256, 32), (512, 64), (128, 0), (512, 0))
 FEW, MANY = dict(heads=5), dict(heads=40)  # the kernel for few heads, and that for many
 BOTH = pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
 LAYOUTS = pytest.mark.parametrize("layout", [None, "fp8_v32"], ids=["plain", "fp8_v32"])
+
+
+def split_into(splits: int, monkeypatch) -> None:
+    """Splits are so many, whatever the sizes, or fewer of 128 picks."""
+    monkeypatch.setattr(forward, "split_count", lambda keys, programs, cores: splits)
+
+
+@pytest.fixture(autouse=True)
+def one_split(monkeypatch):
+    """Programs see all picks of a token, where a test says nothing else."""
+    split_into(1, monkeypatch)
 
 
 def small(top_k: int, **options) -> Decode:
@@ -55,6 +67,7 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
     rng = random.Random(seed)
     for _ in range(5):
         monkeypatch.setattr(GluonKernel, "emulated_seed", rng.randrange(1 << 30))
+        split_into(rng.choice((1, 2, 3)), monkeypatch)
         layout = rng.choice((None, "fp8_v32"))
         latent_dim, rope_dim = rng.choice(WIDTHS)
         problem = make_decode(
@@ -69,10 +82,27 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 
 @BOTH
 @LAYOUTS
-def test_splits(backend, device, rows, layout):
+def test_splits(backend, device, rows, layout, monkeypatch):
     problem = small(600, sequences=3, slots=2000, lengths=True, sink=True, layout=layout, device=device, **rows)
     problem.topk_length[:] = torch.tensor([0, 3, 600])
-    problem.check(problem.run())
+    for splits in (1, 2, 5):
+        split_into(splits, monkeypatch)
+        problem.check(problem.run())
+    monkeypatch.setattr(forward, "sequences_at_once", lambda split_bytes, splits: 2)
+    problem.check(problem.run(batch_invariant=True))
+
+
+@BOTH
+def test_batch_invariant_bits(backend, device, rows):
+    """Alone or beside others, with absent picks behind a token's own or without, and as one of two query tokens."""
+    problem = small(300, sequences=3, queries=2, device=device, **rows)
+    together = problem.run(batch_invariant=True)
+    absent = torch.full((3, 2, 230), -1, dtype=torch.int32, device=device)
+    padded = problem.run(indices=torch.cat([problem.indices, absent], 2), batch_invariant=True)
+    alone = problem.rows(slice(1, 2))
+    one = alone.run(q=alone.q[:, 1:], indices=alone.indices[:, 1:], batch_invariant=True)
+    for joint, wide, single in zip(together, padded, one):
+        assert torch.equal(joint, wide) and torch.equal(joint[1, 1], single[0, 0])
 
 
 @BOTH

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mla_kernels.attention.sparse import forward
 from mla_kernels.hopper.sparse import HOPPER_SPARSE_MLA, HOPPER_SPARSE_MLA_FEW_ROWS
 from tests.attention.sparse_problems import make_decode
 from tests.attention.test_sparse import unchecked
@@ -37,6 +38,12 @@ def problem(kernel, layout):
 
 def goes_wrong(kernel, text, layout, folder, monkeypatch):
     return found(kernel, text, problem(kernel, layout), folder, monkeypatch, unchecked)
+
+
+@pytest.fixture(autouse=True)
+def one_split(monkeypatch):
+    """Programs see all picks, so that barriers have several phases."""
+    monkeypatch.setattr(forward, "split_count", lambda keys, programs, cores: 1)
 
 
 KERNELS = pytest.mark.parametrize("kernel", [MANY, FEW], ids=["many rows", "few rows"])

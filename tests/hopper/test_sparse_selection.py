@@ -48,16 +48,20 @@ def test_prefill_has_no_variant(launched):  # noqa: F811
     assert launched == [PORTABLE]
 
 
+def entry(kernel):
+    form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "LAYOUT": "plain", "PAGE_SIZE": 1}
+    version = ".".join(map(str, TRITON_VERSION))
+    known = {"kernel": kernel.name, "source": kernel.source_hash, "form": form, "triton": f"{version}.0"}
+    return known | dict.fromkeys(("card", "date", "torch"), "none")
+
+
 def test_a_listed_form_is_launched_by_default_and_no_other(launched, listed):  # noqa: F811
     kernel = variant.HOPPER_SPARSE_MLA_FEW_ROWS
-    form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "LAYOUT": "plain", "PAGE_SIZE": 1, "LENGTHS": False}
-    version = ".".join(map(str, TRITON_VERSION))
-    entry = {"kernel": kernel.name, "source": kernel.source_hash, "form": form, "triton": f"{version}.0"}
-    listed(entry | dict.fromkeys(("card", "date", "torch"), "none"))
+    listed(entry(kernel))
     call(heads=16)
     call(heads=40)
     call(heads=16, layout="fp8_v32")
-    call(heads=16, lengths=True)
+    call(heads=16, rope_dim=32)
     call("sm_100", heads=16)
     assert launched == [kernel.name, *[PORTABLE] * 4]
     assert json.loads(hopper.RAN.read_text())
@@ -73,8 +77,8 @@ def test_a_variant_on_another_chip_is_refused_by_its_capability(launched):  # no
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(dtype=torch.float32), "a cache of float32; bfloat16, float16 and fp8_v32 are carried"),
-        (dict(layout="int8"), "a cache of int8; bfloat16, float16 and fp8_v32 are carried"),
+        (dict(dtype=torch.float32), "a cache of fp32; bf16, fp16 and fp8_v32 are carried"),
+        (dict(layout="int8"), "a cache of int8; bf16, fp16 and fp8_v32 are carried"),
         (dict(latent_dim=64), "latent_dim 64; 128, 256 and 512 are carried"),
         (dict(rope_dim=128), "rope_dim 128; at most 64 is carried"),
     ],
@@ -102,3 +106,17 @@ def test_a_cache_that_is_not_copied_16_bytes_at_a_time_is_refused(launched, case
     with launch.on_cpu("interpret"), hopper.variants("force"), pytest.raises(NotImplementedError, match="16 bytes"):
         made.run(cache=LatentCache(moved, 128))
     assert launched == []
+    with launch.on_cpu("interpret"):
+        made.run(cache=LatentCache(moved, 128))
+    assert launched == [PORTABLE]
+
+
+def test_a_cache_at_an_odd_place_takes_the_portable_kernel_where_its_form_is_listed(launched, listed):  # noqa: F811
+    listed(entry(variant.HOPPER_SPARSE_MLA_FEW_ROWS))
+    made = problem(heads=16)
+    data = made.cache.data
+    moved = torch.cat([data.flatten()[:1], data.flatten()])[1:].view(data.shape)
+    with launch.on_cpu("interpret"):
+        made.run(cache=LatentCache(moved, 128))
+        made.run()
+    assert launched == [PORTABLE, "hopper_sparse_mla_few_rows_kernel"]

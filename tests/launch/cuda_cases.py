@@ -239,7 +239,7 @@ def test_hopper_sparse_mla_decode(heads, rows, layout, top_k):
     cache, q = make_cache(layout), torch.randn(3, 2, heads, 576).to(BF16)
     indices, sink = torch.zeros(3, 2, top_k, dtype=I32), torch.zeros(heads)
     lengths = torch.full((3,), top_k, dtype=I32)
-    kernel = hopper_sparse.kernel_for(heads)
+    kernel = hopper_sparse.HOPPER_SPARSE_MLA if rows == 64 else hopper_sparse.HOPPER_SPARSE_MLA_FEW_ROWS
     options = dict(softmax_scale=0.1, topk_length=lengths, sink=sink)
     with record() as launches, hopper.variants("force"):
         out, _ = mla_kernels.sparse_mla_decode(q, cache, indices, **options)
