@@ -96,11 +96,12 @@ def _case(
     if layout is not None:
         statics["LAYOUT"] = layout
     if queries * heads <= max(FEW_ROWS):
-        statics["ROWS"] = _few(queries * heads)
+        statics["ROWS"] = few_rows(queries * heads)
     return Case(name, statics, sizes, dtypes)
 
 
-def _few(rows: int) -> int:
+def few_rows(rows: int) -> int:
+    """Columns of the products of a few query rows."""
     return min(size for size in FEW_ROWS if rows <= size)
 
 
@@ -264,7 +265,7 @@ def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
     own = {constant: value for constant, value in statics.items() if constant in kernel.statics}
     tall = ROWS
     if "ROWS" in kernel.statics:
-        tall = own["ROWS"] = _few(together)
+        tall = own["ROWS"] = few_rows(together)
     return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall))
 
 
@@ -300,10 +301,10 @@ def serves(choice: Choice, cache, softmax_scale: float) -> bool:
 
 
 def _strides(data) -> tuple[int, int, int] | None:
-    return _tma_strides(data.data_ptr(), tuple(data.shape), data.stride(0), data.stride(1), data.element_size())
+    return tma_strides(data.data_ptr(), tuple(data.shape), data.stride(0), data.stride(1), data.element_size())
 
 
-def _tma_strides(
+def tma_strides(
     address: int, shape: tuple[int, int, int], outer: int, row: int, size: int = 2
 ) -> tuple[int, int, int] | None:
     """Strides of elements of ``size`` bytes as TMA takes them; None if it takes none.
@@ -333,7 +334,7 @@ def launch(chip, choice: Choice, q, cache, table, results, sink, numbers) -> Non
     sequences, queries, heads, width = q.shape
     rows = queries * heads
     shape = sequences, rows, width
-    strides = _tma_strides(q.data_ptr(), shape, q.stride(0), q.stride(2) if heads > 1 else q.stride(1))
+    strides = tma_strides(q.data_ptr(), shape, q.stride(0), q.stride(2) if heads > 1 else q.stride(1))
     if strides is None:  # a slice at an odd place; a few rows are cheaply copied
         q = q.clone(memory_format=torch.contiguous_format)
         strides = rows * width, width, 1

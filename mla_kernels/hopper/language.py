@@ -7,6 +7,7 @@ them: Gluon is an experimental part of Triton, and no other chip or op needs it.
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -16,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in 3.8
+copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+arrive_with_copies = async_copy.mbarrier_arrive
 PUBLIC_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # renamed in 3.8
 
 
@@ -29,6 +32,9 @@ def reinterpret(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.con
 
 
 __all__ = [
+    "arrive_with_copies",
+    "async_copy",
+    "copy_rows",
     "fence_async_shared",
     "gl",
     "gluon",

@@ -112,7 +112,10 @@ def cache_of(
     codes = codes - 127 if layout == "int8" else torch.where(codes == 127, 0, codes)
     filled.latents.copy_(codes.to(filled.latents.dtype))
     scale = 2.0 ** -(8 if layout == "fp8_v32" else 6)
-    filled.scales.copy_(scale * (1 + (layout == "int8") * torch.rand(filled.scales.shape)))
+    if layout == "int8":
+        filled.scales.copy_(scale * (1 + torch.rand(filled.scales.shape)))
+    else:  # powers of two, as they are written
+        filled.scales.copy_(scale * 2.0 ** torch.randint(-1, 2, filled.scales.shape))
     filled.rope.copy_(torch.randn(filled.rope.shape))
     return LatentCache(cache.data.to(device), latent_dim, layout)
 

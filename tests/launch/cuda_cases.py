@@ -10,6 +10,7 @@ import torch
 import mla_kernels
 from mla_kernels import gpu_launch, hopper
 from mla_kernels.hopper import decode as hopper_decode
+from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
 from tests.catalogue import CALLS
@@ -29,8 +30,9 @@ def table(rows):
     return positions.cos(), positions.sin()
 
 
-def make_cache():
-    return mla_kernels.LatentCache.allocate(40, 64, dtype=BF16, device="cpu")
+def make_cache(layout=None):
+    kind = {"layout": layout} if layout else {"dtype": BF16}
+    return mla_kernels.LatentCache.allocate(40, 64, device="cpu", **kind)
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
@@ -227,6 +229,34 @@ def test_sparse_mla_decode(top_k, splits):
     assert {t.data_ptr() for t in (q, cache.data, indices)} <= set(pointers(first).values())
     last = merge[0] if merge else first
     assert {out.data_ptr(), sink.data_ptr()} <= set(pointers(last).values()) and len(merge) == splits
+
+
+@pytest.mark.parametrize(
+    "heads, rows, layout, top_k", [(16, 16, None, 2048), (40, 64, None, 128), (128, 64, "fp8_v32", 2048)]
+)
+def test_hopper_sparse_mla_decode(heads, rows, layout, top_k):
+    """The grid, all warps, shared memory, a descriptor over the queries, strides of the cache in units of 16 bytes."""
+    cache, q = make_cache(layout), torch.randn(3, 2, heads, 576).to(BF16)
+    indices, sink = torch.zeros(3, 2, top_k, dtype=I32), torch.zeros(heads)
+    lengths = torch.full((3,), top_k, dtype=I32)
+    kernel = hopper_sparse.HOPPER_SPARSE_MLA if rows == 64 else hopper_sparse.HOPPER_SPARSE_MLA_FEW_ROWS
+    options = dict(softmax_scale=0.1, topk_length=lengths, sink=sink)
+    with record() as launches, hopper.variants("force"):
+        out, _ = mla_kernels.sparse_mla_decode(q, cache, indices, **options)
+        known = kernel.launches_known
+        mla_kernels.sparse_mla_decode(q.clone(), cache, indices, **options)
+        assert kernel.launches_known == known
+    decode, *merge = launches[: len(launches) // 2]
+    assert decode.kernel == kernel.name and len(merge) == (top_k > 128)
+    assert decode.grid == 6 * decode.arguments["splits"] * -(-heads // rows)
+    assert decode.threads == (384 if rows == 64 else 256)
+    assert decode.shared_bytes > 64 * 576 * 2 * 2  # two blocks of keys
+    q_tiles = decode.arguments["q_tiles"]
+    assert (q_tiles.base.data_ptr(), q_tiles.shape) == (q.data_ptr(), [6, heads, 576])
+    token = 656 if layout else 1152
+    assert decode.arguments["token_stride"] == token // 16 and decode.constants["PAGE_SIZE"] == 1
+    assert {t.data_ptr() for t in (cache.data, indices, lengths)} <= set(pointers(decode).values())
+    assert {out.data_ptr(), sink.data_ptr()} <= set(pointers(merge[0] if merge else decode).values())
 
 
 def test_sparse_mla_prefill_and_its_gradients():

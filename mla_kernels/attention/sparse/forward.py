@@ -23,6 +23,8 @@ from mla_kernels.attention.splits import (
     sequences_at_once,
     split_count,
 )
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -261,22 +263,25 @@ class _Source(NamedTuple):
     strides: tuple[int, int]  # of pages and tokens, as the kernel takes them
     statics: dict
     tile: dict
+    variant: hopper_sparse.Choice | None  # launched in place of the kernel above
 
 
 def _source(chip, q, data, indices, lengths, latent_dim, layout, decode):
     """The source that data ``[pages, page_size, elements]`` of a cache is to queries [..., heads, width]."""
     (heads, width), shape, strides = q.shape[-2:], data.shape, data.stride()
-    key = chip.device, q.dtype, heads, width, shape, strides, latent_dim, layout, decode
+    key = chip.device, q.dtype, heads, width, shape, strides, latent_dim, layout, decode, MODE.get()
     plan = SPARSE_MLA.kept.plans.get(key)
     if plan is None:
-        plan = SPARSE_MLA.keep(key, _source_plan(chip, *key[1:]))
+        plan = SPARSE_MLA.keep(key, _source_plan(chip, *key[1:-1]))
+    if plan[-1] is not None and not hopper_sparse.serves(plan[-1], data):
+        plan = *plan[:-1], None
     parts = launched_parts(data, layout, latent_dim) if layout in QUANTISED else (data, None, data[..., latent_dim:])
     return _Source(parts if width > latent_dim else (*parts[:2], None), indices, lengths, *plan)
 
 
 def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, decode):
-    """(slots, strides, statics, tile). The tile follows from the constants and the heads alone. Slots that lie evenly
-    are pages of one token."""
+    """(slots, strides, statics, tile, variant). The tile follows from the constants and the heads alone. Slots that lie
+    evenly are pages of one token."""
     (pages, page_size, elements), (page_stride, token_stride, _) = shape, strides
     last = (pages - 1) * page_stride + (page_size - 1) * token_stride
     slots = pages * page_size
@@ -288,23 +293,30 @@ def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, 
     statics |= {"PAGE_SIZE": page_size, "WIDE": last + elements >= 1 << 31, "MAX_LOGITS": not decode, "SPLIT": decode}
     tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
     unit = ALIGNMENT if layout in QUANTISED else 1
-    return slots, (page_stride // unit, token_stride // unit), statics, tile
+    strides = page_stride // unit, token_stride // unit
+    variant = hopper_sparse.choose(chip, dtype, heads, strides, statics) if decode else None
+    return slots, strides, statics, tile, variant
 
 
 def attend(chip, q, source, indices, queries, scale, share, results, sink=None):
     """Launch over q [T, heads, width] and one source with picks [T, top_k], ``share`` of them a program. ``results``:
     (out, partial, lse, max_logits), None if unused."""
     (tokens, heads, _), top_k = q.shape, indices.shape[1]
-    (latents, scales, keys), _, lengths, slots, strides, statics, tile = source
+    (latents, scales, keys), _, lengths, slots, strides, statics, tile, variant = source
     out, partial, lse, max_logits = results
     statics = statics | {"SPLIT": partial is not None, "LENGTHS": lengths is not None, "SINK": sink is not None}
-    parts = max(1, -(-top_k // share))
+    parts, score_scale = max(1, -(-top_k // share)), scale / math.log(2.0)
+    if variant is not None:
+        places = latents, scales, indices, lengths
+        numbers = score_scale, *strides, queries, slots, share, parts
+        hopper_sparse.launch(chip, variant, q, places, (out, partial, lse), sink, numbers)
+        return
     work = tokens * parts * -(-heads // tile["BLOCK_H"])
     args = (
         q, latents, lse if scales is None else scales, q if keys is None else keys, indices,
         indices if lengths is None else lengths, lse if sink is None else sink, q if out is None else out,
         lse if partial is None else partial, lse, lse if max_logits is None else max_logits,
-        scale / math.log(2.0), *q.stride()[:2], *strides, indices.stride()[0],
+        score_scale, *q.stride()[:2], *strides, indices.stride()[0],
         tokens, queries, heads, slots, top_k, share, parts, work,
     )  # fmt: skip
     SPARSE_MLA.launch(chip, work, args, statics, tile)
@@ -325,7 +337,8 @@ def launch_decode(
         if batch_invariant:
             shares.append(FIXED_PICKS)
         else:
-            programs = sequences * queries * -(-heads // source.tile["BLOCK_H"])
+            together = source.tile["BLOCK_H"] if source.variant is None else source.variant.rows
+            programs = sequences * queries * -(-heads // together)
             shares.append(picks_of_split(source.indices.shape[2], programs, chip.dot_cores))
     if batch_invariant:
         parts = sum(_parts(source.indices.shape[2], FIXED_PICKS) for source in sources)
