@@ -15,7 +15,7 @@ LINE = re.compile(r"^(PASSED|FAILED|SKIPPED|ERROR) \S*::test_(passes|fails)(\w*)
 
 def outcomes(backend, options="--no-turns", cases=CASES, **environment):
     """(outcome, "passes" or "fails", rest of its name, parameters) of each case, and the report."""
-    child = run_cases(cases, backend, PYTEST_ADDOPTS=f"-rA {options}", **environment)
+    child = run_cases([cases], backend, PYTEST_ADDOPTS=f"-rA {options}", **environment)
     return LINE.findall(child.stdout), child.stdout
 
 

@@ -12,14 +12,14 @@ from mla_kernels.targets import service
 from tests.children import child_environment
 
 HERE = Path(__file__).parent
-CASES = HERE / "cuda_cases.py"
+FILES = (HERE / "cuda_cases.py", HERE / "cuda_same_bits_cases.py")
+CASES = {name: file for file in FILES for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
 
 
-def run_cases(file: Path, backend: str, names: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess:
-    """Run the pytest cases of ``file``, or those of these names, in a process of their own, on ``backend``."""
-    cases = [f"{file}::{name}" for name in names] or [str(file)]
+def run_cases(cases: Sequence[Path | str], backend: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run pytest cases, files of them or ``file::name``, in a process of their own, on ``backend``."""
     options = ["--backend", backend, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *cases, *options]
+    command = [sys.executable, "-m", "pytest", *map(str, cases), *options]
     return subprocess.run(
         command, env=child_environment(**environment), capture_output=True, text=True, cwd=HERE.parents[1]
     )
@@ -43,12 +43,13 @@ def stub_environment(folder: Path) -> dict[str, str]:
 def outcomes(request, tmp_path_factory):
     """(name, outcome) of every chosen case, all in one child process, and its report."""
     chosen = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]
-    child = run_cases(CASES, "cuda", chosen, PYTEST_ADDOPTS="-rA", **stub_environment(tmp_path_factory.mktemp("stub")))
+    cases = [f"{CASES[name]}::{name}" for name in chosen]
+    child = run_cases(cases, "cuda", PYTEST_ADDOPTS="-rA", **stub_environment(tmp_path_factory.mktemp("stub")))
     found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) \S*::(\w+)", child.stdout, re.MULTILINE)
     return {(name, outcome) for outcome, name in found}, child.stdout + child.stderr
 
 
-@pytest.mark.parametrize("case", re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE))
+@pytest.mark.parametrize("case", CASES)
 def test_launches_over_a_stub_driver(case, outcomes):
     found, text = outcomes
     assert {outcome for name, outcome in found if name == case} == {"PASSED"}, text

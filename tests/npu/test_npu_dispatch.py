@@ -14,6 +14,6 @@ HERE = Path(__file__).parent
 def test_on_a_posing_device(where):
     """Cases of this folder; with --slow, all that a device's tests are."""
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTEST_PLUGINS": "tests.npu.posing"}
-    child = run_cases(HERE.parent / where, "npu", **environment)
+    child = run_cases([HERE.parent / where], "npu", **environment)
     assert child.returncode == 0, child.stdout + child.stderr
     assert " passed" in child.stdout, child.stdout
