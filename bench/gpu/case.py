@@ -1,6 +1,5 @@
 """A case: one problem, a call of this library that solves it, and the other contestants."""
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -9,15 +8,13 @@ from typing import Any
 
 import torch
 
-import mla_kernels
+from mla_kernels import hopper
 
 OURS = "mla_kernels"
 INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
 """Names of variants."""
-HOPPER_FILES = {
-    "mla_decode": "decode", "sparse_mla_decode": "sparse", "sparse_mla_prefill": "sparse_prefill",
-    "mla_prefill": "prefill",
-}  # fmt: skip
+HOPPER_OPS = ("mla_decode", "sparse_mla_decode")
+"""Public functions with kernels in :mod:`mla_kernels.hopper`."""
 KINDS = {
     "ours": "this library as a user calls it",
     "peer": "another implementation of the same problem, on the same tensors",
@@ -139,12 +136,11 @@ def variants(problem: Problem, function: Callable, call: Callable[..., Callable[
     """Enter the variants that ``function`` has; ``call(**more)`` gives a contestant's call with more keywords.
 
     ``batch_invariant=True`` where the function takes it; on Hopper the portable kernel and the Hopper kernel, each by
-    name, where the library has :mod:`mla_kernels.hopper` and a file for this function there.
+    name, where there is one.
     """
     if accepts(function, "batch_invariant"):
         problem.add(INVARIANT, call(batch_invariant=True), "variant")
-    hopper = getattr(mla_kernels, "hopper", None)
-    if hopper is not None and on_hopper(place) and has_hopper_kernel(function.__name__):
+    if function.__name__ in HOPPER_OPS and on_hopper(place):
         plain = call()
         for name, mode in ((PORTABLE, "portable"), (HOPPER, "force")):
             problem.add(name, _within(hopper.variants, mode, plain), "variant")
@@ -156,12 +152,6 @@ def on_hopper(place: Place) -> bool:
     if not place.gpu:
         return not place.values
     return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
-
-
-def has_hopper_kernel(function: str) -> bool:
-    """Whether there is ``mla_kernels/hopper/decode.py`` for ``mla_decode``, and so on."""
-    file = HOPPER_FILES.get(function)
-    return file is not None and importlib.util.find_spec(f"mla_kernels.hopper.{file}") is not None
 
 
 def _within(block: Callable, mode: str, call: Call) -> Call:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import mla_kernels
 from mla_kernels.device.case import KINDS, OURS, Case, Contestant, Place, Problem, variants
 from mla_kernels.device.cases import CASES, FAMILIES
 from mla_kernels.device.measure import error_of, launch_all, measure
@@ -126,7 +125,7 @@ def test_who_is_wrong_or_raises_is_not_timed():
 
 
 def test_variants(monkeypatch):
-    """Entered where the library has them, and called with what they are named after."""
+    """Entered where the function has them, and called with what they are named after."""
     calls, forced = [], []
 
     def op(x, *, batch_invariant=False):
@@ -146,10 +145,9 @@ def test_variants(monkeypatch):
         problem = Problem(lambda copy: None, lambda: None)
         return variants(problem, function, lambda **more: lambda copy: function(1, **more), place).others
 
-    monkeypatch.setattr(mla_kernels, "hopper", None, raising=False)
-    monkeypatch.setattr("mla_kernels.device.case.has_hopper_kernel", lambda name: name == "op")
     assert entered(plain) == {} and list(entered(op)) == ["batch_invariant=True"]
-    monkeypatch.setattr(mla_kernels, "hopper", Hopper)
+    monkeypatch.setattr("mla_kernels.device.case.HOPPER_OPS", ("op",))
+    monkeypatch.setattr("mla_kernels.device.case.hopper", Hopper)
     found = entered(op)
     assert list(found) == ["batch_invariant=True", "portable kernel", "Hopper kernel"] and entered(plain) == {}
     assert list(entered(op, TINY)) == ["batch_invariant=True"]  # the CPU's code has no such kernel
@@ -161,7 +159,7 @@ def test_variants(monkeypatch):
 
 def test_launching_all_calls_everything_once():
     case = next(case for case in CASES if case.name == "route v3 t1")
-    assert [record["name"] for record in launch_all(case, TINY, Peers())] == [OURS, "torch"]
-    assert [record["name"] for record in launch_all(case, TINY, Peers(), [OURS])] == ["torch"]
+    assert [record["name"] for record in launch_all(case, TINY, Peers())] == [OURS, "batch_invariant=True", "torch"]
+    assert [record["name"] for record in launch_all(case, TINY, Peers(), [OURS])] == ["batch_invariant=True", "torch"]
     no_values = Place("cpu", tiny=True, values=False)
-    assert [record["name"] for record in launch_all(case, no_values, Peers())] == [OURS]
+    assert [record["name"] for record in launch_all(case, no_values, Peers())] == [OURS, "batch_invariant=True"]
