@@ -19,7 +19,7 @@ from mla_kernels.shim import define_op
 
 def _launch(
     hidden, gate_up, down, weights, ids, gate_up_bias, down_bias, clamp, limit, alpha, interleaved, weight_at,
-    batch_invariant,
+    batch_invariant=False,
 ):  # fmt: skip
     """Four launches. The order of rows, the activation and the pairs' results are the workspace."""
     experts = gate_up.shape[0]

@@ -129,7 +129,7 @@ def _outputs(logits, table, num_shared):
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared, batch_invariant):
+def _launch(logits, table, token_ids, scoring, renormalize, routed_scale, num_shared, batch_invariant=False):
     (tokens, experts), (vocabulary, top_k), chip = logits.shape, table.shape, chip_of(logits.device)
     weights, ids = _outputs(logits, table, num_shared)
     key = chip.device, logits.dtype, tokens, experts, top_k, num_shared, scoring, renormalize
