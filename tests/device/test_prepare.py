@@ -63,8 +63,9 @@ def test_kernels_are_compiled_over_the_stub_driver(tmp_path):
     records = prepare.compile_cases(known, None, "h100", environment, log=log, workers=1)
     assert [record["case"] for record in records] == [case.name for case in known], log.read_text()
     for record in records:
-        (ours,) = record["contestants"]
+        ours, invariant = record["contestants"]
         assert ours == {"name": "mla_kernels", "kind": "ours"} and record["problem"] == ""
+        assert invariant == {"name": "batch_invariant=True", "kind": "variant"}
     assert list(cache.glob("*/route_kernel.cubin")) and list(cache.glob("*/write_latent_kernel.cubin"))
 
 
