@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mla_kernels import hopper
+from mla_kernels.device.machine import is_hopper
 
 OURS = "mla_kernels"
 INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
@@ -151,7 +152,7 @@ def on_hopper(place: Place) -> bool:
     """Whether kernels are launched, or over the stub driver compiled, for capability 9.0."""
     if not place.gpu:
         return not place.values
-    return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+    return is_hopper()
 
 
 def _within(block: Callable, mode: str, call: Call) -> Call:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
+from mla_kernels import hopper
 from mla_kernels.device import machine, parity, results, svg, table
 from mla_kernels.device import queue as children
 from mla_kernels.device.case import Case
@@ -202,6 +203,12 @@ def measure(cases: list[Case], chosen, say, command: str) -> int:
     if chosen.json:
         print(json.dumps(result, indent=1))
     say("\n".join(table.markdown(result).split("\n")[:-1]))
+    count = len(results.forms_that_ran(result))
+    if count:
+        say(
+            f"{count} forms of Hopper kernels were right here; the entries of {chosen.output / 'ran.json'}, added to "
+            f"{hopper.RAN}, make them the default"
+        )
     names = ", ".join(str(chosen.output / f"device.{end}") for end in ("json", "md", "svg", "log"))
     say(f"{len(run.records)} cases in {time.monotonic() - began:.0f} s; written: {names}")
     if run.broken:
@@ -216,7 +223,7 @@ def before_timing(cases: list[Case], chosen, until: float, log: Path, stops: lis
     if PARITY in chosen.only:
         why = parity.cannot()
         if not why:
-            suite = parity.Suite()
+            suite = parity.Suite(rooms=(parity.HOPPER_ROOM, *parity.ROOMS) if machine.is_hopper() else parity.ROOMS)
             stops.append(suite.finish)
     command = children.command("cuda", chosen.peers, "--warm")
     count = max(1, min(MOST_WARM, (os.cpu_count() or 1) // 4))
@@ -261,6 +268,7 @@ def keep(about: dict, run: children.Run, output: Path) -> dict:
     notes = [run.broken] if run.broken else []
     result = results.finish(about | loaded | {"skipped": run.skipped, "notes": notes}, run.records)
     results.write(result, output / "device.json")
+    (output / "ran.json").write_text(json.dumps(results.forms_that_ran(result), indent=1) + "\n")
     (output / "device.md").write_text(table.markdown(result))
     (output / "device.svg").write_text(svg.cases(result))
     return result

@@ -14,6 +14,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def is_hopper() -> bool:
+    """Whether the card has compute capability 9.0."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+
+
 def why_none() -> str:
     """What torch says where it sees no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
+from mla_kernels import hopper
 from mla_kernels.device.case import Case, Contestant, Place, Problem
 from mla_kernels.device.clock import first_line
 
@@ -52,7 +53,7 @@ def measure(
 
     A contestant's record has its ``name``, ``kind``, and ``problem``, a text where it is not timed: "WRONG" and its
     error where its result is too far from exact values, or what it raised. Else ``error``, ``limit`` and, with a clock,
-    its times.
+    its times; ``forms``, where Hopper kernels were launched: see :func:`mla_kernels.hopper.launches`.
     """
     begin("", "")
     problem = case.build(place, peers)
@@ -82,10 +83,13 @@ def still_works(clock) -> None:
 
 
 def _checked_and_timed(problem: Problem, contestant: Contestant, exact: torch.Tensor, clock) -> dict:
-    error, limit = check(problem, contestant, exact)
+    with hopper.launches() as forms:
+        error, limit = check(problem, contestant, exact)
     record = {"error": error if math.isfinite(error) else str(error), "limit": limit}
     if not error <= limit:
         return record | {"problem": f"WRONG: error {error:.2e}, at most {limit:.0e} is right"}
+    if forms:
+        record["forms"] = forms
     if clock is None:
         return record
     times = clock.graph(contestant.call, problem.copies) if problem.graph else clock.eager(contestant.call)

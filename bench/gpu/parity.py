@@ -13,8 +13,10 @@ from pathlib import Path
 import mla_kernels
 from mla_kernels.device.queue import stop_group
 
-ROOMS = ("tests/attention", "tests/moe", "tests/latent", "tests/test_nn_precision.py")
+ROOMS = ("tests/attention", "tests/moe", "tests/latent", "tests/test_nn_precision.py", "tests/test_batch_invariance.py")
 """Where parity tests of ops stand; the rest of the suite takes no backend or needs other packages."""
+HOPPER_ROOM = "tests/hopper"
+"""Where parity tests of the Hopper kernels stand, which run on no other chip."""
 NEEDED = ("pytest", "pytest_timeout", "pytest_benchmark")
 MOST_WORKERS = 12
 TEST_SECONDS = 120

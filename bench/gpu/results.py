@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mla_kernels.device.case import KINDS, OURS
+from mla_kernels.device.case import HOPPER, KINDS, OURS
+from mla_kernels.device.parity import HOPPER_ROOM
 
 FORMAT = 1
 ABOUT = ("card", "driver", "date", "versions", "command", "method", "peers", "missing", "parity", "skipped", "notes")
@@ -78,6 +79,27 @@ def write(result: Mapping, path: Path) -> None:
         comma = "," if number + 1 < len(result["cases"]) else ""
         lines.append(f'  {json.dumps(rest)[:-1]}, "contestants": [\n   {contestants}]}}{comma}')
     path.write_text("\n".join([*lines, " ]\n}\n"]))
+
+
+def forms_that_ran(result: Mapping) -> list[dict]:
+    """Entries for the list of Hopper kernels that are launched by default (``mla_kernels.hopper.RAN``): the forms whose
+    results were right. None of a group of cases in one of which the Hopper kernel was wrong or broke, and none at all
+    where one of its parity tests failed or did not run."""
+    parity = result["parity"] or {}
+    unsure = [*parity.get("failed", ()), *parity.get("not_run", ())]
+    if not parity.get("passed") or any(name.startswith(HOPPER_ROOM) for name in unsure):
+        return []
+    broken, found = set(), {}
+    about = {"card": result["card"], "date": result["date"]}
+    about |= {name: result["versions"].get(name) for name in ("torch", "triton")}
+    for case in result["cases"]:
+        for one in case["contestants"]:
+            refused = one.get("problem", "").startswith("NotImplementedError")
+            if one["name"] == HOPPER and "problem" in one and not refused:
+                broken.add(case["group"])
+            for entry in one.get("forms", ()):
+                found[json.dumps(entry, sort_keys=True)] = case["group"], entry | about
+    return [entry for group, entry in found.values() if group not in broken]
 
 
 def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:

@@ -35,6 +35,7 @@ ELSEWHERE = {
 """What a variant's declaration says of other targets."""
 
 MODE: ContextVar[str] = ContextVar("hopper_variants", default="listed")
+_launched: set[tuple[GluonKernel, frozenset]] = set()
 
 
 @contextlib.contextmanager
@@ -71,35 +72,48 @@ def chosen(kernel: GluonKernel, chip: Chip, form: Mapping, refusal) -> bool:
     mode = MODE.get()
     if mode == "portable" or (mode == "listed" and (chip.name in kernel.unsupported or not _listed())):
         return False
-    return served(kernel, _missing(chip) or refusal()) and (mode == "force" or has_run(kernel, form))
+    return served(kernel, None, _missing(chip) or refusal()) and (mode == "force" or has_run(kernel, form))
 
 
-def served(kernel: GluonKernel, reason: str) -> bool:
-    """Whether a call whose form was :func:`chosen` is launched, where ``reason`` says why not, or nothing.
+def served(kernel: GluonKernel, form: frozenset | None, reason: str) -> bool:
+    """Whether a call is launched whose ``form`` (None: not yet) was :func:`chosen`; ``reason``: why not, or nothing.
 
     Raises:
         NotImplementedError: it is not, and the variant is asked for by name.
     """
     if reason and MODE.get() == "force":
         raise NotImplementedError(f"{kernel.name}, asked for by hopper.variants('force'): {reason}")
+    if form is not None and not reason:
+        _launched.add((kernel, form))
     return not reason
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[dict]]:
+    """What variants are launched in the block, known at its end: each kernel, the hash of its source, and each form."""
+    found: list[dict] = []
+    _launched.clear()
+    yield found
+    for kernel, form in _launched:
+        found.append({"kernel": kernel.name, "source": kernel.source_hash, "form": dict(sorted(form))})
+    found.sort(key=str)
 
 
 def has_run(kernel: GluonKernel, form: Mapping) -> bool:
     """Whether this kernel, as it is now, ran right on a device in this form, under this version of Triton."""
-    return (kernel.name, kernel.source_hash, TRITON_VERSION, _frozen(form)) in _listed()
+    return (kernel.name, kernel.source_hash, TRITON_VERSION, frozen(form)) in _listed()
 
 
 @functools.cache
 def _listed() -> frozenset:
     """The list as what :func:`has_run` looks for."""
     return frozenset(
-        (entry["kernel"], entry["source"], tuple(map(int, entry["triton"].split(".")[:2])), _frozen(entry["form"]))
+        (entry["kernel"], entry["source"], tuple(map(int, entry["triton"].split(".")[:2])), frozen(entry["form"]))
         for entry in json.loads(RAN.read_text())
     )
 
 
-def _frozen(form: Mapping) -> frozenset:
+def frozen(form: Mapping) -> frozenset:
     return frozenset(form.items())
 
 

@@ -250,6 +250,7 @@ class Choice(NamedTuple):
     statics: dict
     tile: dict
     row_tiles: int  # programs that share the keys of one split
+    form: frozenset  # as it was chosen
 
 
 def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
@@ -260,13 +261,14 @@ def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
     rows, together = queries * heads, heads if statics["FIXED"] else queries * heads
     kernel = kernel_for(together, statics["LAYOUT"])
     name = DTYPE_NAMES[dtype]
-    if not hopper.chosen(kernel, chip, {"dtype": name, **statics}, lambda: refusal(name, statics)):
+    form = {"dtype": name, **statics}
+    if not hopper.chosen(kernel, chip, form, lambda: refusal(name, statics)):
         return None
     own = {constant: value for constant, value in statics.items() if constant in kernel.statics}
     tall = ROWS
     if "ROWS" in kernel.statics:
         tall = own["ROWS"] = few_rows(together)
-    return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall))
+    return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall), hopper.frozen(form))
 
 
 def refusal(dtype: str, statics) -> str:
@@ -297,7 +299,7 @@ def serves(choice: Choice, cache, softmax_scale: float) -> bool:
         reason = f"a cache with strides {cache.stride()} at byte {at} of 16; TMA reads from multiples of 16 bytes"
     elif "LAYOUT" in choice.statics and cache.stride(1) >= MOST_APART:
         reason = f"tokens {cache.stride(1)} bytes apart; less than {MOST_APART} is carried"
-    return hopper.served(choice.kernel, reason)
+    return hopper.served(choice.kernel, choice.form, reason)
 
 
 def _strides(data) -> tuple[int, int, int] | None:

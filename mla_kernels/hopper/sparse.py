@@ -146,6 +146,7 @@ class Choice(NamedTuple):
     statics: dict  # but for what a call adds: LENGTHS, SINK, SPLIT
     tile: dict
     rows: int  # heads of a program
+    form: frozenset  # as it was chosen
 
 
 def choose(chip, dtype, heads: int, strides: tuple[int, int], statics) -> Choice | None:
@@ -157,10 +158,12 @@ def choose(chip, dtype, heads: int, strides: tuple[int, int], statics) -> Choice
     few = heads <= max(FEW_ROWS)
     kernel, name = HOPPER_SPARSE_MLA_FEW_ROWS if few else HOPPER_SPARSE_MLA, DTYPE_NAMES[dtype]
     form = {constant: statics[constant] for constant in _FORM}
-    if not hopper.chosen(kernel, chip, {"dtype": name, **form}, lambda: refusal(name, strides, form)):
+    whole = {"dtype": name, **form}
+    if not hopper.chosen(kernel, chip, whole, lambda: refusal(name, strides, form)):
         return None
     rows = few_rows(heads) if few else ROWS
-    return Choice(kernel, form | ({"ROWS": rows} if few else {}), kernel.rule(chip, name, form, {}), rows)
+    statics = form | ({"ROWS": rows} if few else {})
+    return Choice(kernel, statics, kernel.rule(chip, name, form, {}), rows, hopper.frozen(whole))
 
 
 def refusal(dtype: str, strides: tuple[int, int], statics) -> str:
@@ -185,9 +188,8 @@ def serves(choice: Choice, data) -> bool:
         NotImplementedError: it does not, and the kernel is asked for by name.
     """
     at = data.data_ptr() % ALIGNMENT
-    return hopper.served(
-        choice.kernel, f"a cache at byte {at} of 16; rows are copied from multiples of 16 bytes" if at else ""
-    )
+    reason = f"a cache at byte {at} of 16; rows are copied from multiples of 16 bytes" if at else ""
+    return hopper.served(choice.kernel, choice.form, reason)
 
 
 def launch(chip, choice: Choice, q, places, results, sink, numbers) -> None:

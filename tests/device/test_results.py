@@ -50,6 +50,32 @@ def test_ratios_and_summary(result):
     assert results.summary(result, "own") == {"decode, int8": (1, 1.5, pytest.approx(1.5), 1.5)}
 
 
+def test_forms_that_ran_right_become_entries_of_the_list():
+    """Not where a case of their group was wrong, a parity test of theirs failed or did not run."""
+    forms = [{"kernel": "k", "source": str(number), "form": {"LATENT": 512}} for number in range(3)]
+
+    def hopper(name, group, number, **more):
+        made = case(name, group=group)
+        made["contestants"].append({"name": "Hopper kernel", "kind": "variant", "forms": [forms[number]]} | more)
+        return made
+
+    def entries(parity, *cases):
+        about = ABOUT | {"parity": parity, "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
+        return results.forms_that_ran(results.finish(about, cases))
+
+    right = {"passed": 9, "failed": ["tests/moe/test_route.py::test_x: no"], "not_run": []}
+    cases = [hopper("a", "decode", 0), hopper("b", "decode", 1), hopper("c", "sparse", 2)]
+    refused = hopper("d", "decode", 0, forms=[], problem="NotImplementedError: it needs")
+    found = entries(right, *cases, refused, hopper("e", "decode", 0))
+    about = {"card": "NVIDIA Test (capability 9.0)", "date": "2026-01-02", "torch": "2.11.0", "triton": "3.6.0"}
+    assert found == [form | about for form in forms]
+    wrong = hopper("d", "decode", 0, forms=[], problem="WRONG: error nan")
+    assert entries(right, *cases, wrong) == [forms[2] | about]
+    for doubt in ("failed", "not_run"):
+        assert entries(right | {doubt: ["tests/hopper/test_decode.py::test_parity[cuda]"]}, *cases) == []
+    assert entries(None, *cases) == entries({"problem": "it needs pytest"}, *cases) == []
+
+
 def test_without_our_time_there_is_no_ratio():
     broken = case(fast=10.0)
     broken["contestants"][0] = {"name": "mla_kernels", "kind": "ours", "problem": "DIED"}

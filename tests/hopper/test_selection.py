@@ -48,6 +48,30 @@ def test_the_portable_kernel_is_the_default_for_what_ran_on_no_device(launched):
     assert set(launched) == {"mla_decode_kernel"}
 
 
+def test_what_was_launched_becomes_the_default_once_it_is_listed(launched, monkeypatch, tmp_path):
+    with hopper.launches() as found, hopper.variants("force"):
+        call(heads=40)
+        call(heads=40, dtype=torch.float16)
+    assert [entry["form"]["dtype"] for entry in found] == ["bf16", "fp16"]
+    assert {entry["kernel"] for entry in found} == {"hopper_mla_decode_kernel"}
+    listed = tmp_path / "ran.json"
+    about = {"card": "a card", "date": "a day", "torch": "2.11.0", "triton": ".".join(map(str, TRITON_VERSION)) + ".0"}
+    listed.write_text(json.dumps([found[0] | about]))
+    monkeypatch.setattr(hopper, "RAN", listed)
+    monkeypatch.setattr(MLA_DECODE, "kept", Kept())
+    hopper._listed.cache_clear()
+    launched.clear()
+    try:
+        call(heads=40)
+        call(heads=40, dtype=torch.float16)
+    finally:
+        hopper._listed.cache_clear()
+    assert launched == ["hopper_mla_decode_kernel", "mla_decode_kernel"]
+    with hopper.launches() as found, hopper.variants("portable"):
+        call(heads=40)
+    assert found == []
+
+
 @pytest.mark.parametrize(
     "heads, queries, name",
     [
