@@ -117,7 +117,9 @@ def test_the_values_launched_are_the_arguments_with_addresses():
 
 
 def test_on_cpu_refuses_unknown_modes_and_targets():
-    with pytest.raises(ValueError, match="mode 'gpu': accepted are torch, interpret, npu-emulated, cuda"):
+    with pytest.raises(
+        ValueError, match="mode 'gpu': accepted are torch, interpret, npu-emulated, hopper-emulated, cuda"
+    ):
         launch.on_cpu("gpu").__enter__()
     with pytest.raises(ValueError, match="target 'sm_42' is unknown; known targets: sm_80"):
         launch.on_cpu("interpret", "sm_42").__enter__()

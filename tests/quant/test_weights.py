@@ -208,7 +208,7 @@ def test_weights_larger_than_a_working_set_are_rounded_in_parts():
 
 def remade(experts, **changes):
     return lambda: ExpertWeights(
-        **{field.name: getattr(experts, field.name) for field in dataclasses.fields(experts)} | changes
+        **{field.name: getattr(experts, field.name) for field in dataclasses.fields(experts) if field.init} | changes
     )
 
 

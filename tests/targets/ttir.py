@@ -24,4 +24,4 @@ def ttir(source, target, options):
 
 
 triton.compile = ttir
-print(json.dumps([gpu_worker.compile_job(job) for job in json.load(sys.stdin)]))
+print(json.dumps([gpu_worker.compile_job(job)[0] for job in json.load(sys.stdin)]))
