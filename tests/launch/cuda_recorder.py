@@ -126,6 +126,24 @@ def record():
         raise AssertionError("\n".join(problems))
 
 
+@contextlib.contextmanager
+def choose():
+    """List of (kernel, constants) of every launch in the block. Nothing is compiled, and nothing reaches the driver."""
+    chosen = []
+    original = launch.Kernel.launch
+
+    def choosing(kernel, chip, work, args, statics, tile):
+        if work:
+            chosen.append((kernel.name, kernel.constexprs(statics, tile)))
+
+    launch.Kernel.launch = choosing
+    try:
+        with launch.on_cpu("cuda", "sm_90"):
+            yield chosen
+    finally:
+        launch.Kernel.launch = original
+
+
 def _parts(value) -> tuple:
     """The parameters that an argument becomes: a TMA descriptor is followed by its shape and strides as numbers."""
     if not hasattr(value, "block_shape"):
