@@ -17,8 +17,8 @@ SM_90 = CHIPS["sm_90"]
 BLOCK, DEPTH = 64, 16  # keys of a block; of a wgmma, what it sums over
 
 
-OFTEN = {"window_and_sink", "narrow"}
-"""Cases that compile in the default run; the first of each kernel does so in tests/targets/test_matrix.py, too."""
+OFTEN = {KERNELS[0]: "window_and_sink", KERNELS[1]: "window_and_sink", CODES[0]: "narrow", CODES[1]: "narrow"}
+"""What compiles in the default run beside each kernel's first case, which tests/targets/test_matrix.py shares."""
 
 
 def requests(kernel, names=None):
@@ -45,7 +45,7 @@ def test_every_case_compiles_without_spills_and_multiplies_once(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_cases_compile_without_spills_and_multiply_once(kernel):
-    check(requests(kernel, {"narrow"} if kernel in CODES else OFTEN) + requests(kernel)[:1])
+    check(requests(kernel, {OFTEN[kernel]}) + requests(kernel)[:1])
 
 
 def check(found):
@@ -106,7 +106,11 @@ SERIALISES = {
 }
 
 
-@pytest.mark.parametrize("kernel", SERIALISES, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "kernel",
+    [HOPPER_MLA_DECODE, pytest.param(HOPPER_MLA_DECODE_FEW_ROWS, marks=pytest.mark.slow)],
+    ids=lambda kernel: kernel.name,
+)
 def test_products_in_flight_across_iterations_are_told(kernel, monkeypatch):
     """ptxas then serialises all of them (C7514) or inserts a wait (C7517), and says so where nobody looks."""
     before, after = SERIALISES[kernel]

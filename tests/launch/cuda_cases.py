@@ -151,8 +151,9 @@ def test_mla_decode(heads, pages):
     assert decode.constants["PAGE_SIZE"] == 64 and decode.constants["LATENT"] == 512
 
 
-@pytest.mark.parametrize("heads, queries, rows", [(16, 1, 16), (16, 2, 32), (40, 1, 64), (128, 2, 64)])
-@pytest.mark.parametrize("pages", [2, 40])
+@pytest.mark.parametrize(
+    "heads, queries, rows, pages", [(16, 1, 16, 2), (16, 2, 32, 40), (40, 1, 64, 40), (128, 2, 64, 2)]
+)
 def test_hopper_mla_decode(heads, queries, rows, pages):
     """The grid, 64 or 16 or 32 rows a program, all warps, shared memory, and descriptors over queries and cache."""
     cache, q = make_cache(), torch.randn(3, queries, heads, 576).to(BF16)
@@ -176,8 +177,7 @@ def test_hopper_mla_decode(heads, queries, rows, pages):
     assert (out.data_ptr() in pointers(merge[0] if merge else decode).values()) and len(merge) <= 1
 
 
-@pytest.mark.parametrize("heads, rows", [(16, 16), (40, 64)])
-@pytest.mark.parametrize("layout", ["fp8_v32", "int8"])
+@pytest.mark.parametrize("layout, heads, rows", [("fp8_v32", 40, 64), ("int8", 16, 16)])
 def test_hopper_mla_decode_of_codes(heads, rows, layout):
     """The same with the codes', the scales' and the rotated keys' places in the cache, and strides in 16 bytes."""
     cache = mla_kernels.LatentCache.allocate(8, 64, latent_dim=512, rope_dim=64, dtype=BF16, layout=layout)

@@ -22,6 +22,7 @@ from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, write_artefacts
 
+SLOW = pytest.mark.slow
 KERNELS = (ROUTE, HASH_ROUTE, ROUTE_BACKWARD)
 ROUTERS = {
     "V2-Lite": (64, {"top_k": 6, "scoring": "softmax", "renormalize": False}),
@@ -117,7 +118,9 @@ def ttgir(request: Request, scratch) -> str:
     return kept.read_text()
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", "gfx942", pytest.param("sm_80", marks=SLOW), pytest.param("sm_100", marks=SLOW)]
+)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_row_lies_along_one_warp_in_every_tile_that_can_be_launched(tmp_path, kernel, target):
     chip, statics = CHIPS[target], softmax_statics(kernel)

@@ -12,6 +12,7 @@ from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_kernel, compile_many, compiler_version, write_artefacts
 
+SLOW = pytest.mark.slow
 WIDTH = tl.constexpr(64)
 
 
@@ -135,7 +136,7 @@ def test_a_kernel_that_does_not_compile_says_why(target):
     assert "no_such_function" in report.problem
 
 
-@pytest.mark.parametrize("target, rows, warps", [("sm_80", 128, 2), ("gfx942", 256, 1)])
+@pytest.mark.parametrize("target, rows, warps", [("sm_80", 128, 2), pytest.param("gfx942", 256, 1, marks=SLOW)])
 def test_spills_in_the_loop_are_found(target, rows, warps):
     """Accumulators alone fill the registers of a thread: 256 on NVIDIA, 512 on AMD."""
     report = compile_many([default(DOT, target, BLOCK_M=rows, BLOCK_N=128, num_warps=warps, num_stages=1)])[0]
