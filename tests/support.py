@@ -57,6 +57,11 @@ def not_on(reason: str, *backends: str) -> pytest.MarkDecorator:
     return pytest.mark.leave_out(reason, when=lambda backend: backend in backends)
 
 
+def repeats(device: torch.device | str) -> range:
+    """How often a test calls an op again for the same bits: programs race on a device, and on the CPU none does."""
+    return range(2 if torch.device(device).type == "cpu" else 19)
+
+
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """A tensor of NaN: whatever reads it shows."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from mla_kernels.attention.decode import forward as decode
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.tiles import Kept
 from tests.attention.problems import Problem, make
-from tests.support import not_on
+from tests.support import not_on, repeats
 
 HEADS = (1, 3, 5, 12, 16, 20, 63, 96, 127, 128)
 PAGE_SIZES = (1, 16, 61, 64, 128)
@@ -295,7 +295,7 @@ def test_bits_do_not_depend_on_the_batch(backend, device, options):
 def test_repeats_give_the_same_bits(backend, device, options):
     problem = make([130, 40], heads=5, dtype=torch.bfloat16, device=device, **options)
     first = problem.run()
-    for _ in range(19):
+    for _ in repeats(device):
         for got, want in zip(problem.run(), first):
             assert torch.equal(got, want)
 

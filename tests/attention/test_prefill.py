@@ -10,7 +10,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill import forward as prefill
 from mla_kernels.attention.prefill.op import mla_prefill
 from tests.attention.prefill_problems import Problem, make
-from tests.support import not_on
+from tests.support import not_on, repeats
 
 HEADS = (1, 3, 16, 128)
 LENGTHS = (0, 1, 63, 64, 65, 200)
@@ -174,7 +174,7 @@ def test_bits_do_not_depend_on_the_batch(backend, device, dtype):
 def test_repeats_give_the_same_bits(backend, device):
     problem = make([(70, 100), (40, 40)], dtype=torch.bfloat16, device=device)
     first = problem.run()
-    for _ in range(19):
+    for _ in repeats(device):
         for got, want in zip(problem.run(), first):
             assert torch.equal(got, want)
 

@@ -8,7 +8,7 @@ from mla_kernels.attention.sparse import backward as sparse_backward
 from mla_kernels.attention.sparse.op import sparse_mla_prefill
 from mla_kernels.cpu import sparse as cpu_sparse
 from tests.attention.sparse_problems import make_prefill
-from tests.support import not_on
+from tests.support import not_on, repeats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -144,7 +144,7 @@ def test_strided_arguments(backend, device):
 def test_repeats_give_the_same_bits(backend, device):
     problem = make_prefill(3, 17, heads=3, rows=5, sink=True, dtype=torch.bfloat16, device=device)
     first = problem.gradients(sparse_mla_prefill, torch.bfloat16)
-    for _ in range(19):
+    for _ in repeats(device):
         for got, want in zip(problem.gradients(sparse_mla_prefill, torch.bfloat16), first):
             assert torch.equal(got, want)
 

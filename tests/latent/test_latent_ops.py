@@ -10,7 +10,7 @@ from mla_kernels.latent import compress, write
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.write import ROPE_MODES
 from tests.latent.problems import OPS, QUANTISED, bits, make, random_bits
-from tests.support import not_on
+from tests.support import not_on, repeats
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -230,11 +230,11 @@ def test_quantised_offsets_past_two_to_the_31(backend, device, op, layout):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", QUANTISED)
-def test_twenty_runs_give_the_same_bytes(backend, device, op, layout):
+def test_repeats_give_the_same_bytes(backend, device, op, layout):
     problem = make(op, tokens=2, hidden_size=16, layout=layout, device=device)
     problem.run()
     first = problem.cache.data.clone()
-    for _ in range(20):
+    for _ in repeats(device):
         problem.run()
         assert torch.equal(problem.cache.data, first)
 
