@@ -10,7 +10,7 @@ from mla_kernels.moe.dispatch.align import align_blocks
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
 from tests.moe.test_dispatch import random_ids
-from tests.support import on_cpu
+from tests.support import on_cpu, repeats
 
 
 def assert_same(got, want):
@@ -71,7 +71,7 @@ def test_rows_with_a_stride(device):
 def test_repeats_give_the_same_bits(backend, device):
     ids = random_ids(61, 16, 6, device)
     first = align_blocks(ids, 16, 16)
-    for _ in range(2 if backend == "interpret" else 20):
+    for _ in repeats(device):
         assert_same(align_blocks(ids, 16, 16), first)
 
 

@@ -8,7 +8,7 @@ from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import OPTIONS, distinct_ids, layer, with_options
-from tests.support import assert_close, not_on, poisoned
+from tests.support import assert_close, not_on, poisoned, repeats
 
 NAMES = ("hidden", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
 
@@ -187,7 +187,7 @@ def test_tokens_do_not_depend_on_each_other(device):
 def test_repeats_give_the_same_bits(backend, device):
     problem, out_grad = layer(17, 4, 2, 80, 72, torch.bfloat16, device=device), torch.randn(17, 80)
     first = gradients(fused_moe, problem, out_grad)
-    for turn in range(1 if backend == "interpret" else 20):
+    for turn in repeats(device):
         again = gradients(fused_moe, problem, out_grad, recompute=turn % 2 == 1)
         assert all(torch.equal(again[name], first[name]) for name in first)
 

@@ -12,7 +12,7 @@ from mla_kernels.moe.route.load import expert_load, update_bias
 from mla_kernels.moe.route.route import route
 from mla_kernels.reference import balance as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 BOUNDS = {
     "batch": None,
@@ -184,7 +184,7 @@ def test_a_sequence_does_not_depend_on_the_batch_and_repeats_give_the_same_bits(
     bounds = torch.tensor([0, 20, 64], dtype=torch.int32, device=device)
     arguments = logits, ids, bounds, "sigmoid", 0, True, 1.0
     first = torch.ops.mla_kernels.balance_loss(*arguments)[0]
-    for _ in range(20 if backend != "interpret" else 2):
+    for _ in repeats(device):
         assert torch.equal(torch.ops.mla_kernels.balance_loss(*arguments)[0], first)
     if backend != "cpu":
         logits[20:] = 0.0

@@ -12,7 +12,7 @@ from mla_kernels.moe.experts.parts import _launch, expert_ffn
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import Layer, distinct_ids, double, layer, used_experts, wide_layer
-from tests.support import assert_close, not_on, on_cpu, poisoned
+from tests.support import assert_close, not_on, on_cpu, poisoned, repeats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REAL_SIZE = not_on("a layer of real size takes minutes in the interpreter", "interpret")
@@ -129,7 +129,7 @@ def test_strided_inputs(device):
 def test_repeats_give_the_same_bits(backend, device):
     problem = layer(17, 8, 3, 80, 72, device=device)
     first = fused_moe(*problem.inputs())
-    for _ in range(1 if backend == "interpret" else 20):
+    for _ in repeats(device):
         assert torch.equal(first, fused_moe(*problem.inputs()))
 
 

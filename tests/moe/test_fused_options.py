@@ -13,7 +13,7 @@ from mla_kernels.moe.experts.parts import expert_ffn
 from mla_kernels.reference import moe as reference
 from mla_kernels.targets import emulator
 from tests.moe.problems import OPTIONS, Layer, distinct_ids, double, layer, with_options
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -128,5 +128,5 @@ def test_no_access_outside_the_tensors(name):
 def test_repeats_give_the_same_bits(backend, device):
     problem = with_options(layer(5, 4, 2, 40, 24, device=device), **OPTIONS["gpt_oss"])
     first = problem.run()
-    for _ in range(1 if backend == "interpret" else 20):
+    for _ in repeats(device):
         assert torch.equal(first, problem.run())

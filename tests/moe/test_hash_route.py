@@ -8,7 +8,7 @@ from mla_kernels.moe.route import hash_route as module
 from mla_kernels.moe.route.hash_route import hash_route
 from mla_kernels.reference import route as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 KERNEL_MODES = ("interpret", "npu-emulated")
 
@@ -106,7 +106,7 @@ def test_strides_and_rows_that_are_not_read(device):
 def test_repeats_and_batches_give_the_same_bits(backend, device):
     logits, table, token_ids = problem(9, 160, 6, device=device)
     weights, _ = hash_route(logits, table, token_ids)
-    for _ in range(20 if backend != "interpret" else 2):
+    for _ in repeats(device):
         assert torch.equal(hash_route(logits, table, token_ids)[0], weights)
     if backend != "cpu":  # torch's functions may differ by an ulp between the vectors and the tail of a tensor
         assert torch.equal(hash_route(logits[4:5], table, token_ids[4:5])[0][0], weights[4])

@@ -11,7 +11,7 @@ from mla_kernels.moe.dispatch.dispatch import dispatch
 from mla_kernels.moe.dispatch.permute import permute, unpermute
 from mla_kernels.reference import permute as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPERTS = 8
@@ -115,7 +115,7 @@ def test_repeats_give_the_same_bits(backend, device):
     x, weights, dispatched = problem(dtype=torch.bfloat16, device=device)
     rows = permute(x, dispatched)
     first = unpermute(rows, dispatched, weights)
-    for _ in range(2 if backend == "interpret" else 20):
+    for _ in repeats(device):
         assert torch.equal(first, unpermute(permute(x, dispatched), dispatched, weights))
 
 

@@ -14,7 +14,7 @@ from mla_kernels.moe.quantised.weights import ExpertWeights
 from mla_kernels.targets import emulator, interpreter
 from tests.moe.problems import distinct_ids
 from tests.moe.quantised_problems import FORMATS, quantised_layer
-from tests.support import not_on, poisoned
+from tests.support import not_on, poisoned, repeats
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = {
@@ -168,7 +168,7 @@ def test_strided_inputs(device, form):
 def test_repeats_give_the_same_bits(backend, device, form):
     problem = small(form, device)
     first = problem.run()
-    for _ in range(1 if backend == "interpret" else 20):
+    for _ in repeats(device):
         assert torch.equal(first, problem.run())
 
 

@@ -6,7 +6,7 @@ import torch
 from mla_kernels.moe.route.route import route
 from mla_kernels.reference import route as reference
 from mla_kernels.targets import emulator
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 V2_LITE = {"top_k": 6, "scoring": "softmax", "renormalize": False}
 V2 = V2_LITE | {"num_groups": 8, "top_k_groups": 3, "routed_scale": 16.0}
@@ -218,7 +218,7 @@ def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend,
             torch.testing.assert_close(alone[0][0], weights[row])
         else:
             assert torch.equal(alone[0][0], weights[row])
-    for _ in range(20 if backend != "interpret" else 2):
+    for _ in repeats(device):
         again = route(logits, **options)
         assert torch.equal(again[0], weights) and torch.equal(again[1], ids)
 

@@ -5,7 +5,7 @@ import torch
 
 from mla_kernels.moe.route.route import route
 from mla_kernels.reference import route as reference
-from tests.support import assert_close, on_cpu, poisoned
+from tests.support import assert_close, on_cpu, poisoned, repeats
 
 CONFIGURATIONS = {
     "sigmoid": (12, {"top_k": 3, "scoring": "sigmoid", "renormalize": False, "routed_scale": 2.5}),
@@ -134,7 +134,7 @@ def test_rows_do_not_depend_on_the_batch_and_repeats_give_the_same_bits(backend,
     for row in (0, 4, 8):
         alone = gradients(logits[row : row + 1], options, toward[row : row + 1])
         torch.testing.assert_close(alone[0], first[row], **same)
-    for _ in range(20 if backend != "interpret" else 2):
+    for _ in repeats(device):
         assert torch.equal(gradients(logits, options, toward), first)
 
 
