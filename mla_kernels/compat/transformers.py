@@ -39,11 +39,16 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
-from mla_kernels.compat.transformers_attention import NAME, attention, keep_latents  # noqa: E402
+from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, attention, keep_choice, keep_latents  # noqa: E402
 from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
 from mla_kernels.compat.transformers_forward import cache_keyword, install_hooks  # noqa: E402
-from mla_kernels.compat.transformers_indexer import choose_slots, choose_slots_interleaved  # noqa: E402
+from mla_kernels.compat.transformers_indexer import (  # noqa: E402
+    choose_slots,
+    choose_slots_by_position,
+    choose_slots_interleaved,
+    choose_slots_rotated_last,
+)
 from mla_kernels.compat.transformers_packed import PLACE, check_packable, pack  # noqa: E402
 from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
 
@@ -60,8 +65,12 @@ class Family:
     experts_forward: types.FunctionType | None = None  # where the class ignores transformers' ExpertsInterface
     indexer: str | None = None
     indexer_forward: types.FunctionType | None = None
+    kinds: tuple[str, ...] = ()
+    """Layer types besides full_attention and indexed_attention: linear ones stay transformers' own, sliding ones are
+    latent attention with a window."""
 
 
+LINEAR, SLIDING = ("linear_attention",), ("sliding_attention",)
 FAMILIES = (
     Family("DeepseekV2Model", "DeepseekV2Attention", "DeepseekV2Experts"),
     Family("DeepseekV3Model", "DeepseekV3Attention", "DeepseekV3Experts"),
@@ -84,6 +93,29 @@ FAMILIES = (
     Family("Mistral4Model", "Mistral4Attention", "Mistral4Experts"),
     Family("YoutuModel", "YoutuAttention"),
     Family("LongcatFlashModel", "LongcatFlashMLA", "LongcatFlashExperts", experts_with_identity),
+    Family("AXK1Model", "AXK1Attention", "AXK1Experts"),
+    Family("AXK2Model", "AXK2Attention", "AXK2Experts", indexer="AXK2Indexer", indexer_forward=choose_slots),
+    Family(
+        "HYV4Model", "HYV4Attention", "HYV4Experts", indexer="HYV4Indexer", indexer_forward=choose_slots_rotated_last
+    ),
+    Family(
+        "MistralLarge4TextModel",
+        "MistralLarge4TextAttention",
+        "MistralLarge4TextExperts",
+        indexer="MistralLarge4TextIndexer",
+        indexer_forward=choose_slots_by_position,
+    ),
+    Family(
+        "Dots3NoteTextModel",
+        "Dots3NoteTextAttention",
+        "Dots3NoteExperts",
+        indexer="Dots3NoteTextIndexer",
+        indexer_forward=choose_slots_interleaved,
+        kinds=SLIDING,
+    ),
+    Family("KimiLinearModel", "KimiLinearAttention", "KimiLinearExperts", kinds=LINEAR),
+    Family("BailingHybridModel", "BailingHybridAttention", "BailingHybridExperts", kinds=LINEAR),
+    Family("Glm5NextTextModel", "Glm5NextTextAttention", "Glm5NextTextExperts", kinds=LINEAR),
 )
 
 
@@ -162,17 +194,17 @@ def enable(model, *, prepack: bool = False):
             f"enable: got {type(model).__name__}, accepted are the models of transformers built on {accepted}, for "
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM, and those that hold one of these"
         )
-    todo = [(base, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
+    todo = [(base, family, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
     if prepack:
         packable = [(base, _experts_to_pack(base, family)) for base, family in bases]
         for base, modules in packable:
             check_packable(base, modules)
         pack(module for _, modules in packable for module in modules)
-    for base, replacements in todo:
+    for base, family, replacements in todo:
         switch = _Switch(
             attention=base.config._attn_implementation,
             experts=base.config._experts_implementation,
-            hooks=install_hooks(base),
+            hooks=install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)]),
         )
         for module, name, function in replacements:
             switch.replaced.append((module, name, vars(module).get(name)))
@@ -222,24 +254,27 @@ def _experts_to_pack(base, family: Family) -> list[nn.Module]:
     return [module for module in base.modules() if _is_a(module, family.experts) and PLACE not in vars(module)]
 
 
-def _check_config(config) -> None:
-    if config.is_heterogeneous:
+def _check_config(config, family: Family) -> None:
+    windows = SLIDING[0] in family.kinds
+    if config.is_heterogeneous and not windows:
         raise NotImplementedError("enable: got layers of several configurations (per_layer_config), one is accepted")
-    LatentCache.allocate(0, 64, latent_dim=config.kv_lora_rank, rope_dim=config.qk_rope_head_dim)
-    if hasattr(config, "index_head_dim"):
+    if family.indexer is not None:
         IndexerCache.allocate(0, 64, head_dim=config.index_head_dim)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "indexed_attention"}
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    accepted = ("full_attention", "indexed_attention", *family.kinds)
+    kinds = set(getattr(config, "layer_types", None) or ()).difference(accepted)
+    window = None
+    if not windows:
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if kinds or window:
         raise NotImplementedError(
             f"enable: got layer types {sorted(kinds)}, window {window}; attention to the whole context is accepted "
-            "(layer_types full_attention or indexed_attention, no sliding_window, no attention_chunk_size)"
+            f"(layer_types {' or '.join(accepted)}, no sliding_window, no attention_chunk_size)"
         )
 
 
 def _replacements(base, family: Family):
     """(module, method, function) for each method that an instance is to shadow; refusals before anything changes."""
-    _check_config(base.config)
+    _check_config(base.config, family)
     cache_keyword(type(base))
     for module in base.modules():
         if type(module).__name__ == "PipelineIdentityLayer":
@@ -253,8 +288,11 @@ def _replacements(base, family: Family):
                     f"enable: transformers {_VERSION} has no {type(module).__name__}.expand_kv, which 5.24 has"
                 )
             cache_keyword(type(module))
+            LatentCache.allocate(0, 64, latent_dim=module.kv_lora_rank, rope_dim=module.qk_rope_head_dim)
             absorbed_weight(module)
             yield _unless_replaced(module, "expand_kv", keep_latents)
+            if hasattr(type(module), MASK_OF_CHOICE):
+                yield _unless_replaced(module, MASK_OF_CHOICE, keep_choice)
         elif _is_a(module, family.experts):
             if reason := why_not_fused(module):
                 raise NotImplementedError(f"enable: {type(module).__name__} cannot be fused: {reason}")

@@ -1,6 +1,7 @@
 """The attention function that :mod:`mla_kernels.compat.transformers` registers with transformers."""
 
 import torch
+import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_kernels.attention.decode.op import mla_decode
@@ -12,6 +13,8 @@ from mla_kernels.nn import from_latent, to_latent
 
 NAME = "mla_kernels"
 """Name of the attention and experts implementations in transformers' registries."""
+MASK_OF_CHOICE = "build_attention_mask_from_topk"
+"""The method of GLM-5-next's attention that turns its indexer's choice into a mask."""
 DECODE_TOKENS = 16
 """Up to so many new tokens a sequence go through ``mla_decode``; more are a prefill.
 
@@ -24,41 +27,53 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     """transformers' attention function.
 
     query [batch, heads, tokens, nope + rope]; key and value are what ``LatentLayer.update`` returned; ``indices`` int32
-    [batch, tokens, top_k] is the choice of an indexer, where the model has one. Returns [batch, tokens, heads, v].
+    [batch, tokens, top_k] is the choice of an indexer, where the model has one; ``s_aux`` [heads] among the keywords
+    are sinks, ``sliding_window`` a window. Returns [batch, tokens, heads, v].
     """
     options = dict(scaling=scaling, dropout=dropout, **kwargs)
     if "expand_kv" not in vars(module):  # not an enabled module: K and V arrive expanded
         return _sdpa(module, query, key, value, attention_mask, indices, options)
     layer = getattr(key, "latent_layer", None)
+    positions = attention_mask if MASK_OF_CHOICE in vars(module) else None
     if layer is None and is_marked(attention_mask):
         raise RuntimeError(
             f"{type(module).__name__} of layer {module.layer_idx}: the cache that was prepared for it did not arrive, "
             "so that nothing says which tokens it may attend to; call mla_kernels.compat.transformers.disable(model)"
         )
+    softmax = {"scaling": float(scaling), "sink": _sink(kwargs.get("s_aux"))}
     if layer is None or layer.differentiable:
         plain = attention_mask is None and indices is None and key.shape[2] == query.shape[2]
         if plain and dropout == 0 and has_prefill(module):
             tokens = even_starts(query.shape[0], query.shape[2], query.device)
             q, latents, rotated = query.transpose(1, 2).flatten(0, 1), key.flatten(0, 2), value.flatten(0, 2)
-            out = _prefill(module, q, latents, rotated, tokens, tokens, query.shape[2], query.shape[2], scaling)
+            out = _prefill(module, q, latents, rotated, tokens, tokens, query.shape[2], query.shape[2], softmax)
             return out.unflatten(0, (query.shape[0], query.shape[2])), None
         keys, values = type(module).expand_kv(module, key, value)
+        if positions is not None:
+            attention_mask = _mask_of(positions, keys.shape[2])
         return _sdpa(module, query, keys, values, attention_mask, indices, options)
     if dropout > 0:
         raise NotImplementedError(
             f"attention dropout: got {dropout} with a cache and without gradients; call model.eval(), or pass "
             "use_cache=False"
         )
+    window = kwargs.get("sliding_window")
     few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
+    if positions is not None and not _chooses_all(module, layer):
+        indices = layer.slots(positions)
+    elif window is not None and layer.length > window and not few:
+        indices = layer.window_slots(query.shape[2], window)
     if indices is not None and indices.shape[-1]:
-        return (_sparse_decode if few else _sparse_prefill)(module, query, layer, indices, scaling), None
+        return (_sparse_decode if few else _sparse_prefill)(module, query, layer, indices, softmax), None
     if few:
-        return _decode(module, query, layer, scaling), None
+        return _decode(module, query, layer, window, softmax), None
     if has_prefill(module) and (layer.new_kept is None or not torch.compiler.is_compiling()):
-        return _cached_prefill(module, query, key, value, layer, scaling), None
+        return _cached_prefill(module, query, key, value, layer, softmax), None
     if layer.length > query.shape[2]:
         key, value = layer.keys, layer.values
     keys, values = type(module).expand_kv(module, key, value)
+    if positions is not None:
+        attention_mask = _mask_of(positions, keys.shape[2])
     return _sdpa(module, query, keys, values, attention_mask, None, options)
 
 
@@ -80,14 +95,40 @@ def is_marked(mask) -> bool:
 def _sdpa(module, query, keys, values, attention_mask, indices, options):
     """transformers' own attention, over the keys in ``indices`` only where an indexer chose."""
     if indices is not None and indices.shape[-1] < keys.shape[2]:
-        shape = (*indices.shape[:2], keys.shape[2])
-        chosen = torch.zeros(shape, dtype=torch.bool, device=keys.device).scatter(-1, indices.long(), True)
-        attention_mask = chosen[:, None] & attention_mask  # [batch, 1, tokens, keys]
+        attention_mask = _mask_of(indices, keys.shape[2]) & attention_mask  # [batch, 1, tokens, keys]
+    if options.get("s_aux") is not None:
+        return _with_sink(module, query, keys, values, attention_mask, options), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, attention_mask, **options)
 
 
+def _mask_of(indices, length: int) -> torch.Tensor:
+    """Which of ``length`` keys the indices [batch, tokens, top_k] choose, bool [batch, 1, tokens, length]; -1: none."""
+    shape = (*indices.shape[:2], length + 1)  # the last column takes what chooses nothing
+    mask = torch.zeros(shape, dtype=torch.bool, device=indices.device)
+    places = indices.long().masked_fill(indices < 0, length)
+    return mask.scatter(-1, places, True)[:, None, :, :length]
+
+
+def _with_sink(module, query, keys, values, attention_mask, options) -> torch.Tensor:
+    """sdpa has no sinks: one more score a head, which weighs nothing. Returns [batch, tokens, heads, v]."""
+    scores = (query @ keys.transpose(2, 3) * options["scaling"]).float()  # [batch, heads, tokens, keys]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    sink = _sink(options["s_aux"])[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    weights = F.dropout(weights, options["dropout"], module.training).to(values.dtype)
+    return (weights @ values).transpose(1, 2)
+
+
+def _sink(sink) -> torch.Tensor | None:
+    """[heads] float32, of this rank's heads."""
+    if sink is None:
+        return None
+    return (sink.to_local() if hasattr(sink, "to_local") else sink).float()
+
+
 def has_prefill(module) -> bool:
-    """Whether ``mla_prefill`` has tiles for the widths of the heads of this module, or of this configuration."""
+    """Whether ``mla_prefill`` has tiles for the widths of the heads of this module."""
     try:
         check_widths(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
     except NotImplementedError:
@@ -95,50 +136,46 @@ def has_prefill(module) -> bool:
     return True
 
 
-def _prefill(module, q, latents, rotated, starts_q, starts_k, longest_q: int, longest_k: int, scaling):
+def _prefill(module, q, latents, rotated, starts_q, starts_k, longest_q: int, longest_k: int, softmax):
     """q [Tq, heads, nope + rope] over latents [Tk, latent] and rotated keys [Tk, rope]: [Tq, heads, v]."""
     nope = module.qk_nope_head_dim
     expanded = module.kv_b_proj(latents).unflatten(-1, (q.shape[1], -1))  # [Tk, heads, nope + v]
-    out, _ = mla_prefill(
+    out, lse = mla_prefill(
         q, expanded[..., :nope], expanded[..., nope:], starts_q, starts_k, max_seqlen_q=longest_q,
-        max_seqlen_k=longest_k, softmax_scale=float(scaling), k_rope=rotated,
+        max_seqlen_k=longest_k, softmax_scale=softmax["scaling"], k_rope=rotated if rotated.shape[-1] else None,
     )  # fmt: skip
-    return out
+    if softmax["sink"] is None:
+        return out
+    return out * torch.sigmoid(lse - softmax["sink"])[..., None].to(out.dtype)  # the sink in the softmax's denominator
 
 
-def _cached_prefill(module, query, key, value, layer, scaling) -> torch.Tensor:
+def _cached_prefill(module, query, key, value, layer, softmax) -> torch.Tensor:
     """A prefill, or a chunk of one over what is cached: sequences end to end, padding left out."""
-    q, starts_q = _packed_queries(query, layer)
+    kept = layer.new_kept
+    q = _pack(query.transpose(1, 2), kept)
+    starts_q = even_starts(query.shape[0], query.shape[2], query.device) if kept is None else starts(kept.sum(-1))
     if layer.length > query.shape[2]:
         rows, starts_k = layer.packed()
         latents, rotated = rows.split((layer.cache.latent_dim, layer.cache.rope_dim), -1)
     else:
-        latents, rotated = (_pack(part[:, 0], layer) for part in (key, value))
+        latents, rotated = (_pack(part[:, 0], kept) for part in (key, value))
         starts_k = starts_q
-    out = _prefill(module, q, latents, rotated, starts_q, starts_k, query.shape[2], layer.length, scaling)
-    return _unpack(out, query, layer)
+    out = _prefill(module, q, latents, rotated, starts_q, starts_k, query.shape[2], layer.length, softmax)
+    return _unpack(out, query, kept)
 
 
-def _pack(tokens: torch.Tensor, layer) -> torch.Tensor:
-    """[batch, tokens, ...] -> the real tokens of all sequences end to end."""
-    return tokens.flatten(0, 1) if layer.new_kept is None else tokens[layer.new_kept]
+def _pack(tokens: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """[batch, tokens, ...] -> the kept tokens of all sequences end to end."""
+    return tokens.flatten(0, 1) if kept is None else tokens[kept]
 
 
-def _packed_queries(query, layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real queries [Tq, heads, nope + rope], and where each sequence's start."""
-    if layer.new_kept is not None:
-        return _pack(query.transpose(1, 2), layer), starts(layer.new_kept.sum(-1))
-    where = even_starts(query.shape[0], query.shape[2], query.device)
-    return _pack(query.transpose(1, 2), layer), where
-
-
-def _unpack(out, query, layer) -> torch.Tensor:
-    """[Tq, heads, v] -> [batch, tokens, heads, v], zeros for padding."""
+def _unpack(out, query, kept: torch.Tensor | None) -> torch.Tensor:
+    """[Tq, heads, v] -> [batch, tokens, heads, v], zeros for what was not kept."""
     batch, _, tokens, _ = query.shape
-    if layer.new_kept is None:
+    if kept is None:
         return out.unflatten(0, (batch, tokens))
     padded = out.new_zeros(batch, tokens, *out.shape[1:])
-    padded[layer.new_kept] = out
+    padded[kept] = out
     return padded
 
 
@@ -153,27 +190,46 @@ def _absorb(module, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat((to_latent(q_nope, kv_b), q_rope), -1), kv_b
 
 
-def _decode(module, query, layer, scaling) -> torch.Tensor:
+def _decode(module, query, layer, window, softmax) -> torch.Tensor:
     q, kv_b = _absorb(module, query.transpose(1, 2))
-    out, _ = mla_decode(q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=float(scaling), causal=True)
+    out, _ = mla_decode(
+        q, layer.cache, layer.block_table, layer.seq_lens, softmax_scale=softmax["scaling"], causal=True,
+        window=window, sink=softmax["sink"],
+    )  # fmt: skip
     return from_latent(out, kv_b, module.qk_nope_head_dim)
 
 
-def _sparse_decode(module, query, layer, slots, scaling) -> torch.Tensor:
+def _sparse_decode(module, query, layer, slots, softmax) -> torch.Tensor:
     q, kv_b = _absorb(module, query.transpose(1, 2))
-    out, _ = sparse_mla_decode(q, layer.cache, slots, softmax_scale=float(scaling))
+    out, _ = sparse_mla_decode(q, layer.cache, slots, softmax_scale=softmax["scaling"], sink=softmax["sink"])
     return from_latent(out, kv_b, module.qk_nope_head_dim)
 
 
-def _sparse_prefill(module, query, layer, slots, scaling) -> torch.Tensor:
-    q, kv_b = _absorb(module, _pack(query.transpose(1, 2), layer))
+def _sparse_prefill(module, query, layer, slots, softmax) -> torch.Tensor:
+    kept = None if torch.compiler.is_compiling() else layer.new_kept  # how many are kept is data
+    q, kv_b = _absorb(module, _pack(query.transpose(1, 2), kept))
     rows = layer.cache.data.flatten(0, 1)  # a slot is a row
     out, _ = sparse_mla_prefill(
-        q, rows, _pack(slots, layer), softmax_scale=float(scaling), latent_dim=layer.cache.latent_dim
-    )
-    return _unpack(from_latent(out[None], kv_b, module.qk_nope_head_dim)[0], query, layer)
+        q, rows, _pack(slots, kept), softmax_scale=softmax["scaling"], latent_dim=layer.cache.latent_dim,
+        sink=softmax["sink"],
+    )  # fmt: skip
+    return _unpack(from_latent(out[None], kv_b, module.qk_nope_head_dim)[0], query, kept)
+
+
+def _chooses_all(module, layer) -> bool:
+    """Whether GLM-5-next's indexer chooses every token that a query sees. It chooses whole pools, and the rest of the
+    last one; pools that hold padding are left out, so that nothing is said of those here."""
+    config = module.config
+    whole = config.index_kpool_always_select_tail or config.index_kpool == 1
+    return layer.kept is None and whole and layer.length <= config.index_topk
 
 
 def keep_latents(latents, rotated):
     """Stands in for ``expand_kv`` of an enabled module, so that the attention function receives the latents."""
     return latents, rotated
+
+
+def keep_choice(topk_indices, query_states, kv_length):
+    """Stands in for ``build_attention_mask_from_topk``, so that the attention function receives the positions that the
+    indexer chose, int32 [batch, tokens, top_k] with -1 for none, in place of a mask."""
+    return topk_indices

@@ -14,7 +14,8 @@ class LatentLayer(CacheLayerMixin):
     Sequence ``b`` owns pages ``b * pages_per_seq`` to ``(b + 1) * pages_per_seq - 1``. Padding is counted in
     ``get_seq_length``, as transformers expects, but takes no slot: with the mask ``[[0, 0, 1, 1], [1, 1, 1, 1]]`` and 4
     tokens a page, tokens 2 and 3 of sequence 0 lie in slots 0 and 1, sequence 1 in slots 4 to 7, and ``seq_lens`` is
-    ``[2, 4]``. An indexer's keys, where the model has one, lie in the same slots of an :class:`IndexerCache`.
+    ``[2, 4]``. An indexer's keys, where the model has one, lie in the same slots of an :class:`IndexerCache`; a layer
+    that attends to another layer's latents may hold such keys alone.
     ``enable`` installs these layers by itself; ``Cache(layers=[LatentLayer(page_size=128), ...])`` chooses another
     page size.
     """
@@ -30,7 +31,7 @@ class LatentLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token and release the pages."""
         self.cache: LatentCache | None = None
-        self.index_cache: IndexerCache | None = None
+        self.index_data: torch.Tensor | None = None  # an indexer's keys, [num_pages, page_size, width]
         self.block_table = self.seq_lens = None  # int32 [batch, pages_per_seq], int32 [batch]
         self.length = 0  # tokens seen, padding included
         self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
@@ -85,9 +86,12 @@ class LatentLayer(CacheLayerMixin):
         Returns the keys of every token so far, as transformers keeps them: ``[batch, length, head_dim]``.
         """
         new = indexer_key_states.detach()
-        if self.index_cache is None:
-            shape = (self.cache.num_pages, self.page_size, new.shape[-1])
-            self.index_cache = IndexerCache(new.new_zeros(shape), new.shape[-1])
+        if self.awaits_update:  # this layer's latents are another's: here the narrowest that a LatentCache can hold
+            self.update(
+                new.new_zeros(new.shape[0], 1, new.shape[1], 16), new.new_zeros(new.shape[0], 1, new.shape[1], 0)
+            )
+        if self.index_data is None:
+            self.index_data = new.new_zeros(self.cache.num_pages, self.page_size, new.shape[-1])
         self._store(self._index_rows(), new)
         return indexer_key_states if new.shape[1] == self.length else self.indexer_keys
 
@@ -121,16 +125,20 @@ class LatentLayer(CacheLayerMixin):
         """The pages of each sequence end to end: [batch, slots of a sequence, width]."""
         return self.cache.data.view(self.seq_lens.shape[0], -1, self.cache.data.shape[-1])
 
+    @property
+    def index_cache(self) -> IndexerCache | None:
+        """The indexer's keys, for the ops that score them."""
+        return None if self.index_data is None else IndexerCache(self.index_data, self.index_data.shape[-1])
+
     def _index_rows(self) -> torch.Tensor:
-        return self.index_cache.data.view(self.seq_lens.shape[0], -1, self.index_cache.head_dim)
+        return self.index_data.view(self.seq_lens.shape[0], -1, self.index_data.shape[-1])
 
     def _set_rows(self, rows: torch.Tensor, index_rows: torch.Tensor | None) -> None:
         data = rows.reshape(-1, self.page_size, rows.shape[-1])
         self.cache = LatentCache(data, self.cache.latent_dim)
         self.block_table = torch.arange(data.shape[0], dtype=torch.int32, device=self.device).view(rows.shape[0], -1)
         if index_rows is not None:
-            width = index_rows.shape[-1]
-            self.index_cache = IndexerCache(index_rows.reshape(-1, self.page_size, width), width)
+            self.index_data = index_rows.reshape(-1, self.page_size, index_rows.shape[-1])
 
     def _reserve(self, slots: int) -> None:
         """Room for ``slots`` tokens a sequence; grows by half, so that decoding copies each token a few times only."""
@@ -142,7 +150,7 @@ class LatentLayer(CacheLayerMixin):
         if rows.shape[1]:
             grown[:, : rows.shape[1]] = rows
         index_grown = None
-        if self.index_cache is not None:
+        if self.index_data is not None:
             index_rows = self._index_rows()
             index_grown = index_rows.new_zeros(*grown.shape[:2], index_rows.shape[-1])
             index_grown[:, : index_rows.shape[1]] = index_rows
@@ -164,6 +172,28 @@ class LatentLayer(CacheLayerMixin):
         tokens = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[-1]))
         return tokens.masked_fill(~self.kept[..., None], 0)
 
+    def slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """The slots of tokens at these positions, int32 [batch, tokens, n], where padding counts; -1 stays -1."""
+        places = positions.clamp(min=0).long()
+        if self.kept is not None:
+            ranks = (self.kept.cumsum(-1) - 1)[:, None].expand(-1, positions.shape[1], -1)
+            places = ranks.gather(-1, places)
+        return self._slots_at(places).masked_fill(positions < 0, -1)
+
+    def window_slots(self, tokens: int, window: int) -> torch.Tensor:
+        """The slots that each of the newest tokens sees through a window, int32 [batch, tokens, window]; -1: none."""
+        if self.kept is None:
+            last = torch.arange(self.length - tokens, self.length, device=self.device).expand(len(self.seq_lens), -1)
+        else:
+            last = (self.kept.cumsum(-1) - 1)[:, self.length - tokens :]
+        places = last[..., None] - torch.arange(window - 1, -1, -1, device=self.device)
+        return self._slots_at(places).masked_fill(places < 0, -1)
+
+    def _slots_at(self, places: torch.Tensor) -> torch.Tensor:
+        """places [batch, tokens, n]: which of a sequence's real tokens."""
+        firsts = torch.arange(len(self.seq_lens), device=self.device) * self._rows().shape[1]
+        return (places + firsts[:, None, None]).int()
+
     @property
     def keys(self) -> torch.Tensor | None:
         """The latents in transformers' layout, [batch, 1, length, latent]."""
@@ -177,7 +207,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def indexer_keys(self) -> torch.Tensor | None:
         """The indexer's keys in transformers' layout, [batch, length, head_dim]."""
-        return None if self.index_cache is None else self._gather(self._index_rows())
+        return None if self.index_data is None else self._gather(self._index_rows())
 
     @property
     def bytes_per_token(self) -> int:
@@ -207,7 +237,7 @@ class LatentLayer(CacheLayerMixin):
 
     def _rearrange(self, pick) -> None:
         if self.length:
-            self._set_rows(pick(self._rows()), None if self.index_cache is None else pick(self._index_rows()))
+            self._set_rows(pick(self._rows()), None if self.index_data is None else pick(self._index_rows()))
             self.seq_lens = pick(self.seq_lens)
             self.kept = None if self.kept is None else pick(self.kept)
 

@@ -1,17 +1,20 @@
 """Around a forward of an enabled base model: its cache becomes one of latent layers, which know what is padding."""
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import Cache, DynamicCache
 from transformers import __version__ as _VERSION
 
-from mla_kernels.compat.transformers_attention import NAME, has_prefill, is_marked, mark
+from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, has_prefill, is_marked, mark
 from mla_kernels.compat.transformers_cache import LatentLayer
 
 _CACHE_KEYWORDS = ("cache", "past_key_values")
 """What transformers calls the cache: from 5.24 on, and before."""
+_LINEAR = "linear_attention"
+"""The type of the layers that are transformers' own, with a cache of their own kind."""
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -27,19 +30,42 @@ def cache_keyword(cls: type) -> str:
     )
 
 
-def install_hooks(base) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Prepare the cache before every forward of this model from now on, and look after it that it arrived."""
+@dataclass(frozen=True)
+class _Plan:
+    """What stands in the layers of a base model."""
+
+    keyword: str
+    latent: tuple[int, ...]  # the layers that store latents, or an indexer's keys alone
+    has_prefill: bool  # whether mla_prefill has tiles for all of them
+    masks_itself: bool  # whether the attention makes its mask by itself from what an indexer chose
+
+    @classmethod
+    def of(cls, base, attentions) -> "_Plan":
+        shares = (getattr(module, "is_kv_shared_layer", False) and module.indexer is None for module in attentions)
+        return cls(
+            keyword=cache_keyword(type(base)),
+            latent=tuple(sorted(module.layer_idx for module, other in zip(attentions, shares) if not other)),
+            has_prefill=all(has_prefill(module) for module in attentions),
+            masks_itself=any(hasattr(type(module), MASK_OF_CHOICE) for module in attentions),
+        )
+
+
+def install_hooks(base, attentions) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+    """Prepare the cache before every forward of this model from now on, and look after it that it arrived.
+
+    ``attentions`` are its modules of latent attention."""
     parameters = list(inspect.signature(type(base).forward).parameters.values())[1:]
     names = tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
-    keyword = cache_keyword(type(base))
+    plan = _Plan.of(base, attentions)
     return (
-        base.register_forward_pre_hook(partial(_prepare_cache, names, keyword), with_kwargs=True),
-        base.register_forward_hook(partial(_check_cache_arrived, keyword), with_kwargs=True),
+        base.register_forward_pre_hook(partial(_prepare_cache, names, plan), with_kwargs=True),
+        base.register_forward_hook(partial(_check_cache_arrived, plan), with_kwargs=True),
     )
 
 
-def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
+def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
     """A forward pre-hook: what the base model is to be called with. ``names`` are its positional arguments'."""
+    keyword = plan.keyword
     if base.config._attn_implementation != NAME:
         raise RuntimeError(
             f"this model is enabled, but its attention implementation was set to {base.config._attn_implementation!r} "
@@ -55,7 +81,7 @@ def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
         kwargs["use_cache"] = False  # transformers' layers would not take one
     use_cache = kwargs.get("use_cache")
     if cache is None and (base.config.use_cache if use_cache is None else use_cache):
-        cache = kwargs[keyword] = Cache(layers=[LatentLayer() for _ in range(base.config.num_hidden_layers)])
+        cache = kwargs[keyword] = Cache(layers=_new_layers(base.config, plan.latent))
     if cache is None:
         return (), kwargs
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -67,8 +93,9 @@ def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
     if mask is not None and mask.shape[1] != past + tokens:
         raise ValueError(f"attention_mask: got {mask.shape[1]} tokens, {past} past and {tokens} new ones are accepted")
     mask = None if mask is None else mask.to(torch.bool)
-    _adopt(keyword, cache, base.config.num_hidden_layers, None if mask is None else mask[:, :past])
-    if hasattr(base.config, "index_topk") and len({layer.page_size for layer in cache.layers}) > 1:
+    _adopt(plan, cache, base.config, None if mask is None else mask[:, :past])
+    latent = [cache.layers[index] for index in plan.latent]
+    if hasattr(base.config, "index_topk") and len({layer.page_size for layer in latent}) > 1:
         raise ValueError(f"{keyword}: got layers of several page sizes, one is accepted with an indexer")
     differentiable = torch.is_grad_enabled() and (
         inputs.requires_grad or any(parameter.requires_grad for parameter in base.parameters())
@@ -78,7 +105,7 @@ def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
             f"{keyword}: the latent cache keeps no gradients: pass use_cache=False to train, or decode under "
             "torch.no_grad()"
         )
-    first = cache.layers[0]
+    first = latent[0]
     if mask is None and first.kept is not None:
         raise ValueError("attention_mask: got None, but the cache holds padding; pass the mask of all tokens")
     traced = torch.compiler.is_compiling()  # then nobody can look at values
@@ -87,44 +114,77 @@ def _prepare_cache(names: tuple[str, ...], keyword: str, base, args, kwargs):
         if not torch.equal(before, mask[:, :past]):
             raise ValueError("attention_mask: it masks cached tokens in another way than when they were stored")
     new = None if mask is None or (not traced and bool(mask[:, past:].all())) else mask[:, past:]
-    for layer in cache.layers:
+    for layer in latent:
         kept = None if new is None else new.to(getattr(layer, "device", new.device))
         layer.expect(kept, differentiable=differentiable)
     packs = tokens == 1 or new is None or not traced  # else the number of real tokens would be needed
-    if not differentiable and has_prefill(base.config) and packs:
+    if not differentiable and plan.has_prefill and packs and not plan.masks_itself:
         # These ops know what is causal and what is padding. In place of transformers' [batch, 1, tokens, keys], a view.
         keys = torch.ones(1, 1, dtype=torch.bool, device=inputs.device) if mask is None else mask
-        kwargs["attention_mask"] = mark(keys[:, None, None].expand(batch, 1, tokens, past + tokens))
+        marked = mark(keys[:, None, None].expand(batch, 1, tokens, past + tokens))
+        kwargs["attention_mask"] = marked
+        if _LINEAR in (getattr(base.config, "layer_types", None) or ()):  # those need to know which tokens are real
+            kwargs["attention_mask"] = {"full_attention": marked, _LINEAR: None if tokens == 1 else new}
     return (), kwargs
 
 
-def _check_cache_arrived(keyword: str, base, args, kwargs, output) -> None:
+def _check_cache_arrived(plan: _Plan, base, args, kwargs, output) -> None:
     """A forward hook: where the mask was left to the layers of the cache, each attention must have met its layer."""
-    if not is_marked(kwargs.get("attention_mask")):
+    mask, cache = kwargs.get("attention_mask"), kwargs.get(plan.keyword)
+    left = is_marked(mask.get("full_attention") if isinstance(mask, dict) else mask)
+    if not left and (cache is None or not plan.masks_itself):
         return
-    layers = kwargs[keyword].layers[: base.config.num_hidden_layers]
-    if missed := [index for index, layer in enumerate(layers) if layer.awaits_update]:
+    if missed := [index for index in plan.latent if cache.layers[index].awaits_update]:
         raise RuntimeError(
-            f"{type(base).__name__} of transformers {_VERSION} took {keyword}, but the attention of layers {missed} "
-            "stored no token there: this result is not to be used; call mla_kernels.compat.transformers.disable(model)"
+            f"{type(base).__name__} of transformers {_VERSION} took {plan.keyword}, but the attention of layers "
+            f"{missed} stored no token there: this result is not to be used; call "
+            "mla_kernels.compat.transformers.disable(model)"
         )
 
 
-def _adopt(keyword: str, cache, num_layers: int, kept: torch.Tensor | None) -> None:
-    """Turn a cache of transformers' dynamic layers into one of latent layers, in place."""
-    if all(isinstance(layer, LatentLayer) for layer in cache.layers) and len(cache.layers) >= num_layers:
+def _new_layers(config, latent: tuple[int, ...]) -> list:
+    """Empty layers of a cache: latent ones, and in between those that transformers would take."""
+    if len(latent) == config.num_hidden_layers:
+        return [LatentLayer() for _ in latent]
+    return [
+        LatentLayer() if index in latent else layer for index, layer in enumerate(DynamicCache(config=config).layers)
+    ]
+
+
+def _adopt(plan: _Plan, cache, config, kept: torch.Tensor | None) -> None:
+    """Turn a cache's dynamic layers into latent ones, in place, where the model's attention is latent."""
+    filled = list(cache.layers)
+    is_latent = [isinstance(layer, LatentLayer) for layer in filled]
+    if len(filled) >= config.num_hidden_layers and all(is_latent[index] for index in plan.latent):
+        others = [index for index in range(config.num_hidden_layers) if index not in plan.latent and is_latent[index]]
+        if others:
+            raise ValueError(
+                f"{plan.keyword}: got latent layers at {others}, where this model has none; pass None or a DynamicCache"
+            )
         return
     if type(cache) is not DynamicCache or cache.offloading:
         raise NotImplementedError(
-            f"{keyword}: got {'an offloaded ' if getattr(cache, 'offloading', False) else ''}"
+            f"{plan.keyword}: got {'an offloaded ' if getattr(cache, 'offloading', False) else ''}"
             f"{type(cache).__name__}, accepted: None, DynamicCache, or a Cache of LatentLayer"
         )
-    filled = list(cache.layers)
-    cache.layers = [LatentLayer() for _ in range(num_layers)]
+    for index in plan.latent:
+        if index < len(filled) and getattr(filled[index], "is_sliding", False) and filled[index].get_seq_length():
+            raise NotImplementedError(
+                f"{plan.keyword}: got a filled {type(filled[index]).__name__}, an empty one is accepted: it holds no "
+                "token before its window"
+            )
+    cache.layers = _new_layers(config, plan.latent)
     cache.layer_class_to_replicate = None
-    for old, new in zip(filled, cache.layers):
+    for index, old in enumerate(filled[: config.num_hidden_layers]):
+        if index not in plan.latent:
+            cache.layers[index] = old
+            continue
+        new, stored = cache.layers[index], getattr(old, "indexer_keys", None)
+        present = old.keys if old.get_seq_length() else stored
+        if present is None:
+            continue
+        new.expect(None if kept is None or bool(kept.all()) else kept.to(present.device))
         if old.get_seq_length():
-            new.expect(None if kept is None or bool(kept.all()) else kept.to(old.keys.device))
             new.update(old.keys, old.values)
-            if getattr(old, "indexer_keys", None) is not None:
-                new.update_indexer(old.indexer_keys)
+        if stored is not None:
+            new.update_indexer(stored)

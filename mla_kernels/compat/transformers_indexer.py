@@ -14,31 +14,78 @@ def choose_slots(indexer, hidden, q_residual, angles, mask, positions, cache=Non
     ``cache`` since 5.24, ``past_key_values`` before.
     """
     cache = past_key_values if cache is None else cache
-    return _choose(indexer, apply_rotary_pos_emb, hidden, q_residual, angles, mask, positions, cache)
+    return _choose_by_residual(indexer, apply_rotary_pos_emb, hidden, q_residual, angles, mask, positions, cache)
 
 
-def choose_slots_interleaved(indexer, hidden, q_residual, angles, mask, positions, cache=None, past_key_values=None):
-    """The same for ``GlmMoeDsaIndexer``, which rotates interleaved pairs."""
+def choose_slots_interleaved(
+    indexer, hidden, q_residual, angles, mask, position_ids, cache=None, past_key_values=None
+):  # fmt: skip
+    """The same for ``GlmMoeDsaIndexer`` and ``Dots3NoteTextIndexer``, which rotate interleaved pairs."""
     cache = past_key_values if cache is None else cache
-    return _choose(indexer, apply_rotary_pos_emb_interleave, hidden, q_residual, angles, mask, positions, cache)
+    rotate = apply_rotary_pos_emb_interleave
+    return _choose_by_residual(indexer, rotate, hidden, q_residual, angles, mask, position_ids, cache)
 
 
-def _choose(indexer, rotate, hidden, q_residual, angles, mask, positions, cache):
-    layer = None if cache is None else cache.layers[indexer.layer_idx]
-    if layer is None or layer.differentiable:
+def choose_slots_rotated_last(indexer, hidden, q_residual, angles, mask, positions, cache=None, past_key_values=None):
+    """The same for ``HYV4Indexer``, which rotates the last columns of a head, not the first."""
+    cache = past_key_values if cache is None else cache
+    rotate = apply_rotary_pos_emb
+    return _choose_by_residual(indexer, rotate, hidden, q_residual, angles, mask, positions, cache, rotated_last=True)
+
+
+def choose_slots_by_position(indexer, hidden, angles, mask, positions, cache=None, past_key_values=None):
+    """The same for ``MistralLarge4TextIndexer``: its queries come from the hidden states and are scaled by position,
+    and in layers without rotary embeddings nothing is rotated."""
+    cache = past_key_values if cache is None else cache
+    layer = _layer(indexer, cache)
+    if layer is None:
+        return type(indexer).forward(indexer, hidden, angles, mask, positions, cache)
+    q = indexer.wq_b(indexer.q_input_norm(hidden)).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+    q = indexer.softmax_scaling(q, positions, head_dim_first=False)
+    rotate = apply_rotary_pos_emb_interleave if indexer.use_rope else None
+    return _choose(indexer, rotate, q, hidden, angles, layer)
+
+
+def _choose_by_residual(
+    indexer, rotate, hidden, q_residual, angles, mask, positions, cache, *, rotated_last=False
+):  # fmt: skip
+    layer = _layer(indexer, cache)
+    if layer is None:
         return type(indexer).forward(indexer, hidden, q_residual, angles, mask, positions, cache)
+    q = indexer.wq_b(q_residual).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+    return _choose(indexer, rotate, q, hidden, angles, layer, rotated_last=rotated_last)
+
+
+def _layer(indexer, cache):
+    """The layer of the cache that takes this indexer's keys; None: transformers' own forward is to run."""
+    layer = None if cache is None else cache.layers[indexer.layer_idx]
+    return None if layer is None or layer.differentiable else layer
+
+
+def _choose(indexer, rotate, q, hidden, angles, layer, *, rotated_last=False):
+    """q [batch, tokens, heads, head_dim], not yet rotated."""
     batch, tokens, _ = hidden.shape
-    q = indexer.wq_b(q_residual).view(batch, tokens, indexer.n_heads, indexer.head_dim)
-    k = indexer.k_norm(indexer.wk(hidden))[:, :, None]  # [batch, tokens, 1, head_dim]
-    parts = (indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim)
-    (q_rope, q_rest), (k_rope, k_rest) = q.split(parts, -1), k.split(parts, -1)
-    q_rope, k_rope = rotate(q_rope, k_rope, *angles, unsqueeze_dim=2)
-    layer.update_indexer(torch.cat((k_rope, k_rest), -1)[:, :, 0])
+    k = indexer.k_norm(indexer.wk(hidden).to(indexer.k_norm.weight.dtype)).to(hidden.dtype)
+    k = k[:, :, None]  # [batch, tokens, 1, head_dim]
+    if rotate is not None:
+        q, k = _rotated(rotate, q, k, angles, indexer.qk_rope_head_dim, last=rotated_last)
+    layer.update_indexer(k[:, :, 0])
     if layer.length <= indexer.index_topk:
         return torch.empty(batch, tokens, 0, dtype=torch.int32, device=hidden.device)
     weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()
     weights = weights * (indexer.n_heads * indexer.head_dim) ** -0.5  # [batch, tokens, heads]
-    return _select(torch.cat((q_rope, q_rest), -1), weights, layer, indexer.index_topk)
+    return _select(q, weights, layer, indexer.index_topk)
+
+
+def _rotated(rotate, q, k, angles, rope: int, *, last: bool):
+    """The first ``rope`` columns of each head rotated, or the last."""
+    rest = q.shape[-1] - rope
+    (q_first, q_last), (k_first, k_last) = (each.split((rest, rope) if last else (rope, rest), -1) for each in (q, k))
+    if last:
+        q_last, k_last = rotate(q_last, k_last, *angles, unsqueeze_dim=2)
+    else:
+        q_first, k_first = rotate(q_first, k_first, *angles, unsqueeze_dim=2)
+    return torch.cat((q_first, q_last), -1), torch.cat((k_first, k_last), -1)
 
 
 def _select(q, weights, layer, top_k: int) -> torch.Tensor:

@@ -41,6 +41,58 @@ FAMILIES = {
         routed_scaling_factor=1.5, head_dim=16,
     ),
 }  # fmt: skip
+LINEAR = dict(
+    num_hidden_layers=4, layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"]
+)
+FAMILIES |= {  # not in every version of transformers
+    "AXK1": FIRST_DENSE,
+    "AXK2": FIRST_DENSE | INDEXER | {"n_group": None, "topk_group": None},
+    "HYV4": FIRST_DENSE
+    | INDEXER
+    | {"indexer_types": ["full", "shared", "full"], "hc_mult": 2, "swiglu_limit": 1.5, "learnable_sink_init": 0.5},
+    "MistralLarge4": FIRST_DENSE
+    | INDEXER
+    | dict(  # layer 1 has no rope, layer 2 attends to layer 0's latents by its own indexer, layer 3 by that choice
+        num_hidden_layers=4,
+        indexer_types=["full", "full", "full", "shared"],
+        no_rope_layers=[1, 0, 1, 1],
+        kv_source_layers=[0, 1, 0, 0],
+        rope_parameters=YARN | {"attention_factor": 1.0},
+    ),
+    "Dots3Note": FIRST_DENSE
+    | INDEXER
+    | dict(
+        layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+        head_dim=64,
+        sliding_window_size=16,
+        swa_num_attention_heads=2,
+        swa_num_key_value_heads=2,
+        swa_q_lora_rank=16,
+        swa_kv_lora_rank=64,
+        swa_head_dim=48,
+        swa_qk_nope_head_dim=32,
+        swa_v_head_dim=16,
+    ),
+    "KimiLinear": FIRST_DENSE | LINEAR | dict(num_local_experts=8, linear_head_dim=16, linear_num_heads=2),
+    "BailingHybrid": FIRST_DENSE | LINEAR | dict(num_local_experts=8, head_dim=16, rope_theta=1e4),
+    "Glm5Next": FIRST_DENSE
+    | INDEXER
+    | dict(
+        layer_types=["indexed_attention", "linear_attention", "indexed_attention", "indexed_attention"],
+        indexer_types=["full", "full", "full", "shared"],
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        qk_rope_head_dim=0,
+        linear_head_dim=16,
+        linear_num_heads=2,
+        index_kpool=4,
+        hc_mult=2,
+        hc_sinkhorn_iters=3,
+        num_hidden_layers=4,
+    ),
+}
+CONFIGS = {family: f"{family}Config" for family in FAMILIES}
+CONFIGS |= {family: f"{family}TextConfig" for family in ("MistralLarge4", "Dots3Note", "Glm5Next")}
+FAMILIES = {family: sizes for family, sizes in FAMILIES.items() if hasattr(transformers, CONFIGS[family])}
 GEOMETRY = {  # the heads of the released models, in one layer: nope, rope, value, latent
     "DeepseekV2": (128, 64, 128, 512),
     "DeepseekV3": (128, 64, 128, 512),
@@ -51,6 +103,14 @@ GEOMETRY = {  # the heads of the released models, in one layer: nope, rope, valu
     "Mistral4": (64, 64, 128, 256),
     "Youtu": (128, 64, 128, 512),
     "LongcatFlash": (128, 64, 128, 512),
+    "AXK1": (128, 64, 128, 512),
+    "AXK2": (64, 32, 64, 128),
+    "HYV4": (192, 64, 256, 512),
+    "MistralLarge4": (64, 64, 128, 512),
+    "Dots3Note": (128, 64, 128, 512),
+    "KimiLinear": (128, 64, 128, 512),
+    "BailingHybrid": (128, 64, 128, 512),
+    "Glm5Next": (256, 0, 256, 512),
 }
 VARIANTS = {
     "v3": ("DeepseekV3", {}),
@@ -66,22 +126,40 @@ CACHE = "cache" if "cache" in inspect.signature(transformers.DeepseekV3Model.for
 
 
 def tiny(family: str, **changes):
-    """A seeded ``<family>ForCausalLM`` with 3 layers, the first dense."""
+    """A seeded ``<family>ForCausalLM`` with 3 layers, or those that its family names; the first is dense."""
     sizes = SIZES | {"num_hidden_layers": 3} | FAMILIES[family] | changes
     if family == "LongcatFlash":  # two attentions in each layer
         sizes["num_layers"] = sizes.pop("num_hidden_layers") - 1
-    config = getattr(transformers, f"{family}Config")(**sizes)
+    config = getattr(transformers, CONFIGS[family])(**sizes)
     generator = torch.Generator().manual_seed(7)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = _causal_class(family)(config).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() >= 2:
                 tensor.normal_(0, 0.15, generator=generator)
-            elif "layernorm" in name or "norm.weight" in name:
+            elif "layernorm" in name or "norm.weight" in name or name.endswith(("sinks", "softmax_scaling.scale")):
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif "e_score_correction_bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)
     return model.requires_grad_(False)
+
+
+def _causal_class(family: str) -> type:
+    """transformers' own, or DeepSeek-V3's around a text model that transformers has in a multimodal class alone."""
+    name = f"{family}ForCausalLM"
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    text, own = getattr(transformers, f"{family}TextModel"), transformers.DeepseekV3ForCausalLM
+
+    def __init__(self, config):
+        super(cls, self).__init__(config)
+        self.model, self.vocab_size = text(config), config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    body = {"__init__": __init__, "forward": own.forward, "config": text.config_class}
+    cls = type(name, (text.__base__, transformers.GenerationMixin), body)
+    return cls
 
 
 @contextlib.contextmanager
