@@ -61,7 +61,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
     if positions is not None and not _chooses_all(module, layer):
         indices = layer.slots(positions)
-    elif window is not None and layer.length > window and not few:
+    elif window is not None and layer.length > window and (layer.kept is not None or not few):
         indices = layer.window_slots(query.shape[2], window)
     if indices is not None and indices.shape[-1]:
         return (_sparse_decode if few else _sparse_prefill)(module, query, layer, indices, softmax), None

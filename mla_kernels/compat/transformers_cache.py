@@ -173,26 +173,22 @@ class LatentLayer(CacheLayerMixin):
         return tokens.masked_fill(~self.kept[..., None], 0)
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """The slots of tokens at these positions, int32 [batch, tokens, n], where padding counts; -1 stays -1."""
-        places = positions.clamp(min=0).long()
+        """The slots of the tokens at these positions [batch, tokens, n], where padding counts; int32, -1 for positions
+        below 0 and for padding."""
+        places, chosen = positions.clamp(min=0).long(), positions >= 0
         if self.kept is not None:
-            ranks = (self.kept.cumsum(-1) - 1)[:, None].expand(-1, positions.shape[1], -1)
-            places = ranks.gather(-1, places)
-        return self._slots_at(places).masked_fill(positions < 0, -1)
+            sequence = torch.arange(len(self.seq_lens), device=self.device)[:, None, None]
+            chosen = chosen & self.kept[sequence, places]
+            places = (self.kept.cumsum(-1) - 1)[sequence, places]
+        firsts = torch.arange(len(self.seq_lens), device=self.device) * self._rows().shape[1]
+        return (places + firsts[:, None, None]).int().masked_fill(~chosen, -1)
 
     def window_slots(self, tokens: int, window: int) -> torch.Tensor:
-        """The slots that each of the newest tokens sees through a window, int32 [batch, tokens, window]; -1: none."""
-        if self.kept is None:
-            last = torch.arange(self.length - tokens, self.length, device=self.device).expand(len(self.seq_lens), -1)
-        else:
-            last = (self.kept.cumsum(-1) - 1)[:, self.length - tokens :]
-        places = last[..., None] - torch.arange(window - 1, -1, -1, device=self.device)
-        return self._slots_at(places).masked_fill(places < 0, -1)
-
-    def _slots_at(self, places: torch.Tensor) -> torch.Tensor:
-        """places [batch, tokens, n]: which of a sequence's real tokens."""
-        firsts = torch.arange(len(self.seq_lens), device=self.device) * self._rows().shape[1]
-        return (places + firsts[:, None, None]).int()
+        """The slots that each of the newest tokens sees through a window, [batch, tokens, window]; as in transformers
+        padding takes room in it."""
+        places = torch.arange(self.length - tokens, self.length, device=self.device)[:, None]
+        places = places - torch.arange(window - 1, -1, -1, device=self.device)
+        return self.slots(places.expand(len(self.seq_lens), -1, -1))
 
     @property
     def keys(self) -> torch.Tensor | None:

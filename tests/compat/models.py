@@ -52,11 +52,11 @@ FAMILIES |= {  # not in every version of transformers
     | {"indexer_types": ["full", "shared", "full"], "hc_mult": 2, "swiglu_limit": 1.5, "learnable_sink_init": 0.5},
     "MistralLarge4": FIRST_DENSE
     | INDEXER
-    | dict(  # layer 1 has no rope, layer 2 attends to layer 0's latents by its own indexer, layer 3 by that choice
+    | dict(  # layers 1 and 2 attend to layer 0's latents, 2 by an indexer of its own; layer 3 has no rope
         num_hidden_layers=4,
-        indexer_types=["full", "full", "full", "shared"],
-        no_rope_layers=[1, 0, 1, 1],
-        kv_source_layers=[0, 1, 0, 0],
+        indexer_types=["full", "shared", "full", "full"],
+        no_rope_layers=[1, 1, 1, 0],
+        kv_source_layers=[0, 0, 0, 3],
         rope_parameters=YARN | {"attention_factor": 1.0},
     ),
     "Dots3Note": FIRST_DENSE
@@ -93,6 +93,8 @@ FAMILIES |= {  # not in every version of transformers
 CONFIGS = {family: f"{family}Config" for family in FAMILIES}
 CONFIGS |= {family: f"{family}TextConfig" for family in ("MistralLarge4", "Dots3Note", "Glm5Next")}
 FAMILIES = {family: sizes for family, sizes in FAMILIES.items() if hasattr(transformers, CONFIGS[family])}
+HYBRID = [family for family in ("KimiLinear", "BailingHybrid", "Glm5Next") if family in FAMILIES]
+"""Families with layers of linear attention, too."""
 GEOMETRY = {  # the heads of the released models, in one layer: nope, rope, value, latent
     "DeepseekV2": (128, 64, 128, 512),
     "DeepseekV3": (128, 64, 128, 512),
@@ -137,11 +139,30 @@ def tiny(family: str, **changes):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() >= 2:
                 tensor.normal_(0, 0.15, generator=generator)
-            elif "layernorm" in name or "norm.weight" in name or name.endswith(("sinks", "softmax_scaling.scale")):
+            elif "layernorm" in name or "norm.weight" in name or name.endswith("sinks"):
                 tensor.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("softmax_scaling.scale"):
+                tensor.uniform_(0.1, 0.3, generator=generator)
             elif "e_score_correction_bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)
     return model.requires_grad_(False)
+
+
+def one_layer(family: str) -> dict:
+    """Changes of the sizes to a single layer, of latent attention; LongCat-Flash's fewest have two attentions."""
+    kinds = {"layer_types": FAMILIES[family].get("layer_types", ())[-1:]} if family in HYBRID else {}
+    changes = {
+        "LongcatFlash": dict(num_hidden_layers=2),
+        "MistralLarge4": dict(indexer_types=["full"], no_rope_layers=[1], kv_source_layers=[0]),
+        "Dots3Note": dict(layer_types=["indexed_attention"]),
+        "Glm5Next": dict(indexer_types=["full"], mlp_layer_types=["dense"]),
+    }
+    return {"num_hidden_layers": 1} | kinds | changes.get(family, {})
+
+
+def attentions(model) -> list:
+    """The model's modules of latent attention."""
+    return [module for module in model.modules() if hasattr(module, "expand_kv")]
 
 
 def _causal_class(family: str) -> type:

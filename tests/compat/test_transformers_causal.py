@@ -99,7 +99,8 @@ def test_a_cache_that_does_not_arrive_is_an_error(family, where, monkeypatch):
         return own(*args, **kwargs | {CACHE: None})
 
     monkeypatch.setattr(module, "forward", forward)
-    with pytest.raises(RuntimeError, match=f"of layer {attention.layer_idx}: the cache .* did not arrive"):
+    index = attention.layer_idx
+    with pytest.raises(RuntimeError, match=rf"layer {index}: the cache .* did not arrive|\[{index}\] stored no token"):
         model(ids)
 
 
@@ -130,7 +131,9 @@ def test_an_unknown_keyword_is_refused_with_the_version(cls, monkeypatch):
 
 def test_the_keyword_is_the_one_of_the_forward():
     for family in compat.FAMILIES:
-        base = getattr(transformers, family.base)
+        base = getattr(transformers, family.base, None)
+        if base is None and family.base.removesuffix("Model").removesuffix("Text") not in FAMILIES:
+            continue  # not in this version of transformers
         assert cache_keyword(base) == CACHE
         attention = getattr(sys.modules[base.__module__], family.attention)
         assert cache_keyword(attention) == CACHE

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from mla_kernels.compat.transformers import enable, experts
 from mla_kernels.compat.transformers_experts import _recognise
-from tests.compat.models import CACHE, FAMILIES, VOCABULARY, fast_cpu, tiny
+from tests.compat.models import CACHE, FAMILIES, VOCABULARY, fast_cpu, one_layer, tiny
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -112,7 +112,7 @@ def _steps(model, ids, mask):
 
 def _model(family, **changes):
     """One layer, with experts where the family allows that for its first: tracing takes seconds a layer."""
-    sizes = FAMILIES[family] | {"num_hidden_layers": 2 if family == "LongcatFlash" else 1}  # its layers are one fewer
+    sizes = FAMILIES[family] | one_layer(family)
     if "first_k_dense_replace" in sizes:
         sizes["first_k_dense_replace"] = 0
     return tiny(family, **sizes | changes)

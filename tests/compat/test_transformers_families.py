@@ -1,6 +1,7 @@
 """enable(model) on every family: transformers' own eager text and logits, in inference and training."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,10 +9,25 @@ import transformers
 
 from mla_kernels.compat.transformers import FAMILIES as TABLE
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
-from tests.compat.models import CACHE, FAMILIES, GEOMETRY, VOCABULARY, fast_cpu, tiny
+from tests.compat.models import (
+    CACHE,
+    CONFIGS,
+    FAMILIES,
+    GEOMETRY,
+    HYBRID,
+    VOCABULARY,
+    attentions,
+    fast_cpu,
+    one_layer,
+    tiny,
+)
 
 PROMPT, PADDING, NEW = 29, 9, 8
-INDEXED = ("DeepseekV32", "GlmMoeDsa")
+INDEXED = [
+    name for name in ("DeepseekV32", "GlmMoeDsa", "AXK2", "HYV4", "MistralLarge4", "Dots3Note") if name in FAMILIES
+]
+WINDOWS = [name for name in ("Dots3Note",) if name in FAMILIES]
+POOLS = [name for name in ("Glm5Next",) if name in FAMILIES]  # their indexer, transformers' own, chooses pools of keys
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +62,8 @@ def _assert_same(actual, expected, atol=1e-4):
 
 
 def test_every_family_is_tested():
-    assert {family.base.removesuffix("Model") for family in TABLE} == set(FAMILIES) == set(GEOMETRY)
+    names = {family.base.removesuffix("Model").removesuffix("Text") for family in TABLE}
+    assert names == set(CONFIGS) == set(GEOMETRY)
 
 
 @pytest.mark.parametrize("heads", [4, 3])
@@ -61,12 +78,15 @@ def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(family, heads, cal
     layers = model.config.num_hidden_layers
     dense = {"MiniCPM3": layers, "Youtu": layers, "LongcatFlash": 2}.get(family, 1)  # layers without experts
     assert calls["fused_moe"] == NEW * (layers - dense)
-    assert calls["mla_prefill"] == layers
-    assert calls["mla_decode"] == (NEW - 1) * layers
+    latent = len(attentions(model))
+    sparse = latent if family in POOLS else len(WINDOWS) if family in WINDOWS else 0  # these choose slots under padding
+    assert (calls["mla_prefill"], calls["sparse_mla_prefill"]) == (latent - sparse, sparse)
+    assert (calls["mla_decode"], calls["sparse_mla_decode"]) == ((NEW - 1) * (latent - sparse), (NEW - 1) * sparse)
     cache = actual[CACHE]
     assert len(cache.layers) == layers
-    for layer in cache.layers:
-        assert isinstance(layer, LatentLayer)
+    stored = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
+    assert len(stored) == latent - (family == "MistralLarge4"), "one layer has neither latents nor an indexer"
+    for layer in stored:
         assert layer.get_seq_length() == PROMPT + NEW - 1
         assert layer.seq_lens.tolist() == [PROMPT + NEW - 1, PROMPT + NEW - 1 - PADDING], "padding takes no slot"
 
@@ -79,16 +99,17 @@ def test_real_head_geometry(family, calls):
         changes["head_dim"] = rope
     if family in INDEXED:
         changes["index_head_dim"] = 128
-    model = _eager(family, num_hidden_layers=2 if family == "LongcatFlash" else 1, **changes)
+    model = _eager(family, **one_layer(family) | changes)
     ids, mask = _batch()
     expected = _generate(model, ids, mask, new=3)
     _assert_same(_generate(enable(model), ids, mask, new=3), expected)
     layers = model.config.num_hidden_layers
-    assert (calls["mla_prefill"], calls["mla_decode"]) == (layers, 2 * layers)
+    prefix = "sparse_" if family in POOLS else ""
+    assert (calls[f"{prefix}mla_prefill"], calls[f"{prefix}mla_decode"]) == (layers, 2 * layers)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", INDEXED)
+@pytest.mark.parametrize("family", [*INDEXED, *POOLS])
 def test_indexer_chooses_the_same_keys(family, padded, calls):
     """A context beyond top_k: prefill, chunks over it and decoding attend to the chosen keys only."""
     model = _eager(family, index_topk=16)
@@ -97,10 +118,13 @@ def test_indexer_chooses_the_same_keys(family, padded, calls):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     _assert_same(_generate(enable(model), ids, mask, new=12), expected)
-    indexers = 2 if family == "GlmMoeDsa" else 3  # one layer takes the choice of the layer before it
-    assert calls == {
-        "select_slots": 12 * indexers, "sparse_mla_prefill": 3, "sparse_mla_decode": 11 * 3, "fused_moe": 12 * 2,
-    }  # fmt: skip
+    indexers = sum(type(module).__name__.endswith("Indexer") for module in model.modules())
+    layers, latent = model.config.num_hidden_layers, len(attentions(model))
+    windows = len(WINDOWS) if family in WINDOWS and not padded else 0
+    assert calls == Counter(
+        select_slots=0 if family in POOLS else 12 * indexers, sparse_mla_prefill=latent,
+        sparse_mla_decode=11 * (latent - windows), mla_decode=11 * windows, fused_moe=12 * (layers - 1),
+    )  # fmt: skip
     past, start = None, 0
     for chunk in (10, 17, 2):  # up to the limit, a prefill across it, and decoding
         rows = slice(start, start + chunk)
@@ -121,10 +145,10 @@ def test_indexer_on_every_backend(backend, device, calls):
 
 
 @pytest.mark.parametrize("top_k", [16, 64])
-@pytest.mark.parametrize("family", ["DeepseekV3", *INDEXED])
+@pytest.mark.parametrize("family", ["DeepseekV3", *INDEXED, *HYBRID])
 def test_padding_anywhere(family, top_k):
     """Padding before, within and after a prompt, and in a later chunk."""
-    model = _eager(family, **({"index_topk": top_k} if family in INDEXED else {}))
+    model = _eager(family, **({"index_topk": top_k} if "index_topk" in FAMILIES[family] else {}))
     ids, mask = _batch()
     mask[0, 11:14] = 0
     mask[0, 26:] = 0
@@ -148,8 +172,8 @@ def test_indexer_cache_holds_what_transformers_caches(family):
     actual = _generate(enable(model), ids, mask)[CACHE]
     real = torch.cat((mask, torch.ones(2, NEW - 1)), -1).bool()
     for ours, theirs in zip(actual.layers, expected.layers, strict=True):
-        if theirs.indexer_keys is None:  # a layer that takes the choice of the layer before it
-            assert ours.indexer_keys is None
+        if getattr(theirs, "indexer_keys", None) is None:  # a layer that takes the choice of another, or a window
+            assert getattr(ours, "indexer_keys", None) is None
             continue
         torch.testing.assert_close(ours.indexer_keys[real], theirs.indexer_keys[real], atol=1e-4, rtol=0)
         ours.batch_repeat_interleave(2)
@@ -160,10 +184,16 @@ def test_indexer_cache_holds_what_transformers_caches(family):
         torch.testing.assert_close(ours.indexer_keys[kept], swapped[kept], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", INDEXED)
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=["beams", "lookup"])
-def test_indexer_keys_follow_their_sequences(family, options):
-    model = _eager(family, index_topk=16)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {"num_beams": 3}) for family in (*INDEXED, *HYBRID)),
+        *((family, {"prompt_lookup_num_tokens": 4}) for family in INDEXED),  # linear layers cannot forget tokens
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_caches_follow_their_sequences(family, options):
+    model = _eager(family, **({"index_topk": 16} if "index_topk" in FAMILIES[family] else {}))
     ids = torch.randint(2, VOCABULARY, (1, 6)).repeat(1, 4)
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0) | options
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -179,9 +209,10 @@ def test_half_precision(family, dtype):
     actual = _generate(enable(model), ids, mask, new=2)
     scale = expected.logits[0].float().abs().max().item()
     torch.testing.assert_close(actual.logits[0].float(), expected.logits[0].float(), atol=0.05 * scale, rtol=0)
-    assert actual[CACHE].layers[0].bytes_per_token == (32 + 16) * 2
+    layer = next(layer for layer in actual[CACHE].layers if isinstance(layer, LatentLayer))
+    assert layer.bytes_per_token == (32 + FAMILIES[family].get("qk_rope_head_dim", 16)) * 2
     if family in INDEXED:  # rounding may move the choice of a key, so that texts part
-        assert actual[CACHE].layers[0].index_cache.data.dtype == dtype
+        assert layer.index_cache.data.dtype == (torch.float32 if family == "Dots3Note" else dtype), "as transformers'"
         sparse = enable(tiny(family, index_topk=16).to(dtype))
         assert _generate(sparse, ids, mask, new=2).logits[1].isfinite().all()
 
@@ -221,9 +252,9 @@ def test_gradients_without_a_cache(family, padded, calls):
     with torch.enable_grad():
         for each in (model, twin):
             each(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-    layers = model.config.num_hidden_layers
+    latent = len(attentions(model))
     assert (calls.pop("fused_moe", 0) > 0) == (family not in ("MiniCPM3", "Youtu"))  # those have no experts
-    assert calls == ({} if padded or family in INDEXED else {"mla_prefill": layers})
+    assert calls == ({} if padded or family in (*INDEXED, *POOLS) else {"mla_prefill": latent})
     for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
         if theirs.grad is None:
             assert ours.grad is None, name
@@ -244,7 +275,9 @@ def test_gradients_do_not_reach_through_the_cache(family):
     assert model.model.embed_tokens.weight.grad.any()
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "LongcatFlash", *INDEXED])
+@pytest.mark.parametrize(
+    "family", ["DeepseekV3", "LongcatFlash", *HYBRID, *(family for family in INDEXED if family not in WINDOWS)]
+)
 def test_takes_over_a_cache_that_transformers_filled(family):
     model = _eager(family)
     ids, mask = _batch()
