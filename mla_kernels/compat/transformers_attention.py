@@ -60,7 +60,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     window = kwargs.get("sliding_window")
     few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
     if positions is not None and not _chooses_all(module, layer):
-        indices = layer.slots(positions)
+        indices = layer.slots(positions if layer.kept is None else _once(positions))
     elif window is not None and layer.length > window and (layer.kept is not None or not few):
         indices = layer.window_slots(query.shape[2], window)
     if indices is not None and indices.shape[-1]:
@@ -222,6 +222,13 @@ def _chooses_all(module, layer) -> bool:
     config = module.config
     whole = config.index_kpool_always_select_tail or config.index_kpool == 1
     return layer.kept is None and whole and layer.length <= config.index_topk
+
+
+def _once(positions: torch.Tensor) -> torch.Tensor:
+    """Each position once, the rest -1: where padding splits a pool, GLM-5-next's indexer names some twice."""
+    positions = positions.sort(-1).values
+    again = F.pad(positions[..., 1:] == positions[..., :-1], (1, 0))
+    return positions.masked_fill(again, -1)
 
 
 def keep_latents(latents, rotated):

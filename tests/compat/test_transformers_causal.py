@@ -72,7 +72,7 @@ def test_a_cache_passed_in_any_way_gives_the_logits_of_the_whole(family):
             out = way(chunk, cache)
             cache = out[CACHE]
             outs.append(out.last_hidden_state)
-        assert isinstance(cache.layers[0], LatentLayer)
+        assert isinstance(cache.layers[-1], LatentLayer)
         assert cache.get_seq_length() == TOKENS
         torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
