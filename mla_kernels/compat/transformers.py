@@ -136,16 +136,20 @@ def enable(model, *, prepack: bool = False):
     Greedy, sampled, beam and assisted generation, left-padded batches and manual decode loops give what they gave
     before, up to rounding. A cache that transformers filled is taken over. What runs where:
 
-    - The cache is paged latents (``LatentLayer``), without room for padding.
+    - The cache is paged latents (``LatentLayer``), without room for padding. Layers of linear attention keep
+      transformers' own states in the same cache; layers with a window keep every token.
     - Up to ``DECODE_TOKENS`` new tokens a sequence attend with ``mla_decode`` in the latent space. More are a prefill:
       ``mla_prefill`` over expanded K and V, or transformers' sdpa where that op has no tiles for the head's widths.
     - An indexer's scores and choice run in ``select_slots`` over paged indexer keys. Past its top_k, tokens attend
       with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key. A forward
-      hook on the indexer sees cache slots, where transformers' own has positions.
+      hook on the indexer sees cache slots, where transformers' own has positions. GLM-5-next's indexer, which chooses
+      pools of tokens, is transformers' own, and what it chose is attended to with the same ops.
+    - Past a window a prefill is ``sparse_mla_prefill`` over it. Sinks are scores of their own in every case.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
-    - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
+    - Projections, norms, rotary embeddings, routers, dense and shared MLPs, linear attention and hyper-connections are
+      transformers' own code throughout.
 
     Decoding absorbs the weight of ``kv_b_proj`` into the query and does not call that module. Parametrizations of the
     weight act; adapters around the module, forward hooks and other forwards are refused, also where they come later.
@@ -171,17 +175,18 @@ def enable(model, *, prepack: bool = False):
 
     Args:
         model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
-            and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
-            (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
-            ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
+            and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, GLM-5-next, MiniCPM3, Mistral 4, Mistral Large 4, Youtu,
+            LongCat-Flash, A.X-K1 and K2, HY-V4, dots3-note, Kimi-Linear, Bailing-hybrid (``DeepseekV2ForCausalLM``,
+            ``MiniCPM3Model``, ...), or a module that holds such a model: of ``Kimi_K25ForConditionalGeneration`` the
+            language model is enabled, and the rest stays as it is.
         prepack: move the experts' weights, bfloat16 or float32 on the CPU, of a model in eval mode.
 
     Raises:
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read; ``prepack`` is no bool,
             or experts of another dtype.
-        NotImplementedError: experts that are not SwiGLU, sliding windows, layers of several configurations, forward
-            hooks on ``kv_b_proj``, methods that another library has replaced, a stage of a pipeline, or a transformers
-            without ``expand_kv`` or with another name for the cache.
+        NotImplementedError: experts that are not SwiGLU, sliding windows or layers of several configurations in other
+            families than dots3-note, forward hooks on ``kv_b_proj``, methods that another library has replaced, a stage
+            of a pipeline, or a transformers without ``expand_kv`` or with another name for the cache.
         ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
             from 16 to 256. With ``prepack``: training mode, experts on another device, not contiguous or shared.
     """

@@ -22,7 +22,7 @@ def _tokens(model, new: int):
     mask[-1, :9] = 0
     options = dict(attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
     out = model.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
-    return out.sequences, torch.stack(out.logits), type(out[CACHE].layers[0]).__name__
+    return out.sequences, torch.stack(out.logits), type(out[CACHE].layers[-1]).__name__
 
 
 def generate(rank: int, size: int, family: str, changes: dict, options: dict, new: int) -> list[tuple]:

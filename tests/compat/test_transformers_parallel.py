@@ -34,7 +34,8 @@ def _check(outcomes):
             torch.testing.assert_close(scores, logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# transformers' plan for GLM-5-next shards o_proj of its linear layers, too, but not what they multiply it by
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Glm5Next"])
 def test_tensor_parallel(family, ranks):
     _check(ranks.run(sharded_models.generate, family, _sizes(family), TENSOR, 6))
 
