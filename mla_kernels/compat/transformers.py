@@ -144,7 +144,8 @@ def enable(model, *, prepack: bool = False):
       with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key. A forward
       hook on the indexer sees cache slots, where transformers' own has positions. GLM-5-next's indexer, which chooses
       pools of tokens, is transformers' own, and what it chose is attended to with the same ops.
-    - Past a window a prefill is ``sparse_mla_prefill`` over it. Sinks are scores of their own in every case.
+    - Past a window a prefill is ``sparse_mla_prefill`` over it; windows over latents of more than 512 columns attend
+      with transformers' sdpa on devices. Sinks are scores of their own in every case.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.

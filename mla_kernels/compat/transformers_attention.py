@@ -58,6 +58,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
             "use_cache=False"
         )
     window = kwargs.get("sliding_window")
+    if window is not None and expands_windows(module.kv_lora_rank, query.device):
+        return _sdpa_of_window(module, query, layer, window, attention_mask, options)
     few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
     if positions is not None and not _chooses_all(module, layer):
         indices = layer.slots(positions if layer.kept is None else _once(positions))
@@ -99,6 +101,20 @@ def _sdpa(module, query, keys, values, attention_mask, indices, options):
     if options.get("s_aux") is not None:
         return _with_sink(module, query, keys, values, attention_mask, options), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, attention_mask, **options)
+
+
+def expands_windows(latent: int, device: torch.device) -> bool:
+    """Whether layers with a window attend to expanded keys in every step: few chips have tiles for such a latent, as
+    dots3-note's windows have it (1024 columns)."""
+    return latent > 512 and device.type != "cpu"
+
+
+def _sdpa_of_window(module, query, layer, window: int, attention_mask, options):
+    """transformers' own attention over the newest keys, as many as the queries see."""
+    newest = min(layer.length, window + query.shape[2] - 1)
+    keys, values = type(module).expand_kv(module, layer.keys[:, :, -newest:], layer.values[:, :, -newest:])
+    mask = None if attention_mask is None else attention_mask[..., -newest:]
+    return _sdpa(module, query, keys, values, mask, None, options)
 
 
 def _mask_of(indices, length: int) -> torch.Tensor:

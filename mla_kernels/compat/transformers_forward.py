@@ -8,7 +8,14 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers import __version__ as _VERSION
 
-from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, has_prefill, is_marked, mark
+from mla_kernels.compat.transformers_attention import (
+    MASK_OF_CHOICE,
+    NAME,
+    expands_windows,
+    has_prefill,
+    is_marked,
+    mark,
+)
 from mla_kernels.compat.transformers_cache import LatentLayer
 
 _CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -37,6 +44,7 @@ class _Plan:
     keyword: str
     latent: tuple[int, ...]  # the layers that store latents, or an indexer's keys alone
     has_prefill: bool  # whether mla_prefill has tiles for all of them
+    window_latent: int  # the widest latent of the layers with a window; 0: there is none
     masks_itself: bool  # whether the attention makes its mask by itself from what an indexer chose
 
     @classmethod
@@ -46,6 +54,7 @@ class _Plan:
             keyword=cache_keyword(type(base)),
             latent=tuple(sorted(module.layer_idx for module, other in zip(attentions, shares) if not other)),
             has_prefill=all(has_prefill(module) for module in attentions),
+            window_latent=max((m.kv_lora_rank for m in attentions if getattr(m, "sliding_window", None)), default=0),
             masks_itself=any(hasattr(type(module), MASK_OF_CHOICE) for module in attentions),
         )
 
@@ -118,7 +127,8 @@ def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
         kept = None if new is None else new.to(getattr(layer, "device", new.device))
         layer.expect(kept, differentiable=differentiable)
     packs = tokens == 1 or new is None or not traced  # else the number of real tokens would be needed
-    if not differentiable and plan.has_prefill and packs and not plan.masks_itself:
+    by_ops = plan.has_prefill and not plan.masks_itself and not expands_windows(plan.window_latent, inputs.device)
+    if not differentiable and by_ops and packs:
         # These ops know what is causal and what is padding. In place of transformers' [batch, 1, tokens, keys], a view.
         keys = torch.ones(1, 1, dtype=torch.bool, device=inputs.device) if mask is None else mask
         marked = mark(keys[:, None, None].expand(batch, 1, tokens, past + tokens))

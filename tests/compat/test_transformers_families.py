@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mla_kernels.compat import transformers_attention, transformers_forward
 from mla_kernels.compat.transformers import FAMILIES as TABLE
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
 from tests.compat.models import (
@@ -313,6 +314,42 @@ def test_longcat_experts_that_give_the_token_back():
         actual = enable(model).model.layers[0].mlp.experts(hidden, ids, weights)
         disable(model)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_without_tiles_for_their_latents(family, monkeypatch, calls):
+    """As on a device whose ops hold no latent of 1024 columns: over the expanded keys of the window."""
+    model = _eager(family)
+    ids, mask = _batch()
+    expected = _generate(model, ids, mask)
+    for module in (transformers_attention, transformers_forward):
+        monkeypatch.setattr(module, "expands_windows", lambda latent, device: latent == 64)
+    enable(model)
+    _assert_same(_generate(model, ids, mask), expected)
+    assert (calls["mla_decode"], calls["sparse_mla_decode"]) == ((NEW - 1) * 2, 0)
+    whole, past = model(ids).logits, None
+    for chunk in ids.split((18, 3, 8), 1):
+        out = model(chunk, **{CACHE: past})
+        past = out[CACHE]
+    torch.testing.assert_close(out.logits, whole[:, 21:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_filled_windows_are_refused(family):
+    model = _eager(family)
+    ids, _ = _batch()
+    cache = model(ids)[CACHE]
+    with pytest.raises(NotImplementedError, match="got a filled DynamicSlidingWindowLayer, an empty one is accepted"):
+        enable(model)(ids[:, :1], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_latent_layers_in_place_of_linear_ones_are_refused(family):
+    model = enable(tiny(family))
+    layers = model.config.layer_types
+    cache = transformers.Cache(layers=[LatentLayer() for _ in layers])
+    with pytest.raises(ValueError, match=rf"got latent layers at \[{layers.index('linear_attention')}"):
+        model(torch.ones(1, 2, dtype=torch.long), **{CACHE: cache})
 
 
 def test_sliding_windows_are_refused():

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from mla_kernels.compat.transformers import LatentLayer, disable, enable
-from tests.compat.models import CACHE, FAMILIES, SIZES, fast_cpu, tiny
+from tests.compat.models import CACHE, FAMILIES, SIZES, fast_cpu, one_layer, tiny
 
 IMAGE, TOKENS = 190, 24
 SMALL_VISION = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, patch_size=4)
@@ -50,7 +50,19 @@ def _llava():
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _mistral_large():
+    vision = SMALL_VISION | dict(model_type="pixtral", head_dim=16, image_size=16)
+    text = SIZES | FAMILIES["MistralLarge4"] | one_layer("MistralLarge4")
+    text |= dict(num_hidden_layers=3, indexer_types=["full"] * 3, no_rope_layers=[1, 0, 1], kv_source_layers=[0, 1, 2])
+    config = transformers.MistralLarge4Config(
+        text_config=text | dict(model_type="mistral_large4_text"), vision_config=vision, image_token_index=IMAGE
+    )
+    return transformers.MistralLarge4ForConditionalGeneration(config)
+
+
 OUTER = {"Kimi-K2.5": _kimi, "Mistral 3": _mistral, "Llava": _llava}
+if "MistralLarge4" in FAMILIES:
+    OUTER["Mistral Large 4"] = _mistral_large
 
 
 def _model(kind):

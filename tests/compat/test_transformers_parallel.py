@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.compat import sharded_models
-from tests.compat.models import FAMILIES
+from tests.compat.models import CACHE, FAMILIES
 from tests.moe.ranks import Ranks
 
 MINOR = int(transformers.__version__.split(".")[1])
@@ -34,8 +34,12 @@ def _check(outcomes):
             torch.testing.assert_close(scores, logits, atol=1e-4, rtol=0)
 
 
-# transformers' plan for GLM-5-next shards o_proj of its linear layers, too, but not what they multiply it by
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Glm5Next"])
+# What transformers itself cannot run: its plan for GLM-5-next shards o_proj of linear layers, but not what it is
+# multiplied by, and before 5.24 its eager attention of HY-V4 joins sharded sinks with plain scores.
+UNSHARDED = ("Glm5Next",) if CACHE == "cache" else ("Glm5Next", "HYV4")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNSHARDED])
 def test_tensor_parallel(family, ranks):
     _check(ranks.run(sharded_models.generate, family, _sizes(family), TENSOR, 6))
 
