@@ -43,12 +43,14 @@ _FORMAT_BYTES = {"fp8_block": (1, 1), "int8_w8a8": (1, 1), "int8": (2, 1), "int4
 
 
 def _latent_products(statics, tile):
-    return statics["LATENT"] + statics["ROPE"] + statics["LATENT"] // tile.get("VALUE_TILES", 1)
+    products = statics["LATENT"] + statics["ROPE"] + statics["LATENT"] // tile.get("VALUE_TILES", 1)
+    return products + (statics["ROPE"] if statics["LAYOUT"] == "fp8_v4" else 0)
 
 
 PAIR_PRODUCTS = {
     "mla_decode_kernel": _latent_products,
     "sparse_mla_kernel": _latent_products,
+    "sparse_mla_pair_kernel": _latent_products,
     "mla_prefill_kernel": lambda statics, tile: sum(statics[name] for name in ("FIRST", "REST", "ROPE", "VALUE")),
 }
 """Attention kernels whose main loop takes BLOCK_N keys a turn -> multiply-adds for a query row and a key."""
