@@ -16,6 +16,7 @@ from mla_kernels import tiles as tile_lookup
 from mla_kernels.gpu_launch import GpuLaunch
 from mla_kernels.language import HAS_TRITON
 from mla_kernels.placement import CPU, chip_of, cpu_mode, on_cpu
+from mla_kernels.quant.cache_layout import QUANTISED
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.source import code_of, python_function, standalone
 from mla_kernels.tiles import GPU_OPTIONS, KERNELS
@@ -75,7 +76,7 @@ class Case:
 
 
 def _latent_type(dtype: str, statics: Mapping) -> str:
-    return "i8" if statics.get("LAYOUT") in ("fp8_v32", "int8") else dtype
+    return "i8" if statics.get("LAYOUT") in QUANTISED else dtype
 
 
 TYPES = {
@@ -94,7 +95,7 @@ class Kernel:
         arguments: run-time argument -> type, in order: ``"*T"`` (pointer to the element type), ``"*fp32"``, ``"*i32"``,
             ``"i32"``, ``"fp32"``; ``"*O"`` (pointer to results of the type that the constant OUT names: "fp32", "bf16",
             "fp16", else the element type); ``"*L"`` (pointer to cached latents: int8 codes where the constant LAYOUT is
-            "fp8_v32" or "int8", else the element type); and the letters of ``types``. A type may end in ``":16"``:
+            a quantised one, else the element type); and the letters of ``types``. A type may end in ``":16"``:
             offline compiles assume divisibility by 16, as the launch finds it on real sizes. Pointers are always
             assumed aligned offline.
         statics: constexpr names that the problem fixes.

@@ -6,7 +6,8 @@ Multi-head latent attention caches, per token, a normalised latent vector and on
 (models/deepseek_v2/modeling_deepseek_v2.py) and `DeepseekV3Attention` (models/deepseek_v3/modeling_deepseek_v3.py).
 
 The quantised caches: `fp8_v32` is the layout and the quantiser of FlashMLA (tests/quant.py) and DeepSeek-V3.2 (its
-inference code's `act_quant` with power-of-two scales); `int8` is ours, symmetric with one scale per token.
+inference code's `act_quant` with power-of-two scales); `fp8_v4` is DeepSeek-V4's in FlashMLA's layout; `int8` is ours,
+symmetric with one scale per token.
 
 Symbols: T tokens, H hidden size, R latent_dim, D rope_dim.
 """
@@ -15,8 +16,9 @@ import torch
 from einops import einsum, pack, rearrange, unpack
 
 ROPE_MODES = ("interleaved_to_half", "interleaved", "half")
-LAYOUTS = ("latent_16bit", "latent_32bit", "fp8_v32", "int8")
+LAYOUTS = ("latent_16bit", "latent_32bit", "fp8_v32", "fp8_v4", "int8")
 SCALE_BLOCK = 128  # latent values that share a scale in fp8_v32
+V4_BLOCK = 64  # and in fp8_v4, whose last so many values are rotated and stay bf16
 SCALE_BYTES = 16  # scales are followed by zero bytes up to a multiple of this
 E4M3_MAX = 448.0
 
@@ -152,6 +154,8 @@ def quantise_latent(latent: torch.Tensor, layout: str) -> tuple[torch.Tensor, to
 
     - "fp8_v32": uint8 e4m3 codes [..., R] of value / scale, fp32 scales [..., R / 128]: `power_of_two_scale` of the
       largest magnitude among each 128 values. The division is exact.
+    - "fp8_v4": of R values without the rotated ones: uint8 e4m3 codes [..., R], ue8m0 scales (uint8) [..., R / 64]:
+      `power_of_two_scale` of the largest magnitude among each 64 values, 2^s as the byte s + 127, NaN as 255.
     - "int8": int8 codes [..., R] of value / scale rounded to nearest even, one fp32 scale [..., 1], amax / 127; 1 where
       that is no normal fp32 number (all values 0, above all).
 
@@ -163,25 +167,38 @@ def quantise_latent(latent: torch.Tensor, layout: str) -> tuple[torch.Tensor, to
         scales = power_of_two_scale(blocks.abs().amax(dim=-1))
         codes = encode_e4m3(blocks / scales[..., None])
         return rearrange(codes, "... block value -> ... (block value)"), scales.float()
+    if layout == "fp8_v4":
+        blocks = rearrange(values, "... (block value) -> ... block value", value=V4_BLOCK)
+        scales = power_of_two_scale(blocks.abs().amax(dim=-1))
+        codes = encode_e4m3(blocks / scales[..., None])
+        exponents = torch.where(scales.isnan(), 255, torch.frexp(scales).exponent - 1 + 127).to(torch.uint8)
+        return rearrange(codes, "... block value -> ... (block value)"), exponents
     if layout == "int8":
         amax = values.abs().amax(dim=-1, keepdim=True)
         scales = (amax / 127).float()  # as stored
         scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
         scales = torch.where(amax.isfinite(), scales, float("nan"))
         return torch.round(values / scales).nan_to_num(0.0).clamp(-127, 127).to(torch.int8), scales
-    raise ValueError(f"layout {layout!r}: fp8_v32 and int8 are quantised")
+    raise ValueError(f"layout {layout!r}: fp8_v32, fp8_v4 and int8 are quantised")
 
 
 def dequantise_latent(
     codes: torch.Tensor, scales: torch.Tensor, layout: str, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Values [..., R] of what `quantise_latent` returns: code * scale, in ``dtype`` (fp32 or fp64)."""
+    """Values [..., R] of what `quantise_latent` returns: code * scale, in ``dtype`` (fp32 or fp64).
+
+    "fp8_v4": bf16 code * bf16 scale, rounded to bf16 before ``dtype``, as FlashMLA's kernels multiply.
+    """
     if layout == "fp8_v32":
         values = rearrange(decode_e4m3(codes, dtype), "... (block value) -> ... block value", value=SCALE_BLOCK)
         return rearrange(values * scales.to(dtype)[..., None], "... block value -> ... (block value)")
+    if layout == "fp8_v4":
+        values = rearrange(decode_e4m3(codes, torch.bfloat16), "... (block value) -> ... block value", value=V4_BLOCK)
+        factors = torch.where(scales == 255, torch.nan, torch.exp2(scales.double() - 127)).to(torch.bfloat16)
+        return rearrange((values * factors[..., None]).to(dtype), "... block value -> ... (block value)")
     if layout == "int8":
         return codes.view(torch.int8).to(dtype) * scales.to(dtype)
-    raise ValueError(f"layout {layout!r}: fp8_v32 and int8 are quantised")
+    raise ValueError(f"layout {layout!r}: fp8_v32, fp8_v4 and int8 are quantised")
 
 
 def pack_tokens(values: torch.Tensor, latent_dim: int, layout: str) -> torch.Tensor:
@@ -196,6 +213,29 @@ def pack_tokens(values: torch.Tensor, latent_dim: int, layout: str) -> torch.Ten
     return torch.cat(parts, dim=-1)
 
 
+def pack_page(values: torch.Tensor) -> torch.Tensor:
+    """Bytes [page_size, R + 64 + R / 64] (uint8) of one page of "fp8_v4" with tokens [page_size, R].
+
+    First every token's R - 64 codes and 64 bf16 values, THEN every token's R / 64 - 1 scales and a zero; the rows of
+    what is returned are no tokens.
+    """
+    codes, scales = quantise_latent(values[:, :-V4_BLOCK], "fp8_v4")
+    rotated = values[:, -V4_BLOCK:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    zeros = scales.new_zeros(len(values), 1)
+    tokens, scales = torch.cat([codes, rotated], dim=1), torch.cat([scales, zeros], dim=1)
+    return torch.cat([tokens.flatten(), scales.flatten()]).unflatten(0, (len(values), -1))
+
+
+def unpack_page(page: torch.Tensor, latent_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A page [page_size, bytes] of "fp8_v4" -> views of its codes [page_size, R - 64], its rotated values
+    [page_size, 64] (bf16) and its scales, the byte behind them included [page_size, R / 64]."""
+    bytes_of, token = page.view(-1), latent_dim + V4_BLOCK
+    tokens = rearrange(bytes_of[: len(page) * token], "(slot value) -> slot value", value=token)
+    scales = rearrange(bytes_of[len(page) * token :], "(slot scale) -> slot scale", slot=len(page))
+    coded = latent_dim - V4_BLOCK
+    return tokens[:, :coded], tokens[:, coded:].view(torch.bfloat16), scales
+
+
 def dequantise_cache(
     data: torch.Tensor, latent_dim: int, layout: str, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
@@ -205,6 +245,13 @@ def dequantise_cache(
     """
     if layout in ("latent_16bit", "latent_32bit"):
         return data.to(dtype)
+    if layout == "fp8_v4":
+        values = torch.empty(*data.shape[:2], latent_dim, dtype=dtype)
+        for page, out in zip(data, values):
+            codes, rotated, scales = unpack_page(page, latent_dim)
+            out[:, :-V4_BLOCK] = dequantise_latent(codes.contiguous(), scales[:, :-1], layout, dtype=dtype)
+            out[:, -V4_BLOCK:] = rotated
+        return values
     count = latent_dim // SCALE_BLOCK if layout == "fp8_v32" else 1
     rope_start = latent_dim + -(-count * 4 // SCALE_BYTES) * SCALE_BYTES
     codes = data[..., :latent_dim].contiguous()
@@ -235,10 +282,18 @@ def scatter_tokens(
     latent_dim: int,
     layout: str,
 ) -> None:
-    """Write latents [T, R] and keys [T, D] to their slots, in place; a slot that the cache does not have is skipped."""
+    """Write latents [T, R] and keys [T, D] to their slots, in place; a slot that the cache does not have is skipped.
+
+    "fp8_v4" has no key beside the latent: D is 0.
+    """
     pages, page_size, _ = cache.shape
     for token, slot in enumerate(slot_mapping.tolist()):
         if 0 <= slot < pages * page_size:
+            if layout == "fp8_v4":
+                one = unpack_page(pack_page(latent[token][None]), latent_dim)
+                for part, value in zip(unpack_page(cache[slot // page_size], latent_dim), one):
+                    part[slot % page_size] = value[0]
+                continue
             values, _ = pack([latent[token], rope[token]], "*")
             quantised = layout in ("fp8_v32", "int8")
             row = pack_tokens(values, latent_dim, layout) if quantised else values
@@ -257,6 +312,8 @@ def convert_cache(
 ) -> torch.Tensor:
     """The data of a cache in ``cache_layout``, in another layout. ``dtype`` is of the unquantised result."""
     values = dequantise_cache(cache, latent_dim, cache_layout)
+    if layout == "fp8_v4":
+        return torch.stack([pack_page(page) for page in values])
     return pack_tokens(values, latent_dim, layout) if layout in ("fp8_v32", "int8") else values.to(dtype)
 
 

@@ -9,6 +9,8 @@ from mla_kernels.quant.cache_layout import ALIGNMENT, SCALE_BLOCK, CacheLayout, 
 
 __all__ = ["CacheLayout", "LatentCache"]
 
+_LEAST_V4 = 256  # latent_dim of fp8_v4: scales of four bytes keep every token's on whole numbers of 32 bits
+
 
 @dataclass(frozen=True, eq=False)
 class LatentCache(PagedTokens):
@@ -20,15 +22,18 @@ class LatentCache(PagedTokens):
     head before their up-projections) and ``data[2, 1, latent_dim:]`` the rotated key. At DeepSeek-V3's 512 + 64 in
     bfloat16 a token takes 1,152 bytes; in a dense cache slot 9 starts at byte 9 * 1,152 = 10,368, its rotated key
     1,024 bytes later. In ``fp8_v32`` it takes 656 bytes: slot 9 starts at byte 5,904, its four scales at 5,904 + 512,
-    its rotated key at 5,904 + 528. ``latents``, ``scales`` and ``rope`` are typed views of these parts.
+    its rotated key at 5,904 + 528. In ``fp8_v4`` a token's bytes do not lie together: :class:`CacheLayout` says where
+    they are, and ``data[page]`` is the bytes of a page in rows of 584. ``latents``, ``scales`` and ``rope`` are typed
+    views of these parts.
 
     Args:
         data: ``[num_pages, page_size, latent_dim + rope_dim]``, bfloat16, float16 or float32; uint8
             ``[num_pages, page_size, bytes_per_token]`` for the quantised layouts. Dense in its last dimension; pages
             and slots may have any strides, so that a cache may be a slice of one larger allocation (in the quantised
-            layouts strides and offset are multiples of 16 bytes).
-        latent_dim: width of the latent, a power of two of at least 16 (a multiple of 128 in ``fp8_v32``). The rest,
-            ``rope_dim``, is a power of two of at least 16, or 0: then the whole key is the value, too.
+            layouts strides and offset are multiples of 16 bytes; in ``fp8_v4`` pages are dense, and their stride is).
+        latent_dim: width of the latent, a power of two of at least 16 (128 in ``fp8_v32``, 256 in ``fp8_v4``). The
+            rest, ``rope_dim``, is a power of two of at least 16, or 0: then the whole key is the value, too. ``fp8_v4``
+            has no rest.
         layout: None for the layout of ``data``'s element type. The quantised layouts must be named, since their bytes
             do not say which one they are.
 
@@ -65,6 +70,8 @@ class LatentCache(PagedTokens):
             )
         if layout is CacheLayout.FP8_V32 and self.latent_dim % SCALE_BLOCK:
             raise ValueError(f"latent_dim: got {self.latent_dim}, fp8_v32 accepts multiples of {SCALE_BLOCK}")
+        if layout is CacheLayout.FP8_V4:
+            self._check_split_pages()
         if self.rope_dim and (self.rope_dim < 16 or self.rope_dim & (self.rope_dim - 1)):
             raise ValueError(
                 f"rope_dim: got {self.rope_dim} in a cache {width} wide, "
@@ -74,8 +81,22 @@ class LatentCache(PagedTokens):
             # torch.compile cannot trace the offset; the launch makes this check again
             offset = 0 if torch.compiler.is_compiling() else self.data.storage_offset()
             strides = (self.data.stride(0), self.data.stride(1), offset)
-            if any(value % ALIGNMENT for value in strides):
+            within = 0 if layout is CacheLayout.FP8_V4 else strides[1]
+            if any(value % ALIGNMENT for value in (strides[0], within, offset)):
                 raise misaligned(layout.value, *strides)
+
+    def _check_split_pages(self):
+        """What ``fp8_v4`` asks of data beside alignment: a whole page is one run of bytes."""
+        (_, page_size, width), latent_dim = self.data.shape, self.latent_dim
+        if latent_dim < _LEAST_V4:
+            raise ValueError(f"latent_dim: got {latent_dim}, fp8_v4 accepts powers of two of at least {_LEAST_V4}")
+        size = CacheLayout.bytes_per_token(self.layout, latent_dim, 0)
+        if width != size:
+            raise ValueError(f"data: got {width} bytes a token, fp8_v4 with latent_dim {latent_dim} accepts {size}")
+        if page_size > 1 and self.data.stride(1) != size:
+            raise ValueError(
+                f"data: got stride {self.data.stride(1)} between the rows of a page, fp8_v4 accepts dense pages: {size}"
+            )
 
     @classmethod
     def allocate(
@@ -109,7 +130,15 @@ class LatentCache(PagedTokens):
             raise TypeError(f"dtype: got {got} for layout {layout.value}, accepted: {names}")
         elements = CacheLayout.bytes_per_token(layout, latent_dim, rope_dim) // layout.element_bytes
         stored = torch.uint8 if layout.quantised else dtype
-        return cls(torch.zeros(num_pages, page_size, elements, dtype=stored, device=device), latent_dim, layout)
+        if layout is CacheLayout.FP8_V4:
+            if rope_dim:
+                raise ValueError(f"rope_dim: got {rope_dim}, fp8_v4 accepts 0: rotated values are the latent's last 64")
+            page = CacheLayout.bytes_per_page(layout, page_size, latent_dim, 0)
+            pages = torch.zeros(num_pages * page, dtype=stored, device=device)
+            data = pages.as_strided((num_pages, page_size, elements), (page, elements, 1))
+        else:
+            data = torch.zeros(num_pages, page_size, elements, dtype=stored, device=device)
+        return cls(data, latent_dim, layout)
 
     @property
     def bytes_per_token(self) -> int:

@@ -259,7 +259,7 @@ def compress_latent(
 
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
-    check_cache(cache)
+    check_cache(cache, "compress_latent")
     taken = {"dtypes": (cache.dtype,), "device": cache.data.device}
     check_tensor("hidden", hidden, rank=2, **taken)
     check_tensor("weight", weight, shape=(cache.width, hidden.shape[1]), **taken)

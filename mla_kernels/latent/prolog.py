@@ -350,7 +350,7 @@ def norm_and_write(
 
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
-    check_cache(cache)
+    check_cache(cache, "norm_and_write")
     check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=cache.data.device)
     check_tensor("q_a", q_a, shape=(kv_a.shape[0], None), like=kv_a)
     check_tensor("q_norm", q_norm, shape=(q_a.shape[1],), like=kv_a)
@@ -415,7 +415,7 @@ def mla_prolog(
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2, appendix C; Hugging Face
     ``DeepseekV3Attention.forward``.
     """
-    check_cache(cache)
+    check_cache(cache, "mla_prolog")
     if not isinstance(weights, PrologWeights):
         raise TypeError(f"weights: got {type(weights).__name__}, PrologWeights is accepted")
     check_tensor("weights", weights.kv_norm, shape=(cache.latent_dim,), dtypes=(cache.dtype,), device=cache.data.device)

@@ -13,8 +13,8 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, SCALE_BLOCK, launched_parts
-from mla_kernels.quant.fp8 import quantise_e4m3
+from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, SCALE_BLOCK, V4_BLOCK, launched_parts
+from mla_kernels.quant.fp8 import quantise_e4m3, ue8m0_codes
 from mla_kernels.quant.int8 import quantise_int8
 from mla_kernels.shim import define_op
 
@@ -24,6 +24,7 @@ SCALED_TOGETHER = tl.constexpr(SCALE_BLOCK)
 UNIT = tl.constexpr(ALIGNMENT)  # bytes that every token and every part of one begins at a multiple of
 SCALE_BYTES = tl.constexpr(4)  # of a scale of a quantised token, in whose storage offsets count bytes
 KEY_BYTES = tl.constexpr(2)  # of a value of its rotated key
+ROTATED = tl.constexpr(V4_BLOCK)  # values under one scale in fp8_v4, and its rotated ones
 
 
 @triton.jit
@@ -33,9 +34,26 @@ def token_is_written(slot, position, num_slots, table_rows):
 
 
 @triton.jit
-def store_latent(latent, values, codes, scales, offset, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
-    """Write one normalised latent, [LATENT] fp32, in its layout. ``offset`` (int64) is where the token begins, in
-    elements of the cache; the zeros behind one or two scales are written with them."""
+def token_offsets(slot, page_size, page_stride, slot_stride, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the token in a slot (int64) begins, in elements of the cache, and its scales, which is looked at in fp8_v4
+    alone: there it counts bytes."""
+    page = slot // page_size
+    within = slot - page * page_size
+    offset = page * page_stride + within * slot_stride
+    scale_offset = offset
+    if LAYOUT == "fp8_v4":
+        scale_offset = page * page_stride + page_size * (LATENT + ROTATED) + within * (LATENT // ROTATED)
+        offset = page * page_stride + within * (LATENT + ROTATED)
+    return offset, scale_offset
+
+
+@triton.jit
+def store_latent(latent, values, codes, scales, keys, offset, scale_offset, LATENT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Write one normalised latent, [LATENT] fp32, in its layout; in fp8_v4 its last 64 values are rotated already.
+
+    ``values``, ``codes``, ``scales`` and ``keys`` are the cache's parts (:func:`cache_parts`), the offsets those of
+    :func:`token_offsets`. The zeros behind the scales are written with them.
+    """
     columns = tl.arange(0, LATENT)
     if LAYOUT == "unquantised":
         tl.store(values + offset + columns, latent.to(values.dtype.element_ty))
@@ -46,6 +64,17 @@ def store_latent(latent, values, codes, scales, offset, LATENT: tl.constexpr, LA
             scales + offset // SCALE_BYTES + tl.arange(0, 4),
             tl.where(tl.arange(0, 4).to(tl.float32) == 0.0, scale, 0.0),
         )
+    elif LAYOUT == "fp8_v4":
+        GROUPS: tl.constexpr = LATENT // ROTATED
+        group = tl.arange(0, GROUPS)
+        tile = group[:, None] * ROTATED + tl.arange(0, ROTATED)[None, :]
+        grouped = tl.reshape(latent, [GROUPS, ROTATED])
+        code, scale = quantise_e4m3(grouped)
+        tl.store(codes + offset + tile, code, mask=(group < GROUPS - 1)[:, None])
+        rotated = grouped.to(tl.bfloat16)
+        out = keys + offset // KEY_BYTES + (tile - (LATENT - ROTATED))
+        tl.store(out, rotated, mask=(group >= GROUPS - 1)[:, None])
+        tl.store(codes + scale_offset + group, ue8m0_codes(tl.where(group.to(tl.float32) < GROUPS - 1, scale, 0.0)))
     else:
         BLOCKS: tl.constexpr = LATENT // SCALED_TOGETHER
         code, scale = quantise_e4m3(tl.reshape(latent, [BLOCKS, SCALED_TOGETHER]))
@@ -70,10 +99,9 @@ def store_token(
     LATENT: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Normalise and rotate one token and write it to its slot (int64)."""
-    page = slot // page_size
-    offset = page * page_stride + (slot - page * page_size) * slot_stride
+    offset, scale_offset = token_offsets(slot, page_size, page_stride, slot_stride, LATENT, LAYOUT)
     scale = 1.0 / tl.sqrt(tl.sum(latent * latent, 0) / LATENT + eps)
-    store_latent(latent * scale * norm, values, codes, scales, offset, LATENT, LAYOUT)
+    store_latent(latent * scale * norm, values, codes, scales, keys, offset, scale_offset, LATENT, LAYOUT)
     if ROPE > 0:
         out = key_row(values, keys, offset, LATENT, LAYOUT)
         HALF: tl.constexpr = ROPE // 2
@@ -309,9 +337,15 @@ def check_latent_arguments(tokens, norm_weight, cos, sin, positions, slot_mappin
     check_tensor("slot_mapping", slot_mapping, shape=of_tokens, dtypes=INDICES, device=device)
 
 
-def check_cache(cache) -> None:
+def check_cache(cache, own_key: str = "") -> None:
+    """Refuse what is no cache; and where an op is named, which writes a key beside the latent, the layout without."""
     if not isinstance(cache, LatentCache):
         raise TypeError(f"cache: got {type(cache).__name__}, a LatentCache is accepted")
+    if own_key and cache.layout is CacheLayout.FP8_V4:
+        raise NotImplementedError(
+            f"{own_key}: got a cache in layout fp8_v4, whose rotated values are the last 64 of the latent; layouts "
+            "with a rotated key beside the latent are accepted"
+        )
 
 
 def write_latent(
@@ -357,11 +391,12 @@ def write_latent(
         TypeError: a dtype that is not accepted, or ``cache`` is no LatentCache.
         ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a slot below -1 or past
             the cache, or a position outside the tables. Nothing was written then.
-        NotImplementedError: an input requires grad (there is no backward), or the widths do not fit the chip.
+        NotImplementedError: an input requires grad (there is no backward), the widths do not fit the chip, or the cache
+            is in layout ``fp8_v4``, whose rotated values are a part of the latent.
 
     Source: DeepSeek-V2 report (arXiv 2405.04434) section 2.1.2; Hugging Face ``DeepseekV3Attention.forward``.
     """
-    check_cache(cache)
+    check_cache(cache, "write_latent")
     data = cache.data
     check_tensor("kv_a", kv_a, shape=(None, cache.width), dtypes=(cache.dtype,), device=data.device)
     check_latent_arguments(kv_a.shape[0], norm_weight, cos, sin, positions, slot_mapping, cache, rope, eps)

@@ -62,3 +62,13 @@ def quantise_e4m3(values):
     poison = tl.sum(values * 0.0, 1)  # [blocks]: 0, or NaN
     scale, inverse = power_of_two_scale(tl.max(tl.abs(values), 1))
     return encode_e4m3(values * (inverse + poison)[:, None]), scale + poison
+
+
+@triton.jit
+def ue8m0_codes(scales):
+    """Powers of two, 0 or NaN in fp32, of any shape -> bytes (int8) 0 to 255 whose value is 2^(byte - 127); NaN is 255.
+
+    A power of two is its exponent's bits; those of 0 are 0, and of NaN 255.
+    """
+    exponent = (scales.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return tl.where(exponent > 127, exponent - 256, exponent).to(tl.int8)  # in range: Ascend's casts may not wrap

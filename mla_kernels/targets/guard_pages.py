@@ -97,7 +97,10 @@ class GuardedCopies:
         return [(position, arg) for position, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)]
 
     def _storage(self, position: int) -> int:
-        return self.args[position].untyped_storage().data_ptr() or -position - 1  # empty tensors have none
+        tensor = self.args[position]
+        if tensor.numel() == 0:  # of the address 0, views of a storage among them
+            return -position - 1
+        return tensor.untyped_storage().data_ptr()
 
     def copy_back(self) -> None:
         """Write what the copies hold into the tensors."""

@@ -112,7 +112,13 @@ def test_bytes_of_other_widths(layout, latent_dim, rope_dim, size):
 @pytest.mark.parametrize(
     ("data", "latent_dim", "layout", "error", "words"),
     [
-        (torch.zeros(2, 4, 656).byte(), 512, None, TypeError, "dtype: got uint8 .* with layout fp8_v32 or int8"),
+        (
+            torch.zeros(2, 4, 656).byte(),
+            512,
+            None,
+            TypeError,
+            "dtype: got uint8 .* with layout fp8_v32, fp8_v4 or int8",
+        ),
         (torch.zeros(2, 4, 656), 512, "int8", TypeError, "data: got dtype float32 for layout int8, accepted: uint8"),
         (torch.zeros(2, 4, 656).byte(), 512, "fp8", ValueError, "layout: got 'fp8', accepted: latent_16bit"),
         (torch.zeros(2, 4, 176).byte(), 64, "fp8_v32", ValueError, "latent_dim: got 64, fp8_v32 accepts multiples of"),
@@ -132,7 +138,7 @@ def test_quantised_refused(data, latent_dim, layout, error, words):
     [
         ({"layout": "fp8_v32", "dtype": torch.float16}, TypeError, "dtype: got float16 for layout fp8_v32"),
         ({"layout": "latent_32bit"}, TypeError, "dtype: got bfloat16 for layout latent_32bit, accepted: float32"),
-        ({"layout": "fp8_v4"}, ValueError, "layout: got 'fp8_v4'"),
+        ({"layout": "fp8_v3"}, ValueError, "layout: got 'fp8_v3'"),
         ({"layout": "fp8_v32", "latent_dim": 64}, ValueError, "latent_dim: got 64"),
     ],
 )

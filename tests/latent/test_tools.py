@@ -301,7 +301,8 @@ def test_convert_chooses_the_dtype():
 @pytest.mark.parametrize(
     ("kind", "layout", "dtype", "error", "words"),
     [
-        ("bf16", "fp8_v4", None, ValueError, "layout: got 'fp8_v4', accepted: latent_16bit, latent_32bit, fp8_v32"),
+        ("bf16", "fp8", None, ValueError, "layout: got 'fp8', accepted: latent_16bit, latent_32bit, fp8_v32, fp8_v4"),
+        ("bf16", "fp8_v4", None, ValueError, "rope_dim: got 32, fp8_v4 accepts 0"),
         ("bf16", "latent_32bit", torch.float16, TypeError, "dtype: got float16 for layout latent_32bit"),
         ("bf16", "int8", torch.float32, TypeError, "dtype: got float32 for layout int8, accepted: bfloat16"),
     ],

@@ -7,7 +7,7 @@ from mla_kernels.attention.paging import COMMON_PAGE_SIZE, MAX_QUOTIENT, check_p
 from mla_kernels.checks import check_int, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu.attention import mla_decode as cpu_mla_decode
 from mla_kernels.invariance import wanted
-from mla_kernels.latent.cache import LatentCache
+from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.shim import define_op
 
 
@@ -83,7 +83,7 @@ def mla_decode(
     Args:
         q: [B, S_q, heads, latent_dim + rope_dim], ``cache.dtype``: the absorbed query, then the rotated one. With
             rope_dim 0 the whole key is the value.
-        cache: the paged latents, in any layout.
+        cache: the paged latents, in any layout but ``fp8_v4``.
         block_table: [B, pages_per_seq] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached tokens of each sequence, its S_q newest included.
         softmax_scale: factor of the scores, before the softmax.
@@ -104,7 +104,7 @@ def mla_decode(
             page outside the cache among those that are read, or a sink of NaN. A device takes a length below 0 as 0,
             and tokens beyond the table or in such a page as absent.
         NotImplementedError: q, the cache or sink requires grad while gradients are recorded; a width or a layout that
-            no tile of this chip holds.
+            no tile of this chip holds, ``fp8_v4`` above all.
 
     Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2; sinks: StreamingLLM,
     https://arxiv.org/abs/2309.17453, in the form of gpt-oss and FlashMLA (a learned score per head).
@@ -112,6 +112,11 @@ def mla_decode(
     if not isinstance(cache, LatentCache):
         raise TypeError(f"cache: got {type(cache).__name__}, a LatentCache is accepted")
     data = cache.data
+    if cache.layout is CacheLayout.FP8_V4:
+        raise NotImplementedError(
+            "mla_decode: got a cache in layout fp8_v4, which DeepSeek-V4 attends to by picks alone; "
+            "sparse_mla_decode accepts it, with indices of window_slots or entry_slots"
+        )
     check_tensor("q", q, shape=(None, None, None, cache.width), dtypes=(cache.dtype,), device=data.device)
     sequences, queries, heads, _ = q.shape
     if queries == 0 or heads == 0:

@@ -20,7 +20,8 @@ def convert_cache(cache: LatentCache, layout: CacheLayout | str, *, dtype: torch
 
     Args:
         cache: the :class:`LatentCache` read.
-        layout: a :class:`CacheLayout` or its value. ``fp8_v32`` takes a latent_dim that is a multiple of 128.
+        layout: a :class:`CacheLayout` or its value. ``fp8_v32`` takes a latent_dim that is a multiple of 128,
+            ``fp8_v4`` one of at least 256 with rope_dim 0, the last 64 latents rotated.
         dtype: for ``latent_16bit`` float16 or bfloat16; None is the cache's own dtype where the layout has it, else
             bfloat16. The other layouts have one dtype each.
 

@@ -6,9 +6,19 @@ from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_range, chec
 from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, check_cache, check_fits, row_bytes
+from mla_kernels.latent.write import (
+    KEY_BYTES,
+    ROTATED,
+    SCALE_BYTES,
+    SCALED_TOGETHER,
+    check_cache,
+    check_fits,
+    row_bytes,
+    token_offsets,
+)
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.cache_layout import QUANTISED, launched_parts
+from mla_kernels.quant.decode import ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
 
@@ -26,14 +36,25 @@ def gather_tokens_kernel(
         slot = tl.load(slots + token).to(tl.int64)
         row = out + tl.cast(token, tl.int64) * (LATENT + ROPE)
         if (slot >= 0) & (slot < num_slots):
-            page = slot // page_size
-            offset = page * page_stride + (slot - page * page_size) * slot_stride
+            offset, scale_offset = token_offsets(slot, page_size, page_stride, slot_stride, LATENT, LAYOUT)
             if LAYOUT == "unquantised":
                 columns = tl.arange(0, LATENT)
                 tl.store(row + columns, tl.load(values + offset + columns))
                 if ROPE > 0:
                     columns = LATENT + tl.arange(0, ROPE)
                     tl.store(row + columns, tl.load(values + offset + columns))
+            elif LAYOUT == "fp8_v4":
+                GROUPS: tl.constexpr = LATENT // ROTATED
+                group = tl.arange(0, GROUPS)
+                tile = group[:, None] * ROTATED + tl.arange(0, ROTATED)[None, :]
+                coded = group < GROUPS - 1
+                scale = tl.load(codes + scale_offset + group, mask=coded, other=0)  # [GROUPS]
+                code = tl.load(codes + offset + tile, mask=coded[:, None], other=0)
+                latent = decode_e4m3(code).to(tl.float32) * ue8m0_values(scale)[:, None]
+                latent = latent.to(tl.bfloat16).to(tl.float32).to(out.dtype.element_ty)
+                tl.store(row + tile, latent, mask=coded[:, None])
+                key = tl.load(keys + offset // KEY_BYTES + tl.arange(0, ROTATED)).to(tl.float32)
+                tl.store(row + (LATENT - ROTATED) + tl.arange(0, ROTATED), key.to(out.dtype.element_ty))
             else:
                 if LAYOUT == "int8":
                     columns = tl.arange(0, LATENT)
@@ -103,6 +124,7 @@ GATHER_TOKENS = Kernel(
     work=_work,
     cases=(
         Case("fp8", tool_statics(512, 64, "fp8_v32"), {"tokens": 4096}),
+        Case("fp8_v4", tool_statics(512, 0, "fp8_v4"), {"tokens": 4096}),
         Case("int8", tool_statics(512, 64, "int8"), {"tokens": 4096}, ("bf16",)),
         Case("bf16", tool_statics(512, 64), {"tokens": 4096}, ("bf16",)),
     ),
@@ -178,6 +200,7 @@ def gather_tokens(cache: LatentCache, slots: torch.Tensor, *, dtype: torch.dtype
     of every head. Row i is ``[latent, rotated key]`` of slot ``slots[i]``. With ``page_size`` 4, ``slots = [9, -1, 2]``
     gives the tokens ``data[2, 1]``, zeros, and ``data[0, 2]``. One launch. Values are decoded in float32 and
     rounded once, which loses nothing of ``fp8_v32`` in bfloat16: a code has 4 significant bits, a scale one.
+    Those of ``fp8_v4`` are bfloat16, whatever ``dtype`` is.
 
     Args:
         cache: the :class:`LatentCache` read.

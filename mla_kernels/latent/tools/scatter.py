@@ -7,7 +7,15 @@ from mla_kernels.cpu import latent as cpu_latent
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.tools.gather import tool_parts, tool_statics, tool_widths
-from mla_kernels.latent.write import KEY_BYTES, check_cache, check_fits, load_row, row_bytes, store_latent
+from mla_kernels.latent.write import (
+    KEY_BYTES,
+    check_cache,
+    check_fits,
+    load_row,
+    row_bytes,
+    store_latent,
+    token_offsets,
+)
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
@@ -25,10 +33,9 @@ def scatter_tokens_kernel(
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         slot = tl.load(slot_mapping + token).to(tl.int64)
         if (slot >= 0) & (slot < num_slots):
-            page = slot // page_size
-            offset = page * page_stride + (slot - page * page_size) * slot_stride
+            offset, scale_offset = token_offsets(slot, page_size, page_stride, slot_stride, LATENT, LAYOUT)
             row = load_row(latent + tl.cast(token, tl.int64) * latent_stride, LATENT)
-            store_latent(row, values, codes, scales, offset, LATENT, LAYOUT)
+            store_latent(row, values, codes, scales, keys, offset, scale_offset, LATENT, LAYOUT)
             if ROPE > 0:
                 key = load_row(rope + tl.cast(token, tl.int64) * rope_stride, ROPE)
                 if LAYOUT == "unquantised":
@@ -47,7 +54,7 @@ def _memory(chip, dtype, statics, tile):
     """Ascend: bytes a value as the 910's compiler plans it, which holds e4m3's 2-D blocks many times."""
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"]}
-    each = 192 if statics["LAYOUT"] == "fp8_v32" else 56
+    each = 192 if statics["LAYOUT"] in ("fp8_v32", "fp8_v4") else 56
     return {"UB": each * statics["LATENT"] + 16 * statics["ROPE"]}
 
 
@@ -89,6 +96,7 @@ SCATTER_TOKENS = Kernel(
     work=_work,
     cases=(
         Case("fp8", tool_statics(512, 64, "fp8_v32"), {"tokens": 4096}),
+        Case("fp8_v4", tool_statics(512, 0, "fp8_v4"), {"tokens": 4096}),
         Case("int8", tool_statics(512, 64, "int8"), {"tokens": 4096}, ("bf16",)),
         Case("bf16", tool_statics(512, 64), {"tokens": 4096}, ("bf16",)),
     ),
@@ -139,7 +147,8 @@ def scatter_tokens(latent: torch.Tensor, rope: torch.Tensor, slot_mapping: torch
     Args:
         latent: ``[tokens, latent_dim]``, in ``cache.dtype``; for a quantised cache bfloat16, float16 or float32. Rows
             may have any stride.
-        rope: ``[tokens, rope_dim]`` rotated keys, in the dtype of ``latent``.
+        rope: ``[tokens, rope_dim]`` rotated keys, in the dtype of ``latent``; ``[tokens, 0]`` for ``fp8_v4``, whose
+            rotated values are the last 64 of ``latent``.
         slot_mapping: ``[tokens]`` int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call
             other than -1 must differ.
         cache: the :class:`LatentCache` written to. Slots that are not named keep their bits.
