@@ -243,6 +243,19 @@ def _(make: Make, batch: int, top_k: int) -> Run:
     return lambda: mk.sparse_mla_decode(q, cache, picks, softmax_scale=SCALE)
 
 
+@op("window_slots", {"batch": 1}, {"batch": 64})
+def _(make: Make, batch: int) -> Run:
+    table = make.paged(batch, 4096)
+    return lambda: (mk.window_slots(*table, queries=1, window=128, page_size=PAGE),)
+
+
+@op("entry_slots", {"batch": 1}, {"batch": 64})
+def _(make: Make, batch: int) -> Run:
+    table, lengths = make.paged(batch, 1024)  # pages of entries, one for 128 tokens
+    sizes = {"queries": 1, "ratio": 128, "page_size": PAGE, "max_entries": 1024}
+    return lambda: (mk.entry_slots(table, lengths * 128, **sizes),)
+
+
 @op("sparse_mla_prefill", {"tokens": 32, "top_k": 512})
 def _(make: Make, tokens: int, top_k: int) -> Run:
     q, rows = make.normal(tokens, HEADS, LATENT + ROPE), make.normal(4 * top_k, LATENT + ROPE)

@@ -8,6 +8,7 @@ from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
+from mla_kernels.attention.sparse.slots import entry_slots, prefill_rows, window_slots
 from mla_kernels.invariance import batch_invariant
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
@@ -59,6 +60,7 @@ __all__ = [
     "convert_cache",
     "copy_pages",
     "dispatch",
+    "entry_slots",
     "expand_output",
     "expert_ffn",
     "expert_load",
@@ -75,6 +77,7 @@ __all__ = [
     "norm_and_write",
     "paged_indexer_logits",
     "permute",
+    "prefill_rows",
     "quantisation_error",
     "rotate_indexer_query",
     "route",
@@ -85,6 +88,7 @@ __all__ = [
     "sparse_mla_prefill",
     "unpermute",
     "update_bias",
+    "window_slots",
     "write_indexer_key",
     "write_latent",
 ]

@@ -9,6 +9,8 @@ Symbols: T tokens, B sequences, S_q query tokens of each, S rows, K top_k, R lat
 Dots are computed in the input dtype; softmax and log-sum-exp in fp32, or fp64 for fp64 input.
 """
 
+from itertools import pairwise
+
 import torch
 from einops import einsum, rearrange, repeat
 
@@ -77,6 +79,79 @@ def sparse_mla_decode(
     q_tokens = rearrange(q, "b s head dim -> (b s) head dim")
     out, lse = _attend(q_tokens, picked, valid, softmax_scale, latent_dim, sink, False)
     return out.unflatten(0, (sequences, query_tokens)), lse.unflatten(0, (sequences, query_tokens))
+
+
+def window_slots(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, *, queries: int, window: int, page_size: int
+) -> torch.Tensor:
+    """Slots [B, queries, window] (int32) of the newest `window` tokens that each of the `queries` newest tokens of a
+    sequence sees, itself included, in order; -1 behind them.
+
+    block_table [B, pages]: token j of sequence b is row j % page_size of page block_table[b, j // page_size]; a page
+    below 0, or one that the table does not have, holds nothing. seq_lens [B]: tokens, the newest included.
+    """
+    return _list_slots(block_table, seq_lens, queries, 1, window, page_size)
+
+
+def entry_slots(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, *, queries: int, ratio: int, page_size: int, max_entries: int
+) -> torch.Tensor:
+    """Slots [B, queries, max_entries] (int32) of the entries, one for `ratio` tokens, that are complete for each of the
+    `queries` newest tokens of a sequence: entry i from position (i + 1) * ratio - 1 on; -1 behind them.
+
+    block_table [B, pages]: the pages of entries; seq_lens [B]: tokens.
+    """
+    return _list_slots(block_table, seq_lens, queries, ratio, max_entries, page_size)
+
+
+def prefill_rows(
+    cu_seqlens: torch.Tensor,
+    *,
+    tokens: int,
+    window: int,
+    entry_cu_seqlens: torch.Tensor | None = None,
+    ratio: int | None = None,
+    max_entries: int | None = None,
+    picks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Indices of `sparse_mla_prefill` over the rows [T tokens of packed sequences | E entries of the same sequences].
+
+    cu_seqlens        [B + 1]: where sequences begin among the T `tokens`
+    entry_cu_seqlens  [B + 1] or None: where their entries, one for `ratio` tokens and at most `max_entries` of a
+                      sequence, begin among the E
+    picks             [T, K] or None: of the E entries those that a token attends to (below 0: none), in place of all
+                      that are complete at its position
+
+    Returns rows [T, window + max_entries or K] (int32): the newest `window` tokens of its sequence up to a token and -1
+    behind them, then its entries and -1 behind them (picks: where they stand).
+    """
+    starts, columns = cu_seqlens.tolist(), 0
+    if picks is not None:
+        columns = picks.shape[1]
+    elif entry_cu_seqlens is not None:
+        columns = max_entries
+    rows = torch.full((tokens, window + columns), -1, dtype=torch.int32)
+    for sequence, (start, end) in enumerate(pairwise(starts)):
+        for token in range(start, end):
+            seen = torch.arange(max(start, token + 1 - window), token + 1)
+            rows[token, : len(seen)] = seen
+            if picks is not None:
+                rows[token, window:] = torch.where(picks[token] < 0, -1, tokens + picks[token])
+            elif entry_cu_seqlens is not None:
+                count = (token - start + 1) // ratio
+                rows[token, window : window + count] = tokens + int(entry_cu_seqlens[sequence]) + torch.arange(count)
+    return rows
+
+
+def _list_slots(block_table, seq_lens, queries, ratio, width, page_size):
+    slots = torch.full((len(block_table), queries, width), -1, dtype=torch.int32)
+    for row, (pages, length) in enumerate(zip(block_table.tolist(), seq_lens.tolist())):
+        for query in range(queries):
+            seen = max(length - queries + query + 1, 0) // ratio
+            for column, place in enumerate(range(max(seen - width, 0), seen)):
+                if place // page_size < len(pages) and pages[place // page_size] >= 0:
+                    slots[row, query, column] = pages[place // page_size] * page_size + place % page_size
+    return slots
 
 
 def _pick(rows: torch.Tensor, indices: torch.Tensor, length: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

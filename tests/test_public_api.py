@@ -23,6 +23,7 @@ SIGNATURES = {
     "convert_cache": "(cache, layout, *, dtype=None)",
     "copy_pages": "(cache, source_pages, target_pages)",
     "dispatch": "(ids, num_experts)",
+    "entry_slots": "(block_table, seq_lens, *, queries, ratio, page_size, max_entries)",
     "expand_output": "(out, w_uv, *, batch_invariant=None)",
     "expert_ffn": "(hidden, gate_up, down, dispatched, *, gate_up_bias=None, down_bias=None, activation=SWIGLU, "
     "batch_invariant=None)",
@@ -46,6 +47,7 @@ SIGNATURES = {
     "batch_invariant=None)",
     "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens, *, batch_invariant=None)",
     "permute": "(hidden, dispatched)",
+    "prefill_rows": "(cu_seqlens, *, tokens, window, entry_cu_seqlens=None, ratio=None, max_entries=None, picks=None)",
     "quantisation_error": "(gate_up, down, experts)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False, "
     "batch_invariant=None)",
@@ -60,14 +62,16 @@ SIGNATURES = {
     "return_max_logits=False, batch_invariant=None)",
     "unpermute": "(rows, dispatched, weights=None, *, top_k=1, batch_invariant=None)",
     "update_bias": "(bias, load, speed)",
+    "window_slots": "(block_table, seq_lens, *, queries, window, page_size)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
     "rope_first=True, hadamard=False, eps=1e-06, batch_invariant=None)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
     "batch_invariant=None)",
 }
 
-COMPOSED = {"convert_cache", "quantisation_error"}
-"""Functions that are no op: the former allocates what two ops fill, the latter measures on the host."""
+COMPOSED = {"convert_cache", "prefill_rows", "quantisation_error"}
+"""Functions that are no op: the first allocates what two ops fill, the second is made of torch's operators, the last
+measures on the host."""
 
 REFERENCES = (
     "prolog", "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "quant", "route", "sparse",

@@ -92,6 +92,25 @@ def _():
     return run, example
 
 
+_LISTS = {"block_table": {0: "tokens"}, "seq_lens": {0: "tokens"}}
+
+
+def _table(n):
+    table = torch.randperm(n * TABLE, dtype=torch.int32).view(n, TABLE)
+    return {"block_table": table, "seq_lens": torch.randint(0, TABLE * PAGE + 1, (n,), dtype=torch.int32)}
+
+
+@call("window_slots", _LISTS)
+def _():
+    return lambda **tensors: mk.window_slots(**tensors, queries=2, window=7, page_size=PAGE), _table
+
+
+@call("entry_slots", _LISTS)
+def _():
+    sizes = {"queries": 2, "ratio": 2, "page_size": PAGE, "max_entries": TABLE * PAGE // 2}
+    return lambda **tensors: mk.entry_slots(**tensors, **sizes), _table
+
+
 def _index_range(n):
     return {"starts": torch.zeros(n, dtype=torch.int32), "ends": torch.arange(1, n + 1, dtype=torch.int32)}
 
