@@ -9,7 +9,7 @@ import torch
 from mla_kernels.cpu.alone import copied, joined
 from mla_kernels.cpu.attention import is_fused
 from mla_kernels.cpu.gemm import linear
-from mla_kernels.cpu.latent import decode_e4m3
+from mla_kernels.cpu.latent import decode_e4m3, v4_values
 from mla_kernels.cpu.softmax import finished, fused_attention, fused_part, join, softmax_part
 from mla_kernels.quant.cache_layout import SCALE_BLOCK, CacheLayout, PagedTokens
 
@@ -279,12 +279,14 @@ def _picks(num_slots, indices, lengths):
 def _gather(cache, ids, seen, dtype):
     """Picked rows [tokens, picks, width] in ``dtype``, zero where nothing is picked."""
     data, flat = cache.data, ids.flatten()
-    if cache.page_size == 1 or cache.num_pages == 1 or data.stride(0) == cache.page_size * data.stride(1):
+    if cache.layout is CacheLayout.FP8_V4:
+        rows = v4_values(data, cache.latent_dim, flat)
+    elif cache.page_size == 1 or cache.num_pages == 1 or data.stride(0) == cache.page_size * data.stride(1):
         stride = data.stride(0) if cache.page_size == 1 else data.stride(1)
         rows = data.as_strided((cache.num_slots, data.shape[2]), (stride, 1)).index_select(0, flat)
     else:
         rows = data[flat // cache.page_size, flat % cache.page_size]
-    if cache.layout.quantised:
+    if cache.layout.quantised and cache.layout is not CacheLayout.FP8_V4:
         rows = _dequantise(PagedTokens(rows[None], cache.latent_dim, cache.layout), dtype)
     rows = rows.to(dtype)
     absent = (~seen).flatten().nonzero().squeeze(1)

@@ -106,6 +106,14 @@ def cache_of(
         return LatentCache(data.to(device), latent_dim)
     cache = LatentCache.allocate(pages, page_size, latent_dim=latent_dim, rope_dim=rope_dim, layout=layout)
     cache.data.fill_(0xFF)
+    if layout == "fp8_v4":
+        codes = torch.randint(0, 255, cache.latents.shape)
+        scales = torch.randint(119, 124, cache.scales.shape)  # 2^-8 to 2^-4
+        seen = (torch.arange(cache.num_slots) < slots).view(pages, page_size, 1)
+        cache.latents.copy_(torch.where(seen, torch.where(codes == 127, 0, codes), 0xFF))
+        cache.scales.copy_(torch.where(seen, scales, 0xFF))  # and behind them 0xFF, which is not looked at
+        cache.rope.copy_(torch.where(seen, torch.randn(cache.rope.shape), float("nan")))
+        return LatentCache(moved(cache, device), latent_dim, layout)
     size = cache.data.shape[2]
     filled = LatentCache(cache.data.view(1, -1, size)[:, :slots], latent_dim, layout)
     codes = torch.randint(0, 255, filled.latents.shape)  # 255 and 127 are NaN in e4m3
@@ -118,6 +126,13 @@ def cache_of(
         filled.scales.copy_(scale * 2.0 ** torch.randint(-1, 2, filled.scales.shape))
     filled.rope.copy_(torch.randn(filled.rope.shape))
     return LatentCache(cache.data.to(device), latent_dim, layout)
+
+
+def moved(cache: LatentCache, device) -> torch.Tensor:
+    """A cache's data on a device, page by page as it lies."""
+    page = cache.data.stride(0)
+    whole = cache.data.as_strided((cache.num_pages, page), (page, 1), 0).to(device)
+    return whole.as_strided(cache.data.shape, cache.data.stride())
 
 
 def make_decode(

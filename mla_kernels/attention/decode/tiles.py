@@ -4,6 +4,7 @@ from mla_kernels.language import TRITON_VERSION
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 _SCALE_BYTES = 16  # of a token: its scales, and zeros up to a multiple of this
+_FP8 = ("fp8_v32", "fp8_v4")  # fp8_v4 is the sparse kernel's alone
 
 
 def token_bytes(dtype, statics) -> int:
@@ -11,6 +12,8 @@ def token_bytes(dtype, statics) -> int:
     latent, rope = statics["LATENT"], statics["ROPE"]
     if statics["LAYOUT"] == "plain":
         return (latent + rope) * DTYPE_BYTES[dtype]
+    if statics["LAYOUT"] == "fp8_v4":  # the rope values are the last of the latent
+        return latent + rope + latent // 64
     return latent + 2 * rope + (max(_SCALE_BYTES, latent // 32) if statics["LAYOUT"] == "fp8_v32" else _SCALE_BYTES)
 
 
@@ -58,7 +61,7 @@ def _ascend(chip, dtype, statics, rows):
     if page % tile["BLOCK_N"]:  # rows are gathered through UB
         tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if dtype == "fp32" else 32}
     narrow = chip.memory["UB"] < 240 << 10
-    if layout == "fp8_v32":
+    if layout in _FP8:
         tile["BLOCK_N"] = 32
         if narrow:
             tile |= {"BLOCK_H": 16, "BLOCK_N": 16 if page % 32 else 32}
@@ -92,10 +95,10 @@ def _nvidia(chip, dtype, statics, rows):
     if hopper and rows > 32:  # without a rope part a branch has no cheap second product
         block_n = 32 if statics["CAUSAL"] and statics["WINDOW"] else 64
         return {"BLOCK_H": 64, "BLOCK_N": block_n, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
-    if layout == "fp8_v32" and rows > 16:
+    if layout in _FP8 and rows > 16:
         return {"BLOCK_H": 32, "BLOCK_N": 32 if roomy else 16, "num_warps": 8, "num_stages": 1}
     if layout != "plain":
-        narrow = layout == "fp8_v32" and not roomy
+        narrow = layout in _FP8 and not roomy
         return {"BLOCK_H": 16 if rows <= 16 else 32, "BLOCK_N": 16 if narrow else 32, "num_warps": 8}
     if rows <= 16:
         return {"BLOCK_H": 16, "BLOCK_N": 32}
@@ -116,7 +119,7 @@ def memory(chip, dtype, statics, tile):
         decoded = block_n * latent * size if layout != "plain" else 0
         l0c = block_h * (value + block_n * (2 if layout == "int8" else 1)) * 4
         gathered = block_n * token_bytes(dtype, statics) if statics["PAGE_SIZE"] % block_n else 0
-        scaled = 5 * block_n * latent if layout == "fp8_v32" else 0
+        scaled = 5 * block_n * latent if layout in _FP8 else 0
         return {
             "UB": 5 * block_h * value * 2 + block_h * block_n * 4 + 3 * gathered + scaled + misfit,
             "L1": 2 * (q + k + split_value + p + gathered + decoded),

@@ -26,9 +26,10 @@ from mla_kernels.attention.splits import (
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.write import KEY_BYTES, SCALE_BYTES, SCALED_TOGETHER, UNIT
+from mla_kernels.latent.write import KEY_BYTES, ROTATED, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, launched_parts
+from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, V4_BLOCK, launched_parts
+from mla_kernels.quant.decode import ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 
 FIXED_PICKS = 256  # picks of a split where bits must not depend on the batch
@@ -50,12 +51,38 @@ def pick_offsets(slot, page_stride, token_stride, PAGE_SIZE: tl.constexpr, WIDE:
 
 
 @triton.jit
+def scale_offsets(slot, page_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr, LATENT: tl.constexpr):
+    """Where the scales of slots [BLOCK_N] begin in fp8_v4, in bytes."""
+    page = slot // PAGE_SIZE
+    within = slot - page * PAGE_SIZE
+    if WIDE:
+        page = page.to(tl.int64)
+    return page * page_stride * UNIT + (PAGE_SIZE * (LATENT + ROTATED) + within * (LATENT // ROTATED))
+
+
+@triton.jit
 def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     """What load_latents loads of fp8_v32; all scales of a token in one transfer take less of Ascend's UB."""
     GROUPS: tl.constexpr = WIDTH // SCALED_TOGETHER
     codes = tl.load(rows + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)  # [BLOCK_N, WIDTH]
     scales = tl.load(scale_rows + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, GROUPS]
     values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, SCALED_TOGETHER])
+    values = (values * scales[:, :, None]).to(DTYPE)
+    return tl.reshape(values, [codes.shape[0], WIDTH])
+
+
+@triton.jit
+def load_v4_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
+    """Values of fp8_v4 [BLOCK_N, WIDTH] whose last 64, the rotated ones, are 0: they lie elsewhere, in bf16. They are
+    bf16(code) * bf16(scale), rounded to bf16; the product of both is exact in fp32."""
+    GROUPS: tl.constexpr = WIDTH // ROTATED
+    column = tl.arange(0, WIDTH)
+    group = tl.arange(0, GROUPS)
+    coded = seen[:, None] & (column < WIDTH - ROTATED)[None, :]
+    scaled = seen[:, None] & (group < GROUPS - 1)[None, :]
+    codes = tl.load(rows + column[None, :], mask=coded, other=0)  # [BLOCK_N, WIDTH]
+    scales = ue8m0_values(tl.load(scale_rows + group[None, :], mask=scaled, other=0))  # [BLOCK_N, GROUPS]
+    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, ROTATED])
     values = (values * scales[:, :, None]).to(DTYPE)
     return tl.reshape(values, [codes.shape[0], WIDTH])
 
@@ -74,6 +101,9 @@ def sparse_mla_kernel(
     An item is (token * splits + split) * head tiles + head tile: head tiles that read the same rows are neighbours, so
     that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
     query, picks, length and ``share`` alone. BRANCH: see :func:`mla_kernels.attention.latents.score_tile`.
+
+    In fp8_v4 the rotated values are the last ROPE of the LATENT, in products of their own: scores and sums over the
+    codes leave them out (0), and ``tail_acc`` sums them.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     line = tl.arange(0, BLOCK_H)
@@ -101,21 +131,30 @@ def sparse_mla_kernel(
         q_rope = q_latent
         if ROPE > 0:
             rope_column = tl.arange(0, ROPE)
-            q_rope = tl.load(q_rows + LATENT + rope_column[None, :], mask=inside[:, None], other=0.0)
+            ROPE_START: tl.constexpr = LATENT - ROPE if LAYOUT == "fp8_v4" else LATENT
+            q_rope = tl.load(q_rows + ROPE_START + rope_column[None, :], mask=inside[:, None], other=0.0)
         largest = tl.full([BLOCK_H], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+        if LAYOUT == "fp8_v4":
+            tail_acc = tl.zeros([BLOCK_H, ROPE], tl.float32)
         indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
         for first in range(start, end, BLOCK_N):
             slot, seen = load_picks(indices, first, end, key, num_slots)
             rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
-            scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
+            if LAYOUT == "fp8_v4":
+                scale_rows = scale_offsets(slot, page_stride, PAGE_SIZE, WIDE, LATENT)
+                scale_rows = latent_ptr + scale_rows[:, None]
+            else:
+                scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
             if LAYOUT == "plain":
                 rope_rows = rope_ptr + rows[:, None]
             else:
                 rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
                 rows = rows * UNIT
-            if (LAYOUT == "fp8_v32") and PERSISTENT:
+            if LAYOUT == "fp8_v4":
+                latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
+            elif (LAYOUT == "fp8_v32") and PERSISTENT:
                 latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
             else:
                 latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
@@ -139,6 +178,8 @@ def sparse_mla_kernel(
             if LAYOUT == "int8":
                 weights *= scales
             acc = tl.dot(weights.to(DTYPE), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
+            if LAYOUT == "fp8_v4":
+                tail_acc = tl.dot(weights.to(DTYPE), rope, tail_acc * keep[:, None], input_precision="ieee")
             largest = new
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
@@ -149,10 +190,21 @@ def sparse_mla_kernel(
             acc *= sink_factor(lse, sink)[:, None]
         target = (tl.cast(split, tl.int64) * tokens + token) * heads + head
         tile = line[:, None] * LATENT + latent_column[None, :]
+        stored = inside[:, None]
+        if LAYOUT == "fp8_v4":
+            stored = inside[:, None] & (latent_column < LATENT - ROPE)[None, :]
+            tail_acc = tail_acc / total[:, None]
+            if SINK:
+                tail_acc *= sink_factor(lse, sink)[:, None]
+            tail = line[:, None] * LATENT + (LATENT - ROPE) + rope_column[None, :]
+            if SPLIT:
+                tl.store(partial_ptr + target * LATENT + tail, tail_acc, mask=inside[:, None])
+            else:
+                tl.store(out_ptr + target * LATENT + tail, tail_acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
         if SPLIT:
-            tl.store(partial_ptr + target * LATENT + tile, acc, mask=inside[:, None])
+            tl.store(partial_ptr + target * LATENT + tile, acc, mask=stored)
         else:
-            tl.store(out_ptr + target * LATENT + tile, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+            tl.store(out_ptr + target * LATENT + tile, acc.to(out_ptr.dtype.element_ty), mask=stored)
         tl.store(lse_ptr + target + line, lse, mask=inside)
         if MAX_LOGITS:
             tl.store(max_ptr + target + line, tl.where(empty, float("-inf"), largest * LN2), mask=inside)
@@ -168,10 +220,15 @@ def _parts(top_k: int, share: int) -> int:
     return max(1, -(-top_k // share))
 
 
+def _width(statics) -> int:
+    """Values of a query: in fp8_v4 the rotated ones are the latent's."""
+    return statics["LATENT"] + (0 if statics["LAYOUT"] == "fp8_v4" else statics["ROPE"])
+
+
 def _cost(dtype, statics, sizes):
     """Workspace: the most on any chip."""
     tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
-    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    latent, width, size = statics["LATENT"], _width(statics), DTYPE_BYTES[dtype]
     parts = 1
     if statics["SPLIT"]:
         programs = tokens * -(-heads // max(SPARSE_MLA.tiles["BLOCK_H"]))
@@ -184,19 +241,22 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    latent, width, size = statics["LATENT"], statics["LATENT"] + statics["ROPE"], DTYPE_BYTES[dtype]
+    latent, width, size = statics["LATENT"], _width(statics), DTYPE_BYTES[dtype]
+    apart = 2 * statics["ROPE"] if width == latent else 0  # columns of products that fp8_v4 has beside its codes'
     programs, picks = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"]), sizes["top_k"]
     if statics["SPLIT"]:
         picks = picks_of_split(picks, programs, DECLARED_CORES)
     return Work(
         programs=programs * _parts(sizes["top_k"], picks),
-        flops=2.0 * tile["BLOCK_H"] * picks * (width + latent),
+        flops=2.0 * tile["BLOCK_H"] * picks * (width + latent + apart),
         bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
     )
 
 
-def _case(name, heads, *, tokens=64, split=True, layout="plain", rope=64, dtypes=("bf16", "fp16", "fp32")):
-    statics = _statics(512, rope, layout) | {"MAX_LOGITS": not split, "SPLIT": split}
+def _case(
+    name, heads, *, tokens=64, split=True, layout="plain", rope=64, page=1, sink=False, dtypes=("bf16", "fp16", "fp32")
+):
+    statics = _statics(512, rope, layout) | {"MAX_LOGITS": not split, "SPLIT": split, "PAGE_SIZE": page, "SINK": sink}
     return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 2048}, dtypes)
 
 
@@ -245,6 +305,10 @@ SPARSE_MLA = Kernel(
         _case("v32_tp8", 16, dtypes=("bf16",)),
         _case("v32_fp8", 128, layout="fp8_v32", dtypes=("bf16",)),
         _case("v32_int8", 128, layout="int8", dtypes=("bf16",)),
+        _case("v4_window", 64, layout="fp8_v4", page=64, sink=True, dtypes=("bf16",)),
+        _case("v4_entries", 64, layout="fp8_v4", page=2, dtypes=("bf16",)),
+        _case("v4_tp4", 16, layout="fp8_v4", page=64, dtypes=("bf16",)),
+        _case("v4_int8", 64, layout="int8", rope=0, dtypes=("bf16",)),
         _case("no_rope_prefill", 128, tokens=1024, split=False, rope=0, dtypes=("bf16",)),
         _case("no_rope_decode", 128, rope=0, dtypes=("bf16",)),
         _case("no_rope_tp4", 32, rope=0, dtypes=("bf16",)),
@@ -276,20 +340,23 @@ def _source(chip, q, data, indices, lengths, latent_dim, layout, decode):
     if plan[-1] is not None and not hopper_sparse.serves(plan[-1], data):
         plan = *plan[:-1], None
     parts = launched_parts(data, layout, latent_dim) if layout in QUANTISED else (data, None, data[..., latent_dim:])
-    return _Source(parts if width > latent_dim else (*parts[:2], None), indices, lengths, *plan)
+    return _Source(parts if width > latent_dim or layout == "fp8_v4" else (*parts[:2], None), indices, lengths, *plan)
 
 
 def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, decode):
     """(slots, strides, statics, tile, variant). The tile follows from the constants and the heads alone. Slots that lie
-    evenly are pages of one token."""
+    evenly are pages of one token, but for fp8_v4, whose scales lie by pages."""
     (pages, page_size, elements), (page_stride, token_stride, _) = shape, strides
     last = (pages - 1) * page_stride + (page_size - 1) * token_stride
     slots = pages * page_size
+    rope, split = width - latent_dim, layout == "fp8_v4"
+    if split:
+        token_stride, rope = latent_dim + V4_BLOCK, V4_BLOCK
     if page_size == 1:
         token_stride = page_stride
-    elif page_stride == page_size * token_stride or pages == 1:
+    elif not split and (page_stride == page_size * token_stride or pages == 1):
         page_size = 1
-    statics = _statics(latent_dim, width - latent_dim, layout if layout in QUANTISED else "plain")
+    statics = _statics(latent_dim, rope, layout if layout in QUANTISED else "plain")
     statics |= {"PAGE_SIZE": page_size, "WIDE": last + elements >= 1 << 31, "MAX_LOGITS": not decode, "SPLIT": decode}
     tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
     unit = ALIGNMENT if layout in QUANTISED else 1

@@ -16,7 +16,7 @@ def forward_rule(chip, dtype, statics, sizes):
     if layout != "plain" and dtype != "bf16":
         raise NotImplementedError(f"sparse attention: {layout} caches are read as bf16, not as {dtype}")
     tile = decode_tiles.widest(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
-    if layout == "fp8_v32" and chip.architecture == "90":  # gathers need registers for their addresses
+    if layout in ("fp8_v32", "fp8_v4") and chip.architecture == "90":  # gathers need registers for their addresses
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
     if chip.architecture == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"] and TRITON_VERSION >= (3, 9):
         tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
