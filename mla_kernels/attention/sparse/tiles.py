@@ -18,10 +18,15 @@ def forward_rule(chip, dtype, statics, sizes):
     tile = decode_tiles.widest(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
     if layout in ("fp8_v32", "fp8_v4") and chip.architecture == "90":  # gathers need registers for their addresses
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-    if chip.architecture == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"] and TRITON_VERSION >= (3, 9):
-        tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
+    if chip.architecture == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"]:
+        if TRITON_VERSION >= (3, 9):
+            tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
+        elif layout == "int8":
+            tile["BLOCK_N"] = 32  # Triton 3.7 spills at 64
     if chip.architecture == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:
         tile["num_stages"] = 3  # with 2 a decode step spills in its loop
+    if layout == "fp8_v4" and chip.is_gpu and tile["BLOCK_H"] < 64:  # 32 picks spill, on NVIDIA 16 in one stage, too
+        tile |= {"BLOCK_N": 16, "num_stages": 2 if chip.vendor == "nvidia" else 1}
     return {name: size for name, size in tile.items() if name != "VALUE_TILES"}
 
 
