@@ -28,9 +28,10 @@ LENGTHS = (0, 1, 2, 7, 63, 64, 65, 130)
 
 
 @pytest.mark.quick("window_slots", when=lambda page_size: page_size == 4)
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("queries, window, page_size", [(1, 128, 64), (3, 5, 4), (2, 40, 1), (2, 1, 61), (1, 1030, 16)])
-def test_window(backend, device, queries, window, page_size):
-    table, lengths = table_of(LENGTHS, page_size, device), int32(*LENGTHS, device=device)
+def test_window(backend, device, queries, window, page_size, more):
+    table, lengths = table_of(LENGTHS, page_size, device, more), int32(*LENGTHS, device=device)
     options = {"queries": queries, "window": window, "page_size": page_size}
     slots = window_slots(table, lengths, **options)
     assert slots.dtype == torch.int32 and slots.shape == (len(LENGTHS), queries, window)
@@ -38,11 +39,12 @@ def test_window(backend, device, queries, window, page_size):
 
 
 @pytest.mark.quick("entry_slots", when=lambda page_size: page_size == 4)
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("queries, ratio, page_size", [(1, 128, 2), (3, 4, 4), (2, 1, 61), (5, 3, 1)])
-def test_entries(backend, device, queries, ratio, page_size):
+def test_entries(backend, device, queries, ratio, page_size, more):
     lengths = (*LENGTHS, 511, 512) if ratio > 4 else LENGTHS
     most = max(lengths) // ratio
-    table = table_of([length // ratio for length in lengths], page_size, device)
+    table = table_of([length // ratio for length in lengths], page_size, device, more)
     lengths = int32(*lengths, device=device)
     options = {"queries": queries, "ratio": ratio, "page_size": page_size, "max_entries": most + 2}
     slots = entry_slots(table, lengths, **options)

@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import entry_slots, launch, sparse_mla_decode, window_slots
-from mla_kernels.latent.cache import LatentCache
-from tests.attention.sparse_problems import cache_of, make_decode, pick
-from tests.support import not_on
+from tests.attention.sparse_problems import make_decode
 
 BF16 = torch.bfloat16
 CACHES = pytest.mark.parametrize("layout", ["fp8_v4", "int8", None])
@@ -25,7 +22,15 @@ def test_parity(backend, device, layout, heads, page_size, queries):
 @pytest.mark.parametrize("top_k, extra_top_k", [(33, 7), (5, 290)])
 def test_two_caches_of_other_page_sizes_and_numbers_of_picks(backend, device, layout, top_k, extra_top_k):
     problem = make_decode(
-        top_k, extra_top_k=extra_top_k, heads=12, page_size=8, layout=layout, sink=True, lengths=True, device=device, **SMALL
+        top_k,
+        extra_top_k=extra_top_k,
+        heads=12,
+        page_size=8,
+        layout=layout,
+        sink=True,
+        lengths=True,
+        device=device,
+        **SMALL,
     )
     assert problem.extra_cache.page_size == 17
     problem.check(problem.run())

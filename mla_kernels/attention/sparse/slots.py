@@ -38,7 +38,7 @@ def paged_slots_kernel(
         seen = tl.maximum(newest + 1, 0) // ratio
         first = tl.maximum(seen - width, 0) + start
         count = tl.minimum(seen, pages * page_size) - first  # from this item's first column on; below 1: none
-        first = tl.minimum(first, (pages - 1) * page_size)  # within the table, where the count is below 1, too
+        first = tl.minimum(first, pages * page_size - 1)  # within the table, where the count is below 1, too
         page_index = first // page_size
         place = first - page_index * page_size + column
         step = quotient(place, page_size)
