@@ -5,8 +5,8 @@ conventions hold: ``causal`` is False by default, the scale is ``d ** -0.5`` by 
 :func:`flash_mla_with_kvcache` is [batch, heads, queries], and a query that sees no key has lse +inf (natively -inf).
 
 More is accepted than FlashMLA accepts (every head count, page size and chip; the 656-byte cache and sinks in dense
-decoding, too); what is not accepted raises with the reason. Arguments by position are those of FlashMLA's
-``flash_mla_interface.py`` of 2026.09.30, which agree with older ones. What its branches and copies add in other orders
+decoding, too; 16-bit caches in sparse decoding); what is not accepted raises with the reason. Arguments by position are
+those of FlashMLA's ``flash_mla_interface.py`` of 2026.09.30, which agree with older ones. What its branches and copies add in other orders
 is keyword-only here: ``out`` (the copy in vLLM 0.33.0), ``indexer_topk`` (commit 02fe0d0), ``use_legacy``,
 ``kv_format``, ``descale_q``, ``descale_k`` and ``return_log2_lse`` (``sgl-flash-mla`` 1.0.0; SGLang 0.5.23).
 """
@@ -32,7 +32,7 @@ __all__ = [
     "get_mla_metadata",
 ]
 
-_FP8_BYTES = 656
+_LAYOUTS = {656: CacheLayout.FP8_V32, 584: CacheLayout.FP8_V4}  # by the bytes of a token
 _BYTE_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 
 
@@ -97,9 +97,11 @@ def flash_mla_with_kvcache(
     """MLA decoding over a paged cache, dense (``block_table``, ``cache_seqlens``) or sparse (``indices``).
 
     Args:
-        q: [batch, s_q, heads, d], d 576 or another ``head_dim_v`` + rope width.
+        q: [batch, s_q, heads, d], d 576, 512 (DeepSeek-V4) or another ``head_dim_v`` + rope width.
         k_cache: [num_pages, page_size, 1, d] in q's dtype; or bytes (float8_e4m3fn, int8 or uint8)
-            [num_pages, page_size, 1, 656], the layout ``fp8_v32`` of :class:`mla_kernels.CacheLayout`.
+            [num_pages, page_size, 1, 656], the layout ``fp8_v32`` of :class:`mla_kernels.CacheLayout`; or, with
+            ``indices``, 584 bytes a token, DeepSeek-V4's ``fp8_v4``, whose pages are dense and stand at multiples of
+            16 bytes (FlashMLA: of 576).
         block_table: int32 [batch, pages]; cache_seqlens: int32 [batch]. Not read when ``indices`` are given.
         head_dim_v: width of the value, the first part of the key.
         tile_scheduler_metadata, num_splits: whatever :func:`get_mla_metadata` gave; not needed here.
@@ -108,24 +110,25 @@ def flash_mla_with_kvcache(
         is_fp8_kvcache: whether the caches hold bytes; None, the default, means as k_cache's dtype says.
         indices: int32 [batch, s_q, top_k] cache slots (page * page_size + offset); others than slots are skipped.
         attn_sink: fp32 [heads]; out is multiplied by sigmoid(lse - sink), lse stays as it is.
-        extra_k_cache, extra_indices_in_kvcache, extra_topk_length: a second cache attended in the same softmax.
+        extra_k_cache, extra_indices_in_kvcache, extra_topk_length: a second cache attended in the same softmax, of the
+            same layout; its page size and its number of indices may be others.
         topk_length: int32 [batch]; only so many indices from the left count.
         enable_batch_invariant: True asks for results that do not depend on the rest of the batch, which they never do.
         out: None, or [batch, s_q, heads, head_dim_v] in q's dtype, which the result is copied to.
         use_legacy: chooses between kernels of the same result there; either is accepted.
-        kv_format, descale_q, descale_k: None. Caches of DeepSeek-V4 and V4.1 and scales of whole tensors are refused.
+        kv_format, descale_q, descale_k: None. Caches of DeepSeek-V4.1 and scales of whole tensors are refused.
 
     Returns:
         (out [batch, s_q, heads, head_dim_v], lse fp32 [batch, heads, s_q], contiguous, natural log, +inf for a query
         without keys).
 
     Raises:
-        NotImplementedError: several key heads, byte layouts but that of 656 bytes, per-tensor scales, causal with
-            ``indices``, or an input that requires grad.
+        NotImplementedError: several key heads, byte layouts but those of 656 and 584 bytes, the latter without
+            ``indices``, per-tensor scales, causal with ``indices``, or an input that requires grad.
         TypeError, ValueError: as :func:`mla_kernels.mla_decode` and :func:`mla_kernels.sparse_mla_decode`.
     """
     if kv_format is not None:
-        raise NotImplementedError(f"kv_format: got {kv_format!r}, None is accepted (576 columns or 656 bytes a token)")
+        raise NotImplementedError(f"kv_format: got {kv_format!r}, None is accepted (656 or 584 bytes a token)")
     for name, value in (("descale_q", descale_q), ("descale_k", descale_k)):
         if value is not None:
             raise NotImplementedError(f"{name}: got {_kind(value)}, None is accepted (no per-tensor fp8 cache)")
@@ -331,11 +334,12 @@ def _cache(name: str, data: torch.Tensor, q: torch.Tensor, head_dim_v: int, is_f
     _one_key_head(name, data.shape[2])
     if not is_fp8:
         return LatentCache(data[:, :, 0], head_dim_v)
-    if data.shape[3] != _FP8_BYTES or head_dim_v != 512:
+    layout = _LAYOUTS.get(data.shape[3])
+    if layout is None or head_dim_v != 512:
         raise NotImplementedError(
-            f"{name}: got {data.shape[3]} bytes a token with head_dim_v {head_dim_v}, {_FP8_BYTES} with 512 is accepted"
+            f"{name}: got {data.shape[3]} bytes a token with head_dim_v {head_dim_v}, 656 and 584 with 512 are accepted"
         )
-    return LatentCache(data.view(torch.uint8)[:, :, 0], head_dim_v, CacheLayout.FP8_V32)
+    return LatentCache(data.view(torch.uint8)[:, :, 0], head_dim_v, layout)
 
 
 def _check_out(out, shape: tuple[int, ...], like: torch.Tensor, function: str, **inputs) -> None:

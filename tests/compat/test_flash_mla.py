@@ -8,6 +8,7 @@ import torch
 from mla_kernels.compat import flash_mla
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.reference import latent as latent_reference
+from mla_kernels.reference import sparse as sparse_reference
 from tests.support import assert_close, poisoned
 
 INF = float("inf")
@@ -202,6 +203,42 @@ def test_varlen_prefill_and_packed_forms(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(results, (out, lse)))
 
 
+def test_caches_of_deepseek_v4(backend, device):
+    """584 bytes a token, in pages padded to 576; the second cache has other pages and another number of indices."""
+    heads, top_k, extra_top_k = 5, 24, 40
+    q = torch.randn(2, 1, heads, 512).to(device, torch.bfloat16)
+    caches, given, rows = [], [], []
+    for pages, page_size in ((3, 32), (30, 2)):
+        stride = -(-page_size * 584 // 576) * 576
+        data = torch.full((pages, stride), 0xFF, dtype=torch.uint8)[:, : page_size * 584].unflatten(1, (page_size, 584))
+        data.copy_(torch.stack([latent_reference.pack_page(torch.randn(page_size, 512)) for _ in range(pages)]))
+        rows.append(latent_reference.dequantise_cache(data, 512, "fp8_v4"))
+        whole = data.as_strided((pages, stride), (stride, 1)).to(device)
+        caches.append(LatentCache(whole[:, : page_size * 584].unflatten(1, (page_size, 584)), 512, "fp8_v4"))
+        given.append(caches[-1].data.view(torch.float8_e4m3fn)[:, :, None])
+    indices = torch.randint(-1, 96, (2, 1, top_k), dtype=torch.int32, device=device)
+    extra = torch.randint(-1, 60, (2, 1, extra_top_k), dtype=torch.int32, device=device)
+    sink, lengths = torch.randn(heads).to(device), torch.tensor([top_k, 7], dtype=torch.int32, device=device)
+    more = torch.tensor([extra_top_k, 3], dtype=torch.int32, device=device)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, given[0], None, None, 512, flash_mla.get_mla_metadata()[0], is_fp8_kvcache=True, indices=indices,
+        attn_sink=sink, extra_k_cache=given[1], extra_indices_in_kvcache=extra, topk_length=lengths,
+        extra_topk_length=more,
+    )  # fmt: skip
+    own = {"topk_length": lengths, "sink": sink, "extra_indices": extra, "extra_topk_length": more}
+
+    def by_reference(dtype):
+        here = {name: value.cpu() for name, value in own.items()}
+        return sparse_reference.sparse_mla_decode(
+            q.cpu().to(dtype), rows[0].to(dtype), indices.cpu(), softmax_scale=512**-0.5, latent_dim=512,
+            extra_cache=rows[1].to(dtype), **here,
+        )  # fmt: skip
+
+    (exact, exact_lse), (rounded, rounded_lse) = by_reference(torch.float64), by_reference(torch.bfloat16)
+    assert_close(out.cpu(), exact, rounded)
+    assert_close(lse.cpu(), exact_lse.transpose(1, 2), rounded_lse.transpose(1, 2))
+
+
 def test_a_query_without_keys_has_lse_plus_infinity(backend, device):
     q, k, v = (torch.randn(tokens, 1, 64).to(device) for tokens in (3, 1, 1))
     cu_q, cu_k = (torch.tensor([0, last], dtype=torch.int32, device=device) for last in (3, 1))
@@ -228,8 +265,15 @@ def test_refused():
         call(table=None)
     with pytest.raises(NotImplementedError, match="descale_k: got a Tensor"):
         call(descale_k=torch.ones(1))
-    with pytest.raises(NotImplementedError, match="584 bytes a token"):
+    with pytest.raises(NotImplementedError, match=r"got 600 bytes a token .* 656 and 584 with 512 are accepted"):
+        call(cache=torch.zeros(2, 64, 1, 600, dtype=torch.uint8), is_fp8_kvcache=True)
+    with pytest.raises(NotImplementedError, match="mla_decode: got a cache in layout fp8_v4"):
         call(cache=torch.zeros(2, 64, 1, 584, dtype=torch.uint8), is_fp8_kvcache=True)
+    v4 = {"cache": torch.zeros(2, 64, 1, 584, dtype=torch.uint8), "indices": indices}
+    with pytest.raises(TypeError, match="q: got dtype float32, accepted: bfloat16"):
+        call(q=q[..., :512], **v4)
+    with pytest.raises(ValueError, match=r"q: got shape \(1, 1, 2, 576\), \(any, any, any, 512\) is accepted"):
+        call(q=q.bfloat16(), **v4)
     with pytest.raises(TypeError, match="k_cache: got dtype uint8"):
         call(cache=torch.zeros(2, 64, 1, 656, dtype=torch.uint8), is_fp8_kvcache=False)
     with pytest.raises(TypeError, match="k_cache: got dtype float32, accepted: uint8, int8, float8_e4m3fn"):
