@@ -57,6 +57,17 @@ def split_count(keys: int, programs: int, cores: int) -> int:
     return max(splits for splits, cost in costs.items() if cost <= least * 17 / 16)
 
 
+def picks_of_split(top_k: int, programs: int, cores: int) -> int:
+    """Picks of a token that one program of a sparse decode step works on, where ``programs`` programs would do without
+    splits of ``top_k`` picks; see :func:`split_count`."""
+    return max(1, -(-top_k // (split_count(top_k, programs, cores) * SPLIT_STEP))) * SPLIT_STEP
+
+
+def parts_of(top_k: int, share: int) -> int:
+    """Splits of ``top_k`` picks with ``share`` picks each, at least 1."""
+    return max(1, -(-top_k // share))
+
+
 def fixed_index(position: int) -> int:
     """Number of the fixed split that holds a position: 0 for 0 to 511, 31 up to 16,383, 47 up to 32,767."""
     level = max((position // FIXED_STEP).bit_length() - 5, 0)

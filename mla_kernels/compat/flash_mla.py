@@ -6,9 +6,10 @@ conventions hold: ``causal`` is False by default, the scale is ``d ** -0.5`` by 
 
 More is accepted than FlashMLA accepts (every head count, page size and chip; the 656-byte cache and sinks in dense
 decoding, too; 16-bit caches in sparse decoding); what is not accepted raises with the reason. Arguments by position are
-those of FlashMLA's ``flash_mla_interface.py`` of 2026.09.30, which agree with older ones. What its branches and copies add in other orders
-is keyword-only here: ``out`` (the copy in vLLM 0.33.0), ``indexer_topk`` (commit 02fe0d0), ``use_legacy``,
-``kv_format``, ``descale_q``, ``descale_k`` and ``return_log2_lse`` (``sgl-flash-mla`` 1.0.0; SGLang 0.5.23).
+those of FlashMLA's ``flash_mla_interface.py`` of 2026.09.30, which agree with older ones. What its branches and copies
+add in other orders is keyword-only here: ``out`` (the copy in vLLM 0.33.0), ``indexer_topk`` (commit 02fe0d0),
+``use_legacy``, ``kv_format``, ``descale_q``, ``descale_k`` and ``return_log2_lse`` (``sgl-flash-mla`` 1.0.0; SGLang
+0.5.23).
 """
 
 import dataclasses

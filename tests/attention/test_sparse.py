@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mla_kernels import launch
+from mla_kernels.attention import splits as splits_module
 from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.sparse import forward as sparse
 from mla_kernels.attention.sparse.op import sparse_mla_prefill
@@ -113,7 +114,7 @@ def test_splits(backend, device, top_k, monkeypatch):
     monkeypatch.setattr(sparse, "sequences_at_once", lambda split_bytes, splits: 2)
     problem.check(problem.run(batch_invariant=True))
     for splits in (1, 2):
-        monkeypatch.setattr(sparse, "split_count", lambda keys, programs, cores, splits=splits: splits)
+        monkeypatch.setattr(splits_module, "split_count", lambda keys, programs, cores, splits=splits: splits)
         problem.check(problem.run())
 
 

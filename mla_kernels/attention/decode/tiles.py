@@ -7,6 +7,11 @@ _SCALE_BYTES = 16  # of a token: its scales, and zeros up to a multiple of this
 _FP8 = ("fp8_v32", "fp8_v4")  # fp8_v4 is the sparse kernel's alone
 
 
+def query_width(statics) -> int:
+    """Values of a query of one head: in fp8_v4 the rotated ones are the latent's."""
+    return statics["LATENT"] + (0 if statics["LAYOUT"] == "fp8_v4" else statics["ROPE"])
+
+
 def token_bytes(dtype, statics) -> int:
     """Bytes of a cached token."""
     latent, rope = statics["LATENT"], statics["ROPE"]

@@ -10,81 +10,26 @@ from typing import NamedTuple
 import torch
 
 from mla_kernels.attention.decode import tiles as decode_tiles
-from mla_kernels.attention.latents import LN2, LOWEST, load_latents, score_tile
-from mla_kernels.attention.merge import sink_factor
+from mla_kernels.attention.latents import LOWEST
 from mla_kernels.attention.sparse.merge import launch_merge
-from mla_kernels.attention.sparse.picks import load_picks
+from mla_kernels.attention.sparse.pair import attend_pair
+from mla_kernels.attention.sparse.rows import attend_picks, load_queries, store_attended
 from mla_kernels.attention.sparse.tiles import forward_memory, forward_rule
 from mla_kernels.attention.splits import (
     DECLARED_CORES,
     MOST_CORES,
-    SPLIT_STEP,
     most_splits,
+    parts_of,
+    picks_of_split,
     sequences_at_once,
-    split_count,
 )
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.language import tl, triton
-from mla_kernels.latent.write import KEY_BYTES, ROTATED, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, V4_BLOCK, launched_parts
-from mla_kernels.quant.decode import ue8m0_values
-from mla_kernels.quant.fp8 import decode_e4m3
 
 FIXED_PICKS = 256  # picks of a split where bits must not depend on the batch
-
-
-@triton.jit
-def pick_offsets(slot, page_stride, token_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Where slots [BLOCK_N] begin. PAGE_SIZE 1: slots lie token_stride apart. WIDE: offsets may pass 2**31."""
-    if PAGE_SIZE == 1:
-        if WIDE:
-            slot = slot.to(tl.int64)
-        return slot * token_stride
-    else:
-        page = slot // PAGE_SIZE
-        within = slot - page * PAGE_SIZE
-        if WIDE:
-            page = page.to(tl.int64)
-        return page * page_stride + within * token_stride
-
-
-@triton.jit
-def scale_offsets(slot, page_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr, LATENT: tl.constexpr):
-    """Where the scales of slots [BLOCK_N] begin in fp8_v4, in bytes."""
-    page = slot // PAGE_SIZE
-    within = slot - page * PAGE_SIZE
-    if WIDE:
-        page = page.to(tl.int64)
-    return page * page_stride * UNIT + (PAGE_SIZE * (LATENT + ROTATED) + within * (LATENT // ROTATED))
-
-
-@triton.jit
-def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
-    """What load_latents loads of fp8_v32; all scales of a token in one transfer take less of Ascend's UB."""
-    GROUPS: tl.constexpr = WIDTH // SCALED_TOGETHER
-    codes = tl.load(rows + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)  # [BLOCK_N, WIDTH]
-    scales = tl.load(scale_rows + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, GROUPS]
-    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, SCALED_TOGETHER])
-    values = (values * scales[:, :, None]).to(DTYPE)
-    return tl.reshape(values, [codes.shape[0], WIDTH])
-
-
-@triton.jit
-def load_v4_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
-    """Values of fp8_v4 [BLOCK_N, WIDTH] whose last 64, the rotated ones, are 0: they lie elsewhere, in bf16. They are
-    bf16(code) * bf16(scale), rounded to bf16; the product of both is exact in fp32."""
-    GROUPS: tl.constexpr = WIDTH // ROTATED
-    column = tl.arange(0, WIDTH)
-    group = tl.arange(0, GROUPS)
-    coded = seen[:, None] & (column < WIDTH - ROTATED)[None, :]
-    scaled = seen[:, None] & (group < GROUPS - 1)[None, :]
-    codes = tl.load(rows + column[None, :], mask=coded, other=0)  # [BLOCK_N, WIDTH]
-    scales = ue8m0_values(tl.load(scale_rows + group[None, :], mask=scaled, other=0))  # [BLOCK_N, GROUPS]
-    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, ROTATED])
-    values = (values * scales[:, :, None]).to(DTYPE)
-    return tl.reshape(values, [codes.shape[0], WIDTH])
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k", "share", "splits", "work"])
@@ -101,14 +46,8 @@ def sparse_mla_kernel(
     An item is (token * splits + split) * head tiles + head tile: head tiles that read the same rows are neighbours, so
     that L2 serves the second. Strides of quantised caches count units of 16 bytes. Bits of a row depend on its token's
     query, picks, length and ``share`` alone. BRANCH: see :func:`mla_kernels.attention.latents.score_tile`.
-
-    In fp8_v4 the rotated values are the last ROPE of the LATENT, in products of their own: scores and sums over the
-    codes leave them out (0), and ``tail_acc`` sums them.
     """
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     line = tl.arange(0, BLOCK_H)
-    key = tl.arange(0, BLOCK_N)
-    latent_column = tl.arange(0, LATENT)
     head_tiles = tl.cdiv(heads, BLOCK_H)
     item_end = tl.program_id(0) + 1
     item_step = 1
@@ -125,114 +64,35 @@ def sparse_mla_kernel(
         start = split * share
         end = tl.minimum(start + share, length)
         inside = line < heads - head
-        q_rows = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(head, tl.int64) * head_stride
-        q_rows += line[:, None] * head_stride
-        q_latent = tl.load(q_rows + latent_column[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_H, LATENT]
-        q_rope = q_latent
-        if ROPE > 0:
-            rope_column = tl.arange(0, ROPE)
-            ROPE_START: tl.constexpr = LATENT - ROPE if LAYOUT == "fp8_v4" else LATENT
-            q_rope = tl.load(q_rows + ROPE_START + rope_column[None, :], mask=inside[:, None], other=0.0)
+        q_latent, q_rope = load_queries(
+            q_ptr, token, head, line, inside, q_stride, head_stride, LATENT, ROPE, LAYOUT
+        )  # fmt: skip
         largest = tl.full([BLOCK_H], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+        tail = total
         if LAYOUT == "fp8_v4":
-            tail_acc = tl.zeros([BLOCK_H, ROPE], tl.float32)
+            tail = tl.zeros([BLOCK_H, ROPE], tl.float32)
         indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
-        for first in range(start, end, BLOCK_N):
-            slot, seen = load_picks(indices, first, end, key, num_slots)
-            rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
-            if LAYOUT == "fp8_v4":
-                scale_rows = scale_offsets(slot, page_stride, PAGE_SIZE, WIDE, LATENT)
-                scale_rows = latent_ptr + scale_rows[:, None]
-            else:
-                scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
-            if LAYOUT == "plain":
-                rope_rows = rope_ptr + rows[:, None]
-            else:
-                rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
-                rows = rows * UNIT
-            if LAYOUT == "fp8_v4":
-                latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
-            elif (LAYOUT == "fp8_v32") and PERSISTENT:
-                latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
-            else:
-                latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
-            rope = latent
-            if ROPE > 0:
-                rope = tl.load(rope_rows + rope_column[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
-            if LAYOUT == "int8":
-                scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
-                scales = tl.reshape(scales, (1, BLOCK_N))
-            else:
-                scales = 1.0
-            scores = score_tile(
-                q_latent, q_rope, latent, rope, scales, first < end, first < top_k, LAYOUT, ROPE, BRANCH
-            )
-            scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
-            new = tl.maximum(largest, tl.max(scores, 1))
-            keep = tl.exp2(largest - new)
-            weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
-            total = total * keep + tl.sum(weights, 1)
-            acc = acc * keep[:, None]
-            if LAYOUT == "int8":
-                weights *= scales
-            acc = tl.dot(weights.to(DTYPE), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
-            if LAYOUT == "fp8_v4":
-                tail_acc = tl.dot(weights.to(DTYPE), rope, tail_acc * keep[:, None], input_precision="ieee")
-            largest = new
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
-        acc = acc / total[:, None]
-        if SINK:
-            sink = tl.load(sink_ptr + head + line, mask=inside, other=0.0)
-            acc *= sink_factor(lse, sink)[:, None]
-        target = (tl.cast(split, tl.int64) * tokens + token) * heads + head
-        tile = line[:, None] * LATENT + latent_column[None, :]
-        stored = inside[:, None]
-        if LAYOUT == "fp8_v4":
-            stored = inside[:, None] & (latent_column < LATENT - ROPE)[None, :]
-            tail_acc = tail_acc / total[:, None]
-            if SINK:
-                tail_acc *= sink_factor(lse, sink)[:, None]
-            tail = line[:, None] * LATENT + (LATENT - ROPE) + rope_column[None, :]
-            if SPLIT:
-                tl.store(partial_ptr + target * LATENT + tail, tail_acc, mask=inside[:, None])
-            else:
-                tl.store(out_ptr + target * LATENT + tail, tail_acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-        if SPLIT:
-            tl.store(partial_ptr + target * LATENT + tile, acc, mask=stored)
-        else:
-            tl.store(out_ptr + target * LATENT + tile, acc.to(out_ptr.dtype.element_ty), mask=stored)
-        tl.store(lse_ptr + target + line, lse, mask=inside)
-        if MAX_LOGITS:
-            tl.store(max_ptr + target + line, tl.where(empty, float("-inf"), largest * LN2), mask=inside)
-
-
-def picks_of_split(top_k: int, programs: int, cores: int) -> int:
-    """Picks of a token that one program works on in a decode step, where ``programs`` programs would do without splits
-    of ``top_k`` picks; see :func:`mla_kernels.attention.splits.split_count`."""
-    return max(1, -(-top_k // (split_count(top_k, programs, cores) * SPLIT_STEP))) * SPLIT_STEP
-
-
-def _parts(top_k: int, share: int) -> int:
-    return max(1, -(-top_k // share))
-
-
-def _width(statics) -> int:
-    """Values of a query: in fp8_v4 the rotated ones are the latent's."""
-    return statics["LATENT"] + (0 if statics["LAYOUT"] == "fp8_v4" else statics["ROPE"])
+        acc, tail, total, largest = attend_picks(
+            acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, indices, start, end, top_k,
+            num_slots, page_stride, token_stride, score_scale,
+            LATENT, ROPE, LAYOUT, PAGE_SIZE, WIDE, BLOCK_N, PERSISTENT, BRANCH,
+        )  # fmt: skip
+        store_attended(
+            acc, tail, total, largest, sink_ptr, out_ptr, partial_ptr, lse_ptr, max_ptr, split, token, head, line,
+            inside, tokens, heads, LATENT, ROPE, LAYOUT, SINK, MAX_LOGITS, SPLIT,
+        )  # fmt: skip
 
 
 def _cost(dtype, statics, sizes):
     """Workspace: the most on any chip."""
     tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
-    latent, width, size = statics["LATENT"], _width(statics), DTYPE_BYTES[dtype]
+    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
     parts = 1
     if statics["SPLIT"]:
         programs = tokens * -(-heads // max(SPARSE_MLA.tiles["BLOCK_H"]))
-        parts = max(most_splits(top_k, programs, MOST_CORES), _parts(top_k, FIXED_PICKS))
+        parts = max(most_splits(top_k, programs, MOST_CORES), parts_of(top_k, FIXED_PICKS))
     return Cost(
         flops=2.0 * tokens * heads * top_k * (width + latent),
         bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (decode_tiles.token_bytes(dtype, statics) + 4)),
@@ -241,13 +101,13 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    latent, width, size = statics["LATENT"], _width(statics), DTYPE_BYTES[dtype]
+    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
     apart = 2 * statics["ROPE"] if width == latent else 0  # columns of products that fp8_v4 has beside its codes'
     programs, picks = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"]), sizes["top_k"]
     if statics["SPLIT"]:
         picks = picks_of_split(picks, programs, DECLARED_CORES)
     return Work(
-        programs=programs * _parts(sizes["top_k"], picks),
+        programs=programs * parts_of(sizes["top_k"], picks),
         flops=2.0 * tile["BLOCK_H"] * picks * (width + latent + apart),
         bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
     )
@@ -408,7 +268,7 @@ def launch_decode(
             programs = sequences * queries * -(-heads // together)
             shares.append(picks_of_split(source.indices.shape[2], programs, chip.dot_cores))
     if batch_invariant:
-        parts = sum(_parts(source.indices.shape[2], FIXED_PICKS) for source in sources)
+        parts = sum(parts_of(source.indices.shape[2], FIXED_PICKS) for source in sources)
         at_once = min(sequences, sequences_at_once(queries * heads * (latent_dim + 1) * 4, parts))
     if at_once == sequences:
         _decode(chip, q, sources, shares, softmax_scale, sink, batch_invariant, out, lse)
@@ -435,6 +295,9 @@ def _decode(chip, q, sources, shares, scale, sink, batch_invariant, out, lse):
         top_k = source.indices.shape[2]
         picks.append(source.indices.reshape(tokens, top_k))
         counts.append(max(1, -(-top_k // share)))
+    if len(sources) == 2 and not batch_invariant and all(source.variant is None for source in sources):
+        _decode_pair(chip, q, sources, picks, queries, scale, sink, out, lse)
+        return
     if counts == [1] and not batch_invariant:
         attend(chip, q, sources[0], picks[0], queries, scale, shares[0], (out, None, lse, None), sink)
         return
@@ -446,6 +309,21 @@ def _decode(chip, q, sources, shares, scale, sink, batch_invariant, out, lse):
         first = counts[0] * rows
         results = (None, partial[first * latent_dim :], lses[first:], None)
         attend(chip, q, sources[1], picks[1], queries, scale, shares[1], results)
+    launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
+
+
+def _decode_pair(chip, q, sources, picks, queries, scale, sink, out, lse):
+    """One launch over both sources, and the merge where several programs share a token."""
+    tokens, heads, _ = q.shape
+    top_k, latent_dim = sum(indices.shape[1] for indices in picks), out.shape[3]
+    share = picks_of_split(top_k, tokens * -(-heads // sources[0].tile["BLOCK_H"]), chip.dot_cores)
+    parts, rows = parts_of(top_k, share), tokens * heads
+    if parts == 1:
+        attend_pair(chip, q, sources, picks, queries, scale, share, (out, None, lse), sink)
+        return
+    partial = torch.empty(parts * rows * (latent_dim + 1), dtype=torch.float32, device=q.device)
+    lses = partial[parts * rows * latent_dim :]
+    attend_pair(chip, q, sources, picks, queries, scale, share, (None, partial, lses))
     launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
 
 

@@ -30,6 +30,11 @@ def forward_rule(chip, dtype, statics, sizes):
     return {name: size for name, size in tile.items() if name != "VALUE_TILES"}
 
 
+def pair_rule(chip, dtype, statics, sizes):
+    """The tile of either cache alone."""
+    return forward_rule(chip, dtype, statics, sizes)
+
+
 def forward_memory(chip, dtype, statics, tile):
     return decode_tiles.memory(chip, dtype, _as_decode(statics), tile | {"VALUE_TILES": 1})
 
