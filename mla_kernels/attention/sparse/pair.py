@@ -5,7 +5,15 @@ import math
 
 from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LOWEST
-from mla_kernels.attention.sparse.rows import attend_picks, load_queries, store_attended
+from mla_kernels.attention.sparse.picks import load_picks
+from mla_kernels.attention.sparse.rows import (
+    attend_picks,
+    attend_tile,
+    load_queries,
+    pick_offsets,
+    scale_offsets,
+    store_attended,
+)
 from mla_kernels.attention.sparse.tiles import forward_memory, pair_rule
 from mla_kernels.attention.splits import DECLARED_CORES, MOST_CORES, most_splits, parts_of, picks_of_split
 from mla_kernels.language import tl, triton
@@ -29,6 +37,7 @@ def sparse_mla_pair_kernel(
     An item is (token * splits + split) * head tiles + head tile, a split is ``share`` of top_k + extra_top_k picks.
     """
     line = tl.arange(0, BLOCK_H)
+    key = tl.arange(0, BLOCK_N)
     head_tiles = tl.cdiv(heads, BLOCK_H)
     item_end = tl.program_id(0) + 1
     item_step = 1
@@ -60,17 +69,46 @@ def sparse_mla_pair_kernel(
         if LAYOUT == "fp8_v4":
             tail = tl.zeros([BLOCK_H, ROPE], tl.float32)
         indices = indices_ptr + tl.cast(token, tl.int64) * index_stride
-        acc, tail, total, largest = attend_picks(
-            acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, indices, start, end, top_k,
-            num_slots, page_stride, token_stride, score_scale,
-            LATENT, ROPE, LAYOUT, PAGE_SIZE, WIDE, BLOCK_N, PERSISTENT, BRANCH,
-        )  # fmt: skip
-        indices = extra_indices_ptr + tl.cast(token, tl.int64) * extra_index_stride
-        acc, tail, total, largest = attend_picks(
-            acc, tail, total, largest, q_latent, q_rope, extra_latent_ptr, extra_scale_ptr, extra_rope_ptr, indices,
-            extra_start, extra_end, extra_top_k, extra_num_slots, extra_page_stride, extra_token_stride, score_scale,
-            LATENT, ROPE, LAYOUT, EXTRA_PAGE_SIZE, EXTRA_WIDE, BLOCK_N, PERSISTENT, BRANCH,
-        )  # fmt: skip
+        extra_indices = extra_indices_ptr + tl.cast(token, tl.int64) * extra_index_stride
+        if PERSISTENT:  # the Ascend compiler refuses the choice of a pointer
+            acc, tail, total, largest = attend_picks(
+                acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, indices, start, end,
+                top_k, num_slots, page_stride, token_stride, score_scale,
+                LATENT, ROPE, LAYOUT, PAGE_SIZE, WIDE, BLOCK_N, PERSISTENT, BRANCH,
+            )  # fmt: skip
+            acc, tail, total, largest = attend_picks(
+                acc, tail, total, largest, q_latent, q_rope, extra_latent_ptr, extra_scale_ptr, extra_rope_ptr,
+                extra_indices, extra_start, extra_end, extra_top_k, extra_num_slots, extra_page_stride,
+                extra_token_stride, score_scale,
+                LATENT, ROPE, LAYOUT, EXTRA_PAGE_SIZE, EXTRA_WIDE, BLOCK_N, PERSISTENT, BRANCH,
+            )  # fmt: skip
+        else:  # two loops spill 67 registers on sm_90, where one spills none
+            tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_N)
+            extra_tiles = tl.cdiv(tl.maximum(extra_end - extra_start, 0), BLOCK_N)
+            for tile in range(0, tiles + extra_tiles):
+                other = tile >= tiles
+                first = tl.where(other, extra_start + (tile - tiles) * BLOCK_N, start + tile * BLOCK_N)
+                last = tl.where(other, extra_end, end)
+                slots = tl.where(other, extra_num_slots, num_slots)
+                slot, seen = load_picks(tl.where(other, extra_indices, indices), first, last, key, slots)
+                rows = tl.where(
+                    other,
+                    pick_offsets(slot, extra_page_stride, extra_token_stride, EXTRA_PAGE_SIZE, EXTRA_WIDE),
+                    pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE),
+                )
+                scales_at = rows
+                if LAYOUT == "fp8_v4":
+                    scales_at = tl.where(
+                        other,
+                        scale_offsets(slot, extra_page_stride, EXTRA_PAGE_SIZE, EXTRA_WIDE, LATENT),
+                        scale_offsets(slot, page_stride, PAGE_SIZE, WIDE, LATENT),
+                    )
+                acc, tail, total, largest = attend_tile(
+                    acc, tail, total, largest, q_latent, q_rope, tl.where(other, extra_latent_ptr, latent_ptr),
+                    tl.where(other, extra_scale_ptr, scale_ptr), tl.where(other, extra_rope_ptr, rope_ptr), rows,
+                    scales_at, seen, first < last, tile < tiles + extra_tiles, score_scale,
+                    LATENT, ROPE, LAYOUT, PERSISTENT, BRANCH,
+                )  # fmt: skip
         store_attended(
             acc, tail, total, largest, sink_ptr, out_ptr, partial_ptr, lse_ptr, lse_ptr, split, token, head, line,
             inside, tokens, heads, LATENT, ROPE, LAYOUT, SINK, False, SPLIT,

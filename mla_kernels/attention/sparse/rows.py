@@ -82,55 +82,70 @@ def load_queries(
 
 
 @triton.jit
+def attend_tile(
+    acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, rows, scales_at, seen, some, more,
+    score_scale, LATENT: tl.constexpr, ROPE: tl.constexpr, LAYOUT: tl.constexpr, PERSISTENT: tl.constexpr,
+    BRANCH: tl.constexpr,
+):  # fmt: skip
+    """The running softmax (acc, tail, total, largest) after the tokens that begin at rows [BLOCK_N], where seen."""
+    DTYPE: tl.constexpr = q_latent.dtype
+    if LAYOUT == "fp8_v4":
+        scale_rows = latent_ptr + scales_at[:, None]
+    else:
+        scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
+    if LAYOUT == "plain":
+        rope_rows = rope_ptr + rows[:, None]
+    else:
+        rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
+        rows = rows * UNIT
+    if LAYOUT == "fp8_v4":
+        latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
+    elif (LAYOUT == "fp8_v32") and PERSISTENT:
+        latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
+    else:
+        latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
+    rope = latent
+    if ROPE > 0:
+        rope = tl.load(rope_rows + tl.arange(0, ROPE)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
+    if LAYOUT == "int8":
+        scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
+        scales = tl.reshape(scales, (1, seen.shape[0]))
+    else:
+        scales = 1.0
+    scores = score_tile(q_latent, q_rope, latent, rope, scales, some, more, LAYOUT, ROPE, BRANCH)
+    scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
+    new = tl.maximum(largest, tl.max(scores, 1))
+    keep = tl.exp2(largest - new)
+    weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
+    total = total * keep + tl.sum(weights, 1)
+    acc = acc * keep[:, None]
+    if LAYOUT == "int8":
+        weights *= scales
+    acc = tl.dot(weights.to(DTYPE), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
+    if LAYOUT == "fp8_v4":
+        tail = tl.dot(weights.to(DTYPE), rope, tail * keep[:, None], input_precision="ieee")  # [BLOCK_H, ROPE]
+    return acc, tail, total, new
+
+
+@triton.jit
 def attend_picks(
     acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, indices, start, end, top_k, num_slots,
     page_stride, token_stride, score_scale,
     LATENT: tl.constexpr, ROPE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, PERSISTENT: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (acc, tail, total, largest) after picks start to end - 1 of a token."""
-    DTYPE: tl.constexpr = q_latent.dtype
+    """The running softmax after picks start to end - 1 of a token."""
     key = tl.arange(0, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         slot, seen = load_picks(indices, first, end, key, num_slots)
         rows = pick_offsets(slot, page_stride, token_stride, PAGE_SIZE, WIDE)
+        scales_at = rows
         if LAYOUT == "fp8_v4":
-            scale_rows = scale_offsets(slot, page_stride, PAGE_SIZE, WIDE, LATENT)
-            scale_rows = latent_ptr + scale_rows[:, None]
-        else:
-            scale_rows = scale_ptr + (rows * (UNIT // SCALE_BYTES))[:, None]
-        if LAYOUT == "plain":
-            rope_rows = rope_ptr + rows[:, None]
-        else:
-            rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
-            rows = rows * UNIT
-        if LAYOUT == "fp8_v4":
-            latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
-        elif (LAYOUT == "fp8_v32") and PERSISTENT:
-            latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
-        else:
-            latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
-        rope = latent
-        if ROPE > 0:
-            rope = tl.load(rope_rows + tl.arange(0, ROPE)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]
-        if LAYOUT == "int8":
-            scales = tl.load(scale_rows, mask=seen[:, None], other=0.0)  # [BLOCK_N, 1]
-            scales = tl.reshape(scales, (1, BLOCK_N))
-        else:
-            scales = 1.0
-        scores = score_tile(q_latent, q_rope, latent, rope, scales, first < end, first < top_k, LAYOUT, ROPE, BRANCH)
-        scores = scores * score_scale + tl.where(seen, 0.0, float("-inf"))[None, :]
-        new = tl.maximum(largest, tl.max(scores, 1))
-        keep = tl.exp2(largest - new)
-        weights = tl.exp2(scores - new[:, None])  # [BLOCK_H, BLOCK_N]
-        total = total * keep + tl.sum(weights, 1)
-        acc = acc * keep[:, None]
-        if LAYOUT == "int8":
-            weights *= scales
-        acc = tl.dot(weights.to(DTYPE), latent, acc, input_precision="ieee")  # [BLOCK_H, LATENT]
-        if LAYOUT == "fp8_v4":
-            tail = tl.dot(weights.to(DTYPE), rope, tail * keep[:, None], input_precision="ieee")  # [BLOCK_H, ROPE]
-        largest = new
+            scales_at = scale_offsets(slot, page_stride, PAGE_SIZE, WIDE, LATENT)
+        acc, tail, total, largest = attend_tile(
+            acc, tail, total, largest, q_latent, q_rope, latent_ptr, scale_ptr, rope_ptr, rows, scales_at, seen,
+            first < end, first < top_k, score_scale, LATENT, ROPE, LAYOUT, PERSISTENT, BRANCH,
+        )  # fmt: skip
     return acc, tail, total, largest
 
 

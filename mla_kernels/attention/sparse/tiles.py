@@ -31,8 +31,13 @@ def forward_rule(chip, dtype, statics, sizes):
 
 
 def pair_rule(chip, dtype, statics, sizes):
-    """The tile of either cache alone."""
-    return forward_rule(chip, dtype, statics, sizes)
+    """The tile of either cache alone, narrowed where two take more."""
+    tile = forward_rule(chip, dtype, statics, sizes)
+    if chip.vendor == "ascend" and statics["LAYOUT"] == "int8" and chip.memory["UB"] < 240 << 10:
+        tile["BLOCK_N"] = 16  # 32 picks overflow UB by half a KB
+    if chip.architecture == "100" and tile["BLOCK_H"] == 64 and not statics["ROPE"]:
+        tile["BLOCK_H"] = 32  # 64 rows spill
+    return tile
 
 
 def forward_memory(chip, dtype, statics, tile):
