@@ -12,7 +12,7 @@ import torch
 from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LOWEST
 from mla_kernels.attention.sparse.merge import launch_merge
-from mla_kernels.attention.sparse.pair import attend_pair
+from mla_kernels.attention.sparse.pair import attend_pair, pair_tile
 from mla_kernels.attention.sparse.rows import attend_picks, load_queries, store_attended
 from mla_kernels.attention.sparse.tiles import forward_memory, forward_rule
 from mla_kernels.attention.splits import (
@@ -316,14 +316,15 @@ def _decode_pair(chip, q, sources, picks, queries, scale, sink, out, lse):
     """One launch over both sources, and the merge where several programs share a token."""
     tokens, heads, _ = q.shape
     top_k, latent_dim = sum(indices.shape[1] for indices in picks), out.shape[3]
-    share = picks_of_split(top_k, tokens * -(-heads // sources[0].tile["BLOCK_H"]), chip.dot_cores)
+    tile = pair_tile(chip, q.dtype, heads, sources[0])
+    share = picks_of_split(top_k, tokens * -(-heads // tile["BLOCK_H"]), chip.dot_cores)
     parts, rows = parts_of(top_k, share), tokens * heads
     if parts == 1:
-        attend_pair(chip, q, sources, picks, queries, scale, share, (out, None, lse), sink)
+        attend_pair(chip, q, sources, picks, tile, queries, scale, share, (out, None, lse), sink)
         return
     partial = torch.empty(parts * rows * (latent_dim + 1), dtype=torch.float32, device=q.device)
     lses = partial[parts * rows * latent_dim :]
-    attend_pair(chip, q, sources, picks, queries, scale, share, (None, partial, lses))
+    attend_pair(chip, q, sources, picks, tile, queries, scale, share, (None, partial, lses))
     launch_merge(chip, partial, lses, sink, (tokens, heads, parts, latent_dim), out, lse)
 
 

@@ -202,26 +202,35 @@ SPARSE_MLA_PAIR = Kernel(
 )  # fmt: skip
 
 
-def attend_pair(chip, q, sources, picks, queries, scale, share, results, sink=None):
+def pair_tile(chip, dtype, heads, source):
+    """The tile of a pair, whose first source is this."""
+    statics = source.statics
+    key = chip.device, dtype, heads, statics["LATENT"], statics["ROPE"], statics["LAYOUT"]
+    tile = SPARSE_MLA_PAIR.kept.plans.get(key)
+    if tile is None:
+        statics = _statics(source, source) | {"SINK": False, "SPLIT": False}
+        tile = SPARSE_MLA_PAIR.keep(key, SPARSE_MLA_PAIR.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads}))
+    return tile
+
+
+def _statics(first, second):
+    """Constants that follow from the sources."""
+    return {name: first.statics[name] for name in ("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE", "WIDE")} | {
+        "EXTRA_PAGE_SIZE": second.statics["PAGE_SIZE"],
+        "EXTRA_WIDE": second.statics["WIDE"],
+        "LENGTHS": first.lengths is not None,
+        "EXTRA_LENGTHS": second.lengths is not None,
+    }
+
+
+def attend_pair(chip, q, sources, picks, tile, queries, scale, share, results, sink=None):
     """Launch over q [T, heads, width] and two sources (of :mod:`mla_kernels.attention.sparse.forward`) with picks
     [T, top_k] each, ``share`` of both together a program. ``results``: (out, partial, lse), None if unused."""
     (tokens, heads, _), (first, second) = q.shape, sources
     out, partial, lse = results
     counts = [indices.shape[1] for indices in picks]
     parts = parts_of(sum(counts), share)
-    statics = {name: first.statics[name] for name in ("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE", "WIDE")} | {
-        "EXTRA_PAGE_SIZE": second.statics["PAGE_SIZE"],
-        "EXTRA_WIDE": second.statics["WIDE"],
-        "LENGTHS": first.lengths is not None,
-        "EXTRA_LENGTHS": second.lengths is not None,
-        "SINK": sink is not None,
-        "SPLIT": partial is not None,
-    }
-    key = chip.device, q.dtype, heads, statics["LATENT"], statics["ROPE"], statics["LAYOUT"]
-    tile = SPARSE_MLA_PAIR.kept.plans.get(key)
-    if tile is None:
-        tile = SPARSE_MLA_PAIR.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": heads})
-        tile = SPARSE_MLA_PAIR.keep(key, tile)
+    statics = _statics(first, second) | {"SINK": sink is not None, "SPLIT": partial is not None}
     work = tokens * parts * -(-heads // tile["BLOCK_H"])
     places = []
     for source, indices in zip(sources, picks):
