@@ -20,6 +20,9 @@ from mla_kernels.latent.tools.convert import convert_cache
 from mla_kernels.latent.tools.copy import copy_pages
 from mla_kernels.latent.tools.gather import gather_tokens
 from mla_kernels.latent.tools.scatter import scatter_tokens
+from mla_kernels.latent.windows.compress import compress_windows
+from mla_kernels.latent.windows.kv import write_kv
+from mla_kernels.latent.windows.write import write_windows
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.dispatch.align import align_blocks
 from mla_kernels.moe.dispatch.combine import combine
@@ -57,6 +60,7 @@ __all__ = [
     "batch_invariant",
     "combine",
     "compress_latent",
+    "compress_windows",
     "convert_cache",
     "copy_pages",
     "dispatch",
@@ -90,5 +94,7 @@ __all__ = [
     "update_bias",
     "window_slots",
     "write_indexer_key",
+    "write_kv",
     "write_latent",
+    "write_windows",
 ]

@@ -157,7 +157,7 @@ def write_windows(
     seq_lens      [B]: its length with them
     block_table   [B, P]: its pages of entries; entry e goes to slot block_table[b, e // page_size] * page_size +
                   e % page_size
-    cache         as `write_kv` has it, or in layout "indexer" an indexer's cache as `reference.write_indexer_key` has it
+    cache         as `write_kv` has it, or in layout "indexer" an indexer's cache as `write_indexer_key` has it
     """
     rows = state.shape[1]
     page_size = entries_of_a_page(cache, norm_weight.shape[0], layout)

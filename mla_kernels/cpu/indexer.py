@@ -205,8 +205,12 @@ def write_indexer_key(
     width = k.shape[1]
     rows = F.layer_norm(k.float(), (width,), norm_weight.float(), norm_bias.float(), eps)
     angles = cos.index_select(0, positions), sin.index_select(0, positions)
-    rows = _transformed(rows, *angles, rope_dim, rope, rope_first, hadamard)
-    slots = slot_mapping.long()
+    store_keys(_transformed(rows, *angles, rope_dim, rope, rope_first, hadamard), slot_mapping, cache)
+
+
+def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
+    """Finished keys [T, d] fp32, rounded or quantised, into their slots; those of slot -1 nowhere."""
+    width, slots = rows.shape[1], slot_mapping.long()
     written = slots >= 0
     rows, slots = rows[written], slots[written]
     page_size = _page_size(cache, width)

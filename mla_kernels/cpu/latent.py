@@ -42,7 +42,7 @@ def write_latent(
     width = kv_a.shape[1]
     latent, key = kv_a.float().split_with_sizes((latent_dim, width - latent_dim), -1)
     latent = torch.rms_norm(latent, (latent_dim,), norm_weight.float(), eps)
-    key = _rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
+    key = rotate(key, cos.index_select(0, positions), sin.index_select(0, positions), rope)
     if kv_a.shape[0] == 1 and layout not in QUANTISED:
         slot, page_size = int(slot_mapping), cache.shape[1]
         if slot >= 0:
@@ -204,7 +204,7 @@ def _quantise_int8(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 QUANTISERS = {"fp8_v32": _quantise_fp8, "int8": _quantise_int8}
 
 
-def _rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
+def rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: str) -> torch.Tensor:
     """Turn the pairs of key [tokens, rope_dim] by the angles; ``rope`` says where a pair lies before and after."""
     if rope == "half":
         first, second = key.chunk(2, -1)

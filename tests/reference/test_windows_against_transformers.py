@@ -111,7 +111,7 @@ def test_entries_and_state(kind, calls, by, cpu_code):
 def test_gradients(kind, by, cpu_code):
     """Of hidden states and all weights of a layer in training, without a cache, within 1e-5 of autograd's."""
     module, _ = compressor(kind)
-    own, _, overlap, ratio, width = part(module, kind)
+    own, _, overlap, ratio, _ = part(module, kind)
     hidden = torch.randn(2, 27, HIDDEN, requires_grad=True)
     weights = [own.kv_proj.weight, own.gate_proj.weight, own.position_bias, own.kv_norm.weight]
     theirs = run(module, None, hidden, 0)[0][:, 0]
@@ -133,9 +133,9 @@ def test_gradients(kind, by, cpu_code):
 
 @torch.no_grad()
 def test_rounded_weights():
-    """In bfloat16 transformers rounds the softmax's weights and their sum; the reference offers that, the ops do not."""
+    """In bfloat16 transformers rounds the softmax's weights and their sum; the reference offers both."""
     module, _ = compressor("hca", torch.bfloat16)
-    own, _, overlap, ratio, width = part(module, "hca")
+    own, _, overlap, ratio, _ = part(module, "hca")
     hidden = torch.randn(1, 24, HIDDEN).bfloat16()
     theirs = run(module, None, hidden, 0)[0][0, 0]
     values = arguments(own, hidden[0])

@@ -59,6 +59,14 @@ def rotate_row(
     return x
 
 
+@triton.jit
+def store_codes(x, codes, scale_at, HEAD_DIM: tl.constexpr):
+    """Write x [HEAD_DIM] fp32 as e4m3 codes and their one scale, through pointers to the first of each."""
+    code, scale = quantise_e4m3(tl.reshape(x, [1, HEAD_DIM]))
+    tl.store(codes + tl.arange(0, HEAD_DIM), tl.reshape(code, [HEAD_DIM]))
+    tl.store(scale_at + tl.arange(0, 1), scale)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def write_indexer_key_kernel(
     k_ptr,  # [tokens, HEAD_DIM]
@@ -95,9 +103,7 @@ def write_indexer_key_kernel(
             offset = slot - page * page_size
             out = page * page_stride + offset * HEAD_DIM
             if FP8:
-                code, scale = quantise_e4m3(tl.reshape(x, [1, HEAD_DIM]))
-                tl.store(codes + out + lane, tl.reshape(code, [HEAD_DIM]))
-                tl.store(scales + page * scale_stride + offset + tl.arange(0, 1), scale)
+                store_codes(x, codes + out, scales + page * scale_stride + offset, HEAD_DIM)
             else:
                 tl.store(values + out + lane, x.to(values.dtype.element_ty))
 
