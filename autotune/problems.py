@@ -24,6 +24,7 @@ from mla_kernels.tiles import Problem, record
 PAGE, CONTEXT = 64, 4096
 CHECKED = 4  # tokens or sequences of a result that are held against the reference
 _ROPE = "interleaved_to_half"
+_V4_WIDTH = 512  # of DeepSeek-V4's rows, raw and compressed
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,67 @@ def _select(g: Geometry, size, make: Make) -> Call:
     return Call(lambda: (mk.select_slots(q, cache, weights, table, lengths, g.index_top_k),), None)
 
 
+def _is_v4(g: Geometry) -> bool:
+    return not g.latent and g.scoring == "sqrt_softplus"
+
+
+def _write_kv(g: Geometry, size, make: Make) -> Call:
+    cache = mk.LatentCache.allocate(
+        max(1, -(-size["tokens"] // PAGE)), PAGE, latent_dim=_V4_WIDTH, rope_dim=0, dtype=make.dtype, device=make.device
+    )
+    rows, norm = make.normal(size["tokens"], _V4_WIDTH), make.normal(_V4_WIDTH, dtype=torch.float32)
+    where, tables = (make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])), make.angles(64)
+
+    def run():
+        mk.write_kv(rows, norm, *tables, *where, cache)
+        return (cache.data,)
+
+    return Call(run, None)
+
+
+def _compressor(ratio: int, width: int, tokens: int, make: Make):
+    """Arguments and options of a compressor of DeepSeek-V4: 128 tokens an entry, or 4 with overlap."""
+    row = width * (1 + (ratio == 4))
+    bias, norm = make.normal(ratio, row, dtype=torch.float32), make.normal(width, dtype=torch.float32)
+    inputs = make.normal(tokens, row), make.normal(tokens, row), bias, norm, *make.angles(64)
+    return inputs, {"ratio": ratio, "overlap": ratio == 4}
+
+
+def _write_windows(g: Geometry, size, make: Make) -> Call:
+    """Sequences that complete a window: at 128, at 4 and (width 128) the indexer's."""
+    sequences, tokens, width = size["sequences"], size["tokens"], size["width"]
+    inputs, options = _compressor(size["ratio"], width, sequences * tokens, make)
+    if width == _V4_WIDTH:
+        cache = mk.LatentCache.allocate(
+            sequences, PAGE, latent_dim=width, rope_dim=0, dtype=make.dtype, device=make.device
+        )
+    else:
+        cache = mk.IndexerCache.allocate(sequences, PAGE, head_dim=width, layout="fp8", device=make.device)
+    rows = size["ratio"] * (1 + options["overlap"]) + 3
+    state = make.normal(sequences, rows, 2, inputs[0].shape[1])
+    length = size["ratio"] * max(2, -(-tokens // size["ratio"]))
+    bounds, table = make.counting(sequences + 1) * tokens, make.counting(sequences, max(1, length // PAGE))
+    places = make.counting(sequences), bounds, make.full(sequences, value=length), table
+
+    def run():
+        mk.write_windows(*inputs, state, *places, cache, max_tokens=tokens, **options)
+        return (cache.data,)
+
+    return Call(run, None)
+
+
+def _compress_windows(g: Geometry, size, make: Make) -> Call:
+    inputs, options = _compressor(size["ratio"], size["width"], size["tokens"], make)
+    inputs = [one.requires_grad_() for one in inputs[:4]] + list(inputs[4:])
+    ends = make.counting(2) * size["tokens"]
+
+    def run():
+        entries, _ = mk.compress_windows(*inputs, ends, **options)
+        return (entries, *torch.autograd.grad(entries, inputs[:4], torch.ones_like(entries)))
+
+    return Call(run, None)
+
+
 def _picks(g: Geometry) -> int:
     """Rows that a token of sparse attention picks; in DeepSeek-V4 512 entries beside a window of 128."""
     return g.index_top_k if g.latent else 512 + 128
@@ -324,6 +386,13 @@ def _is_sparse(g: Geometry) -> bool:
 QUANTISED = tuple(format.value for format in WeightFormat if format is not WeightFormat.PLAIN)
 
 _TOKENS = _each("tokens", 1, 8, 64, 512, 4096)
+_WINDOWS = (
+    *_each("sequences", 1, 8, 64, ratio=128, width=512, tokens=1),
+    *_each("sequences", 1, 8, 64, ratio=4, width=512, tokens=1),
+    *_each("sequences", 1, 8, 64, ratio=4, width=128, tokens=1),
+    *_each("ratio", 128, 4, width=512, tokens=4096, sequences=1),
+)
+_COMPRESSED = (*_each("ratio", 128, 4, width=512, tokens=8192), *_each("ratio", 4, width=128, tokens=8192))
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -353,6 +422,9 @@ OPERATIONS: dict[str, Operation] = {
         Operation("norm_and_write", _has_latent, _TOKENS, _prolog),
         Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("write_indexer_key", lambda g: g.index_heads > 0, _TOKENS, _indexer_write),
+        Operation("write_kv", _is_v4, _TOKENS, _write_kv),
+        Operation("write_windows", _is_v4, _WINDOWS, _write_windows),
+        Operation("compress_windows", _is_v4, _COMPRESSED, _compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
         Operation("merge_states", _has_latent, _each("tokens", 64, 512, 4096), _merge),
     )

@@ -122,6 +122,59 @@ def _(make: Make, tokens: int) -> Run:
     return run
 
 
+@op("write_kv", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    cache = mk.LatentCache.allocate(-(-tokens // PAGE), PAGE, latent_dim=LATENT, rope_dim=0, device=make.device)
+    rows, norm = make.normal(tokens, LATENT), make.normal(LATENT, dtype=torch.float32)
+    tables, places = make.tables(), (make.counting(tokens, torch.int64), make.order(tokens))
+
+    def run():
+        mk.write_kv(rows, norm, *tables, *places, cache)
+        return (cache.data,)
+
+    return run
+
+
+def _compressor(make: Make, kind: str, tokens: int) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+    """kv, gate, position bias, norm weight and tables of one of DeepSeek-V4's compressors, and its options."""
+    ratio, overlap = (128, False) if kind == "hca" else (4, True)
+    width = LATENT * (1 + overlap)
+    kv, gate, bias = make.normal(tokens, width), make.normal(tokens, width), make.normal(ratio, width).float()
+    return (kv, gate, bias, make.normal(LATENT, dtype=torch.float32), *make.tables()), {
+        "ratio": ratio,
+        "overlap": overlap,
+    }
+
+
+@op(
+    "write_windows",
+    {"kind": "hca", "sequences": 8, "tokens": 1},
+    {"kind": "csa", "sequences": 8, "tokens": 1},
+    {"kind": "csa", "sequences": 1, "tokens": 256},
+)
+def _(make: Make, kind: str, sequences: int, tokens: int) -> Run:
+    """Every call completes a window of each sequence."""
+    inputs, options = _compressor(make, kind, sequences * tokens)
+    ratio, width = options["ratio"], inputs[0].shape[1]
+    state = make.normal(sequences, ratio * (1 + options["overlap"]), 2, width)
+    cache = mk.LatentCache.allocate(sequences * 8, PAGE, latent_dim=LATENT, rope_dim=0, device=make.device)
+    bounds, lengths = make.counting(sequences + 1) * tokens, torch.full_like(make.counting(sequences), 1024)
+    places = make.counting(sequences), bounds, lengths, make.counting(sequences * 8).view(sequences, 8)
+
+    def run():
+        mk.write_windows(*inputs, state, *places, cache, max_tokens=tokens, **options)
+        return state, cache.data
+
+    return run
+
+
+@op("compress_windows", {"kind": "hca", "tokens": 1024}, {"kind": "csa", "tokens": 1024})
+def _(make: Make, kind: str, tokens: int) -> Run:
+    inputs, options = _compressor(make, kind, tokens)
+    ends = make.counting(2) * tokens
+    return lambda: mk.compress_windows(*inputs, ends, **options)
+
+
 @op("compress_latent", *TOKENS)
 def _(make: Make, tokens: int) -> Run:
     cache, hidden, norm = make.cache(tokens), make.normal(tokens, HIDDEN), make.normal(LATENT)

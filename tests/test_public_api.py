@@ -20,6 +20,8 @@ SIGNATURES = {
     "combine": "(rows, weights, dispatched, *, batch_invariant=None)",
     "compress_latent": "(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
     "batch_invariant=None)",
+    "compress_windows": "(kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens, *, ratio, overlap, eps=1e-06, "
+    "batch_invariant=None)",
     "convert_cache": "(cache, layout, *, dtype=None)",
     "copy_pages": "(cache, source_pages, target_pages)",
     "dispatch": "(ids, num_experts)",
@@ -65,6 +67,9 @@ SIGNATURES = {
     "window_slots": "(block_table, seq_lens, *, queries, window, page_size)",
     "write_indexer_key": "(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *, rope_dim, rope, "
     "rope_first=True, hadamard=False, eps=1e-06, batch_invariant=None)",
+    "write_kv": "(kv, norm_weight, cos, sin, positions, slot_mapping, cache, *, eps=1e-06, batch_invariant=None)",
+    "write_windows": "(kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, "
+    "block_table, cache, *, ratio, overlap, max_tokens, eps=1e-06, batch_invariant=None)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
     "batch_invariant=None)",
 }
@@ -75,6 +80,7 @@ measures on the host."""
 
 REFERENCES = (
     "prolog", "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "quant", "route", "sparse",
+    "windows",
 )  # fmt: skip
 """Modules of the references; prolog's ``absorb_query`` rotates, as the op does, before attention's, which does not."""
 

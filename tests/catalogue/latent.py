@@ -3,7 +3,7 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import HEADS, HIDDEN, LATENT, PAGE, ROPE, call, latent_data, rope_tables
+from tests.catalogue.calls import HEADS, HIDDEN, LATENT, PAGE, ROPE, bounds, call, latent_data, rope_tables
 
 
 def _slots(n):
@@ -118,6 +118,63 @@ def _():
                 **_slots(n), "data": data}  # fmt: skip
 
     return run, example
+
+
+@call("write_kv", {"kv": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(kv, norm_weight, cos, sin, positions, slot_mapping, data):
+        data = data.clone()
+        mk.write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, mk.LatentCache(data, 64))
+        return data
+
+    def example(n):
+        data = mk.LatentCache.allocate(2 * n, PAGE, latent_dim=64, rope_dim=0).data
+        return {"kv": torch.randn(n, 64).bfloat16(), "norm_weight": torch.rand(64), **rope_tables(), **_slots(n),
+                "data": data}  # fmt: skip
+
+    return run, example
+
+
+@call("write_windows", {name: {0: "sequences"} for name in ("state_slots", "seq_lens", "block_table")})
+def _():
+    def run(
+        kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, block_table, data
+    ):
+        data, state = data.clone(), state.clone()
+        mk.write_windows(
+            kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, block_table,
+            mk.IndexerCache(data, 32), ratio=4, overlap=True, max_tokens=2,
+        )  # fmt: skip
+        return state, data
+
+    def example(n):
+        return {
+            **_windows(2 * n),
+            "state": torch.randn(n + 1, 9, 2, 64),
+            "state_slots": torch.randperm(n, dtype=torch.int32),
+            "cu_seqlens": torch.arange(0, 2 * n + 1, 2, dtype=torch.int32),
+            "seq_lens": torch.randint(2, 16, (n,), dtype=torch.int32),
+            "block_table": torch.randperm(n, dtype=torch.int32)[:, None].contiguous(),
+            "data": mk.IndexerCache.allocate(n, PAGE, head_dim=32, layout="fp8").data,
+        }
+
+    return run, example
+
+
+@call("compress_windows", "kv gate", ("kv", "gate", "position_bias", "norm_weight"))
+def _():
+    def run(kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens):
+        return mk.compress_windows(
+            kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens, ratio=4, overlap=True
+        )  # fmt: skip
+
+    return run, lambda n: {**_windows(n), "cu_seqlens": bounds(n // 2, n - n // 2)}
+
+
+def _windows(tokens):
+    """Rows of a compressor with overlap, 32 wide, and its weights."""
+    kv, gate = torch.randn(2, tokens, 64)
+    return {"kv": kv, "gate": gate, "position_bias": torch.randn(4, 64), "norm_weight": torch.rand(32), **rope_tables()}
 
 
 @call("rotate_indexer_query", "q positions")

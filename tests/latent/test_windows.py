@@ -137,7 +137,9 @@ def test_a_device_skips_what_is_out_of_range(backend, device):
     arguments = [*rows, *problem.weights.values(), own, slots, bounds, lengths, table]
     _launch(*(value.to(device) for value in arguments[:6]), own, *(value.to(device) for value in arguments[7:]),
             problem.cache.data, "indexer", 4, True, 1, 1e-6)  # fmt: skip
-    changed = (tokens_of(problem.cache).view(-1, problem.width * 4) != before.cpu().view(torch.uint8).flatten(0, 1)).any(1)
+    changed = (
+        tokens_of(problem.cache).view(-1, problem.width * 4) != before.cpu().view(torch.uint8).flatten(0, 1)
+    ).any(1)
     assert changed.nonzero().flatten().tolist() == [int(table[3, 0]) * 3 + 1]
     kept = (own.cpu() != state).flatten(2).any(2)
     assert kept.nonzero().tolist() == [[1, 7], [2, 7]]  # position 7; an entry without a page does not lose the token

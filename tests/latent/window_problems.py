@@ -152,5 +152,3 @@ def packed(kind, lengths, width=128, dtype=torch.float32, gap=0):
     kv[total:], gate[total:] = float("nan"), float("nan")
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     return {"kv": kv, "gate": gate, **weights(kind, width), "cu_seqlens": bounds}, {"ratio": ratio, "overlap": overlap}
-
-

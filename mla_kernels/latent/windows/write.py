@@ -241,9 +241,11 @@ def _plans(chip, dtype, sequences, max_tokens, rows, width, pairs, ratio, overla
 
     def plan(entries, keep, tokens, step):
         constants = _statics(width, 2 * pairs, ratio, overlap, stored, entries, keep)
-        sizes = {"sequences": FIXED_TOKENS if batch_invariant else sequences, "tokens": tokens}
-        sizes = sizes | {"tokens": 1} if batch_invariant else sizes
-        tile = WRITE_WINDOWS.tile_for(chip, dtype, constants, sizes)
+        if batch_invariant:  # one tile, however a sequence's tokens come
+            known = {**constants, "ENTRIES": True, "KEEP": True}
+            tile = WRITE_WINDOWS.tile_for(chip, dtype, known, {"sequences": FIXED_TOKENS, "tokens": 1})
+        else:
+            tile = WRITE_WINDOWS.tile_for(chip, dtype, constants, {"sequences": sequences, "tokens": tokens})
         return -(-tokens // step), constants, tile | {"BLOCK_T": min(tile["BLOCK_T"], ratio)}
 
     if max_tokens <= rows - needed_rows(ratio, overlap) + 1:
@@ -288,9 +290,7 @@ def _check_values(
                 f"cos: got {cos.shape[0]} rows, sequence {b} has a window that begins at position {(last - 1) * ratio}"
             )
         if last > len(pages[b]) * page_size:
-            raise ValueError(
-                f"block_table: got {len(pages[b])} pages of {page_size}, sequence {b} has {last} entries"
-            )
+            raise ValueError(f"block_table: got {len(pages[b])} pages of {page_size}, sequence {b} has {last} entries")
         wrong = [
             page for page in pages[b][first // page_size : -(-last // page_size)] if not 0 <= page < cache.shape[0]
         ]
