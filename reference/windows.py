@@ -101,7 +101,6 @@ def compress_windows(
     ratio: int,
     overlap: bool,
     eps: float = 1e-6,
-    cast_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries of packed whole sequences, and where each sequence's begin.
 
@@ -121,7 +120,7 @@ def compress_windows(
         for window in range(count):
             slots = window_slots(kv[rows], gate[rows], position_bias, window, ratio=ratio, overlap=overlap)
             angles = cos[window * ratio], sin[window * ratio]
-            entries.append(window_entry(*slots, norm_weight, *angles, eps=eps, cast_weights=cast_weights))
+            entries.append(window_entry(*slots, norm_weight, *angles, eps=eps))
         ends.append(ends[-1] + count)
     width = norm_weight.shape[0]
     entries += [norm_weight.new_zeros(width, dtype=_wide(kv))] * (kv.shape[0] // ratio - len(entries))
@@ -145,9 +144,9 @@ def write_windows(
     *,
     ratio: int,
     overlap: bool,
+    max_tokens: int,
     layout: str | None = None,
     eps: float = 1e-6,
-    cast_weights: bool = False,
 ) -> None:
     """Keep new tokens in the state, and write the entries of all windows that they complete, in place.
 
@@ -158,7 +157,10 @@ def write_windows(
     block_table   [B, P]: its pages of entries; entry e goes to slot block_table[b, e // page_size] * page_size +
                   e % page_size
     cache         as `write_kv` has it, or in layout "indexer" an indexer's cache as `write_indexer_key` has it
+    max_tokens    no sequence has more new tokens
     """
+    if (cu_seqlens[1:] - cu_seqlens[:-1]).gt(max_tokens).any():
+        raise ValueError(f"max_tokens {max_tokens}: a sequence has more new tokens")
     rows = state.shape[1]
     page_size = entries_of_a_page(cache, norm_weight.shape[0], layout)
     for b, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())):
@@ -176,7 +178,7 @@ def write_windows(
                 whole_kv[:whole], whole_gate[:whole], position_bias, place, ratio=ratio, overlap=overlap
             )
             angles = cos[window * ratio], sin[window * ratio]
-            row = window_entry(*slots, norm_weight, *angles, eps=eps, cast_weights=cast_weights)
+            row = window_entry(*slots, norm_weight, *angles, eps=eps)
             page = int(block_table[b, window // page_size])
             store_row(row, page * page_size + window % page_size, cache, layout)
         for position in range(max(old, length - rows), length):

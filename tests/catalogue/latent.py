@@ -135,7 +135,7 @@ def _():
     return run, example
 
 
-@call("write_windows", {name: {0: "sequences"} for name in ("state_slots", "seq_lens", "block_table")})
+@call("write_windows", "kv gate")
 def _():
     def run(
         kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, block_table, data
@@ -143,32 +143,32 @@ def _():
         data, state = data.clone(), state.clone()
         mk.write_windows(
             kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, block_table,
-            mk.IndexerCache(data, 32), ratio=4, overlap=True, max_tokens=2,
+            mk.IndexerCache(data, 32), ratio=4, overlap=True, max_tokens=64,
         )  # fmt: skip
         return state, data
 
     def example(n):
         return {
-            **_windows(2 * n),
-            "state": torch.randn(n + 1, 9, 2, 64),
-            "state_slots": torch.randperm(n, dtype=torch.int32),
-            "cu_seqlens": torch.arange(0, 2 * n + 1, 2, dtype=torch.int32),
-            "seq_lens": torch.randint(2, 16, (n,), dtype=torch.int32),
-            "block_table": torch.randperm(n, dtype=torch.int32)[:, None].contiguous(),
-            "data": mk.IndexerCache.allocate(n, PAGE, head_dim=32, layout="fp8").data,
+            **_windows(n),
+            "state": torch.randn(3, 9, 2, 64),
+            "state_slots": torch.tensor([2, 0], dtype=torch.int32),
+            "cu_seqlens": bounds(n // 2, n - n // 2),
+            "seq_lens": torch.tensor([n // 2 + 5, n - n // 2], dtype=torch.int32),
+            "block_table": torch.randperm(10, dtype=torch.int32).view(2, 5),
+            "data": mk.IndexerCache.allocate(10, PAGE, head_dim=32, layout="fp8").data,
         }
 
     return run, example
 
 
-@call("compress_windows", "kv gate", ("kv", "gate", "position_bias", "norm_weight"))
+@call("compress_windows", {"kv": {0: "rows"}, "gate": {0: "rows"}}, ("kv", "gate", "position_bias", "norm_weight"))
 def _():
     def run(kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens):
         return mk.compress_windows(
             kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens, ratio=4, overlap=True
         )  # fmt: skip
 
-    return run, lambda n: {**_windows(n), "cu_seqlens": bounds(n // 2, n - n // 2)}
+    return run, lambda n: {**_windows(n + 8), "cu_seqlens": bounds(n // 2, n - n // 2)}
 
 
 def _windows(tokens):

@@ -152,7 +152,7 @@ def test_a_written_entry_does_not_depend_on_the_batch(backend, device):
 def test_a_device_leaves_out_what_is_out_of_range(backend, device):
     from mla_kernels.latent.windows.compress import _launch
 
-    given, options = packed("csa", (9, 8))
+    given, _ = packed("csa", (9, 8))
     given["cu_seqlens"] = torch.tensor([-9, 8, 999, 17], dtype=torch.int32)
     given["cos"], given["sin"] = given["cos"][:4], given["sin"][:4]
     out, _ = _launch(*on(device, given).values(), 4, True, 1e-6)

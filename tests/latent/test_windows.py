@@ -119,7 +119,7 @@ def test_the_same_bits_on_every_call(backend, device):
 
 @not_on("values of CPU tensors are checked", "cpu")
 def test_a_device_skips_what_is_out_of_range(backend, device):
-    """Slots, lengths and pages that do not exist: nothing of such a sequence is read or written, and others are right."""
+    """Slots, lengths and pages that do not exist: such a sequence writes nothing, and others are right."""
     from mla_kernels.latent.windows.write import _launch
 
     problem = Problem("csa", "indexer", (7, 7, 7, 7), device)

@@ -98,7 +98,7 @@ class Problem:
         values = kv, gate, *self.weights.values()
         doubled = [value.double() for value in values]
         state = self.state.double()
-        reference.write_windows(*doubled, state, *places, self.plain, **options)
+        reference.write_windows(*doubled, state, *places, self.plain, max_tokens=total, **options)
         self.state = state.to(self.dtype)
         for b, (start, end) in enumerate(zip(old.tolist(), self.lengths.tolist())):
             for window in range(start // self.ratio, end // self.ratio):

@@ -86,7 +86,7 @@ def test_entries_and_state(kind, calls, by, cpu_code):
         options = {"ratio": ratio, "overlap": overlap, "eps": own.kv_norm.variance_epsilon}
         if by == "reference":
             layout = "indexer" if kind == "indexer" else None
-            reference.write_windows(*values, state, *places, data, layout=layout, **options)
+            reference.write_windows(*values, state, *places, data, layout=layout, max_tokens=count, **options)
         else:
             pages = mk.IndexerCache(data, width) if kind == "indexer" else mk.LatentCache(data, width)
             mk.write_windows(*values, state, *places, pages, max_tokens=count, **options)
@@ -139,12 +139,17 @@ def test_rounded_weights():
     hidden = torch.randn(1, 24, HIDDEN).bfloat16()
     theirs = run(module, None, hidden, 0)[0][0, 0]
     values = arguments(own, hidden[0])
+    kv, gate, bias, norm, cos, sin = values
+    windows = [reference.window_slots(kv, gate, bias, w, ratio=ratio, overlap=overlap) for w in range(24 // ratio)]
     found = [
-        reference.compress_windows(
-            *values, torch.tensor([0, 24]), ratio=ratio, overlap=overlap, eps=1e-6, cast_weights=cast
-        )[0]
+        torch.stack(
+            [
+                reference.window_entry(*slots, norm, cos[w * ratio], sin[w * ratio], eps=1e-6, cast_weights=cast)
+                for w, slots in enumerate(windows)
+            ]
+        )
         for cast in (True, False)
-    ]  # fmt: skip
+    ]
     off = [(one.float() - theirs.float()).abs().max().item() for one in found]
     assert off[0] <= off[1] and off[0] < 0.05
 

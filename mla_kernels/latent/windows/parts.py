@@ -144,9 +144,12 @@ def statics(width: int, rope_dim: int, ratio: int, overlap: bool) -> dict[str, i
     return {"WIDTH": width, "ROPE": rope_dim, "RATIO": ratio, "OVERLAP": overlap}
 
 
-def window_rule(chip, ratio: int) -> dict[str, int]:
-    """Eight tokens at a time where a window has them: 16 values a thread and array at D = 512."""
-    return {"BLOCK_T": min(ratio, 8 if chip.is_gpu else 4), "num_warps": 8}
+def window_rule(chip, constants) -> dict[str, int]:
+    """Eight tokens at a time where a window has them: 16 values a thread and array."""
+    return {
+        "BLOCK_T": min(constants["RATIO"], 8 if chip.is_gpu else 4),
+        "num_warps": min(8, max(2, constants["WIDTH"] // 64)),
+    }
 
 
 def stored_parts(cache: torch.Tensor, layout: str, width: int, fp32: torch.Tensor):

@@ -111,19 +111,19 @@ def write_windows_kernel(
 
 
 def _rule(chip, dtype, constants, sizes):
-    tile = window_rule(chip, constants["RATIO"])
+    tile = window_rule(chip, constants)
     named = {"LATENT": constants["WIDTH"], "ROPE": 0}
     check_fits("write_windows", chip, named, _memory(chip, dtype, constants, tile))
     return tile
 
 
 def _memory(chip, dtype, constants, tile):
-    """Ascend: some copies of a block and a row in fp32 and of the one-hot tiles; in fp8_v32 its 2-D steps."""
+    """Ascend: as the 910's compiler plans it, nine copies of a block in fp32, 18 of a row, and fp8_v32's 2-D steps."""
     width, block = constants["WIDTH"], tile["BLOCK_T"]
     if chip.is_gpu:
         return {"shared": 8 * width + 4 * width * tile["num_warps"]}
-    blocks = 192 * width if constants["LAYOUT"] == "fp8_v32" else 0
-    return {"UB": max(24 * block * width + 40 * width + 36 * constants["ROPE"] ** 2, blocks)}
+    steps = 152 * width if constants["LAYOUT"] == "fp8_v32" else 0
+    return {"UB": 36 * block * width + 72 * width + steps}
 
 
 def entry_bytes(dtype, constants) -> int:
@@ -302,7 +302,7 @@ _write_windows = define_op(
     "write_windows",
     "(Tensor kv, Tensor gate, Tensor position_bias, Tensor norm_weight, Tensor cos, Tensor sin, Tensor(a!) state, "
     "Tensor state_slots, Tensor cu_seqlens, Tensor seq_lens, Tensor block_table, Tensor(b!) cache, str layout, "
-    "int ratio, bool overlap, int max_tokens, float eps=1e-06, bool batch_invariant=False) -> ()",
+    "int ratio, bool overlap, SymInt max_tokens, float eps=1e-06, bool batch_invariant=False) -> ()",
     cpu=cpu.write_windows,
     device=_launch,
     fake=_fake,
