@@ -335,7 +335,8 @@ def _compress_windows(g: Geometry, size, make: Make) -> Call:
     ends = make.counting(2) * size["tokens"]
 
     def run():
-        entries, _ = mk.compress_windows(*inputs, ends, **options)
+        with torch.enable_grad():
+            entries, _ = mk.compress_windows(*inputs, ends, **options)
         return (entries, *torch.autograd.grad(entries, inputs[:4], torch.ones_like(entries)))
 
     return Call(run, None)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.cpu import attention, latent, moe, route
+from mla_kernels.cpu import attention, latent, moe, route, windows
 from tests.cpu.recorder import record
 
 
@@ -24,7 +24,48 @@ def decode_args(tokens):
     return q, cache, pages, torch.tensor([tokens], dtype=torch.int32), None, 0.1, True, 1 << 30, "latent_32bit", 32
 
 
+def windows_args(tokens):
+    kv, gate = torch.randn(2, tokens, 64)
+    tables = torch.rand(tokens, 8), torch.rand(tokens, 8)
+    return kv, gate, torch.randn(4, 64), torch.rand(32), *tables
+
+
+def write_windows_args(tokens):
+    """A prompt whose first tokens lie in the state."""
+    length = tokens + 6
+    places = torch.tensor([0, tokens]), torch.tensor([length]), torch.arange(length // 16 + 1)[None]
+    *rows, cos, sin = windows_args(tokens)
+    tables = cos.repeat(4, 1), sin.repeat(4, 1)
+    cache = torch.zeros(length // 16 + 1, 4, 32)
+    options = cache, "latent_32bit", 4, True, tokens, 1e-6
+    return *rows, *tables, torch.randn(1, 9, 2, 64), torch.tensor([0]), *places, *options
+
+
+def compress_args(tokens):
+    return *windows_args(tokens), torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), 4, True, 1e-6
+
+
 CASES = {
+    "write_kv": (
+        windows.write_kv,
+        lambda tokens: (
+            torch.randn(tokens, 32),
+            torch.rand(32),
+            torch.rand(tokens, 8),
+            torch.rand(tokens, 8),
+            torch.arange(tokens),
+            torch.randperm(tokens),
+            torch.zeros(tokens // 4 + 1, 4, 32),
+            "latent_32bit",
+            1e-6,
+        ),
+    ),
+    "write_windows": (windows.write_windows, write_windows_args),
+    "compress_windows": (windows.compress_windows, compress_args),
+    "compress_windows_backward": (
+        windows.compress_windows_backward,
+        lambda tokens: (torch.randn(tokens // 4, 32), *compress_args(tokens)),
+    ),
     "compress_latent": (
         latent.compress_latent,
         lambda tokens: (torch.randn(tokens, 40).bfloat16(), torch.randn(48, 40).bfloat16(), *write_args(tokens)),

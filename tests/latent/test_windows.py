@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels.latent.windows.write import write_windows
-from tests.latent.window_problems import KINDS, LAYOUTS, Problem, tokens_of
+from tests.latent.window_problems import KINDS, LAYOUTS, Problem, of_data, tokens_of
 from tests.support import assert_close, not_on
 
 
@@ -115,6 +115,28 @@ def test_the_same_bits_on_every_call(backend, device):
         problem.step((3, 4))
         found.append(tokens_of(problem.cache))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@not_on("the interpreter copies whole tensors", "interpret")
+def test_offsets_past_two_to_the_31(backend, device):
+    """Slots of the state and pages that lie apart; what is not touched takes no memory."""
+    apart = (1 << 31) // 2 + 64
+    problem = Problem("csa", "latent_16bit", (9, 7), device, dtype=torch.bfloat16)
+    problem.slots = torch.tensor([3, 1], dtype=torch.int32)
+    state = torch.empty_strided((4, problem.rows, 2, problem.row), (apart, 2 * problem.row, problem.row, 1),
+                                dtype=torch.bfloat16, device=device)  # fmt: skip
+    state[[3, 1]] = torch.randn(2, problem.rows, 2, problem.row).to(state)
+    problem.state = torch.full((4, problem.rows, 2, problem.row), float("nan"), dtype=torch.bfloat16)
+    problem.state[[3, 1]] = state[[3, 1]].cpu()
+    problem.own_state = state
+    problem.table[:, 0] = torch.tensor([3, 2])
+    data = torch.empty_strided((4, 3, 128), (apart, 128, 1), dtype=torch.bfloat16, device=device)
+    problem.cache = of_data(problem.before, data)
+    problem.step((3, 2))
+    got = torch.stack([data[slot // 3, slot % 3].cpu() for slot in sorted(problem.written)])
+    exact = problem.plain.flatten(0, 1)[sorted(problem.written)]
+    assert_close(got, exact, exact.bfloat16())
+    torch.testing.assert_close(state[[3, 1]].cpu(), problem.state[[3, 1]], rtol=0, atol=0)
 
 
 @not_on("values of CPU tensors are checked", "cpu")

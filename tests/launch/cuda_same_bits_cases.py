@@ -75,7 +75,8 @@ def test_a_batch_invariant_sum_over_a_row_is_compiled_once():
     cache = mla_kernels.LatentCache.allocate(40, 64, latent_dim=256, dtype=BF16, device="cpu")  # no other case's width
     keys = mla_kernels.IndexerCache.allocate(4, 64, head_dim=128, layout="fp8", device="cpu")
     wide = torch.randn(40, 1400).to(BF16)
-    norm = torch.ones(256, dtype=BF16)
+    raw = mla_kernels.LatentCache.allocate(4, 64, latent_dim=512, rope_dim=0, dtype=BF16, device="cpu")
+    norm, rows_norm = torch.ones(256, dtype=BF16), torch.ones(512)
     triton.knobs.runtime.jit_post_compile_hook = lambda *_, fn, **__: compiled.append(fn.name) and False
     try:
         with record(), mla_kernels.batch_invariant():
@@ -86,8 +87,9 @@ def test_a_batch_invariant_sum_over_a_row_is_compiled_once():
                 mla_kernels.norm_and_write(q_a, norm, kv_a, norm, *places, cache, rope="half")
                 key, options = wide[:rows, first : first + 128], {"rope_dim": 64, "rope": "half", "hadamard": True}
                 mla_kernels.write_indexer_key(key, norm[:128], norm[:128], *places, keys, **options)
+                mla_kernels.write_kv(wide[:rows, first : first + 512], rows_norm, *places, raw)
                 heads = wide[:rows, first : first + 512].unflatten(1, (4, 128))
                 mla_kernels.rotate_indexer_query(heads, *places[:3], **options)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
-    assert len(compiled) == 4, compiled
+    assert len(compiled) == 5, compiled
