@@ -1,10 +1,11 @@
-"""compress_latent and write_latent, at DeepSeek-V2-Lite's sizes."""
+"""compress_latent and write_latent, at DeepSeek-V2-Lite's sizes; compress_windows at DeepSeek-V4's."""
 
 import pytest
 import torch
 
-from mla_kernels import LatentCache, compress_latent, gather_tokens, write_latent
+from mla_kernels import LatentCache, compress_latent, compress_windows, gather_tokens, write_latent
 from mla_kernels.reference import latent as reference
+from mla_kernels.reference import windows
 
 LATENT, ROPE, HIDDEN, PAGE_SIZE = 512, 64, 2048, 64
 
@@ -148,4 +149,40 @@ def test_gather_tokens(race, tokens, layout):
         exact,
         nbytes=tokens * (cache.bytes_per_token + 2 * (LATENT + ROPE)),
         flops=tokens * LATENT,
+    )
+
+
+def plain_windows(kv, gate, bias, norm_weight, cos, sin, ratio, overlap):
+    """One sequence's entries, as transformers computes them."""
+    count, width = len(kv) // ratio, len(norm_weight)
+    kv, gate = kv.view(count, ratio, -1), gate.view(count, ratio, -1) + bias
+    if overlap:
+        both = kv.new_zeros(count, 2 * ratio, width), gate.new_full((count, 2 * ratio, width), float("-inf"))
+        for whole, part in zip(both, (kv, gate)):
+            whole[:, ratio:] = part[..., width:]
+            whole[1:, :ratio] = part[:-1, :, :width]
+        kv, gate = both
+    mean = (kv * gate.softmax(1).to(kv.dtype)).sum(1).float()
+    rows = norm_weight * mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + 1e-6)
+    pairs = torch.view_as_complex(rows[:, width - ROPE :].unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.complex(cos[: len(kv) * ratio : ratio], sin[: len(kv) * ratio : ratio]))
+    return torch.cat((rows[:, : width - ROPE], turned.flatten(-2)), -1).bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["hca", "csa"])
+def test_compress_windows(race, kind):
+    """DeepSeek-V4's compressors over a prompt of 2,048 tokens."""
+    ratio, overlap = (128, False) if kind == "hca" else (4, True)
+    tokens, width = 2048, LATENT * (1 + overlap)
+    kv, gate = torch.randn(2, tokens, width).bfloat16()
+    angles = torch.rand(tokens, ROPE // 2) * 6
+    weights = torch.randn(ratio, width), torch.rand(LATENT), angles.cos(), angles.sin()
+    bounds, options = torch.tensor([0, tokens], dtype=torch.int32), {"ratio": ratio, "overlap": overlap}
+    exact, _ = windows.compress_windows(kv.double(), gate.double(), *(w.double() for w in weights), bounds, **options)
+    race(
+        lambda: compress_windows(kv, gate, *weights, bounds, **options)[0],
+        {"torch": lambda: plain_windows(kv, gate, *weights, **options)},
+        exact,
+        nbytes=kv.nbytes + gate.nbytes + exact.numel() * 2,
+        flops=8 * kv.numel(),
     )

@@ -9,7 +9,7 @@ import torch
 from mla_kernels.cpu.indexer import store_keys
 from mla_kernels.cpu.latent import rotate, scatter_tokens
 
-_MAX_VALUES = 1 << 18  # of kv that one step makes fp32: it and its weights stay in a core's caches
+_MAX_VALUES = 1 << 17  # of kv that one step makes fp32: it and its weights stay in a core's caches
 
 
 def write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps) -> None:
@@ -57,7 +57,7 @@ def compress_windows_backward(grad, kv, gate, position_bias, norm_weight, cos, s
     for block in _blocks(index, norm.shape[0], alone=False):
         rows = index[block]
         x, z = _values(kv, rows, overlap), _values(gate, rows, overlap) + bias
-        z = _hidden(z, rows)
+        z = _hidden(z, rows) if overlap else z
         weights = torch.softmax(z, 1)  # [n, places, D]
         mean = (weights * x).sum(1)
         g = _turned(grad[block].float(), cos[starts[block]], -sin[starts[block]])
@@ -138,8 +138,13 @@ def _entries(inputs, index, starts, overlap, eps, batch_invariant):
     bias, norm = _bias_of_places(position_bias, overlap), norm_weight.float()
     for block in _blocks(index, norm.shape[0], batch_invariant):
         rows = index[block]
-        weights = torch.softmax(_hidden(_values(gate, rows, overlap).add_(bias), rows), 1)
-        mean = (weights.mul_(_values(kv, rows, overlap))).sum(1)
+        z = _values(gate, rows, overlap).add_(bias)
+        z = _hidden(z, rows) if overlap else z
+        weights = z.sub_(
+            z.amax(1, keepdim=True)
+        ).exp_()  # torch's softmax over this dimension takes three times as long
+        total = weights.sum(1)
+        mean = weights.mul_(_values(kv, rows, overlap)).sum(1).div_(total)
         yield block, _finished(mean, norm, cos[starts[block]], sin[starts[block]], eps)
 
 
