@@ -11,7 +11,7 @@ tokens of a window), E entries.
 import torch
 from einops import rearrange
 
-from mla_kernels.reference.latent import apply_rope, encode_e4m3, pack_tokens, power_of_two_scale, rms_norm
+from mla_kernels.reference.latent import apply_rope, encode_e4m3, power_of_two_scale, rms_norm, scatter_tokens
 
 
 def rotate_last(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,8 @@ def write_kv(
 ) -> None:
     """RMSNorm of kv [T, D] over all D, RoPE of its trailing values, written to the slots; see `reference.write_latent`.
 
-    cache [pages, page_size, D] in its own dtype, or uint8 in layout "fp8_v32" or "int8" of latents D wide.
+    cache [pages, page_size, D] in its own dtype, or uint8 in layout "fp8_v4", "fp8_v32" or "int8"
+    of latents D wide.
     """
     for token, (slot, position) in enumerate(zip(slot_mapping.tolist(), positions.tolist())):
         if 0 <= slot < cache.shape[0] * cache.shape[1] and 0 <= position < len(cos):
@@ -195,8 +196,8 @@ def store_row(row: torch.Tensor, slot: int, cache: torch.Tensor, layout: str | N
     width = row.shape[0]
     page_size = entries_of_a_page(cache, width, layout)
     page, offset = cache[slot // page_size], slot % page_size
-    if layout in ("fp8_v32", "int8"):
-        page[offset] = pack_tokens(row, width, layout)
+    if layout in ("fp8_v32", "fp8_v4", "int8"):
+        scatter_tokens(row[None], row[None, :0], torch.tensor([slot]), cache, latent_dim=width, layout=layout)
     elif cache.dtype == torch.uint8:
         scale = power_of_two_scale(row.abs().amax())
         page[offset * width : (offset + 1) * width] = encode_e4m3(row / scale)

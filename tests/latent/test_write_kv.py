@@ -6,7 +6,16 @@ import torch
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.windows.kv import write_kv
 from mla_kernels.reference import windows as reference
-from tests.latent.window_problems import TABLE_ROWS, cache_of, of_data, rows_like, rows_of, tokens_of, values_of
+from tests.latent.window_problems import (
+    TABLE_ROWS,
+    cache_of,
+    check_codes,
+    copy_of,
+    rows_like,
+    rows_of,
+    tokens_of,
+    values_of,
+)
 from tests.support import assert_close, not_on
 
 
@@ -45,25 +54,26 @@ def expected(given, width):
         ("latent_16bit", torch.bfloat16),
         ("latent_16bit", torch.float32),
         ("fp8_v32", torch.bfloat16),
+        ("fp8_v4", torch.bfloat16),
+        ("fp8_v4", torch.float32),
         ("int8", torch.bfloat16),
     ],
 )
 def test_rows(backend, device, layout, dtype):
-    given = arguments(dtype=dtype)
-    before = cache_of(layout, 4, 3, 128, "cpu")
-    cache = of_data(before, before.data.to(device, copy=True))
+    width = 256 if layout == "fp8_v4" else 128
+    given = arguments(width, dtype=dtype)
+    before = cache_of(layout, 4, 3, width, "cpu")
+    cache = copy_of(before, device)
     write_kv(**on(device, given), cache=cache)
     slots = given["slot_mapping"][given["slot_mapping"] >= 0]
     others = torch.ones(12, dtype=torch.bool).scatter_(0, slots, False)
     assert torch.equal(tokens_of(cache)[others], tokens_of(before)[others])
-    got, exact = values_of(cache, layout)[slots], expected(given, 128)[slots]
+    got, exact = values_of(cache, layout)[slots], expected(given, width)[slots]
     if layout.startswith("latent"):
         stored = cache.data.dtype
         assert_close(got.to(stored), exact, None if stored == torch.float32 else exact.to(stored))
         return
-    amax = exact.abs().amax(1, keepdim=True)
-    half_step = amax / 254 if layout == "int8" else torch.maximum(exact.abs() / 16, amax * 2.0**-17)
-    assert ((got - exact).abs() <= half_step * (1 + 1e-4) + 1e-5 * amax).all()
+    check_codes(got, exact, layout)
 
 
 def test_every_value_rotated_and_strided_pages(backend, device):

@@ -5,12 +5,14 @@ import torch
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.windows.write import write_windows
+from mla_kernels.quant.cache_layout import split_pages
 from mla_kernels.reference import windows as reference
+from tests.support import assert_close
 
 TABLE_ROWS = 64
 KINDS = {"hca": (8, False), "csa": (4, True)}
 """Kind -> ratio, overlap. A small HCA window: two blocks of tokens on a GPU, as 128 would be 16."""
-LAYOUTS = ("latent_32bit", "latent_16bit", "fp8_v32", "int8", "indexer", "indexer_fp8")
+LAYOUTS = ("latent_32bit", "latent_16bit", "fp8_v32", "fp8_v4", "int8", "indexer", "indexer_fp8")
 
 
 def weights(kind, width, rope_dim=16, dtype=torch.float32):
@@ -42,7 +44,13 @@ def cache_of(layout, pages, page_size, width, device):
         dtype = torch.float32 if layout == "latent_32bit" else torch.bfloat16
         cache = LatentCache.allocate(pages, page_size, latent_dim=width, rope_dim=0, layout=layout, dtype=dtype)
     cache.data.view(torch.uint8).random_()
-    return of_data(cache, cache.data.to(device))
+    return copy_of(cache, device)
+
+
+def copy_of(cache, device):
+    """Its bytes on a device; pages of fp8_v4 keep what follows them."""
+    data = torch.empty_strided(cache.data.shape, cache.data.stride(), dtype=cache.data.dtype, device=device)
+    return of_data(cache, data.copy_(cache.data))
 
 
 def of_data(cache, data):
@@ -79,7 +87,7 @@ class Problem:
             held = [p % self.rows for p in range(max(0, length - self.rows), length)]
             self.state[slot, held] = torch.randn(len(held), 2, self.row).to(dtype)
         self.before = cache_of(layout, batch * pages + 2, page_size, width, "cpu")
-        self.cache = of_data(self.before, self.before.data.to(device, copy=True))
+        self.cache = copy_of(self.before, device)
         self.own_state = self.state.to(device, copy=True)
         self.plain = torch.zeros(batch * pages + 2, page_size, width, dtype=torch.float64)  # entries, exactly
         self.written: set[int] = set()
@@ -136,12 +144,24 @@ def values_of(cache, layout):
 
 def tokens_of(cache):
     """The bytes of each slot [slots, bytes], wherever they lie in a page."""
-    data = cache.data.cpu()
+    parts = [cache.data]
     if isinstance(cache, IndexerCache) and cache.quantised:
-        return torch.cat([cache.keys.cpu(), cache.scales.cpu()[..., None].contiguous().view(torch.uint8)], -1).flatten(
-            0, 1
-        )
-    return data.contiguous().view(torch.uint8).flatten(0, 1)
+        parts = [cache.keys, cache.scales[..., None]]
+    elif isinstance(cache, LatentCache) and cache.layout.value == "fp8_v4":
+        parts = [cache.latents, cache.rope, split_pages(cache.data, cache.latent_dim)[1]]
+    return torch.cat([part.cpu().contiguous().view(torch.uint8) for part in parts], -1).flatten(0, 1)
+
+
+def check_codes(got, exact, layout):
+    """At most half a step of the layout's codes from the exact values [n, D]."""
+    amax = exact.abs().amax(1, keepdim=True)
+    if layout == "int8":
+        half_step = amax / 127 / 2
+    else:
+        half_step = torch.maximum(exact.abs() / 16, 2 ** (amax / 448).log2().ceil() * 2.0**-10)
+    assert ((got - exact).abs() <= half_step * (1 + 1e-4) + 1e-5 * amax).all()
+    if layout == "fp8_v4":
+        assert_close(got[:, -64:].bfloat16(), exact[:, -64:], exact[:, -64:].bfloat16())
 
 
 def packed(kind, lengths, width=128, dtype=torch.float32, gap=0):

@@ -28,7 +28,7 @@ def write_kv_kernel(
     norm_weight,  # [WIDTH]
     cos, sin,  # [table_rows, ROPE / 2]
     positions, slot_mapping,  # [tokens]
-    values, codes, scales,  # the cache's parts
+    values, codes, scales, keys,  # the cache's parts
     tokens, table_rows, num_slots, page_size,
     kv_stride, cos_stride, sin_stride, page_stride, slot_stride,
     eps,
@@ -42,9 +42,9 @@ def write_kv_kernel(
         if token_is_written(slot, position, num_slots, table_rows):
             x = load_row(kv + tl.cast(token, tl.int64) * kv_stride, WIDTH)
             row = normalise(x, norm, cos + position * cos_stride, sin + position * sin_stride, eps, WIDTH, ROPE)
-            page = slot // page_size
-            place = slot - page * page_size
-            store_row(row, values, codes, scales, page, place, page_stride, slot_stride, 0, WIDTH, LAYOUT)
+            store_row(
+                row, values, codes, scales, keys, slot, page_size, page_stride, slot_stride, 0, WIDTH, LAYOUT
+            )  # fmt: skip
 
 
 def _rule(chip, dtype, statics, sizes):
@@ -59,10 +59,10 @@ def _named(statics):
 
 
 def _memory(chip, dtype, statics, tile):
-    """Ascend: ten buffers of a row in fp32 and 18 of ROPE / 2 x ROPE; in fp8_v32 its 2-D steps, at another time."""
+    """Ascend: ten buffers of a row in fp32 and 18 of ROPE / 2 x ROPE; the 2-D steps of fp8, at another time."""
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"] + 4 * statics["WIDTH"]}
-    blocks = 192 * statics["WIDTH"] if statics["LAYOUT"] == "fp8_v32" else 0
+    blocks = 192 * statics["WIDTH"] if statics["LAYOUT"].startswith("fp8") else 0
     return {"UB": max(40 * statics["WIDTH"] + 36 * statics["ROPE"] ** 2, blocks)}
 
 
@@ -93,6 +93,7 @@ WRITE_KV = Kernel(
         "values": "*T",
         "codes": "*i8",
         "scales": "*fp32",
+        "keys": "*T",
         **dict.fromkeys(("tokens", "table_rows", "num_slots", "page_size"), "i32"),
         **dict.fromkeys(("kv_stride", "cos_stride", "sin_stride", "page_stride", "slot_stride"), "i32:16"),
         "eps": "fp32",
@@ -105,7 +106,8 @@ WRITE_KV = Kernel(
     work=_work,
     cases=(
         Case("v4", _statics(512, 64, "latent_16bit"), {"tokens": 4096}),
-        Case("v4_fp8", _statics(512, 64, "fp8_v32"), {"tokens": 4096}, ("bf16",)),
+        Case("v4_fp8", _statics(512, 64, "fp8_v4"), {"tokens": 4096}, ("bf16",)),
+        Case("v4_fp8_v32", _statics(512, 64, "fp8_v32"), {"tokens": 4096}, ("bf16",)),
         Case("v4_int8", _statics(512, 64, "int8"), {"tokens": 4096}, ("bf16",)),
     ),
     uses_dot=False,
@@ -122,10 +124,9 @@ def _launch(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, e
         plan = WRITE_KV.keep(key, (statics, WRITE_KV.tile_for(chip, DTYPE_NAMES[kv.dtype], statics, sizes)))
     kv = canonical(kv) if batch_invariant else kv
     pages, page_size, _ = cache.shape
-    values, codes, scales, slot_stride, _ = stored_parts(cache, layout, width, cos)
+    *parts, slot_stride, _ = stored_parts(cache, layout, width, cos)
     args = (
-        kv, norm_weight, cos, sin, positions, slot_mapping, values, codes, scales,
-        tokens, cos.shape[0], pages * page_size, page_size,
+        kv, norm_weight, cos, sin, positions, slot_mapping, *parts, tokens, cos.shape[0], pages * page_size, page_size,
         kv.stride()[0], cos.stride()[0], sin.stride()[0], cache.stride()[0], slot_stride, eps,
     )  # fmt: skip
     WRITE_KV.launch(chip, tokens, args, *plan)
@@ -179,7 +180,8 @@ def write_kv(
         slot_mapping: ``[T]`` int32 or int64, ``page * page_size + offset``; -1 writes nothing. All slots of a call
             other than -1 must differ.
         cache: the :class:`LatentCache` written to: ``latent_dim`` D and ``rope_dim`` 0. Slots that are not named keep
-            their bits. In ``int8`` and ``fp8_v32`` the rotated values are quantised, too.
+            their bits. ``fp8_v4`` is V4's layout, 584 bytes a token, and keeps the last 64 values in bfloat16; in
+            ``int8`` and ``fp8_v32`` the rotated values are quantised, too.
         eps: added to the mean square.
         batch_invariant: whether a token's bits must not depend on the others; None: as the block
             :class:`mla_kernels.batch_invariant` says.

@@ -12,7 +12,7 @@ from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.indexer.cache import launched_parts as indexer_parts
 from mla_kernels.latent.indexer.key import store_codes
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
-from mla_kernels.latent.write import cache_parts, store_latent
+from mla_kernels.latent.write import cache_parts, store_latent, token_offsets
 
 INDEXER = "indexer"
 INDEXER_FP8 = "indexer_fp8"
@@ -50,16 +50,19 @@ def normalise(x, norm, cos_row, sin_row, eps, WIDTH: tl.constexpr, ROPE: tl.cons
 @triton.jit
 def store_row(
     row,  # [WIDTH] fp32
-    values, codes, scales,  # the cache's parts
-    page, place,  # int64: the page, and the token's number in it
-    page_stride, slot_stride, scale_stride,
+    values, codes, scales, keys,  # the cache's parts
+    slot,  # int64
+    page_size, page_stride, slot_stride, scale_stride,
     WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Write one finished row in the cache's layout."""
     if LAYOUT == "indexer_fp8":
-        store_codes(row, codes + page * page_stride + place * WIDTH, scales + page * scale_stride + place, WIDTH)
+        page = slot // page_size
+        within = slot - page * page_size
+        store_codes(row, codes + page * page_stride + within * WIDTH, scales + page * scale_stride + within, WIDTH)
     else:
-        store_latent(row, values, codes, scales, page * page_stride + place * slot_stride, WIDTH, LAYOUT)
+        offset, scale_offset = token_offsets(slot, page_size, page_stride, slot_stride, WIDTH, LAYOUT)
+        store_latent(row, values, codes, scales, keys, offset, scale_offset, WIDTH, LAYOUT)
 
 
 @triton.jit
@@ -153,15 +156,14 @@ def window_rule(chip, constants) -> dict[str, int]:
 
 
 def stored_parts(cache: torch.Tensor, layout: str, width: int, fp32: torch.Tensor):
-    """(values, codes, scales, slot stride, scale stride) of a cache's data, as :func:`store_row` takes them."""
+    """(values, codes, scales, keys, slot stride, scale stride) of a cache's data, as :func:`store_row` takes them."""
     if layout != INDEXER:
-        values, codes, scales, _ = cache_parts(cache, layout, width, fp32)
-        return values, codes, scales, cache.stride()[1], 0
+        return *cache_parts(cache, layout, width, fp32), cache.stride()[1], 0
     parts = indexer_parts(cache, width)
     if parts is None:
-        return cache, cache.view(torch.int8), fp32, width, 0
+        return cache, cache.view(torch.int8), fp32, cache, width, 0
     codes, scales = parts
-    return fp32, codes, scales, width, scales.stride()[0]
+    return fp32, codes, scales, fp32, width, scales.stride()[0]
 
 
 def check_rows(kv, gate, position_bias, norm_weight, ratio, overlap) -> None:

@@ -58,7 +58,7 @@ def write_windows_kernel(
     cos, sin,  # [table_rows, ROPE / 2]
     state,  # [slots, rows, 2, W]
     state_slots, cu_seqlens, seq_lens, block_table,  # [B], [B + 1], [B], [B, table_pages]
-    values, codes, scales,  # the cache's parts
+    values, codes, scales, keys,  # the cache's parts
     tokens, table_rows, slots, rows, table_pages, num_pages, page_size,
     kv_stride, gate_stride, cos_stride, sin_stride, state_stride, row_stride, part_stride, table_stride,
     page_stride, slot_stride, scale_stride,
@@ -97,10 +97,10 @@ def write_windows_kernel(
                         )  # fmt: skip
                         at = tl.cast(start, tl.int64)
                         row = normalise(mean, norm, cos + at * cos_stride, sin + at * sin_stride, eps, WIDTH, ROPE)
+                        entry = tl.cast(page, tl.int64) * page_size + (window - page_number * page_size)
                         store_row(
-                            row, values, codes, scales,
-                            tl.cast(page, tl.int64), tl.cast(window - page_number * page_size, tl.int64),
-                            page_stride, slot_stride, scale_stride, WIDTH, LAYOUT,
+                            row, values, codes, scales, keys, entry, page_size, page_stride, slot_stride, scale_stride,
+                            WIDTH, LAYOUT,
                         )  # fmt: skip
             if KEEP:
                 first = tl.maximum(count - rows, 0) + part * STEP
@@ -118,11 +118,11 @@ def _rule(chip, dtype, constants, sizes):
 
 
 def _memory(chip, dtype, constants, tile):
-    """Ascend: as the 910's compiler plans it, nine copies of a block in fp32, 18 of a row, and fp8_v32's 2-D steps."""
+    """Ascend: as the 910's compiler plans it, nine copies of a block in fp32, 18 of a row, and fp8's 2-D steps."""
     width, block = constants["WIDTH"], tile["BLOCK_T"]
     if chip.is_gpu:
         return {"shared": 8 * width + 4 * width * tile["num_warps"]}
-    steps = 152 * width if constants["LAYOUT"] == "fp8_v32" else 0
+    steps = 152 * width if constants["LAYOUT"].startswith("fp8") else 0
     return {"UB": 36 * block * width + 72 * width + steps}
 
 
@@ -175,6 +175,7 @@ WRITE_WINDOWS = Kernel(
         "values": "*T",
         "codes": "*i8",
         "scales": "*fp32",
+        "keys": "*T",
         **dict.fromkeys(("tokens", "table_rows", "slots", "rows", "table_pages", "num_pages", "page_size"), "i32"),
         **dict.fromkeys(
             ("kv_stride", "gate_stride", "cos_stride", "sin_stride", "state_stride", "row_stride", "part_stride"),
@@ -195,7 +196,8 @@ WRITE_WINDOWS = Kernel(
     cases=(
         _case("hca", 512, 128, False, "unquantised", dtypes=("bf16", "fp16", "fp32")),
         _case("csa", 512, 4, True, "unquantised", dtypes=("bf16", "fp16", "fp32")),
-        _case("csa_fp8", 512, 4, True, "fp8_v32"),
+        _case("csa_fp8", 512, 4, True, "fp8_v4"),
+        _case("csa_fp8_v32", 512, 4, True, "fp8_v32"),
         _case("csa_int8", 512, 4, True, "int8"),
         _case("indexer", 128, 4, True, INDEXER_FP8),
         _case("hca_prompt", 512, 128, False, "unquantised", keep=False, tokens=4096, sequences=1),
@@ -221,10 +223,10 @@ def _launch(
         plans = WRITE_WINDOWS.keep(key, _plans(chip, DTYPE_NAMES[kv.dtype], *key[2:]))
     if batch_invariant:
         kv, gate = canonical(kv), canonical(gate)
-    values, codes, scales, slot_stride, scale_stride = stored_parts(cache, layout, width, cos)
+    *parts, slot_stride, scale_stride = stored_parts(cache, layout, width, cos)
     args = (
         kv, gate, position_bias.contiguous(), norm_weight, cos, sin,
-        state, state_slots, cu_seqlens, seq_lens, block_table, values, codes, scales,
+        state, state_slots, cu_seqlens, seq_lens, block_table, *parts,
         kv.shape[0], cos.shape[0], state.shape[0], rows, block_table.shape[1], cache.shape[0],
         page_size_of(cache, width),
         kv.stride()[0], gate.stride()[0], cos.stride()[0], sin.stride()[0], *state.stride()[:3],
