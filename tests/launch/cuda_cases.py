@@ -412,53 +412,6 @@ def test_the_indexer_is_one_launch_a_step(layout):
     assert pointers(look_up)["slots_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
 
 
-@pytest.mark.parametrize("tokens, rows, launched", [(1, 8, 1), (4, 11, 1), (5, 11, 2), (40, 11, 2)])
-def test_windows_are_one_launch_a_step(tokens, rows, launched):
-    """Entries and state together where the state has room for a step's tokens, else one after the other."""
-    kv, gate = torch.randn(2, 2 * tokens, 256).to(BF16)
-    cos, sin = table(64)
-    state = torch.randn(3, rows, 2, 256).to(BF16)
-    cache = mla_kernels.IndexerCache.allocate(40, 64, layout="fp8")
-    places = torch.arange(2, dtype=I32), torch.arange(3, dtype=I32) * tokens, torch.full((2,), 44, dtype=I32)
-    pages = torch.zeros(2, 4, dtype=I32)
-    with record() as launches:
-        mla_kernels.write_windows(
-            kv, gate, torch.randn(4, 256), torch.ones(128), cos, sin, state, *places, pages, cache,
-            ratio=4, overlap=True, max_tokens=tokens,
-        )  # fmt: skip
-    assert len(launches) == launched
-    flags = [(launch.constants["ENTRIES"], launch.constants["KEEP"]) for launch in launches]
-    assert flags == ([(True, True)] if launched == 1 else [(True, False), (False, True)])
-    for launch in launches:
-        assert {t.data_ptr() for t in (kv, gate, cos, sin, state, *places, pages)} <= set(pointers(launch).values())
-        assert pointers(launch)["codes"] == cache.data.data_ptr()
-        assert pointers(launch)["scales"] == cache.data.data_ptr() + 64 * 128
-        assert launch.arguments["scale_stride"] == 64 * 33 and launch.arguments["part_stride"] == 256
-
-
-def test_write_kv_is_one_launch():
-    cache = mla_kernels.LatentCache.allocate(4, 64, rope_dim=0, layout="int8")
-    kv, norm, (cos, sin), slots = torch.randn(5, 512).to(BF16), torch.ones(512), table(64), torch.arange(5)
-    with record() as launches:
-        mla_kernels.write_kv(kv, norm, cos, sin, slots, slots, cache)
-    (launch,) = launches
-    assert {t.data_ptr() for t in (kv, norm, cos, sin, slots)} <= set(pointers(launch).values())
-    assert pointers(launch)["codes"] == cache.data.data_ptr() == pointers(launch)["scales"] - 512
-
-
-def test_windows_of_a_prompt_and_their_gradients_are_three_launches():
-    kv, gate = (torch.randn(64, 1024).to(BF16).requires_grad_() for _ in range(2))
-    cos, sin = table(64)
-    ends = torch.tensor([0, 30, 64], dtype=I32)
-    with record() as launches:
-        out, _ = mla_kernels.compress_windows(
-            kv, gate, torch.randn(4, 1024), torch.ones(512), cos, sin, ends, ratio=4, overlap=True
-        )
-        out.sum().backward()
-    kernels = ["compress_windows_kernel", "compress_windows_backward_kernel", "position_bias_gradient_kernel"]
-    assert [launch.kernel for launch in launches] == kernels
-
-
 def test_profilers_hooks_see_every_launch():
     import triton
 

@@ -54,7 +54,7 @@ def part(module, kind):
 
 def tables(own, length=64):
     cos, sin = own.rotary_emb(torch.zeros(1), position_ids=torch.arange(length)[None], layer_type="compress")
-    return cos[0], sin[0]
+    return cos[0].contiguous(), sin[0].contiguous()
 
 
 def arguments(own, hidden):
