@@ -16,6 +16,7 @@ SMALL = Geometry(
     "small", 128, 4, latent=128, rope=32, nope=32, value=32, q_rank=64, experts=8, top_k=2, inner=128, groups=1,
     top_groups=1, index_heads=16, index_width=64, index_top_k=16, formats=problems.QUANTISED,
 )  # fmt: skip
+SMALL_V4 = replace(SMALL, latent=0, rope=0, scoring="sqrt_softplus")
 
 
 def test_deepseek_v3_on_eight_devices():
@@ -46,15 +47,17 @@ def test_every_known_model_has_problems_on_every_kind_of_device():
 def test_a_recording_is_what_real_tensors_look_up_and_results_are_the_reference_s(name):
     operation = OPERATIONS[name]
     size = {"tokens": 24, "batch": 2, "queries": 1, "causal": 1, "keys": 128}
+    size |= {"sequences": 2, "ratio": 4, "width": 128}
     size = {key: size[key] for key in operation.sizes[0]}
-    assert operation.applies(SMALL)
-    recorded = {d.problem.key for d in problems.of_model(SMALL, DEVICES["h100"], torch.float32, (name,))[0]}
+    geometry = SMALL if operation.applies(SMALL) else SMALL_V4
+    assert operation.applies(geometry)
+    recorded = {d.problem.key for d in problems.of_model(geometry, DEVICES["h100"], torch.float32, (name,))[0]}
     small = replace(operation, sizes=(size,))
     with launch.on_cpu("npu-emulated", "ascend910b"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(problems, "CONTEXT", 128)
         patch.setitem(problems.OPERATIONS, "small", small)
-        meta = [d.problem.key for d in problems.of_model(SMALL, DEVICES["910b"], torch.float32, ("small",))[0]]
-        call = operation.build(SMALL, size, Make("cpu", torch.float32))
+        meta = [d.problem.key for d in problems.of_model(geometry, DEVICES["910b"], torch.float32, ("small",))[0]]
+        call = operation.build(geometry, size, Make("cpu", torch.float32))
         with tiles.record() as recording:
             results = call.run()
     assert {p.key for p in recording} == set(meta) and recorded
