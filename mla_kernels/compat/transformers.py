@@ -39,6 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
+from mla_kernels.compat import transformers_v4  # noqa: E402
 from mla_kernels.compat.transformers_attention import NAME, attention, keep_latents  # noqa: E402
 from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
@@ -61,6 +62,9 @@ class Family:
     indexer: str | None = None
     indexer_forward: types.FunctionType | None = None
 
+
+V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts")
+"""DeepSeek-V4, whose attention is no latent one: its caches, masks and attention stand in files of their own."""
 
 FAMILIES = (
     Family("DeepseekV2Model", "DeepseekV2Attention", "DeepseekV2Experts"),
@@ -112,6 +116,8 @@ def enable(model, *, prepack: bool = False):
       hook on the indexer sees cache slots, where transformers' own has positions.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
+    - DeepSeek-V4's attention is :class:`mla_kernels.nn.V4Attention`'s, over a cache of ``V4Layer``. Padding is left out
+      of it: a left-padded prompt gives what it gives alone, where transformers' compressors take padding for tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs are transformers' own code throughout.
 
@@ -138,8 +144,8 @@ def enable(model, *, prepack: bool = False):
     ``fullgraph=True`` it says so). ``prepack=True`` also packs a model that is enabled already.
 
     Args:
-        model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
-            and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
+        model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES`` or ``V4``:
+            DeepSeek-V2, V3, V3.2 and V4, GLM-MoE-DSA, GLM-4-MoE-Lite, MiniCPM3, Mistral4, Youtu, LongCat-Flash
             (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
             ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
         prepack: move the experts' weights, bfloat16 or float32 on the CPU, of a model in eval mode.
@@ -157,22 +163,22 @@ def enable(model, *, prepack: bool = False):
         raise TypeError(f"prepack: got {type(prepack).__name__}, a bool is accepted")
     bases = _bases(model)
     if not bases:
-        accepted = ", ".join(family.base for family in FAMILIES)
+        accepted = ", ".join(family.base for family in (*FAMILIES, V4))
         raise TypeError(
             f"enable: got {type(model).__name__}, accepted are the models of transformers built on {accepted}, for "
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM, and those that hold one of these"
         )
-    todo = [(base, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
+    todo = [(base, family, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
     if prepack:
         packable = [(base, _experts_to_pack(base, family)) for base, family in bases]
         for base, modules in packable:
             check_packable(base, modules)
         pack(module for _, modules in packable for module in modules)
-    for base, replacements in todo:
+    for base, family, replacements in todo:
         switch = _Switch(
             attention=base.config._attn_implementation,
             experts=base.config._experts_implementation,
-            hooks=install_hooks(base),
+            hooks=(transformers_v4.install_hooks if family is V4 else install_hooks)(base),
         )
         for module, name, function in replacements:
             switch.replaced.append((module, name, vars(module).get(name)))
@@ -214,7 +220,7 @@ def _is_a(module, name: str | None) -> bool:
 def _bases(model) -> list[tuple[nn.Module, Family]]:
     """The base models of a family in this model: itself, its body, or the language model inside a multimodal one."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    pairs = ((module, family) for module in modules for family in FAMILIES)
+    pairs = ((module, family) for module in modules for family in (*FAMILIES, V4))
     return [(module, family) for module, family in pairs if _is_a(module, family.base)]
 
 
@@ -239,8 +245,13 @@ def _check_config(config) -> None:
 
 def _replacements(base, family: Family):
     """(module, method, function) for each method that an instance is to shadow; refusals before anything changes."""
-    _check_config(base.config)
+    if family is V4:
+        own = list(transformers_v4.replacements(base))
+    else:
+        _check_config(base.config)
+        own = []
     cache_keyword(type(base))
+    yield from (_unless_replaced(*one) for one in own)
     for module in base.modules():
         if type(module).__name__ == "PipelineIdentityLayer":
             raise NotImplementedError(
@@ -248,6 +259,8 @@ def _replacements(base, family: Family):
                 "accepted (tensor parallel ones too)"
             )
         if _is_a(module, family.attention):
+            if family is V4:
+                continue
             if not hasattr(type(module), "expand_kv"):
                 raise NotImplementedError(
                     f"enable: transformers {_VERSION} has no {type(module).__name__}.expand_kv, which 5.24 has"
