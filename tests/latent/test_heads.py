@@ -43,6 +43,7 @@ def test_parity(backend, device, shape, dtype):
     assert_close(got.cpu(), exact, own)
 
 
+@pytest.mark.quick("rotate_heads_backward")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients(backend, device, shape, dtype):
