@@ -271,6 +271,18 @@ def _indexer_write(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
+def _heads(g: Geometry, size, make: Make) -> Call:
+    """DeepSeek-V4's queries, and its attention's output rotated back."""
+    x, positions = make.normal(size["tokens"], g.heads, 512), make.integers(size["tokens"], below=CONTEXT)
+    tables = make.angles(64)
+
+    def run():
+        mk.rotate_heads(x, *tables, positions, rope_dim=64, inverse=True)
+        return (mk.rotate_heads(x, *tables, positions, rope_dim=64, norm_eps=1e-6),)
+
+    return Call(run, None)
+
+
 def _select(g: Geometry, size, make: Make) -> Call:
     batch, pages = size["batch"], size["keys"] // PAGE
     cache = mk.IndexerCache.allocate(batch * pages, PAGE, head_dim=g.index_width, layout="fp8", device=make.device)
@@ -423,6 +435,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("norm_and_write", _has_latent, _TOKENS, _prolog),
         Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("write_indexer_key", lambda g: g.index_heads > 0, _TOKENS, _indexer_write),
+        Operation("rotate_heads", lambda g: g.latent == 0, _TOKENS, _heads),
         Operation("write_kv", _is_v4, _TOKENS, _write_kv),
         Operation("write_windows", _is_v4, _WINDOWS, _write_windows),
         Operation("compress_windows", _is_v4, _COMPRESSED, _compress_windows),

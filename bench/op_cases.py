@@ -345,6 +345,13 @@ def _(make: Make, tokens: int) -> Run:
     return lambda: (mk.rotate_indexer_query(q, *tables, positions, rope_dim=ROPE, rope="half"),)
 
 
+@op("rotate_heads", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    x = make.normal(tokens, 64, 512)  # DeepSeek-V4-Flash's queries
+    tables, positions = make.tables(), make.counting(tokens, torch.int64)
+    return lambda: (mk.rotate_heads(x, *tables, positions, rope_dim=ROPE, norm_eps=1e-6),)
+
+
 def _prompt(make: Make, tokens: int, keys: int) -> tuple[torch.Tensor, ...]:
     q, k = make.normal(tokens, INDEX_HEADS, INDEX_WIDTH), make.normal(keys, INDEX_WIDTH)
     ends = make.counting(tokens) + (keys - tokens + 1)

@@ -13,8 +13,9 @@ from mla_kernels.invariance import batch_invariant
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.compress import compress_latent
+from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
-from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools.convert import convert_cache
 from mla_kernels.latent.tools.copy import copy_pages
@@ -83,6 +84,7 @@ __all__ = [
     "permute",
     "prefill_rows",
     "quantisation_error",
+    "rotate_heads",
     "rotate_indexer_query",
     "route",
     "scatter_tokens",

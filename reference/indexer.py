@@ -161,12 +161,14 @@ def paged_indexer_logits(
     weights: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    *,
+    limits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scores of the S_q newest tokens of each sequence against its cached keys.
 
-    q [B, S_q, H, d]; cache as in `write_indexer_key`; weights [B, S_q, H]; block_table [B, P]; seq_lens [B].
-    Returns [B, S_q, P * page_size]: query i sees keys 0 .. seq_len - S_q + i, others are -inf, and so are the keys of a
-    page outside the cache.
+    q [B, S_q, H, d]; cache as in `write_indexer_key`; weights [B, S_q, H]; block_table [B, P]; seq_lens [B]; limits
+    [B, S_q]. Returns [B, S_q, P * page_size]: query i sees keys 0 .. seq_len - S_q + i, or with limits the first
+    min(limits[b, i], seq_len), others are -inf, and so are the keys of a page outside the cache.
     """
     keys = dequantise_keys(cache, head_dim=q.shape[-1], dtype=_wide(q, weights, cache))
     pages, page_size, _ = keys.shape
@@ -177,6 +179,7 @@ def paged_indexer_logits(
         valid = (page >= 0) & (page < pages)
         k = rearrange(keys[page.clamp(0, pages - 1)], "page token dim -> (page token) dim")
         ends = int(seq_lens[b]) - queries + 1 + torch.arange(queries)
+        ends = ends if limits is None else limits[b].clamp_max(int(seq_lens[b]))
         own = indexer_logits(q[b], k, weights[b], torch.zeros(queries), ends)
         logits.append(own.masked_fill(~valid.repeat_interleave(page_size), -torch.inf))
     return torch.stack(logits) if logits else keys.new_empty(0, queries, block_table.shape[1] * page_size)
@@ -228,12 +231,14 @@ def select_slots(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     top_k: int,
+    *,
+    limits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The cache slots of the best keys, int32 [B, S_q, K], in the order of the keys' positions; -1 fills up.
 
     Position p of sequence b stands in slot block_table[b, p // page_size] * page_size + p % page_size.
     """
-    logits = paged_indexer_logits(q, cache, weights, block_table, seq_lens)
+    logits = paged_indexer_logits(q, cache, weights, block_table, seq_lens, limits=limits)
     page_size = cache.shape[1] // (q.shape[-1] + 4) if cache.dtype == torch.uint8 else cache.shape[1]
     slots = torch.full((*q.shape[:2], top_k), -1, dtype=torch.int32, device=q.device)
     for b, rows in enumerate(logits):

@@ -242,6 +242,17 @@ def test_index_queries_alone_and_among_speculative_ones(backend, device, name):
             assert same(alone[:, 0], together[:, query])
 
 
+def test_index_queries_with_limits_alone_and_among_others(backend, device):
+    call = CALLS["select_slots with limits"]
+    tensors = on(device, call.example(3))
+    with mk.batch_invariant():
+        (together,) = results(call, tensors)
+        for query in (0, 1):
+            own = {key: tensors[key][:, query : query + 1].contiguous() for key in ("q", "weights", "limits")}
+            (alone,) = results(call, tensors | own)
+            assert same(alone[:, 0], together[:, query])
+
+
 @pytest.mark.parametrize("op", ["route", "hash_route"])
 def test_gradients_of_routers(backend, device, op):
     call = CALLS[op]

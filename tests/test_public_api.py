@@ -47,17 +47,19 @@ SIGNATURES = {
     "batch_invariant=None)",
     "norm_and_write": "(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "
     "batch_invariant=None)",
-    "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens, *, batch_invariant=None)",
+    "paged_indexer_logits": "(q, cache, weights, block_table, seq_lens, *, limits=None, batch_invariant=None)",
     "permute": "(hidden, dispatched)",
     "prefill_rows": "(cu_seqlens, *, tokens, window, entry_cu_seqlens=None, ratio=None, max_entries=None, picks=None)",
     "quantisation_error": "(gate_up, down, experts)",
+    "rotate_heads": "(x, cos, sin, positions, *, rope_dim, rope='interleaved', rope_first=False, norm_eps=None, "
+    "inverse=False, batch_invariant=None)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False, "
     "batch_invariant=None)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, group_rank=None, "
     "group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0, batch_invariant=None)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
     "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None, batch_invariant=None)",
-    "select_slots": "(q, cache, weights, block_table, seq_lens, top_k, *, batch_invariant=None)",
+    "select_slots": "(q, cache, weights, block_table, seq_lens, top_k, *, limits=None, batch_invariant=None)",
     "sparse_mla_decode": "(q, cache, indices, *, softmax_scale, topk_length=None, sink=None, extra_cache=None, "
     "extra_indices=None, extra_topk_length=None, batch_invariant=None)",
     "sparse_mla_prefill": "(q, kv, indices, *, softmax_scale, latent_dim=512, topk_length=None, sink=None, "
@@ -79,8 +81,8 @@ COMPOSED = {"convert_cache", "prefill_rows", "quantisation_error"}
 measures on the host."""
 
 REFERENCES = (
-    "prolog", "attention", "balance", "indexer", "latent", "moe", "permute", "prefill", "quant", "route", "sparse",
-    "windows",
+    "prolog", "attention", "balance", "heads", "indexer", "latent", "moe", "permute", "prefill", "quant", "route",
+    "sparse", "windows",
 )  # fmt: skip
 """Modules of the references; prolog's ``absorb_query`` rotates, as the op does, before attention's, which does not."""
 

@@ -39,6 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
+from mla_kernels.compat import transformers_v4  # noqa: E402
 from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, attention, keep_choice, keep_latents  # noqa: E402
 from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
@@ -71,6 +72,9 @@ class Family:
 
 
 LINEAR, SLIDING = ("linear_attention",), ("sliding_attention",)
+V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts")
+"""DeepSeek-V4, whose attention is no latent one: its caches, masks and attention stand in files of their own."""
+
 FAMILIES = (
     Family("DeepseekV2Model", "DeepseekV2Attention", "DeepseekV2Experts"),
     Family("DeepseekV3Model", "DeepseekV3Attention", "DeepseekV3Experts"),
@@ -148,6 +152,8 @@ def enable(model, *, prepack: bool = False):
       with transformers' sdpa on devices. Sinks are scores of their own in every case.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,
       else with transformers' sdpa; an indexer is transformers' own there. Gradients do not reach cached tokens.
+    - DeepSeek-V4's attention is :class:`mla_kernels.nn.V4Attention`'s, over a cache of ``V4Layer``. Padding is left out
+      of it: a left-padded prompt gives what it gives alone, where transformers' compressors take padding for tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
     - Projections, norms, rotary embeddings, routers, dense and shared MLPs, linear attention and hyper-connections are
       transformers' own code throughout.
@@ -175,11 +181,11 @@ def enable(model, *, prepack: bool = False):
     ``fullgraph=True`` it says so). ``prepack=True`` also packs a model that is enabled already.
 
     Args:
-        model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES``: DeepSeek-V2, V3
-            and V3.2, GLM-MoE-DSA, GLM-4-MoE-Lite, GLM-5-next, MiniCPM3, Mistral 4, Mistral Large 4, Youtu,
-            LongCat-Flash, A.X-K1 and K2, HY-V4, dots3-note, Kimi-Linear, Bailing-hybrid (``DeepseekV2ForCausalLM``,
-            ``MiniCPM3Model``, ...), or a module that holds such a model: of ``Kimi_K25ForConditionalGeneration`` the
-            language model is enabled, and the rest stays as it is.
+        model: a model of transformers in bfloat16, float16 or float32, built on one of ``FAMILIES`` or ``V4``:
+            DeepSeek-V2, V3, V3.2 and V4, GLM-MoE-DSA, GLM-4-MoE-Lite, GLM-5-next, MiniCPM3, Mistral 4, Mistral Large 4,
+            Youtu, LongCat-Flash, A.X-K1 and K2, HY-V4, dots3-note, Kimi-Linear, Bailing-hybrid
+            (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
+            ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
         prepack: move the experts' weights, bfloat16 or float32 on the CPU, of a model in eval mode.
 
     Raises:
@@ -195,7 +201,7 @@ def enable(model, *, prepack: bool = False):
         raise TypeError(f"prepack: got {type(prepack).__name__}, a bool is accepted")
     bases = _bases(model)
     if not bases:
-        accepted = ", ".join(family.base for family in FAMILIES)
+        accepted = ", ".join(family.base for family in (*FAMILIES, V4))
         raise TypeError(
             f"enable: got {type(model).__name__}, accepted are the models of transformers built on {accepted}, for "
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM, and those that hold one of these"
@@ -210,7 +216,7 @@ def enable(model, *, prepack: bool = False):
         switch = _Switch(
             attention=base.config._attn_implementation,
             experts=base.config._experts_implementation,
-            hooks=install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)]),
+            hooks=_install_hooks(base, family),
         )
         for module, name, function in replacements:
             switch.replaced.append((module, name, vars(module).get(name)))
@@ -252,7 +258,7 @@ def _is_a(module, name: str | None) -> bool:
 def _bases(model) -> list[tuple[nn.Module, Family]]:
     """The base models of a family in this model: itself, its body, or the language model inside a multimodal one."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    pairs = ((module, family) for module in modules for family in FAMILIES)
+    pairs = ((module, family) for module in modules for family in (*FAMILIES, V4))
     return [(module, family) for module, family in pairs if _is_a(module, family.base)]
 
 
@@ -278,10 +284,21 @@ def _check_config(config, family: Family) -> None:
         )
 
 
+def _install_hooks(base, family: Family) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+    if family is V4:
+        return transformers_v4.install_hooks(base)
+    return install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
+
+
 def _replacements(base, family: Family):
     """(module, method, function) for each method that an instance is to shadow; refusals before anything changes."""
-    _check_config(base.config, family)
+    if family is V4:
+        own = list(transformers_v4.replacements(base))
+    else:
+        _check_config(base.config, family)
+        own = []
     cache_keyword(type(base))
+    yield from (_unless_replaced(*one) for one in own)
     for module in base.modules():
         if type(module).__name__ == "PipelineIdentityLayer":
             raise NotImplementedError(
@@ -289,6 +306,8 @@ def _replacements(base, family: Family):
                 "accepted (tensor parallel ones too)"
             )
         if _is_a(module, family.attention):
+            if family is V4:
+                continue
             if not hasattr(type(module), "expand_kv"):
                 raise NotImplementedError(
                     f"enable: transformers {_VERSION} has no {type(module).__name__}.expand_kv, which 5.24 has"

@@ -63,28 +63,40 @@ def install_hooks(base, attentions) -> tuple[torch.utils.hooks.RemovableHandle, 
     """Prepare the cache before every forward of this model from now on, and look after it that it arrived.
 
     ``attentions`` are its modules of latent attention."""
-    parameters = list(inspect.signature(type(base).forward).parameters.values())[1:]
-    names = tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
-    plan = _Plan.of(base, attentions)
+    names, plan = positional_names(type(base)), _Plan.of(base, attentions)
     return (
         base.register_forward_pre_hook(partial(_prepare_cache, names, plan), with_kwargs=True),
         base.register_forward_hook(partial(_check_cache_arrived, plan), with_kwargs=True),
     )
 
 
-def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
-    """A forward pre-hook: what the base model is to be called with. ``names`` are its positional arguments'."""
-    keyword = plan.keyword
+def positional_names(cls: type) -> tuple[str, ...]:
+    """The positional arguments of this class's forward."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
+
+
+def as_keywords(base, names: tuple[str, ...], keyword: str, args, kwargs) -> dict | None:
+    """A call's arguments as keywords; None where Python has an error for the call."""
     if base.config._attn_implementation != NAME:
         raise RuntimeError(
             f"this model is enabled, but its attention implementation was set to {base.config._attn_implementation!r} "
             "since; call mla_kernels.compat.transformers.disable(model) first"
         )
     if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
-        return None  # Python has an error for this call
+        return None
     kwargs = {**dict(zip(names, args)), **kwargs}
     if kwargs.get(keyword) is None and kwargs.get("past_key_values") is not None:  # the name that is being phased out
         kwargs[keyword] = kwargs.pop("past_key_values")
+    return kwargs
+
+
+def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
+    """A forward pre-hook: what the base model is to be called with. ``names`` are its positional arguments'."""
+    keyword = plan.keyword
+    kwargs = as_keywords(base, names, keyword, args, kwargs)
+    if kwargs is None:
+        return None
     cache = kwargs.get(keyword)
     if cache is None and base.training and any(layer.gradient_checkpointing for layer in base.layers):
         kwargs["use_cache"] = False  # transformers' layers would not take one

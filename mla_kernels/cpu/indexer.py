@@ -65,33 +65,37 @@ def indexer_logits(q, k, weights, starts, ends, k_scale) -> torch.Tensor:
     return out
 
 
-def paged_indexer_logits(q, cache, head_dim, weights, block_table, seq_lens) -> torch.Tensor:
+def paged_indexer_logits(q, cache, head_dim, weights, block_table, seq_lens, limits) -> torch.Tensor:
     """Sequence by sequence; its keys are gathered and made fp32 in blocks of pages."""
     sequences, queries = q.shape[:2]
     page_size = _page_size(cache, head_dim)
     out = torch.full((sequences, queries, block_table.shape[1] * page_size), float("-inf"))
     for sequence, length in enumerate(seq_lens.tolist()):
         if length > 0:
-            starts, ends = _causal(length, queries)
+            starts, ends = _seen(length, queries, limits, sequence)
             keys = _cached(cache, head_dim, block_table[sequence])
             _score(q[sequence], keys, weights[sequence], starts, ends, out[sequence, :, :length])
     return out
 
 
 def by_query(function):
-    """``function`` of q, cache, head_dim, weights, block_table, seq_lens and more, with one more argument,
-    batch_invariant. With it, each query of each sequence is taken alone, from a copy; see :mod:`.alone`."""
+    """``function`` of q, cache, head_dim, weights, block_table, seq_lens, maybe more, and limits, with one more
+    argument, batch_invariant. With it, each query of each sequence is taken alone, from a copy; see :mod:`.alone`."""
 
     def run(*args):
-        q, cache, head_dim, weights, block_table, seq_lens, *more, batch_invariant = args
+        q, cache, head_dim, weights, block_table, seq_lens, *more, limits, batch_invariant = args
         if not batch_invariant or 0 in q.shape[:2]:
             return function(*args[:-1])
         queries = q.shape[1]
         results = []
         for query in range(queries):
-            newer = queries - 1 - query
-            one = q[:, query : query + 1], cache, head_dim, weights[:, query : query + 1], block_table
-            results.append(each(function, (*one, (seq_lens - newer).clamp_min(0), *more), (0, 3, 4, 5)))
+            own, lengths, seen = slice(query, query + 1), seq_lens, None
+            if limits is None:
+                lengths = (seq_lens - (queries - 1 - query)).clamp_min(0)
+            else:
+                seen = limits[:, own]
+            one = q[:, own], cache, head_dim, weights[:, own], block_table, lengths, *more, seen
+            results.append(each(function, one, (0, 3, 4, 5, len(one) - 1)))
         return torch.cat(results, 1)
 
     return run
@@ -108,7 +112,7 @@ def select_keys(q, k, weights, starts, ends, k_scale, top_k) -> torch.Tensor:
     return chosen
 
 
-def select_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k) -> torch.Tensor:
+def select_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, limits) -> torch.Tensor:
     """Sequence by sequence: logits of a block of its queries, their best keys, and the slots of these."""
     sequences, queries = q.shape[:2]
     page_size = _page_size(cache, head_dim)
@@ -116,7 +120,7 @@ def select_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k) -> t
     for sequence, length in enumerate(seq_lens.tolist()):
         if length <= 0:
             continue
-        starts, ends = _causal(length, queries)
+        starts, ends = _seen(length, queries, limits, sequence)
         keys = _cached(cache, head_dim, block_table[sequence])
         step = max(1, _MAX_LANES // length)
         for first in range(0, queries, step):
@@ -186,16 +190,13 @@ def _cached(cache: torch.Tensor, head_dim: int, pages: torch.Tensor):
     return keys
 
 
-def _causal(length: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranges of the newest tokens of a sequence: query i sees keys up to length - queries + i."""
-    ends = torch.arange(length - queries + 1, length + 1, dtype=torch.int32)
+def _seen(length: int, queries: int, limits: torch.Tensor | None, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges of the newest tokens of a sequence: query i sees keys up to length - queries + i, or its limit."""
+    if limits is None:
+        ends = torch.arange(length - queries + 1, length + 1, dtype=torch.int32)
+    else:
+        ends = limits[sequence].clamp_max(length)
     return torch.zeros_like(ends), ends
-
-
-def rotate_indexer_query(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard) -> torch.Tensor:
-    """q [T, H, d]: RoPE and Hadamard transform in fp32, rounded once."""
-    angles = cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
-    return _transformed(q.float(), *angles, rope_dim, rope, rope_first, hadamard).to(q.dtype)
 
 
 def write_indexer_key(
@@ -205,7 +206,7 @@ def write_indexer_key(
     width = k.shape[1]
     rows = F.layer_norm(k.float(), (width,), norm_weight.float(), norm_bias.float(), eps)
     angles = cos.index_select(0, positions), sin.index_select(0, positions)
-    store_keys(_transformed(rows, *angles, rope_dim, rope, rope_first, hadamard), slot_mapping, cache)
+    store_keys(transformed(rows, *angles, rope_dim, rope, rope_first, hadamard), slot_mapping, cache)
 
 
 def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
@@ -223,7 +224,7 @@ def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tens
     cache[:, page_size * width :].view(torch.float32)[page, offset] = scale
 
 
-def _transformed(x, cos, sin, rope_dim, rope, rope_first, hadamard) -> torch.Tensor:
+def transformed(x, cos, sin, rope_dim, rope, rope_first, hadamard) -> torch.Tensor:
     """x [..., d] fp32, its first or last values rotated, and the whole through the Hadamard matrix."""
     passed = x.shape[-1] - rope_dim
     sizes = (rope_dim, passed) if rope_first else (passed, rope_dim)

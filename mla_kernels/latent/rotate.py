@@ -37,3 +37,23 @@ def join_pairs(first, second, lane, first_lane, second_lane):
     x = tl.where(first_lane[:, None] == lane[None, :], first[:, None], 0.0)  # [HALF, lanes]
     x += tl.where(second_lane[:, None] == lane[None, :], second[:, None], 0.0)
     return tl.sum(x, 0)
+
+
+@triton.jit
+def signs(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sylvester-Hadamard signs [ROWS, COLUMNS], both up to 16: -1 where row and column share an odd number of bits."""
+    shared = tl.arange(0, ROWS)[:, None] & tl.arange(0, COLUMNS)[None, :]
+    shared = shared ^ (shared >> 2)
+    shared = (shared ^ (shared >> 1)) & 1
+    return 1.0 - 2.0 * shared.to(tl.float32)
+
+
+@triton.jit
+def hadamard_row(x, row_signs, column_signs, HEAD_DIM: tl.constexpr):
+    """x [HEAD_DIM] times the Hadamard matrix, the Kronecker product of the signs, times HEAD_DIM ** -0.5."""
+    COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
+    ROWS: tl.constexpr = HEAD_DIM // COLUMNS
+    grid = tl.reshape(x, [ROWS, COLUMNS])
+    grid = tl.sum(grid[:, :, None] * column_signs[None, :, :], 1)  # [ROWS, COLUMNS]
+    grid = tl.sum(row_signs[:, :, None] * grid[:, None, :], 0)
+    return tl.reshape(grid, [HEAD_DIM]) * (1.0 / HEAD_DIM**0.5)

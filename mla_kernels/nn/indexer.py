@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from mla_kernels.attention.indexer.select import select_keys, select_slots
+from mla_kernels.latent.heads import rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
-from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, project
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.precision import Float32LayerNorm, Float32Linear

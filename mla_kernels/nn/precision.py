@@ -20,12 +20,16 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(result.device)
             return tensor.to(result.device, torch.float32) if _is_narrow(result) else result
 
-        return super()._apply(kept, recurse)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(kept, recurse=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        for name, value in list(state_dict.items()):
-            if name.startswith(prefix) and isinstance(value, torch.Tensor) and _is_narrow(value):
-                state_dict[name] = value.float()
+        for name in (*self._parameters, *self._buffers):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, torch.Tensor) and _is_narrow(value):
+                state_dict[prefix + name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -47,6 +51,18 @@ class Float32LayerNorm(KeepsFloat32, nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Float32RMSNorm(KeepsFloat32):
+    """``weight * x / sqrt(mean(x^2) + eps)`` in float32, rounded once, to ``x``'s dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 def _is_narrow(tensor: torch.Tensor) -> bool:

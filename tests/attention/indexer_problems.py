@@ -92,6 +92,7 @@ class Paged:
     weights: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    limits: torch.Tensor | None = None
 
     def run(self, **changes) -> torch.Tensor:
         return paged_indexer_logits(**{**vars(self), **changes})
@@ -108,12 +109,17 @@ class Paged:
         )  # fmt: skip
 
     def check(self, logits: torch.Tensor) -> None:
-        assert_close(logits.cpu(), reference.paged_indexer_logits(*self.tensors()))
+        assert_close(logits.cpu(), reference.paged_indexer_logits(*self.tensors(), limits=self.seen()))
+
+    def seen(self) -> torch.Tensor | None:
+        """The reference's limits."""
+        return None if self.limits is None else self.limits.cpu()
 
     def sequence(self, index: int) -> "Paged":
         """The same call for one sequence alone."""
         one = slice(index, index + 1)
-        return Paged(self.q[one], self.cache, self.weights[one], self.block_table[one], self.seq_lens[one])
+        limits = None if self.limits is None else self.limits[one]
+        return Paged(self.q[one], self.cache, self.weights[one], self.block_table[one], self.seq_lens[one], limits)
 
 
 def make_paged(
@@ -125,9 +131,13 @@ def make_paged(
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
     layout: str = "bf16",
+    limits: bool = False,
     device: torch.device | str = "cpu",
 ) -> Paged:
-    """A cache whose unused rows are NaN and whose unused table entries are no pages. Page 0 is never used."""
+    """A cache whose unused rows are NaN and whose unused table entries are no pages. Page 0 is never used.
+
+    ``limits``: every query sees a number of keys of its own, 0 and more than there are among them.
+    """
     used = [-(-length // page_size) for length in lengths]
     columns = max([1, *used]) + 1
     cache = IndexerCache.allocate(sum(used) + 2, page_size, head_dim=head_dim, dtype=dtype, layout=layout)
@@ -150,7 +160,14 @@ def make_paged(
         weights=torch.randn(len(lengths), queries, heads, device=device),
         block_table=block_table.to(device),
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        limits=_limits(lengths, queries).to(device) if limits else None,
     )
+
+
+def _limits(lengths, queries: int) -> torch.Tensor:
+    limits = torch.stack([torch.randint(0, length + 3, (queries,)) for length in lengths]).to(torch.int32)
+    limits[0, 0], limits[-1, -1] = 0, 2**31 - 1
+    return limits
 
 
 def rows_of(kind: str, rows: int, columns: int) -> torch.Tensor:

@@ -153,6 +153,43 @@ def test_selected_slots_are_the_references(backend, device):
     assert torch.equal(problem.select(9).cpu(), reference.select_slots(*problem.tensors(), 9))
 
 
+@pytest.mark.parametrize(
+    "queries, page_size, dtype, layout",
+    [(3, 16, torch.float32, "bf16"), (1, 64, torch.bfloat16, "fp8"), (40, 61, torch.float16, "bf16")],
+)
+def test_limits(backend, device, queries, page_size, dtype, layout, monkeypatch):
+    """How many keys each query sees: none, some, as many as there are or more; in any order."""
+    shape = {"queries": queries, "page_size": page_size, "dtype": dtype, "layout": layout}
+    problem = make_paged(LENGTHS[:4], heads=16, limits=True, device=device, **shape)
+    logits = problem.run()
+    problem.check(logits)
+    seen = torch.minimum(problem.limits, problem.seq_lens[:, None]).cpu()
+    assert torch.equal((logits.cpu() > -float("inf")).sum(-1), seen.long())
+    got = problem.select(40).cpu()
+    assert torch.equal((got >= 0).sum(-1), seen.clamp_max(40).long())
+    positions = reference.indexer_topk(logits.cpu().flatten(0, 1), 40).view(4, queries, 40).long()
+    page = torch.stack([row[(own // page_size).clamp_min(0)] for row, own in zip(problem.block_table.cpu(), positions)])
+    assert torch.equal(got, torch.where(positions < 0, -1, page * page_size + positions % page_size).int())
+    monkeypatch.setattr(indexer_select, "WORKSPACE", 1)  # a sequence at a time
+    assert torch.equal(problem.select(40).cpu(), got)
+    problem.limits = problem.limits.repeat(1, 2)[:, :queries]  # rows of another stride
+    assert torch.equal(problem.run(), logits)
+
+
+def test_limits_are_the_references(backend, device):
+    problem = make_paged(LENGTHS, queries=2, heads=32, limits=True, device=device)
+    want = reference.select_slots(*problem.tensors(), 9, limits=problem.seen())
+    assert torch.equal(problem.select(9).cpu(), want)
+
+
+def test_limits_of_causal_keys_change_no_bits(backend, device):
+    problem = make_paged(LENGTHS, queries=3, device=device)
+    causal = problem.seq_lens[:, None] + torch.arange(-2, 1, device=device).int()
+    want, slots = problem.run(), problem.select(9)
+    problem.limits = causal.clamp_min(0)
+    assert torch.equal(problem.run(), want) and torch.equal(problem.select(9), slots)
+
+
 @pytest.mark.quick("select_slots")
 def test_the_example_of_select_slots(backend, device):
     """Table row [7, 2], pages of 4: positions [1, 5] are slots [29, 9]."""
@@ -213,6 +250,9 @@ def test_opcheck_and_compile():
         torch.library.opcheck(operators.paged_indexer_logits.default, cached)
         torch.library.opcheck(operators.select_keys.default, (*keys, 5))
         torch.library.opcheck(operators.select_slots.default, (*cached, 5))
+        limits = torch.randint(0, 9, (len(LENGTHS), 2), dtype=torch.int32)
+        torch.library.opcheck(operators.paged_indexer_logits.default, (*cached, limits))
+        torch.library.opcheck(operators.select_slots.default, (*cached, 5, limits))
 
         @torch.compile(fullgraph=True, backend="aot_eager")
         def step(q, cache, weights, table, lengths):
@@ -266,6 +306,9 @@ REFUSED_PAGED = {
     "table": (lambda p: dict(block_table=p.block_table[:1]), ValueError, "block_table: got shape"),
     "lengths": (lambda p: dict(seq_lens=p.seq_lens.long()), TypeError, "seq_lens: got dtype int64"),
     "length": (lambda p: dict(seq_lens=p.seq_lens + 999), ValueError, "seq_lens: got values from"),
+    "limits dtype": (lambda p: dict(limits=torch.ones(2, 1)), TypeError, "limits: got dtype float32, accepted: int32"),
+    "limits shape": (lambda p: dict(limits=p.seq_lens), ValueError, r"limits: got shape \(2,\), \(2, 1\) is accepted"),
+    "limit": (lambda p: dict(limits=-p.seq_lens[:, None]), ValueError, "limits: got values from -70 to -3"),
     "page": (lambda p: dict(block_table=p.block_table.clamp_max(-1)), ValueError, "block_table: got values from"),
 }
 

@@ -7,12 +7,13 @@ from mla_kernels import launch
 from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
 from mla_kernels.attention.indexer.select import SLOTS
 from mla_kernels.attention.indexer.topk import TOPK, indexer_topk
-from mla_kernels.latent.indexer.key import ROTATE_INDEXER_QUERY, WRITE_INDEXER_KEY
+from mla_kernels.latent.heads import ROTATE_HEADS
+from mla_kernels.latent.indexer.key import WRITE_INDEXER_KEY
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
 from tests.attention.indexer_problems import make_ragged, rows_of
 
-KERNELS = (INDEXER_LOGITS, TOPK, SLOTS, WRITE_INDEXER_KEY, ROTATE_INDEXER_QUERY)
+KERNELS = (INDEXER_LOGITS, TOPK, SLOTS, WRITE_INDEXER_KEY, ROTATE_HEADS)
 DEFAULTS = [
     (kernel, chip, dtype, case.statics, kernel.rule(chip, dtype, case.statics, case.sizes), case.name)
     for kernel in KERNELS

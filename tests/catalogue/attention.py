@@ -171,3 +171,17 @@ for _layout in ("bf16", "fp8"):
         *_paged_index(lambda *args: mk.paged_indexer_logits(*args), _layout),
     )
     enter(f"select_slots of {_layout}", _axes, *_paged_index(lambda *args: mk.select_slots(*args, 3), _layout))
+
+
+@call("select_slots with limits", {**_axes, "limits": {0: "tokens"}})
+def _():
+    def run(limits, **tensors):
+        def within(*args):
+            return mk.select_slots(*args, 3, limits=limits)
+
+        return _paged_index(within, "fp8")[0](**tensors)
+
+    def example(n):
+        return _paged_index(None, "fp8")[1](n) | {"limits": torch.randint(0, 20, (n, 2), dtype=torch.int32)}
+
+    return run, example

@@ -185,6 +185,14 @@ def _():
     return run, lambda n: {"q": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
 
 
+@call("rotate_heads", "x positions", leaves=("x",))
+def _():
+    def run(x, cos, sin, positions):
+        return mk.rotate_heads(x, cos, sin, positions, rope_dim=ROPE, norm_eps=1e-6)
+
+    return run, lambda n: {"x": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
+
+
 @call("copy_pages", {"data": {0: "pages"}, "source": {0: "tokens"}, "target": {0: "tokens"}})
 def _():
     def run(data, source, target):

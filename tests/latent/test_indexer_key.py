@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mla_kernels.latent.heads import rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
-from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.reference import indexer as reference
 from tests.support import assert_close, not_on
 

@@ -9,8 +9,9 @@ import transformers
 
 from mla_kernels.attention.indexer.op import indexer_logits
 from mla_kernels.attention.indexer.select import select_keys, select_slots
+from mla_kernels.latent.heads import rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
-from mla_kernels.latent.indexer.key import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.reference import indexer as reference
 from tests.support import not_on
 

@@ -31,12 +31,14 @@ def indexer_logits_kernel(
     q_stride, weights_stride, page_stride, key_stride, scale_stride, table_stride, out_stride,
     tokens, keys, num_pages, token_tiles, key_tiles, work,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FILL: tl.constexpr,
+    LIMITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once.
 
     Item: (sequence * token_tiles + token tile) * key_tiles + key tile. PAGE_SIZE 0: one sequence, keys in rows, ranges
-    from ``starts`` and ``ends``; else ``ends`` holds the lengths, and query i sees keys below length - tokens + 1 + i.
+    from ``starts`` and ``ends``; else ``ends`` holds the lengths, and query i sees keys below length - tokens + 1 + i,
+    or with LIMITS below what ``starts`` holds for it.
     FILL: keys outside a range become -inf; without it, a tile that no token of the item sees is left as it was.
     Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
     """
@@ -56,7 +58,11 @@ def indexer_logits_kernel(
         if PAGE_SIZE > 0:
             length = tl.minimum(tl.maximum(tl.load(ends_ptr + sequence), 0), keys + tokens)
             low = 0.0
-            high = (length - tokens + first + count).to(tl.float32)
+            if LIMITS:
+                limits = tl.load(starts_ptr + row + lane, mask=lane < count, other=0).to(tl.float32)  # [BLOCK_T]
+                high = tl.max(limits, 0)  # beyond the length too, where -inf is written: limits end the choice
+            else:
+                high = (length - tokens + first + count).to(tl.float32)
         else:
             inside = lane < count
             low = tl.min(tl.load(starts_ptr + row + lane, mask=inside, other=2147483647).to(tl.float32), 0)
@@ -108,7 +114,10 @@ def indexer_logits_kernel(
                     logits = logits * scale
                 if PAGE_SIZE > 0:
                     logits = tl.where(exists, logits, float("-inf"))
-                    above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
+                    if LIMITS:
+                        above = tl.load(starts_ptr + row + token).to(tl.float32) - first_key
+                    else:
+                        above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
                     logits = tl.where(key_f < above, logits, float("-inf"))
                 else:
                     below = tl.load(starts_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
@@ -140,13 +149,17 @@ def _work(dtype, statics, sizes, tile):
     return Work(sizes["sequences"] * tiles, one.flops * heads / statics["HEADS"], one.bytes)
 
 
-def _statics(heads, head_dim, page_size, fp8, fill):
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FP8": fp8, "FILL": fill}
+def _statics(heads, head_dim, page_size, fp8, fill, limits):
+    return {
+        "HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FP8": fp8, "FILL": fill, "LIMITS": limits
+    }  # fmt: skip
 
 
-def _case(name, heads, *, sequences=1, tokens=4096, keys=32768, page=0, fp8=False, dtypes=("bf16",)):
+def _case(
+    name, heads, *, sequences=1, tokens=4096, keys=32768, page=0, fp8=False, limits=False, dtypes=("bf16",)
+):  # fmt: skip
     sizes = {"sequences": sequences, "tokens": tokens, "keys": keys}
-    return Case(name, _statics(heads, 128, page, fp8, page == 0), sizes, dtypes)
+    return Case(name, _statics(heads, 128, page, fp8, page == 0, limits), sizes, dtypes)
 
 
 INDEXER_LOGITS = Kernel(
@@ -169,7 +182,7 @@ INDEXER_LOGITS = Kernel(
         "out_stride": "i32:16",
         **dict.fromkeys(("tokens", "keys", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
     },
-    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL"),
+    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL", "LIMITS"),
     tiles={
         "BLOCK_T": (8, 16, 32, 64),
         "BLOCK_H": (16, 32, 64),
@@ -186,6 +199,7 @@ INDEXER_LOGITS = Kernel(
         _case("v32_prefill_fp8", 64, fp8=True),
         _case("v32_decode_fp8", 64, sequences=64, tokens=1, keys=131072, page=64, fp8=True),
         _case("glm_decode", 32, sequences=64, tokens=2, keys=131072, page=64),
+        _case("v4_decode_fp8", 64, sequences=64, tokens=2, keys=32768, page=64, fp8=True, limits=True),
         _case("small_pages", 12, sequences=64, tokens=1, page=16),
     ),
     uses_dot=True,
@@ -199,12 +213,14 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     out = torch.empty((tokens, k.shape[0]), dtype=torch.float32, device=q.device)
     fp8 = k_scale is not None
     scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
-    strides, shape = (q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0), (heads, width, 0, fp8, fill)
+    strides, shape = (q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0), (heads, width, 0, fp8, fill, False)
     launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32)
     return out
 
 
-def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, batch_invariant=False, fill=True):
+def launch_paged_logits(
+    q, data, head_dim, weights, block_table, seq_lens, limits=None, batch_invariant=False, fill=True
+):
     """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`."""
     sequences, tokens, heads, width = q.shape
     page_size, parts, pages = page_size_of(data, head_dim), launched_parts(data, head_dim), data.shape[0]
@@ -212,11 +228,12 @@ def launch_paged_logits(q, data, head_dim, weights, block_table, seq_lens, batch
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
     capacity = block_table.shape[1] * page_size
     out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
-    shape = heads, width, page_size, parts is not None, fill
+    shape = heads, width, page_size, parts is not None, fill, limits is not None
+    limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
-        q, keys, scale, weights, seq_lens, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
+        q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
         32 if batch_invariant else tokens,
     )  # fmt: skip
     return out.view(sequences, tokens, capacity)
@@ -226,8 +243,9 @@ def launch_indexer_logits(
     q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
-    whether to fill. ``tiled``: the number of tokens that a tile is looked up for, never that of a batch."""
-    chip, keys, (_, _, _, fp8, _) = chip_of(q.device), out.shape[1], shape
+    whether to fill, whether ``starts`` are limits. ``tiled``: the number of tokens that a tile is looked up for, never
+    that of a batch."""
+    chip, keys, fp8 = chip_of(q.device), out.shape[1], shape[3]
     plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
     if plan is None:
         statics = _statics(*shape)

@@ -54,14 +54,21 @@ def check_pages(block_table, seq_lens, num_pages, page_size) -> None:
     check_range("block_table", block_table[used], 0, num_pages, "pages of the cache")
 
 
-def _check_paged_values(q, cache, head_dim, weights, block_table, seq_lens, *_):
+def check_limits(limits) -> None:
+    """Refuse negative limits. Reads the values."""
+    if limits is not None:
+        check_range("limits", limits, 0, 1 << 31, "how many keys a query sees")
+
+
+def _check_paged_values(q, cache, head_dim, weights, block_table, seq_lens, limits, *_):
     check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
+    check_limits(limits)
 
 
 _paged_indexer_logits = define_op(
     "paged_indexer_logits",
     "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, "
-    "bool batch_invariant=False) -> Tensor",
+    "Tensor? limits=None, bool batch_invariant=False) -> Tensor",
     cpu=cpu.by_query(cpu.paged_indexer_logits),
     device=launch_paged_logits,
     fake=empty_paged_logits,
@@ -98,7 +105,7 @@ def _check_heads(q) -> None:
         check_head_dim(q.shape[-1])
 
 
-def check_paged_arguments(op, q, cache, weights, block_table, seq_lens) -> None:
+def check_paged_arguments(op, q, cache, weights, block_table, seq_lens, limits) -> None:
     """Checks that paged_indexer_logits and select_slots share."""
     check_indexer_cache(cache)
     dtypes = FLOATS if cache.quantised else (cache.data.dtype,)
@@ -112,6 +119,8 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens) -> None:
     check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=(torch.float32,), device=q.device)
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
+    if limits is not None:
+        check_tensor("limits", limits, shape=(sequences, queries), dtypes=(torch.int32,), device=q.device)
     check_page_size(cache.page_size)
     if block_table.shape[1] * cache.page_size >= MAX_KEYS:
         raise ValueError(
@@ -169,12 +178,14 @@ def paged_indexer_logits(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
+    limits: torch.Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """Lightning indexer's scores of the newest tokens of each sequence against its cached keys, for decoding.
 
     Key j of sequence b stands in page ``block_table[b, j // page_size]``, row ``j % page_size``; query i of S_q sees
-    keys up to ``seq_lens[b] - S_q + i``. Scores as in :func:`indexer_logits`. One launch, no workspace.
+    keys up to ``seq_lens[b] - S_q + i``, or with ``limits`` the first ``limits[b, i]``. Scores as in
+    :func:`indexer_logits`. One launch, no workspace.
 
     Args:
         q: [B, S_q, H, d], the cache's dtype (a ``"fp8"`` cache: bfloat16, float16 or float32).
@@ -182,6 +193,8 @@ def paged_indexer_logits(
         weights: [B, S_q, H] float32, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
         block_table: [B, P] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached keys of each sequence, its S_q newest included.
+        limits: [B, S_q] int32, how many keys each query sees, cut to ``seq_lens``. For keys that are not one a token:
+            DeepSeek-V4's stand for 4 tokens each, and a query at position t sees ``(t + 1) // 4``.
         batch_invariant: whether a query's bits must not depend on other queries, sequences and the table's width; None:
             as the block :class:`mla_kernels.batch_invariant` says.
 
@@ -191,11 +204,13 @@ def paged_indexer_logits(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes, devices or strides that do not fit; on CPU tensors (and on every device under
-            MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or beyond the table, or a page outside the cache among
-            those that a length reaches. A device takes keys beyond the table or in such a page as absent.
+            MLA_KERNELS_CHECK_VALUES=1) also a length or limit below 0, a length beyond the table, or a page outside
+            the cache among those that a length reaches. A device takes keys beyond the table or in such a page as
+            absent.
         NotImplementedError: an argument requires grad while gradients are recorded.
 
     Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 2.1, equation 1.
     """
-    check_paged_arguments("paged_indexer_logits", q, cache, weights, block_table, seq_lens)
-    return _paged_indexer_logits(q, cache.data, cache.head_dim, weights, block_table, seq_lens, wanted(batch_invariant))
+    check_paged_arguments("paged_indexer_logits", q, cache, weights, block_table, seq_lens, limits)
+    table = block_table, seq_lens, limits
+    return _paged_indexer_logits(q, cache.data, cache.head_dim, weights, *table, wanted(batch_invariant))

@@ -7,7 +7,13 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 import torch
 
 from mla_kernels.attention.indexer.forward import launch_logits, launch_paged_logits
-from mla_kernels.attention.indexer.op import check_logits_arguments, check_paged_arguments, check_pages, check_scale
+from mla_kernels.attention.indexer.op import (
+    check_limits,
+    check_logits_arguments,
+    check_paged_arguments,
+    check_pages,
+    check_scale,
+)
 from mla_kernels.attention.indexer.topk import check_top_k, launch_topk
 from mla_kernels.cpu import indexer as cpu
 from mla_kernels.cpu.alone import by_row
@@ -98,24 +104,27 @@ def _launch_keys(q, k, weights, starts, ends, k_scale, top_k, batch_invariant=Fa
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, batch_invariant=False):
+def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, limits=None, batch_invariant=False):
     sequences, queries = q.shape[:2]
     page_size = page_size_of(cache, head_dim)
     capacity = block_table.shape[1] * page_size
     slots, ends = seq_lens.new_empty((sequences, queries, top_k)), seq_lens
-    if queries > 1:
+    if limits is not None:
+        ends = limits.flatten()
+    elif queries > 1:
         last = torch.arange(1 - queries, 1, dtype=torch.int32, device=q.device)
         ends = (seq_lens.unsqueeze(1) + last).flatten()
     step = max(1, _tokens_at_once(capacity) // queries)
     if 0 < sequences <= step:  # all at once, without views
-        logits = launch_paged_logits(q, cache, head_dim, weights, block_table, seq_lens, batch_invariant, fill=False)
+        part = q, cache, head_dim, weights, block_table, seq_lens, limits, batch_invariant
+        logits = launch_paged_logits(*part, fill=False)
         positions = launch_topk(logits.view(sequences * queries, capacity), top_k, None, ends)
         _launch_positions(positions, block_table, slots, queries, page_size)
         return slots
     for first in range(0, sequences, step):
         rows = slice(first, first + step)
-        table = block_table[rows]
-        part = q[rows], cache, head_dim, weights[rows], table, seq_lens[rows], batch_invariant
+        table, some = block_table[rows], None if limits is None else limits[rows]
+        part = q[rows], cache, head_dim, weights[rows], table, seq_lens[rows], some, batch_invariant
         logits = launch_paged_logits(*part, fill=False)
         own = ends[first * queries : (first + step) * queries]
         positions = launch_topk(logits.flatten(0, 1), top_k, None, own)
@@ -150,8 +159,9 @@ def _check_keys_values(q, k, weights, starts, ends, k_scale, *_):
     check_scale(k_scale)
 
 
-def _check_slots_values(q, cache, head_dim, weights, block_table, seq_lens, *_):
+def _check_slots_values(q, cache, head_dim, weights, block_table, seq_lens, top_k, limits, *_):
     check_pages(block_table, seq_lens, cache.shape[0], page_size_of(cache, head_dim))
+    check_limits(limits)
 
 
 _select_keys = define_op(
@@ -167,7 +177,7 @@ _select_keys = define_op(
 _select_slots = define_op(
     "select_slots",
     "(Tensor q, Tensor cache, int head_dim, Tensor weights, Tensor block_table, Tensor seq_lens, int top_k, "
-    "bool batch_invariant=False) -> Tensor",
+    "Tensor? limits=None, bool batch_invariant=False) -> Tensor",
     cpu=cpu.by_query(cpu.select_slots),
     device=_launch_slots,
     fake=_empty_slots,
@@ -217,6 +227,7 @@ def select_slots(
     seq_lens: torch.Tensor,
     top_k: int,
     *,
+    limits: torch.Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> torch.Tensor:
     """The cache slots of the ``top_k`` keys rated highest for each query: ``indices`` for ``sparse_mla_decode``.
@@ -228,7 +239,8 @@ def select_slots(
     sequence's where that is more). The same bits on every call.
 
     Args:
-        q, cache, weights, block_table, seq_lens, batch_invariant: as for :func:`mla_kernels.paged_indexer_logits`.
+        q, cache, weights, block_table, seq_lens, limits, batch_invariant: as for
+            :func:`mla_kernels.paged_indexer_logits`.
         top_k: how many, 1 to 65536.
 
     Returns:
@@ -239,7 +251,7 @@ def select_slots(
 
     Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 2.1.
     """
-    check_paged_arguments("select_slots", q, cache, weights, block_table, seq_lens)
+    check_paged_arguments("select_slots", q, cache, weights, block_table, seq_lens, limits)
     check_top_k(top_k, block_table.shape[1] * cache.page_size)
-    table = block_table, seq_lens, top_k
+    table = block_table, seq_lens, top_k, limits
     return _select_slots(q, cache.data, cache.head_dim, weights, *table, wanted(batch_invariant))

@@ -1,36 +1,27 @@
-"""write_indexer_key and rotate_indexer_query: what the lightning indexer does to projected keys and queries.
+"""write_indexer_key: what the lightning indexer does to projected keys.
 
-Symbols: T tokens, H index heads, d head_dim, D rope_dim.
+Symbols: T tokens, d head_dim, D rope_dim.
 """
 
 import torch
 
-from mla_kernels.checks import FLOATS, INDICES, check_choice, check_int, check_no_grad, check_range, check_tensor
+from mla_kernels.checks import FLOATS, INDICES, check_no_grad, check_range, check_tensor
 from mla_kernels.cpu import indexer as cpu
 from mla_kernels.cpu.alone import by_row
 from mla_kernels.invariance import FIXED_TOKENS, canonical, wanted
 from mla_kernels.language import tl, triton
+from mla_kernels.latent.heads import check_rotation
 from mla_kernels.latent.indexer.cache import (
     IndexerCache,
-    check_head_dim,
     check_indexer_cache,
     launched_parts,
     page_size_of,
 )
-from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
-from mla_kernels.latent.write import ROPE_MODES, token_is_written
+from mla_kernels.latent.rotate import hadamard_row, join_pairs, pair_lanes, rotate_pairs, signs
+from mla_kernels.latent.write import token_is_written
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.fp8 import quantise_e4m3
 from mla_kernels.shim import define_op
-
-
-@triton.jit
-def signs(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sylvester-Hadamard signs [ROWS, COLUMNS], both up to 16: -1 where row and column share an odd number of bits."""
-    shared = tl.arange(0, ROWS)[:, None] & tl.arange(0, COLUMNS)[None, :]
-    shared = shared ^ (shared >> 2)
-    shared = (shared ^ (shared >> 1)) & 1
-    return 1.0 - 2.0 * shared.to(tl.float32)
 
 
 @triton.jit
@@ -50,12 +41,7 @@ def rotate_row(
     rotated = join_pairs(first, second, lane, first_lane, second_lane)
     x = tl.where((lane >= 0.0) & (lane < ROPE), rotated, x)
     if HADAMARD:
-        COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
-        ROWS: tl.constexpr = HEAD_DIM // COLUMNS
-        grid = tl.reshape(x, [ROWS, COLUMNS])
-        grid = tl.sum(grid[:, :, None] * column_signs[None, :, :], 1)  # [ROWS, COLUMNS]
-        grid = tl.sum(row_signs[:, :, None] * grid[:, None, :], 0)
-        x = tl.reshape(grid, [HEAD_DIM]) * (1.0 / HEAD_DIM**0.5)
+        x = hadamard_row(x, row_signs, column_signs, HEAD_DIM)
     return x
 
 
@@ -108,42 +94,12 @@ def write_indexer_key_kernel(
                 tl.store(values + out + lane, x.to(values.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["work"])
-def rotate_indexer_query_kernel(
-    q_ptr,  # [tokens, heads, HEAD_DIM]
-    cos, sin,  # [table_rows, ROPE / 2]
-    positions,  # [tokens]
-    out_ptr,  # [tokens, heads, HEAD_DIM]
-    heads, table_rows, q_stride, head_stride, cos_stride, sin_stride, work,
-    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, MODE: tl.constexpr, START: tl.constexpr, HADAMARD: tl.constexpr,
-):  # fmt: skip
-    """Item: one head of one token. A position outside the tables leaves zeros."""
-    COLUMNS: tl.constexpr = 16 if HEAD_DIM >= 128 else 8
-    ROWS: tl.constexpr = HEAD_DIM // COLUMNS
-    row_signs = signs(ROWS, ROWS)
-    column_signs = signs(COLUMNS, COLUMNS)
-    lane = tl.arange(0, HEAD_DIM)
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        token = item // heads
-        position = tl.load(positions + token).to(tl.int64)
-        known = (position >= 0) & (position < table_rows)
-        position = tl.where(known, position, 0)
-        source = q_ptr + tl.cast(token, tl.int64) * q_stride + tl.cast(item % heads, tl.int64) * head_stride
-        x = tl.load(source + lane).to(tl.float32)  # [HEAD_DIM]
-        x = rotate_row(
-            x, cos + position * cos_stride, sin + position * sin_stride, row_signs, column_signs,
-            HEAD_DIM, ROPE, MODE, START, HADAMARD,
-        )  # fmt: skip
-        x = tl.where(known, x, 0.0)
-        tl.store(out_ptr + tl.cast(item, tl.int64) * HEAD_DIM + lane, x.to(out_ptr.dtype.element_ty))
-
-
 def _rule(chip, dtype, statics, sizes):
     tile = {"num_warps": 2}
     for name, size in _memory(chip, dtype, statics, tile).items():
         if size > chip.memory[name]:
             raise NotImplementedError(
-                f"the indexer's keys and queries on {chip.name}: head_dim {statics['HEAD_DIM']} with rope_dim "
+                f"the indexer's keys on {chip.name}: head_dim {statics['HEAD_DIM']} with rope_dim "
                 f"{statics['ROPE']} needs about {size:,} bytes of {name}, a program has {chip.memory[name]:,}"
             )
     return tile
@@ -165,20 +121,9 @@ def _key_cost(dtype, statics, sizes):
     )
 
 
-def _query_cost(dtype, statics, sizes):
-    width, rope, rows = statics["HEAD_DIM"], statics["ROPE"], sizes["tokens"] * sizes["heads"]
-    return Cost(
-        flops=rows * (3 * rope + 24 * width * statics["HADAMARD"]),
-        bytes=rows * 2 * width * DTYPE_BYTES[dtype] + sizes["tokens"] * (4 * rope + 8),
-    )
-
-
-def _work(cost):
-    def work(dtype, statics, sizes, tile):
-        one = cost(dtype, statics, {"tokens": 1, "heads": 1})
-        return Work(programs=sizes["tokens"] * sizes.get("heads", 1), flops=one.flops, bytes=one.bytes)
-
-    return work
+def _key_work(dtype, statics, sizes, tile):
+    one = _key_cost(dtype, statics, {"tokens": 1})
+    return Work(programs=sizes["tokens"], flops=one.flops, bytes=one.bytes)
 
 
 def _statics(width, rope_dim, rope, rope_first, hadamard):
@@ -208,33 +153,10 @@ WRITE_INDEXER_KEY = Kernel(
     rule=_rule,
     memory=_memory,
     cost=_key_cost,
-    work=_work(_key_cost),
+    work=_key_work,
     cases=(
         Case("v32_fp8", {**_statics(128, 64, "half", True, True), "FP8": True}, {"tokens": 4096}),
         Case("glm", {**_statics(128, 64, "interleaved", True, False), "FP8": False}, {"tokens": 4096}),
-    ),
-    uses_dot=False,
-)
-
-ROTATE_INDEXER_QUERY = Kernel(
-    rotate_indexer_query_kernel,
-    arguments={
-        "q_ptr": "*T",
-        **_TABLES,
-        "out_ptr": "*T",
-        **dict.fromkeys(("heads", "table_rows"), "i32"),
-        **dict.fromkeys(("q_stride", "head_stride", "cos_stride", "sin_stride"), "i32:16"),
-        "work": "i32",
-    },
-    statics=("HEAD_DIM", "ROPE", "MODE", "START", "HADAMARD"),
-    tiles={"num_warps": (1, 2, 4)},
-    rule=_rule,
-    memory=_memory,
-    cost=_query_cost,
-    work=_work(_query_cost),
-    cases=(
-        Case("v32", _statics(128, 64, "half", True, True), {"tokens": 4096, "heads": 64}),
-        Case("glm", _statics(128, 64, "interleaved_to_half", True, False), {"tokens": 4096, "heads": 32}),
     ),
     uses_dot=False,
 )
@@ -263,40 +185,13 @@ def _launch_write(
     WRITE_INDEXER_KEY.launch(chip, tokens, args, *plan)
 
 
-def _launch_rotate(q, cos, sin, positions, rope_dim, rope, rope_first, hadamard, batch_invariant=False):
-    (tokens, heads, width), chip = q.shape, chip_of(q.device)
-    out = q.new_empty(q.shape)
-    options = rope_dim, rope, rope_first, hadamard, batch_invariant
-    plan = ROTATE_INDEXER_QUERY.kept.plans.get(key := (chip.device, q.dtype, tokens, heads, width, options))
-    if plan is None:
-        statics = _statics(width, rope_dim, rope, rope_first, hadamard)
-        sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens, "heads": heads}
-        tile = ROTATE_INDEXER_QUERY.tile_for(chip, DTYPE_NAMES[q.dtype], statics, sizes)
-        plan = ROTATE_INDEXER_QUERY.keep(key, (statics, tile))
-    q = canonical(q) if batch_invariant else q
-    args = (
-        q, cos, sin, positions, out, heads, cos.shape[0],
-        *q.stride()[:2], cos.stride()[0], sin.stride()[0], tokens * heads,
-    )  # fmt: skip
-    ROTATE_INDEXER_QUERY.launch(chip, tokens * heads, args, *plan)
-    return out
-
-
 def _fake_write(*arguments):
     return None
-
-
-def _empty_rotated(q, *_):
-    return q.new_empty(q.shape)
 
 
 def _check_write_values(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache, *options):
     slots = cache.shape[0] * page_size_of(cache, k.shape[1])
     check_range("slot_mapping", slot_mapping, -1, slots, f"the cache has {slots} slots, -1 writes nothing")
-    check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
-
-
-def _check_rotate_values(q, cos, sin, positions, *options):
     check_range("positions", positions, 0, cos.shape[0], "rows of cos and sin")
 
 
@@ -310,31 +205,6 @@ _write_indexer_key = define_op(
     fake=_fake_write,
     check_values=_check_write_values,
 )
-
-_rotate_indexer_query = define_op(
-    "rotate_indexer_query",
-    "(Tensor q, Tensor cos, Tensor sin, Tensor positions, int rope_dim, str rope, bool rope_first=True, "
-    "bool hadamard=False, bool batch_invariant=False) -> Tensor",
-    cpu=by_row(cpu.rotate_indexer_query, 0, 3),
-    device=_launch_rotate,
-    fake=_empty_rotated,
-    check_values=_check_rotate_values,
-)
-
-
-def _check_rotation(tokens, width, cos, sin, positions, rope_dim, rope, rope_first, hadamard, device) -> None:
-    if type(rope_dim) is not int or not 16 <= rope_dim <= width:
-        check_int("rope_dim", rope_dim, 16, width)
-    if rope_dim & (rope_dim - 1):
-        raise ValueError(f"rope_dim: got {rope_dim}, powers of two from 16 to {width} are accepted")
-    if rope not in ROPE_MODES:
-        check_choice("rope", rope, ROPE_MODES)
-    for name, value in (("rope_first", rope_first), ("hadamard", hadamard)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: got {type(value).__name__}, a bool is accepted")
-    check_tensor("cos", cos, shape=(None, rope_dim // 2), dtypes=(torch.float32,), device=device)
-    check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
-    check_tensor("positions", positions, shape=(tokens,), dtypes=INDICES, device=device)
 
 
 def write_indexer_key(
@@ -394,7 +264,7 @@ def write_indexer_key(
     check_tensor("k", k, shape=(None, cache.head_dim), dtypes=dtypes, device=cache.data.device)
     check_tensor("norm_weight", norm_weight, shape=k.shape[1:], dtypes=(k.dtype, torch.float32), device=k.device)
     check_tensor("norm_bias", norm_bias, shape=k.shape[1:], like=norm_weight)
-    _check_rotation(k.shape[0], k.shape[1], cos, sin, positions, rope_dim, rope, rope_first, hadamard, k.device)
+    check_rotation(k.shape[0], k.shape[1], cos, sin, positions, rope_dim, rope, k.device, rope_first, hadamard)
     check_tensor("slot_mapping", slot_mapping, shape=(k.shape[0],), dtypes=INDICES, device=k.device)
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: got {eps!r}, a finite number of at least 0 is accepted")
@@ -404,45 +274,3 @@ def write_indexer_key(
         k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, cache.data, rope_dim, rope, rope_first, hadamard,
         float(eps), wanted(batch_invariant),
     )  # fmt: skip
-
-
-def rotate_indexer_query(
-    q: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    rope_dim: int,
-    rope: str,
-    rope_first: bool = True,
-    hadamard: bool = False,
-    batch_invariant: bool | None = None,
-) -> torch.Tensor:
-    """RoPE and, if asked, the Hadamard transform of index queries, as :func:`write_indexer_key` treats keys.
-
-    One launch; the arithmetic is float32, rounded once. Queries stay in their dtype: the logits decode fp8 keys
-    exactly, so quantising queries would only lose bits.
-
-    Args:
-        q: [T, H, d], the output of ``wq_b``, bfloat16, float16 or float32; tokens and heads of any stride.
-        cos, sin: [positions, rope_dim / 2] float32 tables.
-        positions: [T] int32 or int64, each token's row of the tables.
-        rope_dim, rope, rope_first, hadamard, batch_invariant: as for :func:`write_indexer_key`.
-
-    Returns:
-        [T, H, d] in q's dtype. On ``cuda`` and ``npu`` a position outside the tables gives zeros.
-
-    Raises:
-        TypeError: a dtype that is not accepted.
-        ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a position outside the
-            tables.
-        NotImplementedError: q requires grad (there is no backward).
-
-    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, and the ``Indexer`` of its inference code.
-    """
-    check_tensor("q", q, rank=3)
-    check_head_dim(q.shape[2])
-    _check_rotation(q.shape[0], q.shape[2], cos, sin, positions, rope_dim, rope, rope_first, hadamard, q.device)
-    check_no_grad("rotate_indexer_query", q=q, cos=cos, sin=sin)
-    settings = rope_dim, rope, rope_first, hadamard, wanted(batch_invariant)
-    return _rotate_indexer_query(q, cos, sin, positions, *settings)

@@ -1,0 +1,63 @@
+"""Cases that tests/launch/test_cuda_launch.py runs over the stub driver: what a decode step of DeepSeek-V4 launches."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mla_kernels import nn
+from tests.launch.cuda_recorder import record
+
+pytestmark = pytest.mark.device_process
+
+NOT_LAUNCHED = (
+    "aten.view", "aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.transpose", "aten.t.", "aten.expand",
+    "aten.slice", "aten.unsqueeze", "aten.squeeze", "aten.permute", "aten.detach", "aten.split", "aten.select",
+    "aten.alias", "aten.mm", "aten.bmm", "mla_kernels.",
+)  # fmt: skip
+"""Views, memory, vendor products, and our own ops, whose launches the recorder has."""
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith(NOT_LAUNCHED):
+            self.seen.append(str(func).rpartition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+KERNELS = {
+    "sliding_attention": ["write_kv", "rotate_heads", "sparse_mla", "rotate_heads"],
+    "heavily_compressed_attention": ["write_kv", "write_windows", "rotate_heads", "sparse_mla_pair", "rotate_heads"],
+    "compressed_sparse_attention": [
+        "write_kv", "write_windows", "write_windows", "rotate_heads", "rotate_heads", "indexer_logits", "topk", "slots",
+        "sparse_mla_pair", "rotate_heads",
+    ],
+}  # fmt: skip
+
+
+def test_launches_of_a_decode_step_of_v4():
+    """Beside vendor products; lists of slots and limits are made in the first layer of a step alone."""
+    for kind, kernels in KERNELS.items():
+        ratio = {"sliding_attention": 0, "heavily_compressed_attention": 128}.get(kind, 4)
+        config = nn.V4AttentionConfig(
+            kind, hidden_size=64, num_heads=16, head_dim=64, rope_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=16,
+            window=16, ratio=ratio, index_heads=16, index_head_dim=32, index_top_k=8,
+        )  # fmt: skip
+        layer = nn.V4Attention(config).bfloat16()
+        layer.q_a_norm = torch.nn.Identity()  # torch's own, one launch and two casts on a device, more on a CPU
+        cache = nn.V4Cache.allocate(config, num_pages=4, page_size=16, entry_pages=4, slots=2)
+        table = torch.arange(4, dtype=torch.int32).view(2, 2)
+        lengths, slots = torch.tensor([20, 9], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+        sequences = nn.V4Sequences(lengths, table, {ratio: table} if ratio else {}, slots)
+        arguments = *nn.rope_tables(16, 64, {"rope_theta": 1e4}), torch.tensor([[19], [40]]), cache, sequences
+        hidden = torch.randn(2, 1, 64).bfloat16()
+        with record():
+            layer.decode(hidden, *arguments)
+        with record() as launches, Operators() as operators:
+            layer.decode(hidden, *arguments)
+        assert [launch.kernel.removesuffix("_kernel") for launch in launches] == kernels
+        weights = ["aten._to_copy", "aten.mul"] if kind == "compressed_sparse_attention" else []
+        assert operators.seen == weights
