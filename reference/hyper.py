@@ -7,11 +7,24 @@ these names in models/hy_v4 and models/glm5_next.
 Symbols: T tokens, N streams, H hidden size, M rows of fn: (2 + N) N with "sinkhorn", 2 N with "identity".
 """
 
+from typing import NamedTuple
+
 import torch
 from einops import einsum, rearrange, reduce
 
-MIXES = ("sinkhorn", "identity")
-COLLAPSES = ("sigmoid", "mean")
+
+class HyperForm(NamedTuple):
+    """A model's constants: what the streams go through around a layer ("sinkhorn" or "identity", see `hyper_pre`), how
+    often Sinkhorn's algorithm divides, what is added to weights and sums, what to mean squares, and post's factor."""
+
+    mix: str = "sinkhorn"
+    iterations: int = 20
+    eps: float = 1e-6
+    norm_eps: float = 1e-6
+    magnitude: float = 2.0
+
+
+SINKHORN = HyperForm()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +32,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(streams, fn, norm_eps):
-    """The token over its root mean square, times fn: [T, M]."""
+    """A token over its root mean square, times fn: [T, M]."""
     flat = rearrange(_wide(streams), "t n h -> t (n h)")
     normed = flat * torch.rsqrt(reduce(flat.square(), "t k -> t 1", "mean") + norm_eps)
     return einsum(normed, fn.to(flat.dtype), "t k, m k -> t m")
@@ -49,11 +62,7 @@ def hyper_pre(
     base: torch.Tensor,
     scale: torch.Tensor,
     *,
-    mix: str = "sinkhorn",
-    iterations: int = 20,
-    eps: float = 1e-6,
-    norm_eps: float = 1e-6,
-    magnitude: float = 2.0,
+    form: HyperForm = SINKHORN,
     norm_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a layer reads, and how its result is written back.
@@ -69,41 +78,43 @@ def hyper_pre(
     Returns collapsed [T, H] = sum_n pre_n streams_n, with norm_weight [H] its RMSNorm times that; post [T, N]; comb
     [T, N, N] or None.
     """
-    count = streams.shape[1]
-    logits = _logits(streams, fn, norm_eps)
+    count, eps = streams.shape[1], form.eps
+    logits = _logits(streams, fn, form.norm_eps)
     base, scale = base.to(logits.dtype), scale.to(logits.dtype)
     pre = torch.sigmoid(logits[:, :count] * scale[0] + base[:count]) + eps
-    post = magnitude * torch.sigmoid(logits[:, count : 2 * count] * scale[1] + base[count : 2 * count])
+    post = form.magnitude * torch.sigmoid(logits[:, count : 2 * count] * scale[1] + base[count : 2 * count])
     comb = None
-    if mix == "identity":
+    if form.mix == "identity":
         post = post + eps
     else:
         comb = rearrange(logits[:, 2 * count :] * scale[2] + base[2 * count :], "t (i j) -> t i j", i=count)
-        comb = sinkhorn(comb, iterations, eps)
-    return _collapsed(streams, pre, norm_weight, norm_eps), post, comb
+        comb = sinkhorn(comb, form.iterations, eps)
+    return _collapsed(streams, pre, norm_weight, form.norm_eps), post, comb
 
 
 def hyper_post(
-    streams: torch.Tensor,
-    out: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor | None = None,
-    *,
-    rounded: bool = False,
+    streams: torch.Tensor, out: torch.Tensor, post: torch.Tensor, comb: torch.Tensor | None = None
 ) -> torch.Tensor:
     """New streams: stream n is post_n out + sum_j comb[j, n] streams_j; without comb post_n out + streams_n.
 
-    streams [T, N, H], out [T, H], post [T, N], comb [T, N, N]. In float32, rounded once. ``rounded``: as V4's layer in
-    transformers, with post and comb in the streams' dtype, and sums and products, too.
+    streams [T, N, H], out [T, H], post [T, N], comb [T, N, N]. In float32, rounded once.
     """
-    dtype = streams.dtype
-    if not rounded:
-        streams, out = _wide(streams), _wide(out)
-    post = post.to(streams.dtype)
-    written = einsum(post, out, "t n, t h -> t n h")
+    return _written(_wide(streams), _wide(out), post, comb).to(streams.dtype)
+
+
+def hyper_post_rounded(
+    streams: torch.Tensor, out: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+) -> torch.Tensor:
+    """`hyper_post` as V4's and GLM's layers in transformers compute it: post and comb are rounded to the streams'
+    dtype, and so are the products and their sum."""
+    return _written(streams, out, post, comb)
+
+
+def _written(streams, out, post, comb):
+    written = einsum(post.to(streams.dtype), out, "t n, t h -> t n h")
     if comb is None:
-        return (written + streams).to(dtype)
-    return (written + einsum(comb.to(streams.dtype), streams, "t j n, t j h -> t n h")).to(dtype)
+        return written + streams
+    return written + einsum(comb.to(streams.dtype), streams, "t j n, t j h -> t n h")
 
 
 def hyper_post_pre(
@@ -114,11 +125,13 @@ def hyper_post_pre(
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
-    **options,
+    *,
+    form: HyperForm = SINKHORN,
+    norm_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`hyper_post`, then `hyper_pre` of the new streams with its options: (new streams, collapsed, post, comb)."""
+    """`hyper_post`, then `hyper_pre` of the new streams of the next layer: (new streams, collapsed, post, comb)."""
     new = hyper_post(streams, out, post, comb)
-    return new, *hyper_pre(new, fn, base, scale, **options)
+    return new, *hyper_pre(new, fn, base, scale, form=form, norm_weight=norm_weight)
 
 
 def hyper_head(
@@ -128,8 +141,7 @@ def hyper_head(
     scale: torch.Tensor | None = None,
     *,
     collapse: str = "sigmoid",
-    eps: float = 1e-6,
-    norm_eps: float = 1e-6,
+    form: HyperForm = SINKHORN,
     norm_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The streams behind the last layer as one, [T, H]; with norm_weight [H] its RMSNorm times that.
@@ -140,6 +152,6 @@ def hyper_head(
     if collapse == "mean":
         pre = torch.full_like(_wide(streams[..., 0]), 1 / streams.shape[1])
     else:
-        logits = _logits(streams, fn, norm_eps)
-        pre = torch.sigmoid(logits * scale.to(logits.dtype) + base.to(logits.dtype)) + eps
-    return _collapsed(streams, pre, norm_weight, norm_eps)
+        logits = _logits(streams, fn, form.norm_eps)
+        pre = torch.sigmoid(logits * scale.to(logits.dtype) + base.to(logits.dtype)) + form.eps
+    return _collapsed(streams, pre, norm_weight, form.norm_eps)

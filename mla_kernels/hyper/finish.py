@@ -160,7 +160,7 @@ def _work(dtype, statics, sizes, tile):
 
 
 def finish_statics(hidden: int, streams: int, rows: int, kind: str, iterations: int, norm: str, cuts: int):
-    """Constants of the kernel. ``kind``: a StreamMix, "head" or "mean"; ``norm``: the dtype of the weight, or "none"."""
+    """Constants of the kernel. ``kind``: a StreamMix, "head" or "mean"; ``norm``: the weight's dtype, or "none"."""
     return {
         "HIDDEN": hidden, "STREAMS": streams, "ROWS": rows, "KIND": kind,
         "ITERATIONS": iterations if kind == "sinkhorn" else 1, "NORM": norm, "CUTS": cuts,
@@ -209,7 +209,9 @@ def launch_finish(partial, base, scale, streams, norm_weight, kind, iterations, 
     if plan is None:
         statics = finish_statics(hidden, count, rows, kind, iterations, DTYPE_NAMES.get(norm, "none"), parts)
         sizes = {"tokens": FIXED_TOKENS}  # whatever the batch
-        plan = HYPER_FINISH.keep(key, (statics, HYPER_FINISH.tile_for(chip, DTYPE_NAMES[streams.dtype], statics, sizes)))
+        plan = HYPER_FINISH.keep(
+            key, (statics, HYPER_FINISH.tile_for(chip, DTYPE_NAMES[streams.dtype], statics, sizes))
+        )
     statics, tile = plan
     streams = near(streams)
     numbers = post if partial is None else partial  # stands for tensors that are not there

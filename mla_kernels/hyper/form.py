@@ -5,7 +5,8 @@ from enum import Enum
 
 from mla_kernels.checks import check_choice, check_int
 
-MOST_STREAMS, MOST_ITERATIONS = 8, 64
+MOST_STREAMS = 8
+MOST_ITERATIONS = 64
 
 
 class StreamMix(str, Enum):

@@ -17,17 +17,34 @@ from mla_kernels.invariance import canonical, wanted
 from mla_kernels.shim import define_op
 
 _FP32 = (torch.float32,)
-COLLAPSES = ("sigmoid", "mean")
+KINDS = {"sigmoid": "head", "mean": "mean"}
+"""How a head collapses -> the kernels' name of it."""
 
 
 def _launch_pre(streams, fn, base, scale, norm_weight, kind, iterations, eps, norm_eps, magnitude, alone):
     streams = canonical(streams) if alone else streams
-    partial = None if kind == "mean" else launch_project(streams, fn)[1]
-    return launch_finish(partial, base, scale, streams, norm_weight, kind, iterations, eps, norm_eps, magnitude)
+    return launch_finish(
+        launch_project(streams, fn)[1], base, scale, streams, norm_weight, kind, iterations, eps, norm_eps, magnitude
+    )
 
 
 def _fake_pre(streams, fn, base, scale, norm_weight, kind, *_):
     return empty_results(streams, kind)
+
+
+def _launch_head(streams, fn, base, scale, norm_weight, collapse, eps, norm_eps, alone):
+    streams = canonical(streams) if alone else streams
+    partial = None if collapse == "mean" else launch_project(streams, fn)[1]
+    return launch_finish(partial, base, scale, streams, norm_weight, KINDS[collapse], 1, eps, norm_eps, 0.0)[0]
+
+
+def _cpu_head(streams, fn, base, scale, norm_weight, collapse, eps, norm_eps):
+    return cpu.hyper_pre(streams, fn, base, scale, norm_weight, KINDS[collapse], 1, eps, norm_eps, 0.0)[0]
+
+
+def _fake_head(streams, *_):
+    tokens, _, hidden = streams.shape
+    return streams.new_empty(tokens, hidden)
 
 
 def _launch_post(streams, out, post, comb, alone):
@@ -131,9 +148,20 @@ def _backward_post_pre(ctx, new_grad, *grads):
     return *found, None if inputs[3] is None else comb_grad, *weights, *(None,) * 6
 
 
+def _save_head(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    collapse, eps, norm_eps, _ = inputs[5:]
+    ctx.form = KINDS[collapse], 1, eps, norm_eps, 0.0
+
+
+def _backward_head(ctx, grad):
+    nothing = grad.new_empty(0, dtype=torch.float32)
+    return *_pre_gradients((grad, nothing, nothing), ctx.saved_tensors, ctx.form), *(None,) * 4
+
+
 _pre = define_op(
     "hyper_pre",
-    f"(Tensor streams, Tensor? fn, Tensor? base, Tensor? scale, Tensor? norm_weight, {OP_ARGUMENTS}, "
+    f"(Tensor streams, Tensor fn, Tensor base, Tensor scale, Tensor? norm_weight, {OP_ARGUMENTS}, "
     "bool batch_invariant=False) -> (Tensor, Tensor, Tensor)",
     cpu=by_row(cpu.hyper_pre, 0),
     device=_launch_pre,
@@ -143,7 +171,7 @@ _pre = define_op(
 
 _post = define_op(
     "hyper_post",
-    "(Tensor streams, Tensor out, Tensor post, Tensor? comb, bool batch_invariant=False) -> Tensor",
+    "(Tensor streams, Tensor out, Tensor post, Tensor? comb=None, bool batch_invariant=False) -> Tensor",
     cpu=by_row(cpu.hyper_post, 0, 1, 2, 3),
     device=_launch_post,
     fake=_fake_post,
@@ -158,6 +186,16 @@ _post_pre = define_op(
     device=_launch_post_pre,
     fake=_fake_post_pre,
     autograd=(_save_post_pre, _backward_post_pre),
+)
+
+_head = define_op(
+    "hyper_head",
+    "(Tensor streams, Tensor? fn, Tensor? base, Tensor? scale, Tensor? norm_weight, str collapse, float eps, "
+    "float norm_eps, bool batch_invariant=False) -> Tensor",
+    cpu=by_row(_cpu_head, 0),
+    device=_launch_head,
+    fake=_fake_head,
+    autograd=(_save_head, _backward_head),
 )
 
 
@@ -307,7 +345,7 @@ def hyper_post_pre(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """From one layer to the next: :func:`hyper_post` of the one, then :func:`hyper_pre` of the other.
 
-    Two launches, in which the new streams are multiplied by fn before they leave the chip. Differentiable in all tensors.
+    Two launches: the new streams are multiplied by fn before they leave the chip. Differentiable in all tensors.
 
     Args:
         streams, out, post, comb: as :func:`hyper_post` takes them. comb is None with mix "identity", and only there.
@@ -368,7 +406,7 @@ def hyper_head(
     """
     _, count, _ = _check_streams(streams)
     _check_form(form)
-    check_choice("collapse", collapse, COLLAPSES)
+    check_choice("collapse", collapse, tuple(KINDS))
     if collapse == "mean":
         for name, value in (("fn", fn), ("base", base), ("scale", scale)):
             if value is not None:
@@ -376,7 +414,5 @@ def hyper_head(
         _check_norm(streams, norm_weight)
     else:
         _check_weights(streams, fn, base, scale, norm_weight, count, 1)
-    kind = "head" if collapse == "sigmoid" else "mean"
-    return _pre(
-        streams, fn, base, scale, norm_weight, kind, *form.arguments[1:], wanted(batch_invariant)
-    )[0]  # fmt: skip
+    invariant = wanted(batch_invariant)
+    return _head(streams, fn, base, scale, norm_weight, collapse, form.eps, form.norm_eps, invariant)

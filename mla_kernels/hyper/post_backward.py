@@ -1,11 +1,10 @@
 """Gradients of writing a layer's result back to the streams. Symbols: T tokens, N = STREAMS, H = HIDDEN."""
 
+from mla_kernels.hyper.finish import WIDE
 from mla_kernels.hyper.form import MOST_STREAMS
 from mla_kernels.hyper.project import near
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-
-WIDE = tl.constexpr(MOST_STREAMS)  # of the sums: narrower tiles lose lanes on Ascend
 
 
 @triton.jit(do_not_specialize=["work"])

@@ -1,4 +1,4 @@
-"""The part of hyper-connections that reads weights: new streams behind a layer, and partial products of fn with streams.
+"""The part of hyper-connections that reads weights: new streams behind a layer, and partial products with fn.
 
 One kernel does either or both. Its programs share a token between them, each over SPAN of the hidden columns, so that
 one token alone uses several cores, and leave partial sums, which :mod:`mla_kernels.hyper.finish` adds in their order.

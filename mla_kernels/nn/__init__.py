@@ -1,4 +1,4 @@
-"""LatentAttention and MoE: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
+"""LatentAttention, MoE, HyperConnection: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
 
 ``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
 V2, V3.2, GLM-4.7-Flash and GLM-5; ``MoE(MoEConfig.from_hf(config, layer))`` takes ``DeepseekV3MoE.state_dict()``, and
@@ -7,6 +7,7 @@ int4, and both train.
 """
 
 from mla_kernels.nn.attention import LatentAttention
+from mla_kernels.nn.hyper import HyperConnection, HyperHead
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, from_latent, to_latent
 from mla_kernels.nn.moe import MoE, SwiGLU
 from mla_kernels.nn.moe_config import MoEConfig
@@ -15,6 +16,8 @@ from mla_kernels.nn.rope import apply_rope, rope_tables, softmax_scale, yarn_msc
 __all__ = [
     "INNER_EPS",
     "AttentionConfig",
+    "HyperConnection",
+    "HyperHead",
     "LatentAttention",
     "MoE",
     "MoEConfig",

@@ -15,12 +15,6 @@ FORMS = {
 }
 
 
-def options(form):
-    """The reference's keywords of a form."""
-    return {"mix": form.mix.value, "iterations": form.iterations, "eps": form.eps, "norm_eps": form.norm_eps,
-            "magnitude": form.magnitude}  # fmt: skip
-
-
 @dataclass
 class Problem:
     """Everything that the four ops take. Tensors are on ``device``; streams and out are views with gaps where asked."""
@@ -72,4 +66,4 @@ def exactly(function, *tensors, **keywords):
     return found if isinstance(found, tuple) else (found,)
 
 
-__all__ = ["FORMS", "Problem", "exactly", "make", "options", "reference"]
+__all__ = ["FORMS", "Problem", "exactly", "make", "reference"]
