@@ -9,9 +9,9 @@ import torch
 
 from mla_kernels.cpu.hyper import weight_gradients
 from mla_kernels.hyper.finish import (
-    MOST_HIDDEN,
     NORM_TYPE,
     WIDE,
+    check_hidden,
     comb_logits,
     finish_statics,
     root_of_cuts,
@@ -26,7 +26,7 @@ from mla_kernels.hyper.finish import (
 from mla_kernels.hyper.form import MOST_STREAMS
 from mla_kernels.hyper.project import launch_project, near
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 
 
 @triton.jit
@@ -207,12 +207,11 @@ def hyper_streams_backward_kernel(
 
 
 def _rows_rule(chip, dtype, statics, sizes):
+    check_hidden(chip, statics["HIDDEN"])
     return {"num_warps": 8}
 
 
 def _rows_memory(chip, dtype, statics, tile):
-    if statics["HIDDEN"] > MOST_HIDDEN:
-        return dict.fromkeys(chip.memory, NO_MEMORY)
     if chip.is_gpu:
         return {"shared": statics["BLOCK_S"] * MOST_STREAMS**2}
     lines = MOST_STREAMS * (2 * statics["BLOCK_S"] * MOST_STREAMS + 4 * statics["STEPS"])

@@ -9,9 +9,9 @@ from mla_kernels.hyper.form import MOST_STREAMS
 from mla_kernels.hyper.project import near
 from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 
-MOST_HIDDEN = 16384  # a row that a program holds
+MOST_HIDDEN = {"nvidia": 16384, "amd": 16384, "ascend": 8192}  # a row that a program holds
 WIDE = tl.constexpr(MOST_STREAMS)  # of the tiles of post and comb: narrower reductions lose lanes on Ascend
 
 
@@ -129,14 +129,21 @@ def hyper_finish_kernel(
         tl.store(collapsed + token * HIDDEN + column, total.to(collapsed.dtype.element_ty), mask=known)
 
 
+def check_hidden(chip, hidden: int) -> None:
+    most = MOST_HIDDEN[chip.vendor]
+    if hidden > most:
+        raise NotImplementedError(
+            f"hyper-connections on {chip.name}: got hidden size {hidden}, at most {most} is accepted"
+        )
+
+
 def _rule(chip, dtype, statics, sizes):
     """A row of H at once."""
+    check_hidden(chip, statics["HIDDEN"])
     return {"num_warps": 4 if statics["BLOCK_H"] <= 4096 else 8}
 
 
 def _memory(chip, dtype, statics, tile):
-    if statics["HIDDEN"] > MOST_HIDDEN:
-        return dict.fromkeys(chip.memory, NO_MEMORY)
     if chip.is_gpu:
         return {"shared": 4 * statics["BLOCK_S"] * MOST_STREAMS**2 // 4}
     return {"UB": 4 * (4 * statics["BLOCK_H"] + 2 * statics["BLOCK_S"] * MOST_STREAMS**2)}

@@ -132,8 +132,9 @@ def _save_post(ctx, inputs, output):
 
 
 def _backward_post(ctx, grad):
-    *found, comb_grad = _post_backward(grad, *ctx.saved_tensors)
-    return *found, None if ctx.saved_tensors[3] is None else comb_grad, None
+    inputs = ctx.saved_tensors
+    *found, comb_grad = _post_backward(grad, *inputs)
+    return *found, None if inputs[3] is None else comb_grad, None
 
 
 def _save_post_pre(ctx, inputs, output):

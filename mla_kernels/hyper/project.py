@@ -13,7 +13,7 @@ from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 
-MOST_CUTS = 64  # partial sums of a token
+MOST_CUTS = 32  # partial sums of a token
 MAX_STRIDE = 1 << 24  # elements between tokens, up to which a tile's offsets stay below 2^31
 
 
@@ -112,13 +112,12 @@ def hyper_project_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """Up to 32 cuts. Products of fp32 hold their operands in registers on GPUs, so the tile is small."""
-    span = max(64, 1 << (-(-statics["HIDDEN"] // 32) - 1).bit_length())
-    return {"SPAN": span, "BLOCK_T": 16, "BLOCK_H": 64, "num_warps": 4, "num_stages": 1}
+    """Products of fp32 hold their operands in registers on GPUs, so the tile is small."""
+    return {"BLOCK_T": 16, "BLOCK_H": 64, "num_warps": 4, "num_stages": 1}
 
 
 def _memory(chip, dtype, statics, tile):
-    if tile["SPAN"] % tile["BLOCK_H"] or -(-statics["HIDDEN"] // tile["SPAN"]) > MOST_CUTS:
+    if statics["SPAN"] % tile["BLOCK_H"]:
         return dict.fromkeys(chip.memory, NO_MEMORY)
     rows, columns = tile["BLOCK_T"], tile["BLOCK_H"]
     operands = 4 * (rows + statics["BLOCK_M"]) * columns
@@ -138,7 +137,7 @@ def _cost(dtype, statics, sizes):
     tokens, streams, rows = sizes["tokens"], statics["STREAMS"], statics["ROWS"]
     values = streams * statics["HIDDEN"]
     mixing = {"none": 0, "identity": 2, "sinkhorn": 2 * (streams + 1)}[statics["MIX"]]
-    partial = 4 * tokens * cuts(statics, {"SPAN": 128}) * (rows + 1) if rows else 0
+    partial = 4 * tokens * cuts(statics["HIDDEN"]) * (rows + 1) if rows else 0
     return Cost(
         flops=float(tokens * values * (2 * rows + 2 + mixing)),
         bytes=float(_moved(dtype, statics, tokens) + 4 * rows * values + partial),
@@ -147,24 +146,29 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    tokens, values = tile["BLOCK_T"], statics["STREAMS"] * tile["SPAN"]
-    share = tile["SPAN"] / statics["HIDDEN"]
+    tokens, values = tile["BLOCK_T"], statics["STREAMS"] * statics["SPAN"]
+    share = statics["SPAN"] / statics["HIDDEN"]
     rows = statics["BLOCK_M"] if statics["ROWS"] else 0
     return Work(
-        programs=-(-sizes["tokens"] // tokens) * cuts(statics, tile),
+        programs=-(-sizes["tokens"] // tokens) * cuts(statics["HIDDEN"]),
         flops=2.0 * tokens * values * (rows + statics["STREAMS"] + 1),
         bytes=share * _moved(dtype, statics, tokens) + 4.0 * rows * (values + tokens),
     )
 
 
-def cuts(statics, tile) -> int:
-    return -(-statics["HIDDEN"] // tile["SPAN"])
+def span(hidden: int) -> int:
+    """Columns of a cut. They follow from H alone, so that a token's bits do not depend on the batch."""
+    return max(128, 1 << (-(-hidden // MOST_CUTS) - 1).bit_length())
+
+
+def cuts(hidden: int) -> int:
+    return -(-hidden // span(hidden))
 
 
 def project_statics(hidden: int, streams: int, rows: int, mix: str) -> dict[str, int | str]:
     """Constants of the kernel. A column of partial sums stands behind the M products."""
     block = max(16, 1 << rows.bit_length())
-    return {"HIDDEN": hidden, "STREAMS": streams, "ROWS": rows, "MIX": mix, "BLOCK_M": block}
+    return {"HIDDEN": hidden, "STREAMS": streams, "ROWS": rows, "MIX": mix, "BLOCK_M": block, "SPAN": span(hidden)}
 
 
 HYPER_PROJECT = Kernel(
@@ -174,9 +178,8 @@ HYPER_PROJECT = Kernel(
         "partial": "*fp32", "tokens": "i32", "token_stride": "i32:16", "stream_stride": "i32:16",
         "out_stride": "i32:16", "work": "i32",
     },
-    statics=("HIDDEN", "STREAMS", "ROWS", "MIX", "BLOCK_M"),
+    statics=("HIDDEN", "STREAMS", "ROWS", "MIX", "BLOCK_M", "SPAN"),
     tiles={
-        "SPAN": (64, 128, 256, 512, 1024),
         "BLOCK_T": (16, 32, 64),
         "BLOCK_H": (32, 64, 128),
         "num_warps": (4, 8),
@@ -216,8 +219,8 @@ def launch_project(streams, fn, layer_out=None, post=None, comb=None):
         statics = project_statics(hidden, count, rows, mix)
         sizes = {"tokens": FIXED_TOKENS}  # whatever the batch
         tile = HYPER_PROJECT.tile_for(chip, DTYPE_NAMES[streams.dtype], statics, sizes)
-        work = -(-tokens // tile["BLOCK_T"]) * cuts(statics, tile)
-        plan = HYPER_PROJECT.keep(key, (work, statics, tile, (tokens, cuts(statics, tile), statics["BLOCK_M"])))
+        work = -(-tokens // tile["BLOCK_T"]) * cuts(hidden)
+        plan = HYPER_PROJECT.keep(key, (work, statics, tile, (tokens, cuts(hidden), statics["BLOCK_M"])))
     work, statics, tile, shape = plan
     new = None if layer_out is None else streams.new_empty(streams.shape)
     partial = None if fn is None else streams.new_empty(shape, dtype=torch.float32)

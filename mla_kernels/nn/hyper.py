@@ -17,8 +17,12 @@ OF_MODEL = {"deepseek_v4": StreamMix.SINKHORN, "glm5_next_text": StreamMix.SINKH
 """``config.model_type`` -> what its layers do with the streams."""
 
 
-def _form_of(config) -> HyperForm:
+def _sizes_of(config) -> tuple[int, int, HyperForm]:
     check_choice("config.model_type", config.model_type, tuple(OF_MODEL))
+    return config.hidden_size, config.hc_mult, _form_of(config)
+
+
+def _form_of(config) -> HyperForm:
     own = {"eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
     if OF_MODEL[config.model_type] is StreamMix.IDENTITY:
         return HyperForm(StreamMix.IDENTITY, magnitude=config.hc_magnitude, **own)
@@ -95,7 +99,7 @@ class HyperConnection(_Weights):
     @classmethod
     def from_hf(cls, config) -> "HyperConnection":
         """Of a transformers configuration of DeepSeek-V4, HY-V4 or (its ``text_config``) GLM-5-next."""
-        return cls(config.hidden_size, config.hc_mult, _form_of(config))
+        return cls(*_sizes_of(config))
 
     def forward(
         self, streams: torch.Tensor, norm_weight: torch.Tensor | None = None
@@ -161,7 +165,7 @@ class HyperHead(_Weights):
     def from_hf(cls, config) -> "HyperHead":
         """As :meth:`HyperConnection.from_hf`."""
         collapse = "mean" if config.model_type == "glm5_next_text" else "sigmoid"
-        return cls(config.hidden_size, config.hc_mult, _form_of(config), collapse=collapse)
+        return cls(*_sizes_of(config), collapse=collapse)
 
     def forward(self, streams: torch.Tensor, norm_weight: torch.Tensor | None = None) -> torch.Tensor:
         """[..., N, H] to [..., H]. ``norm_weight`` [H]: that of the model's last norm, which is applied then."""
