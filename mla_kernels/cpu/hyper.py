@@ -6,21 +6,20 @@ Symbols: T tokens, N streams, H hidden size, M rows of fn, K = N H.
 import functools
 
 import torch
-
-from mla_kernels.cpu.gemm import linear
+import torch.nn.functional as F
 
 
 @functools.cache
-def _lines(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N N, N N] twice: 1 where two entries of an N x N matrix stand in one column, and in one row."""
+def _lines(count: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N N + 1, N N + 1] twice: what the N N entries of a matrix, and eps behind them, are multiplied by for the sum of
+    each entry's column, or row, plus eps, and for 1 behind these."""
     place = torch.arange(count * count, device="cpu")
-    lines = place % count, place // count
-    return tuple((line[:, None] == line[None, :]).to(torch.float32) for line in lines)
-
-
-@functools.cache
-def _number(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
+    sums = []
+    for line in (place % count, place // count):
+        own = F.pad((line[:, None] == line[None, :]).to(torch.float32), (0, 1, 0, 1), value=1.0)
+        own[:-1, -1], own[-1, -1] = 0.0, 1 / eps
+        sums.append(own)
+    return tuple(sums)
 
 
 @functools.cache
@@ -30,21 +29,21 @@ def _parts(count: int, rows: int) -> torch.Tensor:
 
 
 def _sinkhorn(logits, count, iterations, eps, divisors=None):
-    """comb [T, N N] of logits [T, N N]; ``divisors`` collects what was divided by, [T, N N] each. A sum of a row or a
-    column of every entry, and eps, are one product."""
-    lines, eps_of = _lines(count), _number(eps)
-    mixed = logits.unflatten(1, (count, count)).softmax(-1).flatten(1).add_(eps)
+    """comb [T, N N] of logits [T, N N]; ``divisors`` collects what was divided by, [T, N N + 1] each. A step is two
+    operators: all sums are one product."""
+    lines = _lines(count, eps)
+    mixed = F.pad(logits.unflatten(1, (count, count)).softmax(-1).flatten(1).add_(eps), (0, 1), value=eps)
     for step in range(2 * iterations - 1):
-        divisor = torch.addmm(eps_of, mixed, lines[step % 2])
+        divisor = torch.mm(mixed, lines[step % 2])
         mixed.div_(divisor)
         if divisors is not None:
-            divisors.append(divisor)
-    return mixed
+            divisors.append(divisor[:, :-1])
+    return mixed[:, :-1]
 
 
 def _sinkhorn_gradient(grad, logits, count, iterations, eps):
     """Of the logits, from that of comb, both [T, N N]. The matrices on the way are made again from the last one."""
-    lines, divisors = _lines(count), []
+    lines, divisors = [line[:-1, :-1] for line in _lines(count, eps)], []
     mixed = _sinkhorn(logits, count, iterations, eps, divisors)
     for step in reversed(range(2 * iterations - 1)):
         grad = (grad - (grad * mixed) @ lines[step % 2]) / divisors[step]
@@ -56,14 +55,14 @@ def _sinkhorn_gradient(grad, logits, count, iterations, eps):
 def _gates(flat, fn, base, scale, norm_eps, count):
     """logits [T, M], z [T, M] before scale and base, factors [M] of z, root [T, 1], of flat [T, K] fp32."""
     root = torch.linalg.vecdot(flat, flat).unsqueeze(1).div_(flat.shape[1]).add_(norm_eps).rsqrt_()
-    z = linear(flat, fn).mul_(root)
-    factors = scale if scale.shape[0] == 1 else scale[_parts(count, base.shape[0])]
+    z = torch.mm(flat, fn.t()).mul_(root)  # faster than oneDNN, which copies so narrow a weight
+    factors = scale if scale.shape[0] == 1 else scale.index_select(0, _parts(count, base.shape[0]))
     return torch.addcmul(base, z, factors), z, factors, root
 
 
 def hyper_pre(streams, fn, base, scale, norm_weight, kind, iterations, eps, norm_eps, magnitude):
     tokens, count, _ = streams.shape
-    x = streams.to(torch.float32, memory_format=torch.contiguous_format)
+    x = streams.float().contiguous()
     post, comb = x.new_empty(tokens, 0), x.new_empty(tokens, 0, 0)
     if kind == "mean":
         collapsed = x.mean(1)
@@ -76,10 +75,10 @@ def hyper_pre(streams, fn, base, scale, norm_weight, kind, iterations, eps, norm
         if kind == "identity":
             post.add_(eps)
         elif kind == "sinkhorn":
-            comb = _sinkhorn(logits[:, 2 * count :], count, iterations, eps).view(tokens, count, count)
+            comb = _sinkhorn(logits[:, 2 * count :], count, iterations, eps).unflatten(1, (count, count)).contiguous()
         collapsed = torch.bmm(pre.unsqueeze(1), x).squeeze(1)
     if norm_weight is not None:
-        collapsed = torch.nn.functional.rms_norm(collapsed, collapsed.shape[1:], norm_weight.float(), norm_eps)
+        collapsed = F.rms_norm(collapsed, collapsed.shape[1:], norm_weight.float(), norm_eps)
     return collapsed.to(streams.dtype), post, comb
 
 
@@ -102,7 +101,7 @@ def hyper_pre_backward(
 ):  # fmt: skip
     """Gradients of streams, fn, base, scale and norm_weight; what is not there has one without values."""
     tokens, count, hidden = streams.shape
-    x, grad = streams.to(torch.float32, memory_format=torch.contiguous_format), collapsed_grad.float()
+    x, grad = streams.float().contiguous(), collapsed_grad.float()
     flat = x.flatten(1)
     if kind == "mean":
         pre = x.new_full((tokens, count), 1 / count)
