@@ -53,7 +53,7 @@ def hyper_post_backward_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    return {"BLOCK_H": 256, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_H": 256, "num_warps": 8, "num_stages": 1}
 
 
 def _memory(chip, dtype, statics, tile):
