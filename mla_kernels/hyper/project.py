@@ -112,8 +112,11 @@ def hyper_project_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """Products of fp32 hold their operands in registers on GPUs, so the tile is small."""
-    return {"BLOCK_T": 16, "BLOCK_H": 64, "num_warps": 4, "num_stages": 1}
+    """Products of fp32 hold their operands in registers on GPUs, so the tile is small, and smaller where fn has more
+    rows; wider ones spill there."""
+    wide = statics["BLOCK_M"] > 32
+    columns = (16 if wide else 32) if chip.is_gpu else 64
+    return {"BLOCK_T": 16, "BLOCK_H": columns, "num_warps": 8 if wide else 4, "num_stages": 1}
 
 
 def _memory(chip, dtype, statics, tile):
@@ -181,7 +184,7 @@ HYPER_PROJECT = Kernel(
     statics=("HIDDEN", "STREAMS", "ROWS", "MIX", "BLOCK_M", "SPAN"),
     tiles={
         "BLOCK_T": (16, 32, 64),
-        "BLOCK_H": (32, 64, 128),
+        "BLOCK_H": (16, 32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (1, 2),
     },
