@@ -5,7 +5,7 @@ import torch
 
 import mla_kernels as mk
 from tests.hyper.problems import FORMS, make, reference
-from tests.support import assert_close
+from tests.support import assert_close, repeats
 
 SHAPES = [(5, 100, 4), (17, 40, 3), (2, 24, 1), (3, 30, 8)]
 
@@ -134,12 +134,12 @@ def test_no_tokens(device):
     assert all(got.shape == leaf.shape and not got.any() for got, leaf in zip(found, tensors))
 
 
-def test_repeats_have_the_same_bits(backend, device):
+def test_repeats_have_the_same_bits(device):
     p = make(9, 40, 4, device=device)
     leaves = [x.requires_grad_() for x in (p.streams, *p.weights)]
     towards = [torch.randn(9, 40), torch.randn(9, 4), torch.randn(9, 4, 4)]
     first = gradients(mk.hyper_pre, leaves, towards)
-    for _ in range(5 if backend != "interpret" else 1):
+    for _ in repeats(device):
         assert all(torch.equal(*pair) for pair in zip(gradients(mk.hyper_pre, leaves, towards), first))
 
 

@@ -5,7 +5,7 @@ import torch
 
 import mla_kernels as mk
 from tests.hyper.problems import FORMS, exactly, make, reference
-from tests.support import assert_close, not_on, poisoned
+from tests.support import assert_close, not_on, poisoned, repeats
 
 SHAPES = [(5, 100, 4), (17, 64, 3), (2, 24, 1), (3, 70, 8)]  # tokens, hidden, streams
 
@@ -126,10 +126,10 @@ def test_nan_of_a_token_is_its_own(device):
         assert_close(mine[others], expected[others].double().cpu())
 
 
-def test_repeats_have_the_same_bits(backend, device):
+def test_repeats_have_the_same_bits(device):
     p = make(17, 70, 4, device=device)
     first = mk.hyper_post_pre(*p.written, *p.weights, norm_weight=p.norm_weight)
-    for _ in range(20 if backend != "interpret" else 2):
+    for _ in repeats(device):
         again = mk.hyper_post_pre(*p.written, *p.weights, norm_weight=p.norm_weight)
         assert all(torch.equal(mine, want) for mine, want in zip(again, first))
 
