@@ -38,6 +38,7 @@ class Geometry:
     index_heads: int = 0
     index_width: int = 128
     index_top_k: int = 2048
+    streams: int = 0  # of hyper-connections that Sinkhorn's algorithm mixes
     formats: tuple[str, ...] = ()  # of experts' weights, beside the plain one
     tp: int = 1
 
@@ -54,7 +55,9 @@ class Geometry:
 
 
 _V3 = dict(hidden=7168, heads=128, experts=256, inner=2048, groups=8, top_groups=4, formats=("fp8_block",))
-_V4 = dict(latent=0, rope=0, top_k=6, scoring="sqrt_softplus", swiglu_limit=10.0, formats=("fp8_block", "mxfp4"))
+_V4 = dict(
+    latent=0, rope=0, top_k=6, scoring="sqrt_softplus", swiglu_limit=10.0, streams=4, formats=("fp8_block", "mxfp4")
+)  # fmt: skip
 _SOFTMAX = dict(scoring="softmax", renormalize=False, bias=False, top_k=6)
 
 MODELS: dict[str, Geometry] = {
@@ -152,6 +155,7 @@ def from_config(config: dict, name: str) -> Geometry:
         index_heads=first("index_n_heads", default=0) if latent else 0,
         index_width=first("index_head_dim", default=128),
         index_top_k=first("index_topk", default=2048),
+        streams=first("hc_mult", default=0) if first("hc_sinkhorn_iters", default=0) else 0,
         formats=_formats(config.get("quantization_config")),
     )
 

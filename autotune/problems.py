@@ -17,7 +17,7 @@ import mla_kernels as mk
 from mla_kernels.autotune.models import Geometry
 from mla_kernels.launch import DTYPE_NAMES, on_cpu
 from mla_kernels.moe.quantised.formats import FORMATS, WeightFormat
-from mla_kernels.reference import attention, moe, prefill, prolog, quant, route, sparse
+from mla_kernels.reference import attention, hyper, moe, prefill, prolog, quant, route, sparse
 from mla_kernels.targets.chips import Chip
 from mla_kernels.tiles import Problem, record
 
@@ -188,6 +188,25 @@ def _prefill(g: Geometry, size, make: Make) -> Call:
         lambda: mk.mla_prefill(q, k, v, ends, ends, max_seqlen_q=tokens, max_seqlen_k=tokens, k_rope=k_rope, **options),
         expected,
     )
+
+
+def _hyper(g: Geometry, size, make: Make) -> Call:
+    tokens, streams = size["tokens"], g.streams
+    fp32 = {"dtype": torch.float32}
+    rows, depth = (2 + streams) * streams, streams * g.hidden
+    written = (
+        make.normal(tokens, streams, g.hidden), make.normal(tokens, g.hidden), make.normal(tokens, streams, **fp32),
+        make.normal(tokens, streams, streams, scale=0.5, **fp32),
+    )  # fmt: skip
+    fn = make.normal(rows, depth, scale=depth**-0.5, **fp32)
+    weights = fn, make.normal(rows, **fp32), make.normal(3, **fp32)
+    norm = make.normal(g.hidden, **fp32)
+
+    def expected():
+        few = (x[:CHECKED].float() for x in written)
+        return hyper.hyper_post_pre(*few, *weights, norm_weight=norm)
+
+    return Call(lambda: mk.hyper_post_pre(*written, *weights, norm_weight=norm), expected)
 
 
 def _merge(g: Geometry, size, make: Make) -> Call:
@@ -440,6 +459,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("write_windows", _is_v4, _WINDOWS, _write_windows),
         Operation("compress_windows", _is_v4, _COMPRESSED, _compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
+        Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, _hyper),
         Operation("merge_states", _has_latent, _each("tokens", 64, 512, 4096), _merge),
     )
 }

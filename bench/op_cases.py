@@ -412,6 +412,38 @@ def _(make: Make, tokens: int, experts: int) -> Run:
     return lambda: mk.hash_route(logits, table, token_ids, routed_scale=1.5)
 
 
+def _hyper(make: Make, tokens: int):
+    """Streams, a layer's result, post, comb and the weights of DeepSeek-V4's hyper-connections, and a norm's weight."""
+    streams, out = make.normal(tokens, 4, HIDDEN), make.normal(tokens, HIDDEN)
+    fn = make.normal(24, 4 * HIDDEN, scale=0.02, dtype=torch.float32)
+    weights = fn, make.normal(24, dtype=torch.float32), make.normal(3, dtype=torch.float32)
+    return (streams, out, make.uniform(tokens, 4), make.uniform(tokens, 4, 4)), weights, make.normal(HIDDEN)
+
+
+@op("hyper_pre", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    (streams, *_), weights, norm = _hyper(make, tokens)
+    return lambda: mk.hyper_pre(streams, *weights, norm_weight=norm)
+
+
+@op("hyper_post", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    written, _, _ = _hyper(make, tokens)
+    return lambda: (mk.hyper_post(*written),)
+
+
+@op("hyper_post_pre", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    written, weights, norm = _hyper(make, tokens)
+    return lambda: mk.hyper_post_pre(*written, *weights, norm_weight=norm)
+
+
+@op("hyper_head", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    (streams, *_), (fn, base, scale), norm = _hyper(make, tokens)
+    return lambda: (mk.hyper_head(streams, fn[:4], base[:4], scale[:1], norm_weight=norm),)
+
+
 @op("balance_loss", {"tokens": 1024, "experts": 160})
 def _(make: Make, tokens: int, experts: int) -> Run:
     logits, ids = make.normal(tokens, experts, dtype=torch.float32), make.choices(tokens, TOP_K, experts)

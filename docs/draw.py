@@ -27,7 +27,7 @@ FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
     ("launch, cpu", "Kernel, tiles, the cached launch, define_op; torch code of CPU ops"),
     ("latent", "caches, and what writes and moves them"),
     ("hopper", "Gluon kernels that ops launch on Hopper"),
-    ("attention, moe", "the ops"),
+    ("attention, moe, hyper", "the ops"),
     ("nn", "modules with Hugging Face's weight names"),
     ("compat", "other libraries' signatures"),
     ("check, demo, device", "the commands; device stands in bench/gpu"),

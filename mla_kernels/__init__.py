@@ -9,6 +9,8 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.attention.sparse.slots import entry_slots, prefill_rows, window_slots
+from mla_kernels.hyper.form import HyperForm, StreamMix
+from mla_kernels.hyper.op import hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from mla_kernels.invariance import batch_invariant
 from mla_kernels.latent.absorb import absorb_query, expand_output
 from mla_kernels.latent.cache import CacheLayout, LatentCache
@@ -50,9 +52,11 @@ __all__ = [
     "Dispatch",
     "ExpertParallel",
     "ExpertWeights",
+    "HyperForm",
     "IndexerCache",
     "LatentCache",
     "PrologWeights",
+    "StreamMix",
     "WeightError",
     "WeightFormat",
     "absorb_query",
@@ -73,6 +77,10 @@ __all__ = [
     "fused_moe",
     "gather_tokens",
     "hash_route",
+    "hyper_head",
+    "hyper_post",
+    "hyper_post_pre",
+    "hyper_pre",
     "indexer_logits",
     "indexer_topk",
     "merge_states",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mla_kernels
+from mla_kernels.hyper.form import SINKHORN
 from mla_kernels.moe.experts.activation import SWIGLU
 
 pytestmark = pytest.mark.quick
@@ -36,6 +37,12 @@ SIGNATURES = {
     "gather_tokens": "(cache, slots, *, dtype=None)",
     "hash_route": "(logits, table, token_ids, *, scoring='sqrt_softplus', renormalize=True, routed_scale=1.0, "
     "num_shared=0, batch_invariant=None)",
+    "hyper_head": "(streams, fn=None, base=None, scale=None, *, collapse='sigmoid', form=SINKHORN, norm_weight=None, "
+    "batch_invariant=None)",
+    "hyper_post": "(streams, out, post, comb=None, *, batch_invariant=None)",
+    "hyper_post_pre": "(streams, out, post, comb, fn, base, scale, *, form=SINKHORN, norm_weight=None, "
+    "batch_invariant=None)",
+    "hyper_pre": "(streams, fn, base, scale, *, form=SINKHORN, norm_weight=None, batch_invariant=None)",
     "indexer_logits": "(q, k, weights, starts, ends, *, k_scale=None, batch_invariant=None)",
     "indexer_topk": "(logits, top_k, *, starts=None, ends=None)",
     "merge_states": "(outs, lses, *, batch_invariant=None)",
@@ -81,8 +88,8 @@ COMPOSED = {"convert_cache", "prefill_rows", "quantisation_error"}
 measures on the host."""
 
 REFERENCES = (
-    "prolog", "attention", "balance", "heads", "indexer", "latent", "moe", "permute", "prefill", "quant", "route",
-    "sparse", "windows",
+    "prolog", "attention", "balance", "heads", "hyper", "indexer", "latent", "moe", "permute", "prefill", "quant",
+    "route", "sparse", "windows",
 )  # fmt: skip
 """Modules of the references; prolog's ``absorb_query`` rotates, as the op does, before attention's, which does not."""
 
@@ -90,7 +97,7 @@ REFERENCES = (
 def _plain(function) -> str:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    return str(inspect.Signature(bare)).replace(repr(SWIGLU), "SWIGLU")
+    return str(inspect.Signature(bare)).replace(repr(SWIGLU), "SWIGLU").replace(repr(SINKHORN), "SINKHORN")
 
 
 def test_functions():
@@ -106,9 +113,11 @@ def test_other_names():
         "Dispatch",
         "ExpertParallel",
         "ExpertWeights",
+        "HyperForm",
         "IndexerCache",
         "LatentCache",
         "PrologWeights",
+        "StreamMix",
         "WeightError",
         "WeightFormat",
         "batch_invariant",

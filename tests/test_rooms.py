@@ -17,7 +17,7 @@ FLOORS = (
     ({"cpu"}, LAUNCH),
     ({"latent"},),
     ({"hopper"},),
-    ({"attention"}, {"moe"}),
+    ({"attention"}, {"moe"}, {"hyper"}),
     ({"nn"},),
     ({"compat"},),
     (TOOLS,),

@@ -1,4 +1,4 @@
-"""LatentAttention, V4Attention and MoE: modules over the ops, with the weight names of Hugging Face's DeepSeek models.
+"""LatentAttention, V4Attention, MoE, HyperConnection: modules over the ops, with Hugging Face's weight names.
 
 ``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
 V2, V3.2, GLM-4.7-Flash and GLM-5; ``V4Attention(V4AttentionConfig.from_hf(config, layer))`` that of
@@ -8,6 +8,7 @@ int4, and both train.
 """
 
 from mla_kernels.nn.attention import LatentAttention
+from mla_kernels.nn.hyper import HyperConnection, HyperHead
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, from_latent, to_latent
 from mla_kernels.nn.moe import MoE, SwiGLU
 from mla_kernels.nn.moe_config import MoEConfig
@@ -19,6 +20,8 @@ from mla_kernels.nn.v4_config import V4AttentionConfig
 __all__ = [
     "INNER_EPS",
     "AttentionConfig",
+    "HyperConnection",
+    "HyperHead",
     "LatentAttention",
     "MoE",
     "MoEConfig",

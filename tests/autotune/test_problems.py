@@ -14,7 +14,7 @@ from mla_kernels.targets.devices import DEVICES
 
 SMALL = Geometry(
     "small", 128, 4, latent=128, rope=32, nope=32, value=32, q_rank=64, experts=8, top_k=2, inner=128, groups=1,
-    top_groups=1, index_heads=16, index_width=64, index_top_k=16, formats=problems.QUANTISED,
+    top_groups=1, index_heads=16, index_width=64, index_top_k=16, streams=4, formats=problems.QUANTISED,
 )  # fmt: skip
 SMALL_V4 = replace(SMALL, latent=0, rope=0, scoring="sqrt_softplus")
 

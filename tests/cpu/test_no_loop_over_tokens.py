@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.cpu import attention, latent, moe, route, windows
+from mla_kernels.cpu import attention, hyper, latent, moe, route, windows
 from tests.cpu.recorder import record
 
 
@@ -45,6 +45,12 @@ def compress_args(tokens):
     return *windows_args(tokens), torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), 4, True, 1e-6
 
 
+def hyper_args(tokens):
+    streams, out = torch.randn(tokens, 4, 32), torch.randn(tokens, 32)
+    weights = torch.randn(24, 128), torch.randn(24), torch.rand(3), torch.rand(32)
+    return streams, out, torch.rand(tokens, 4), torch.rand(tokens, 4, 4), *weights, "sinkhorn", 20, 1e-6, 1e-6, 2.0
+
+
 CASES = {
     "write_kv": (
         windows.write_kv,
@@ -79,6 +85,16 @@ CASES = {
     ),
     "dispatch": (moe.dispatch, lambda tokens: (experts(tokens)[4], 4)),
     "fused_moe": (moe.fused_moe, experts),
+    "hyper_post_pre": (hyper.hyper_post_pre, hyper_args),
+    "hyper_pre_backward": (
+        hyper.hyper_pre_backward,
+        lambda tokens: (
+            torch.rand(tokens, 32),
+            *hyper_args(tokens)[2:4],
+            hyper_args(tokens)[0],
+            *hyper_args(tokens)[4:],
+        ),
+    ),
 }
 
 

@@ -21,7 +21,7 @@ MOST = {
     "paged_indexer_logits": 23, "indexer_topk": 14, "select_keys": 28, "select_slots": 36,
     "route": 12, "hash_route": 14, "balance_loss": 29, "expert_load": 11, "update_bias": 12,
     "dispatch": 15, "align_blocks": 20, "permute": 17, "unpermute": 20, "combine": 13, "expert_ffn": 26,
-    "fused_moe": 38, "fused_experts": 34,
+    "fused_moe": 38, "fused_experts": 34, "hyper_pre": 28, "hyper_post": 18, "hyper_post_pre": 33, "hyper_head": 27,
 }  # fmt: skip
 """Op -> most Python functions of a call, on any of the supported versions. Lower one when the op needs fewer."""
 

@@ -1,7 +1,7 @@
 """Every case, in the order in which they run: the most important of all families first."""
 
 from mla_kernels.device.case import Case
-from mla_kernels.device.cases import decode, experts, indexer, latents, prefill, quantised, route, sparse
+from mla_kernels.device.cases import decode, experts, hyper, indexer, latents, prefill, quantised, route, sparse
 
 FAMILIES = {
     "decode": decode.CASES,
@@ -12,6 +12,7 @@ FAMILIES = {
     "indexer": indexer.CASES,
     "route": route.CASES,
     "latent": latents.CASES,
+    "hyper": hyper.CASES,
 }
 """Word of ``--only`` -> its cases. Between cases of one priority the order of families decides."""
 
