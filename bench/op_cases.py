@@ -309,6 +309,13 @@ def _(make: Make, batch: int) -> Run:
     return lambda: (mk.entry_slots(table, lengths * 128, **sizes),)
 
 
+@op("prefill_rows", {"tokens": 4096})
+def _(make: Make, tokens: int) -> Run:
+    ends = make.counting(2) * tokens
+    sizes = {"tokens": tokens, "window": 128, "entry_cu_seqlens": ends // 128, "ratio": 128}
+    return lambda: (mk.prefill_rows(ends, **sizes, max_entries=tokens // 128),)
+
+
 @op("sparse_mla_prefill", {"tokens": 32, "top_k": 512})
 def _(make: Make, tokens: int, top_k: int) -> Run:
     q, rows = make.normal(tokens, HEADS, LATENT + ROPE), make.normal(4 * top_k, LATENT + ROPE)

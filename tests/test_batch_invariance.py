@@ -31,6 +31,7 @@ WITHOUT_ROWS = {
     "expert_load and update_bias": "counts tokens",
     "balance_loss": "a sum over the batch",
     "copy_pages": "moves bytes",
+    "prefill_rows": "its rows are those of packed sequences",
     "mla_prefill": "its rows are sequences: see test_sequences_of_a_prefill",
     "mla_prefill without causal and k_rope": "as above",
     "compress_windows": "its rows are sequences: see tests/latent/test_compress_windows.py",
@@ -38,8 +39,9 @@ WITHOUT_ROWS = {
 }
 
 WITHOUT_KEYWORD = {
-    "align_blocks", "convert_cache", "copy_pages", "dispatch", "expert_load", "gather_tokens", "indexer_topk",
-    "permute", "quantisation_error", "scatter_tokens", "update_bias", "balance_loss",
+    "align_blocks", "convert_cache", "copy_pages", "dispatch", "entry_slots", "expert_load", "gather_tokens",
+    "indexer_topk", "permute", "prefill_rows", "quantisation_error", "scatter_tokens", "update_bias", "window_slots",
+    "balance_loss",
 }  # fmt: skip
 """They move, count or choose exactly, or (the last) add over a batch."""
 

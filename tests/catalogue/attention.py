@@ -111,6 +111,17 @@ def _():
     return lambda **tensors: mk.entry_slots(**tensors, **sizes), _table
 
 
+@call("prefill_rows", {"picks": {0: "tokens"}})
+def _():
+    def run(cu_seqlens, picks):
+        return mk.prefill_rows(cu_seqlens, tokens=picks.shape[0], window=3, picks=picks)
+
+    def example(n):
+        return {"cu_seqlens": torch.tensor([0, 1, n], dtype=torch.int32), "picks": torch.ones(n, 2, dtype=torch.int32)}
+
+    return run, example
+
+
 def _index_range(n):
     return {"starts": torch.zeros(n, dtype=torch.int32), "ends": torch.arange(1, n + 1, dtype=torch.int32)}
 

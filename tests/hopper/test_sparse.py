@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
+from mla_kernels.attention import splits as splits_module
 from mla_kernels.attention.decode.op import mla_decode
-from mla_kernels.attention.sparse import forward
+from mla_kernels.attention.sparse import forward as sparse_forward
 from mla_kernels.gluon_launch import GluonKernel
 from mla_kernels.latent.cache import LatentCache
 from tests.attention.sparse_problems import Decode, cache_of, make_decode, pick
@@ -27,7 +28,7 @@ LAYOUTS = pytest.mark.parametrize("layout", [None, "fp8_v32"], ids=["plain", "fp
 
 def split_into(splits: int, monkeypatch) -> None:
     """Splits are so many, whatever the sizes, or fewer of 128 picks."""
-    monkeypatch.setattr(forward, "split_count", lambda keys, programs, cores: splits)
+    monkeypatch.setattr(splits_module, "split_count", lambda keys, programs, cores: splits)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def test_splits(backend, device, rows, layout, monkeypatch):
     for splits in (1, 2, 5):
         split_into(splits, monkeypatch)
         problem.check(problem.run())
-    monkeypatch.setattr(forward, "sequences_at_once", lambda split_bytes, splits: 2)
+    monkeypatch.setattr(sparse_forward, "sequences_at_once", lambda split_bytes, splits: 2)
     problem.check(problem.run(batch_invariant=True))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mla_kernels import hopper
-from mla_kernels.attention.sparse import forward
+from mla_kernels.attention import splits as splits_module
 from mla_kernels.hopper.sparse import HOPPER_SPARSE_MLA, HOPPER_SPARSE_MLA_FEW_ROWS
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
@@ -56,7 +56,7 @@ def goes_wrong(kernel, text, layout, folder, monkeypatch) -> bool:
 @pytest.fixture(autouse=True)
 def one_split(monkeypatch):
     """Programs see all picks, so that barriers have several phases."""
-    monkeypatch.setattr(forward, "split_count", lambda keys, programs, cores: 1)
+    monkeypatch.setattr(splits_module, "split_count", lambda keys, programs, cores: 1)
 
 
 KERNELS = pytest.mark.parametrize("kernel", [MANY, FEW], ids=["many rows", "few rows"])
