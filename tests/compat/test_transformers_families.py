@@ -316,22 +316,23 @@ def test_longcat_experts_that_give_the_token_back():
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", WINDOWS)
-def test_windows_without_tiles_for_their_latents(family, monkeypatch, calls):
+def test_windows_without_tiles_for_their_latents(monkeypatch, calls):
     """As on a device whose ops hold no latent of 1024 columns: over the expanded keys of the window."""
-    model = _eager(family)
-    ids, mask = _batch()
-    expected = _generate(model, ids, mask)
-    for module in (transformers_attention, transformers_forward):
-        monkeypatch.setattr(module, "expands_windows", lambda latent, device: latent == 64)
-    enable(model)
-    _assert_same(_generate(model, ids, mask), expected)
-    assert (calls["mla_decode"], calls["sparse_mla_decode"]) == ((NEW - 1) * 2, 0)
-    whole, past = model(ids).logits, None
-    for chunk in ids.split((18, 3, 8), 1):
-        out = model(chunk, **{CACHE: past})
-        past = out[CACHE]
-    torch.testing.assert_close(out.logits, whole[:, 21:], atol=1e-4, rtol=0)
+    for family in WINDOWS:  # older versions of transformers have none
+        calls.clear()
+        model = _eager(family)
+        ids, mask = _batch()
+        expected = _generate(model, ids, mask)
+        for module in (transformers_attention, transformers_forward):
+            monkeypatch.setattr(module, "expands_windows", lambda latent, device: latent == 64)
+        enable(model)
+        _assert_same(_generate(model, ids, mask), expected)
+        assert (calls["mla_decode"], calls["sparse_mla_decode"]) == ((NEW - 1) * 2, 0)
+        whole, past = model(ids).logits, None
+        for chunk in ids.split((18, 3, 8), 1):
+            out = model(chunk, **{CACHE: past})
+            past = out[CACHE]
+        torch.testing.assert_close(out.logits, whole[:, 21:], atol=1e-4, rtol=0)
 
 
 def test_filled_windows_are_refused():
@@ -339,7 +340,7 @@ def test_filled_windows_are_refused():
         model = _eager(family)
         ids, _ = _batch()
         cache = model(ids)[CACHE]
-        with pytest.raises(NotImplementedError, match="got a filled DynamicSlidingWindowLayer, an empty one is accepte"):
+        with pytest.raises(NotImplementedError, match="got a filled DynamicSlidingWindowLayer, an empty one is"):
             enable(model)(ids[:, :1], **{CACHE: cache})
 
 
