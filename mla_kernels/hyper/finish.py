@@ -140,7 +140,7 @@ def check_hidden(chip, hidden: int) -> None:
 def _rule(chip, dtype, statics, sizes):
     """A row of H at once."""
     check_hidden(chip, statics["HIDDEN"])
-    return {"num_warps": 4 if statics["BLOCK_H"] <= 4096 else 8}
+    return {"num_warps": 4 if statics["BLOCK_H"] <= 2048 else 8}
 
 
 def _memory(chip, dtype, statics, tile):
