@@ -183,7 +183,7 @@ def test_any_leading_dimensions_and_views(cpu_code):
     "make, error, match",
     [
         (lambda: HyperConnection(0), ValueError, "hidden_size: got 0"),
-        (lambda: HyperConnection(8, 9), ValueError, "num_streams: got 9, an integer from 1 to 8"),
+        (lambda: HyperConnection(8, 5), ValueError, "num_streams: got 5, an integer from 1 to 4"),
         (lambda: HyperConnection(8, form="sinkhorn"), TypeError, "form: got str, a HyperForm is accepted"),
         (lambda: HyperHead(8, collapse="sum"), ValueError, "collapse: got 'sum'"),
         (lambda: HyperConnection.from_hf(transformers.DeepseekV3Config()), ValueError, "model_type: got 'deepseek_v3'"),

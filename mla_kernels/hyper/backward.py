@@ -9,6 +9,7 @@ import torch
 
 from mla_kernels.cpu.hyper import weight_gradients
 from mla_kernels.hyper.finish import (
+    LANES,
     NORM_TYPE,
     WIDE,
     check_hidden,
@@ -23,7 +24,6 @@ from mla_kernels.hyper.finish import (
     sum_of_matrix,
     with_eps,
 )
-from mla_kernels.hyper.form import MOST_STREAMS
 from mla_kernels.hyper.project import launch_project, near
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -213,8 +213,8 @@ def _rows_rule(chip, dtype, statics, sizes):
 
 def _rows_memory(chip, dtype, statics, tile):
     if chip.is_gpu:
-        return {"shared": statics["BLOCK_S"] * MOST_STREAMS**2}
-    lines = MOST_STREAMS * (2 * statics["BLOCK_S"] * MOST_STREAMS + 4 * statics["STEPS"])
+        return {"shared": statics["BLOCK_S"] * LANES**2}
+    lines = LANES * (2 * statics["BLOCK_S"] * LANES + 4 * statics["STEPS"])
     return {"UB": 4 * (4 * statics["BLOCK_H"] + lines)}
 
 

@@ -5,14 +5,14 @@ Symbols: T tokens, N = STREAMS, H = HIDDEN, S = CUTS of the partial sums, M = RO
 
 import torch
 
-from mla_kernels.hyper.form import MOST_STREAMS
 from mla_kernels.hyper.project import near
 from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 
 MOST_HIDDEN = {"nvidia": 16384, "amd": 16384, "ascend": 8192}  # a row that a program holds
-WIDE = tl.constexpr(MOST_STREAMS)  # of the tiles of post and comb: narrower reductions lose lanes on Ascend
+LANES = 8  # of the tiles of post and comb, more than there are streams: narrower reductions lose lanes on Ascend
+WIDE = tl.constexpr(LANES)
 
 
 @triton.jit
@@ -140,13 +140,13 @@ def check_hidden(chip, hidden: int) -> None:
 def _rule(chip, dtype, statics, sizes):
     """A row of H at once."""
     check_hidden(chip, statics["HIDDEN"])
-    return {"num_warps": 4 if statics["BLOCK_H"] <= 4096 else 8}
+    return {"num_warps": 4 if statics["BLOCK_H"] <= 2048 else 8}
 
 
 def _memory(chip, dtype, statics, tile):
     if chip.is_gpu:
-        return {"shared": 4 * statics["BLOCK_S"] * MOST_STREAMS**2 // 4}
-    return {"UB": 4 * (4 * statics["BLOCK_H"] + 2 * statics["BLOCK_S"] * MOST_STREAMS**2)}
+        return {"shared": statics["BLOCK_S"] * LANES**2}
+    return {"UB": 4 * (4 * statics["BLOCK_H"] + 2 * statics["BLOCK_S"] * LANES**2)}
 
 
 def _cost(dtype, statics, sizes):

@@ -5,7 +5,7 @@ from enum import Enum
 
 from mla_kernels.checks import check_choice, check_int
 
-MOST_STREAMS = 8
+MOST_STREAMS = 4
 MOST_ITERATIONS = 64
 
 

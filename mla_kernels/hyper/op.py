@@ -268,7 +268,7 @@ def hyper_pre(
     contiguous streams whose rows are multiples of 16 bytes or ``batch_invariant``.
 
     Args:
-        streams: [T, N, H] bf16, fp16 or fp32, rows dense, any strides between them. N is 1 to 8, H on devices at most
+        streams: [T, N, H] bf16, fp16 or fp32, rows dense, any strides between them. N is 1 to 4, H on devices at most
             16,384 (8,192 on Ascend).
         fn: [M, N H] fp32, contiguous. M is (2 + N) N, rows of pre, post and comb[0, 0], comb[0, 1] ...; 2 N with
             mix "identity".

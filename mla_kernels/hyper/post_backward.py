@@ -1,7 +1,6 @@
 """Gradients of writing a layer's result back to the streams. Symbols: T tokens, N = STREAMS, H = HIDDEN."""
 
-from mla_kernels.hyper.finish import WIDE
-from mla_kernels.hyper.form import MOST_STREAMS
+from mla_kernels.hyper.finish import LANES, WIDE
 from mla_kernels.hyper.project import near
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -58,8 +57,8 @@ def _rule(chip, dtype, statics, sizes):
 
 def _memory(chip, dtype, statics, tile):
     if chip.is_gpu:
-        return {"shared": 4 * MOST_STREAMS * MOST_STREAMS * tile["num_warps"]}
-    return {"UB": 4 * 6 * MOST_STREAMS * tile["BLOCK_H"]}
+        return {"shared": 4 * LANES * LANES * tile["num_warps"]}
+    return {"UB": 4 * 6 * LANES * tile["BLOCK_H"]}
 
 
 def _cost(dtype, statics, sizes):

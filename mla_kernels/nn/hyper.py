@@ -83,7 +83,7 @@ class HyperConnection(_Weights):
 
     Args:
         hidden_size: H.
-        num_streams: N, 1 to 8.
+        num_streams: N, 1 to 4.
         form: the model's constants, :class:`mla_kernels.HyperForm`.
 
     Raises:

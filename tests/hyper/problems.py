@@ -1,7 +1,9 @@
 """Streams, weights and calls of hyper-connections that several tests share."""
 
 from dataclasses import dataclass
+from itertools import product
 
+import pytest
 import torch
 
 from mla_kernels import HyperForm
@@ -13,6 +15,14 @@ FORMS = {
     "hy_v4": HyperForm("identity", norm_eps=1e-5, magnitude=1.5),
     "one iteration": HyperForm(iterations=1, eps=1e-2),
 }
+
+
+def forms_and_shapes(shapes):
+    """Cases (form, shape) of four shapes: each of either at least once, and all pairs with --slow."""
+    few = [("v4", 0), ("hy_v4", 0), ("one iteration", 1), ("glm5", 2), ("v4", 3)]
+    few = [(form, shapes[place]) for form, place in few]
+    rest = [case for case in product(FORMS, shapes) if case not in few]
+    return [*few, *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
 
 
 @dataclass
@@ -66,4 +76,4 @@ def exactly(function, *tensors, **keywords):
     return found if isinstance(found, tuple) else (found,)
 
 
-__all__ = ["FORMS", "Problem", "exactly", "make", "reference"]
+__all__ = ["FORMS", "Problem", "exactly", "forms_and_shapes", "make", "reference"]
