@@ -62,6 +62,8 @@ class CacheLayout(enum.Enum):
     @classmethod
     def named(cls, value: "CacheLayout | str") -> "CacheLayout":
         """The layout with this value; ValueError names the accepted ones."""
+        if isinstance(value, cls):  # torch 2.11 does not trace the look-up of a member
+            return value
         try:
             return cls(value)
         except ValueError:
