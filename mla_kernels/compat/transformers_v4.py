@@ -42,7 +42,7 @@ class V4Places:
             return self._whole(core, hidden, tables, caches)
         if self.kept is None:
             return self._chunk(core, hidden, tables, caches, slice(None))
-        out = torch.zeros_like(hidden)  # each sequence has a number of new tokens of its own
+        out = torch.zeros_like(hidden, dtype=caches.window.dtype)  # each sequence has new tokens of its own number
         for sequence, kept in enumerate(self.kept):
             rows = slice(sequence, sequence + 1)
             out[rows, kept] = self._chunk(core, hidden[rows, kept], tables, caches, rows)
@@ -66,7 +66,7 @@ class V4Places:
                 out = core.prefill(rows, *given, max_seqlen=tokens)
         if self.kept is None:
             return out.view(hidden.shape)
-        padded = torch.zeros_like(hidden)
+        padded = torch.zeros_like(hidden, dtype=out.dtype)
         padded[self.kept] = out
         return padded
 
@@ -168,6 +168,7 @@ def _prepare(names, keyword: str, configs: tuple[V4AttentionConfig, ...], known:
         cache = kwargs[keyword] = Cache(layers=_layers(configs))
     if cache is not None:
         _adopt(keyword, cache, configs)
+        cache.layers[0].check_dtype(keyword)
     past = 0 if cache is None else cache.layers[0].book.length
     mask = _mask(kwargs.get("attention_mask"), past + tokens)
     book = None if cache is None else cache.layers[0].book
@@ -207,7 +208,9 @@ def _layers(configs) -> list[V4Layer]:
 
 def _adopt(keyword: str, cache, configs) -> None:
     """Put our layers into an empty cache of transformers."""
-    if len(cache.layers) == len(configs) and all(isinstance(x, V4Layer) for x in cache.layers):
+    if cache.layers and all(isinstance(layer, V4Layer) for layer in cache.layers):
+        if [layer.config for layer in cache.layers] != list(configs):
+            raise ValueError(f"{keyword}: got the cache of another model, whose layers have other sizes")
         return
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
         kind = "an offloaded " if getattr(cache, "offloading", False) else ""
