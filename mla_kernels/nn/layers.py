@@ -142,11 +142,6 @@ def from_latent(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch.T
     return expanded.unflatten(0, out.shape[:-2])
 
 
-def readable(values: torch.Tensor) -> bool:
-    """Whether to look at what a tensor holds: on a CPU, where nothing waits for it, and not while tracing."""
-    return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()
-
-
 def can_exceed(length: int, limit: int) -> bool:
     """Whether ``length`` is above ``limit``; while torch.export traces any length, whether one may be."""
     if torch.compiler.is_exporting():
