@@ -113,21 +113,25 @@ def attention_forward(core: V4Attention, module, hidden_states, *args, **kwargs)
         raise NotImplementedError(
             f"attention dropout: got {module.attention_dropout} in training, 0 is accepted for DeepSeek-V4"
         )
-    _share(core, module, parameters_only=True)
+    _share(core, module)
     return places.attend(core, module.layer_idx, hidden_states), None
 
 
-def _share(core, module, *, parameters_only: bool = False) -> None:
-    """Make ``core`` work with the parameters and the submodules of transformers' ``module``."""
+def _share(core, module) -> None:
+    """Make ``core`` work with the parameters and the submodules that transformers' ``module`` has now."""
     for name, parameter in core._parameters.items():
         if parameter is not module._parameters[name]:
             core._parameters[name] = module._parameters[name]
-    for name, child in core.named_children():
+    for name, child in core._modules.items():
         other = module._modules[name]
         if name in ("compressor", "indexer"):
-            _share(child, other, parameters_only=parameters_only)
-        elif not parameters_only:
-            setattr(core, name, other)
+            if other._forward_hooks or other._forward_pre_hooks:
+                raise NotImplementedError(
+                    f"enable: {type(other).__name__} has forward hooks, which would not run, since its forward does not"
+                )
+            _share(child, other)
+        elif child is not other:
+            core._modules[name] = other
 
 
 def replacements(base):

@@ -111,7 +111,9 @@ class RMSNorm(nn.Module):
 
 def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """``linear(x)``; by the packed copy of its weight where there is one, outside autograd and torch.compile."""
-    copies = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else packed(linear.weight)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(linear, nn.Linear):
+        return linear(x)  # what is no nn.Linear, an adapter around one, does more than multiply
+    copies = packed(linear.weight)
     if copies is None:
         return linear(x)
     y = multiply(x, copies[0])

@@ -193,3 +193,46 @@ def test_the_cache_of_another_model_is_refused():
     with pytest.raises(ValueError, match="got the cache of another model"):
         model(ids[:, :1], **{CACHE: cache})
     assert cache.get_seq_length() == 9
+
+
+class Adapter(torch.nn.Module):
+    """A module around a projection, which has no weight of its own to read."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 1.5 * self.base(x)
+
+
+@pytest.mark.parametrize("first", ["enabled", "adapted"])
+def test_modules_put_around_projections_act(first):
+    """Before and after enable: what the model holds at the call is what counts."""
+    model = tiny()
+    ids = torch.randint(2, VOCABULARY, (2, 21))
+    if first == "enabled":
+        enable(model)
+    attention = model.model.layers[1].self_attn
+    for holder, name in (
+        (attention, "q_b_proj"), (attention, "kv_proj"), (attention.compressor, "gate_proj"),
+        (attention.compressor.indexer, "kv_proj"),
+    ):  # fmt: skip
+        setattr(holder, name, Adapter(getattr(holder, name)))
+    actual = generate(enable(model), ids, new=8)
+    assert_same(actual, generate(disable(model), ids, new=8))
+
+
+def test_hooks_on_a_compressor_are_refused():
+    """Its forward is not called, so that they would be forgotten; on projections and the attention they run."""
+    model = tiny()
+    ids = torch.randint(2, VOCABULARY, (1, 9))
+    compressor = model.model.layers[2].self_attn.compressor
+    handle = compressor.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+        enable(model)
+    handle.remove()
+    enable(model)
+    compressor.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+        model(ids)
