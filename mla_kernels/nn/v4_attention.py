@@ -107,7 +107,7 @@ class V4Attention(KeepsFloat32):
         """
         config, count = self.config, hidden.shape[0]
         q, q_latent = self._queries(hidden, tables)
-        rows = self.kv_norm(project(self.kv_proj, hidden))[:, None]  # [tokens, 1, head_dim]
+        rows = self.kv_norm(project(self.kv_proj, hidden))[:, None].to(q.dtype)  # [tokens, 1, head_dim]
         rows = rotate_heads(rows, *tables, rope_dim=config.rope_dim)[:, 0]
         chosen = {}
         if config.ratio:

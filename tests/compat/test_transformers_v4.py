@@ -154,7 +154,7 @@ def test_a_forward_that_records_gradients_fills_the_cache_too():
 @pytest.mark.parametrize("with_padding", [False, True])
 def test_under_autocast(with_padding):
     """Projections are bfloat16 then, and so are the caches of a float32 model; chunks give what the whole gives."""
-    model = enable(tiny())
+    model = enable(tiny(num_experts_per_tok=8, index_topk=64))  # no choice that rounding could change
     ids, mask = padded((41, 30)) if with_padding else (torch.randint(2, VOCABULARY, (2, 41)), None)
     exact = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
     first = None if mask is None else mask[:, :36]
@@ -162,7 +162,7 @@ def test_under_autocast(with_padding):
         past = model(ids[:, :36], attention_mask=first, use_cache=True)[CACHE]
         step = model(ids[:, 36:], attention_mask=mask, **{CACHE: past}).logits[:, -1]
     assert past.layers[1].caches.entries.dtype == past.layers[1].caches.state.dtype == torch.bfloat16
-    torch.testing.assert_close(step.float(), exact, atol=0.35, rtol=0)
+    torch.testing.assert_close(step.float(), exact, atol=0.2, rtol=0)
     if with_padding:
         mask = torch.cat((mask, mask.new_ones(2, 1)), 1)
     with pytest.raises(TypeError, match="the cache was filled with"):
