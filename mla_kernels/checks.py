@@ -94,3 +94,8 @@ def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: st
             least, most = int(value.min()), int(value.max())
         if least < low or most >= high:
             raise ValueError(f"{name}: got values from {least} to {most}, accepted: {low} to {high - 1} ({meaning})")
+
+
+def readable(values: torch.Tensor) -> bool:
+    """Whether to look at what a tensor holds: on a CPU, where nothing waits for it, and not while tracing."""
+    return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()

@@ -320,6 +320,18 @@ REFUSED_CALLS = {
     "no slots": (
         lambda a: {"sequences": replace(a["sequences"], state_slots=None)}, ValueError, "state_slots: got None",
     ),
+    "pages beyond the cache": (
+        lambda a: {"sequences": replace(a["sequences"], window_table=a["sequences"].window_table + 99)}, ValueError,
+        "window_table: got values from .*slots, by its pages, of cache.window",
+    ),
+    "too few pages": (
+        lambda a: {"sequences": replace(a["sequences"], window_table=a["sequences"].window_table[:, :0])}, ValueError,
+        "seq_lens: got values from 1 to 1, accepted: 0 to 0",
+    ),
+    "slots beyond the state": (
+        lambda a: {"sequences": replace(a["sequences"], state_slots=a["sequences"].state_slots + 99)}, ValueError,
+        "state_slots: got values from .*slots of cache.state",
+    ),
     "hidden": (lambda a: {"hidden": a["hidden"][..., :40]}, ValueError, r"hidden: got shape \(1, 1, 40\)"),
     "cos": (lambda a: {"cos": a["cos"][:, :3]}, ValueError, r"cos: got shape"),
     "slot_mapping": (lambda a: {"slot_mapping": a["slot_mapping"][0]}, ValueError, "slot_mapping: got 1 dimensions"),

@@ -42,7 +42,7 @@ class V4Places:
             return self._whole(core, hidden, tables, caches)
         if self.kept is None:
             return self._chunk(core, hidden, tables, caches, slice(None))
-        out = torch.zeros_like(hidden)  # each sequence has a number of new tokens of its own
+        out = torch.zeros_like(hidden, dtype=caches.window.dtype)  # each sequence has new tokens of its own number
         for sequence, kept in enumerate(self.kept):
             rows = slice(sequence, sequence + 1)
             out[rows, kept] = self._chunk(core, hidden[rows, kept], tables, caches, rows)
@@ -66,7 +66,7 @@ class V4Places:
                 out = core.prefill(rows, *given, max_seqlen=tokens)
         if self.kept is None:
             return out.view(hidden.shape)
-        padded = torch.zeros_like(hidden)
+        padded = torch.zeros_like(hidden, dtype=out.dtype)
         padded[self.kept] = out
         return padded
 
@@ -113,21 +113,25 @@ def attention_forward(core: V4Attention, module, hidden_states, *args, **kwargs)
         raise NotImplementedError(
             f"attention dropout: got {module.attention_dropout} in training, 0 is accepted for DeepSeek-V4"
         )
-    _share(core, module, parameters_only=True)
+    _share(core, module)
     return places.attend(core, module.layer_idx, hidden_states), None
 
 
-def _share(core, module, *, parameters_only: bool = False) -> None:
-    """Make ``core`` work with the parameters and the submodules of transformers' ``module``."""
+def _share(core, module) -> None:
+    """Make ``core`` work with the parameters and the submodules that transformers' ``module`` has now."""
     for name, parameter in core._parameters.items():
         if parameter is not module._parameters[name]:
             core._parameters[name] = module._parameters[name]
-    for name, child in core.named_children():
+    for name, child in core._modules.items():
         other = module._modules[name]
         if name in ("compressor", "indexer"):
-            _share(child, other, parameters_only=parameters_only)
-        elif not parameters_only:
-            setattr(core, name, other)
+            if other._forward_hooks or other._forward_pre_hooks:
+                raise NotImplementedError(
+                    f"enable: {type(other).__name__} has forward hooks, which would not run, since its forward does not"
+                )
+            _share(child, other)
+        elif child is not other:
+            core._modules[name] = other
 
 
 def replacements(base):
@@ -168,6 +172,7 @@ def _prepare(names, keyword: str, configs: tuple[V4AttentionConfig, ...], known:
         cache = kwargs[keyword] = Cache(layers=_layers(configs))
     if cache is not None:
         _adopt(keyword, cache, configs)
+        cache.layers[0].check_dtype(keyword)
     past = 0 if cache is None else cache.layers[0].book.length
     mask = _mask(kwargs.get("attention_mask"), past + tokens)
     book = None if cache is None else cache.layers[0].book
@@ -207,7 +212,9 @@ def _layers(configs) -> list[V4Layer]:
 
 def _adopt(keyword: str, cache, configs) -> None:
     """Put our layers into an empty cache of transformers."""
-    if len(cache.layers) == len(configs) and all(isinstance(x, V4Layer) for x in cache.layers):
+    if cache.layers and all(isinstance(layer, V4Layer) for layer in cache.layers):
+        if [layer.config for layer in cache.layers] != list(configs):
+            raise ValueError(f"{keyword}: got the cache of another model, whose layers have other sizes")
         return
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
         kind = "an offloaded " if getattr(cache, "offloading", False) else ""

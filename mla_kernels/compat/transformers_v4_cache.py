@@ -100,7 +100,8 @@ class V4Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         batch, config = self.book.seq_lens.shape[0], self.config
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.model_dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = self._projected()
         self.caches = V4Cache.allocate(
             config, num_pages=batch * self.book.ring, page_size=PAGE, entry_pages=0, slots=batch, new_tokens=STEP,
             dtype=self.dtype, device=self.device,
@@ -116,6 +117,21 @@ class V4Layer(CacheLayerMixin):
             if self.caches.entries.num_pages != pages * self.book.seq_lens.shape[0]:
                 self._map_pages(lambda data: _grown(data, pages))
         return self.caches
+
+    def _projected(self) -> torch.dtype:
+        """The dtype of what this model's projections give: under ``torch.autocast`` that of autocast."""
+        kind = self.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return self.model_dtype
+        return torch.get_autocast_dtype(kind)
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse to go on in another dtype than the tokens that are here."""
+        if self.is_initialized and self.dtype != self._projected():
+            raise TypeError(
+                f"{name}: got tokens of {self._projected()}, the cache was filled with {self.dtype}; call the model "
+                "under the same autocast"
+            )
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise RuntimeError(

@@ -8,7 +8,7 @@ from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
-from mla_kernels.checks import INDICES, check_int, check_range, check_tensor
+from mla_kernels.checks import INDICES, check_int, check_range, check_tensor, readable
 from mla_kernels.cpu.packed import packed, prepack
 from mla_kernels.latent import absorb
 from mla_kernels.latent.cache import LatentCache
@@ -26,7 +26,6 @@ from mla_kernels.nn.layers import (
     from_latent,
     key_width,
     project,
-    readable,
     to_latent,
     value_width,
 )

@@ -111,7 +111,9 @@ class RMSNorm(nn.Module):
 
 def project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """``linear(x)``; by the packed copy of its weight where there is one, outside autograd and torch.compile."""
-    copies = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else packed(linear.weight)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(linear, nn.Linear):
+        return linear(x)  # what is no nn.Linear, an adapter around one, does more than multiply
+    copies = packed(linear.weight)
     if copies is None:
         return linear(x)
     y = multiply(x, copies[0])
@@ -140,11 +142,6 @@ def from_latent(out: torch.Tensor, kv_b: torch.Tensor, nope_dim: int) -> torch.T
     else:
         expanded = torch.bmm(flat.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return expanded.unflatten(0, out.shape[:-2])
-
-
-def readable(values: torch.Tensor) -> bool:
-    """Whether to look at what a tensor holds: on a CPU, where nothing waits for it, and not while tracing."""
-    return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def can_exceed(length: int, limit: int) -> bool:

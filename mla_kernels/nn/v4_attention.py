@@ -5,11 +5,11 @@ from torch import nn
 
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.attention.sparse.slots import prefill_rows
-from mla_kernels.checks import INDICES, check_int, check_range, check_tensor
+from mla_kernels.checks import INDICES, check_int, check_range, check_tensor, readable
 from mla_kernels.cpu.packed import prepack
 from mla_kernels.latent.heads import rotate_heads
 from mla_kernels.latent.windows.kv import write_kv
-from mla_kernels.nn.layers import can_exceed, project, readable
+from mla_kernels.nn.layers import can_exceed, project
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.precision import Float32RMSNorm, KeepsFloat32
 from mla_kernels.nn.v4_cache import V4Cache, V4Sequences
@@ -107,7 +107,7 @@ class V4Attention(KeepsFloat32):
         """
         config, count = self.config, hidden.shape[0]
         q, q_latent = self._queries(hidden, tables)
-        rows = self.kv_norm(project(self.kv_proj, hidden))[:, None]  # [tokens, 1, head_dim]
+        rows = self.kv_norm(project(self.kv_proj, hidden))[:, None].to(q.dtype)  # [tokens, 1, head_dim]
         rows = rotate_heads(rows, *tables, rope_dim=config.rope_dim)[:, 0]
         chosen = {}
         if config.ratio:
@@ -126,11 +126,19 @@ class V4Attention(KeepsFloat32):
         out, _ = sparse_mla_prefill(q, rows, indices, sink=self.sinks.float(), **sizes)
         return self._output(out, tables)
 
-    def _over_caches(self, q, cache: V4Cache, sequences: V4Sequences, picks) -> torch.Tensor:
+    def _window(self, queries: int, cache: V4Cache, sequences: V4Sequences) -> torch.Tensor:
+        """Slots [batch, queries, window] of the raw tokens; refuses places outside the caches, on CPUs."""
+        window = sequences.window_slots(queries, self.config.window, cache.window.page_size)
+        if readable(window):
+            check_range("window_table", window, -1, cache.window.num_slots, "slots, by its pages, of cache.window")
+            if cache.state is not None:
+                meaning = "slots of cache.state, -1: none"
+                check_range("state_slots", sequences.state_slots, -1, cache.state.shape[0], meaning)
+        return window
+
+    def _over_caches(self, q, window, cache: V4Cache, sequences: V4Sequences, picks) -> torch.Tensor:
         """Attention over cached tokens and entries: q [batch, queries, heads, head_dim] -> [batch * queries, ...]."""
-        queries, page = q.shape[1], cache.window.page_size
-        window = sequences.window_slots(queries, self.config.window, page)
-        extra = {}
+        queries, extra = q.shape[1], {}
         if cache.entries is not None:
             if picks is None:
                 picks = sequences.entry_slots(queries, self.config.ratio, cache.entries.page_size)
@@ -206,14 +214,14 @@ class V4Attention(KeepsFloat32):
         if queries == 0 or batch == 0:
             return torch.zeros_like(hidden)
         rows, tables = hidden.flatten(0, 1), (cos, sin, sequences.positions(queries).flatten())
-        slots = slot_mapping.flatten().contiguous()
+        slots, window = slot_mapping.flatten().contiguous(), self._window(queries, cache, sequences)
         self._write(rows, tables, slots, cache, sequences, sequences.bounds(queries), queries)
         q, q_latent = self._queries(rows, tables)
         picks = None
         if config.overlap and sequences.room(config.ratio, cache.entries.page_size) > config.index_top_k:
             indexer = self.compressor.indexer
             picks = indexer.select_slots(rows, q_latent, tables, queries, cache.index_keys, sequences)
-        out = self._over_caches(q.unflatten(0, (batch, queries)), cache, sequences, picks)
+        out = self._over_caches(q.unflatten(0, (batch, queries)), window, cache, sequences, picks)
         return self._output(out, tables).unflatten(0, (batch, queries))
 
     @torch.no_grad()

@@ -170,6 +170,19 @@ def test_prefill_rows(lengths, ratio):
         ({"entry_cu_seqlens": int32(0, 1, 2)}, TypeError, "ratio: got NoneType"),
         ({"picks": int32([1])}, ValueError, r"picks: got shape \(1, 1\), \(5, any\) is accepted"),
         ({"picks": TABLE[:1].repeat(5, 1), "ratio": 2}, ValueError, "ratio: got a value beside picks"),
+        ({"cu_seqlens": int32(0, 3, 6)}, ValueError, r"cu_seqlens: got \[0, 3, 6\], ascending rows from 0 to 5"),
+        ({"cu_seqlens": int32(1, 3, 5)}, ValueError, r"cu_seqlens: got \[1, 3, 5\]"),
+        ({"cu_seqlens": int32(0, 6, 5)}, ValueError, r"cu_seqlens: got \[0, 6, 5\]"),
+        (
+            {"entry_cu_seqlens": int32(0, 1, 2), "ratio": 1, "max_entries": 3},
+            ValueError,
+            r"entry_cu_seqlens: got \[0, 1, 2\], starts of \[3, 2\] entries",
+        ),
+        (
+            {"entry_cu_seqlens": int32(0, 3, 5), "ratio": 1, "max_entries": 2},
+            ValueError,
+            "max_entries: got 2, a sequence has 3",
+        ),
     ],
 )
 def test_prefill_rows_refuses(changes, error, words):

@@ -149,3 +149,90 @@ def test_a_forward_that_records_gradients_fills_the_cache_too():
     torch.testing.assert_close(step.logits[:, 0], model(ids, use_cache=False).logits[:, -1], atol=1e-4, rtol=0)
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="the cache keeps no gradients"):
         model(ids[:, :1], **{CACHE: step[CACHE]})
+
+
+@pytest.mark.parametrize("with_padding", [False, True])
+def test_under_autocast(with_padding):
+    """Projections are bfloat16 then, and so are the caches of a float32 model; chunks give what the whole gives."""
+    model = enable(tiny(num_experts_per_tok=8, index_topk=64))  # no choice that rounding could change
+    ids, mask = padded((41, 30)) if with_padding else (torch.randint(2, VOCABULARY, (2, 41)), None)
+    exact = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+    first = None if mask is None else mask[:, :36]
+    with torch.autocast("cpu", torch.bfloat16):
+        past = model(ids[:, :36], attention_mask=first, use_cache=True)[CACHE]
+        step = model(ids[:, 36:], attention_mask=mask, **{CACHE: past}).logits[:, -1]
+    assert past.layers[1].caches.entries.dtype == past.layers[1].caches.state.dtype == torch.bfloat16
+    torch.testing.assert_close(step.float(), exact, atol=0.2, rtol=0)
+    if with_padding:
+        mask = torch.cat((mask, mask.new_ones(2, 1)), 1)
+    with pytest.raises(TypeError, match="the cache was filled with"):
+        model(ids[:, :1], attention_mask=mask, **{CACHE: past})
+    assert past.get_seq_length() == 41, "a refused token must not count"
+
+
+def test_training_under_autocast_with_transformers_default_cache():
+    model = enable(tiny().requires_grad_(True)).train()
+    ids = torch.randint(2, VOCABULARY, (2, 45))
+    grads = []
+    for use_cache in (False, True):
+        model.zero_grad()
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=use_cache).loss
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_the_cache_of_another_model_is_refused():
+    """Its windows and entries would be read as this model's."""
+    model, other = enable(tiny()), enable(tiny(sliding_window=16))
+    ids = torch.randint(2, VOCABULARY, (1, 9))
+    cache = other(ids, use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match="got the cache of another model"):
+        model(ids[:, :1], **{CACHE: cache})
+    assert cache.get_seq_length() == 9
+
+
+class Adapter(torch.nn.Module):
+    """A module around a projection, which has no weight of its own to read."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 1.5 * self.base(x)
+
+
+@pytest.mark.parametrize("first", ["enabled", "adapted"])
+def test_modules_put_around_projections_act(first):
+    """Before and after enable: what the model holds at the call is what counts."""
+    model = tiny()
+    ids = torch.randint(2, VOCABULARY, (2, 21))
+    if first == "enabled":
+        enable(model)
+    attention = model.model.layers[1].self_attn
+    for holder, name in (
+        (attention, "q_b_proj"), (attention, "kv_proj"), (attention.compressor, "gate_proj"),
+        (attention.compressor.indexer, "kv_proj"),
+    ):  # fmt: skip
+        setattr(holder, name, Adapter(getattr(holder, name)))
+    actual = generate(enable(model), ids, new=8)
+    assert_same(actual, generate(disable(model), ids, new=8))
+
+
+def test_hooks_on_a_compressor_are_refused():
+    """Its forward is not called, so that they would be forgotten; on projections and the attention they run."""
+    model = tiny()
+    ids = torch.randint(2, VOCABULARY, (1, 9))
+    compressor = model.model.layers[2].self_attn.compressor
+    handle = compressor.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+        enable(model)
+    handle.remove()
+    enable(model)
+    compressor.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+        model(ids)

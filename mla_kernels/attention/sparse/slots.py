@@ -4,10 +4,12 @@ Both list the newest ``width`` of what a query sees of its sequence: tokens them
 stand for ``ratio`` tokens each. Index lists follow from lengths alone, so one launch serves all layers of a kind.
 """
 
+from itertools import pairwise
+
 import torch
 
 from mla_kernels.attention.paging import MAX_QUOTIENT, quotient
-from mla_kernels.checks import check_int, check_tensor
+from mla_kernels.checks import check_int, check_tensor, readable
 from mla_kernels.cpu.slots import entry_slots as cpu_entry_slots
 from mla_kernels.cpu.slots import window_slots as cpu_window_slots
 from mla_kernels.language import tl, triton
@@ -241,6 +243,23 @@ def entry_slots(
     return _entry_slots(block_table, seq_lens, queries, ratio, page_size, max_entries)
 
 
+def _check_prefill_values(bounds, tokens, entry_cu_seqlens, ratio, max_entries):
+    """Refuse sequences that are not the tokens, and entries that a sequence lacks or that have no column."""
+    counts = [end - begin for begin, end in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(counts) < 0:
+        raise ValueError(f"cu_seqlens: got {bounds}, ascending rows from 0 to {tokens} (tokens) are accepted")
+    if entry_cu_seqlens is None:
+        return
+    held = entry_cu_seqlens.tolist()
+    if held[0] < 0 or any(end - begin < n // ratio for begin, end, n in zip(held, held[1:], counts)):
+        wanted = [n // ratio for n in counts]
+        raise ValueError(f"entry_cu_seqlens: got {held}, starts of {wanted} entries (or more) are accepted")
+    if max(counts) // ratio > max_entries:
+        raise ValueError(
+            f"max_entries: got {max_entries}, a sequence has {max(counts) // ratio}; at least that is accepted"
+        )
+
+
 def prefill_rows(
     cu_seqlens: torch.Tensor,
     *,
@@ -275,7 +294,8 @@ def prefill_rows(
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes, devices or sizes that do not fit, or entries in part or in two ways.
+        ValueError: shapes, devices or sizes that do not fit, or entries in part or in two ways; on CPU tensors also
+            ``cu_seqlens`` that are not 0 to ``tokens`` in order, and fewer entries or columns than sequences have.
 
     Source: DeepSeek-V4's attention, Hugging Face ``DeepseekV4Attention``.
     """
@@ -297,6 +317,8 @@ def prefill_rows(
         raise ValueError(f"{given[0]}: got a value without entry_cu_seqlens, both or neither are accepted")
     if cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, at least one sequence is accepted")
+    if readable(cu_seqlens):
+        _check_prefill_values(cu_seqlens.tolist(), tokens, entry_cu_seqlens, ratio, max_entries)
     row = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:-1].contiguous(), row, right=True, out_int32=True)
     start = cu_seqlens.index_select(0, sequence)
