@@ -72,7 +72,7 @@ class V4Places:
 
     def _prompt_slots(self, bounds, tokens: int, config):
         """The book's sequences, and the slots of packed prompts: of their last window alone, which the ring holds."""
-        sequences = self.book.sequences(self.ratios, self.book.seq_lens)
+        sequences = self.book.sequences(self.ratios, self.book.seq_lens, slice(None))
         row = torch.arange(tokens, dtype=torch.int32, device=bounds.device)
         sequence = torch.searchsorted(bounds[1:].contiguous(), row, right=True)
         position = row - bounds[sequence]

@@ -54,8 +54,8 @@ class V4Book:
         """Pages of entries a sequence."""
         return -(-(self.room // ratio) // PAGE)
 
-    def sequences(self, ratios, seq_lens: torch.Tensor, rows: slice = slice(None)) -> V4Sequences:
-        """Tables of these lengths, of all sequences or of some."""
+    def sequences(self, ratios, seq_lens: torch.Tensor, rows: slice) -> V4Sequences:
+        """Tables of these lengths, of some sequences."""
         batch, device = self.seq_lens.shape[0], self.seq_lens.device
         sequence = torch.arange(batch, dtype=torch.int32, device=device)[rows, None]
         page = torch.arange(self.room // PAGE, dtype=torch.int32, device=device)
