@@ -46,4 +46,4 @@ def test_python_functions_of_a_call(op, counted):
 
 
 def test_every_op_is_counted():
-    assert OPS.keys() - MOST.keys() == {"convert_cache"}  # a loop over two of the others
+    assert OPS.keys() - MOST.keys() == {"convert_cache", "prefill_rows"}  # of two of the others, of torch's operators
