@@ -330,7 +330,27 @@ REFUSED_CALLS = {
     ),
     "slots beyond the state": (
         lambda a: {"sequences": replace(a["sequences"], state_slots=a["sequences"].state_slots + 99)}, ValueError,
-        "state_slots: got values from .*slots of cache.state",
+        "state_slots: got values from .*slots of the state",
+    ),
+    "a raw slot beyond the cache": (
+        lambda a: {"slot_mapping": a["slot_mapping"] + 999}, ValueError, "slot_mapping: got values from 999 to 999",
+    ),
+    "a length that no table holds": (
+        lambda a: {"sequences": replace(a["sequences"], seq_lens=a["sequences"].seq_lens + 3, entry_tables={
+            ratio: table[:, :0] for ratio, table in a["sequences"].entry_tables.items()})}, ValueError,
+        "seq_lens: got values from 4 to 4",
+    ),
+    "a longest length that is none": (
+        lambda a: {"sequences": replace(a["sequences"], seq_lens=a["sequences"].seq_lens + 3, max_seqlen=1)},
+        ValueError, "max_entries: got 0, a sequence has 1",
+    ),
+    "a short state": (
+        lambda a: {"cache": replace(a["cache"], state=a["cache"].state[:, :7])}, ValueError,
+        "cache.state: got 7 rows, at least 8 are accepted",
+    ),
+    "an index state of its own": (
+        lambda a: {"cache": replace(a["cache"], index_state=a["cache"].index_state[:, :-1])}, ValueError,
+        r"cache.index_state: got shape",
     ),
     "hidden": (lambda a: {"hidden": a["hidden"][..., :40]}, ValueError, r"hidden: got shape \(1, 1, 40\)"),
     "cos": (lambda a: {"cos": a["cos"][:, :3]}, ValueError, r"cos: got shape"),
@@ -347,10 +367,12 @@ def test_calls_refused(name, cpu_code):
         "hidden": torch.randn(1, 1, 48), "cos": tables[0], "sin": tables[1],
         "slot_mapping": torch.zeros(1, 1, dtype=torch.int32), "cache": cache, "sequences": sequences([1]),
     }  # fmt: skip
-    before = cache.window.data.clone()
+    parts = cache.window.data, cache.entries.data, cache.state, cache.index_keys.data, cache.index_state
+    before = [part.clone() for part in parts]
     with pytest.raises(error, match=words):
         ours.decode(**(arguments | change(arguments)))
-    torch.testing.assert_close(cache.window.data, before, equal_nan=True)
+    for part, held in zip(parts, before):
+        torch.testing.assert_close(part, held, equal_nan=True, rtol=0, atol=0)
     ours.decode(**arguments)
 
 

@@ -9,6 +9,7 @@ from mla_kernels.checks import INDICES, check_int, check_range, check_tensor, re
 from mla_kernels.cpu.packed import prepack
 from mla_kernels.latent.heads import rotate_heads
 from mla_kernels.latent.windows.kv import write_kv
+from mla_kernels.latent.write import check_slots
 from mla_kernels.nn.layers import can_exceed, project
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.precision import Float32RMSNorm, KeepsFloat32
@@ -127,23 +128,16 @@ class V4Attention(KeepsFloat32):
         return self._output(out, tables)
 
     def _window(self, queries: int, cache: V4Cache, sequences: V4Sequences) -> torch.Tensor:
-        """Slots [batch, queries, window] of the raw tokens; refuses places outside the caches, on CPUs."""
+        """Slots [batch, queries, window] of the raw tokens; refuses pages outside the cache, on CPUs."""
         window = sequences.window_slots(queries, self.config.window, cache.window.page_size)
         if readable(window):
             check_range("window_table", window, -1, cache.window.num_slots, "slots, by its pages, of cache.window")
-            if cache.state is not None:
-                meaning = "slots of cache.state, -1: none"
-                check_range("state_slots", sequences.state_slots, -1, cache.state.shape[0], meaning)
         return window
 
     def _over_caches(self, q, window, cache: V4Cache, sequences: V4Sequences, picks) -> torch.Tensor:
         """Attention over cached tokens and entries: q [batch, queries, heads, head_dim] -> [batch * queries, ...]."""
-        queries, extra = q.shape[1], {}
-        if cache.entries is not None:
-            if picks is None:
-                picks = sequences.entry_slots(queries, self.config.ratio, cache.entries.page_size)
-            extra = {"extra_cache": cache.entries}
-        outs = []
+        queries, outs = q.shape[1], []
+        extra = {} if cache.entries is None else {"extra_cache": cache.entries}
         for first in range(0, queries, QUERIES_AT_ONCE):
             part = slice(first, first + QUERIES_AT_ONCE)
             own = {**extra, "extra_indices": picks[:, part]} if extra else {}
@@ -167,14 +161,17 @@ class V4Attention(KeepsFloat32):
         check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
 
     def _write(self, hidden, tables, slots, cache: V4Cache, sequences, cu_seqlens, max_tokens: int) -> None:
-        """New tokens hidden [tokens, hidden_size] into the layer's caches."""
-        kv = project(self.kv_proj, hidden)
-        write_kv(kv, self.kv_norm.weight, *tables, slots, cache.window, eps=self.config.eps)
+        """New tokens hidden [tokens, hidden_size] into the layer's caches. All that an op refuses is refused before the
+        first of them writes: the indexer's state and keys lie as the entries' do (:meth:`V4Cache.check`)."""
+        if readable(slots):
+            check_slots(tables[2], slots, tables[0], cache.window.data)
         if cache.entries is not None:
             places = sequences, cu_seqlens, max_tokens
             self.compressor.write(hidden, *tables[:2], cache.state, cache.entries, *places)
             if cache.index_keys is not None:
                 self.compressor.indexer.write(hidden, *tables[:2], cache.index_state, cache.index_keys, *places)
+        kv = project(self.kv_proj, hidden)
+        write_kv(kv, self.kv_norm.weight, *tables, slots, cache.window, eps=self.config.eps)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Public
@@ -206,7 +203,8 @@ class V4Attention(KeepsFloat32):
             ``[batch, tokens, hidden_size]``.
 
         Raises:
-            TypeError, ValueError: a dtype, shape or cache that does not fit.
+            TypeError, ValueError: a dtype, shape or cache that does not fit; on CPU tensors also a length, slot or page
+                out of range, or one state slot for two sequences. Nothing was written then.
         """
         check_tensor("slot_mapping", slot_mapping, rank=2, dtypes=INDICES)
         self._check(hidden, cos, sin, slot_mapping, cache, sequences)
@@ -215,10 +213,12 @@ class V4Attention(KeepsFloat32):
             return torch.zeros_like(hidden)
         rows, tables = hidden.flatten(0, 1), (cos, sin, sequences.positions(queries).flatten())
         slots, window = slot_mapping.flatten().contiguous(), self._window(queries, cache, sequences)
+        page = None if cache.entries is None else cache.entries.page_size
+        chooses = config.overlap and sequences.room(config.ratio, page) > config.index_top_k
+        picks = None if page is None or chooses else sequences.entry_slots(queries, config.ratio, page)
         self._write(rows, tables, slots, cache, sequences, sequences.bounds(queries), queries)
         q, q_latent = self._queries(rows, tables)
-        picks = None
-        if config.overlap and sequences.room(config.ratio, cache.entries.page_size) > config.index_top_k:
+        if chooses:
             indexer = self.compressor.indexer
             picks = indexer.select_slots(rows, q_latent, tables, queries, cache.index_keys, sequences)
         out = self._over_caches(q.unflatten(0, (batch, queries)), window, cache, sequences, picks)

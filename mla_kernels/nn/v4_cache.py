@@ -96,6 +96,7 @@ class V4Cache:
                     f"cache.{name}: got latent_dim {cache.latent_dim} and rope_dim {cache.rope_dim}, "
                     f"{config.head_dim} and 0 are accepted"
                 )
+        self._check_states(config)
         if self.index_keys is not None and self.index_keys.num_slots != self.entries.num_slots:
             raise ValueError(
                 f"cache.index_keys: got {self.index_keys.num_slots} slots, {self.entries.num_slots} are accepted, "
@@ -105,6 +106,19 @@ class V4Cache:
             raise ValueError(
                 f"cache.index_keys: got pages of {self.index_keys.page_size}, {self.entries.page_size} are accepted"
             )
+
+    def _check_states(self, config: V4AttentionConfig) -> None:
+        """Refuse states that a compressor cannot use, or that two do not use alike."""
+        sides = 1 + config.overlap
+        if config.ratio:
+            check_tensor("cache.state", self.state, shape=(None, None, 2, sides * config.head_dim))
+            if self.state.shape[1] < config.ratio * sides:
+                raise ValueError(
+                    f"cache.state: got {self.state.shape[1]} rows, at least {config.ratio * sides} are accepted"
+                )
+        if config.overlap:
+            shape = (*self.state.shape[:3], sides * config.index_head_dim)
+            check_tensor("cache.index_state", self.index_state, shape=shape, like=self.state)
 
 
 @dataclass(eq=False)

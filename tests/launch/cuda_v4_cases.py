@@ -30,9 +30,9 @@ class Operators(TorchDispatchMode):
 
 KERNELS = {
     "sliding_attention": ["write_kv", "rotate_heads", "sparse_mla", "rotate_heads"],
-    "heavily_compressed_attention": ["write_kv", "write_windows", "rotate_heads", "sparse_mla_pair", "rotate_heads"],
+    "heavily_compressed_attention": ["write_windows", "write_kv", "rotate_heads", "sparse_mla_pair", "rotate_heads"],
     "compressed_sparse_attention": [
-        "write_kv", "write_windows", "write_windows", "rotate_heads", "rotate_heads", "indexer_logits", "topk", "slots",
+        "write_windows", "write_windows", "write_kv", "rotate_heads", "rotate_heads", "indexer_logits", "topk", "slots",
         "sparse_mla_pair", "rotate_heads",
     ],
 }  # fmt: skip
