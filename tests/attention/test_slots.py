@@ -104,6 +104,10 @@ TABLE, LENGTH = int32([0, 1], [2, 3]), int32(5, 8)
         ({"seq_lens": LENGTH[:1]}, ValueError, r"seq_lens: got shape \(1,\), \(2\) is accepted"),
         ({"queries": 0}, ValueError, "queries: got 0"),
         ({"queries": 1.0}, TypeError, "queries: got float"),
+        ({"queries": 1 << 31}, ValueError, "queries: got 2147483648, an integer from 1 to 1073741824"),
+        ({"window": 1 << 31}, ValueError, "window: got 2147483648"),
+        ({"ratio": 1 << 40}, ValueError, "ratio: got 1099511627776"),
+        ({"max_entries": 1 << 31}, ValueError, "max_entries: got 2147483648"),
         ({"page_size": 0}, ValueError, "page_size: got 0, an integer from 1 to 524288"),
         (
             {"page_size": 1 << 19, "block_table": TABLE.repeat(1, 1024)},
@@ -164,6 +168,12 @@ def test_prefill_rows(lengths, ratio):
         ({"cu_seqlens": int32(0)}, ValueError, r"cu_seqlens: got shape \(1,\)"),
         ({"tokens": 4.0}, TypeError, "tokens: got float"),
         ({"window": 0}, ValueError, "window: got 0"),
+        ({"window": 1 << 31}, ValueError, "window: got 2147483648"),
+        (
+            {"entry_cu_seqlens": int32(0, 1, 2), "ratio": 1 << 40, "max_entries": 3},
+            ValueError,
+            "ratio: got 1099511627776",
+        ),
         ({"ratio": 2}, ValueError, "ratio: got a value without entry_cu_seqlens"),
         ({"max_entries": 2}, ValueError, "max_entries: got a value without entry_cu_seqlens"),
         ({"entry_cu_seqlens": int32(0, 1)}, ValueError, r"entry_cu_seqlens: got shape \(2,\), \(3\) is accepted"),

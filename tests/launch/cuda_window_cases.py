@@ -10,9 +10,12 @@ from tests.launch.cuda_recorder import record
 pytestmark = pytest.mark.device_process
 
 
-@pytest.mark.parametrize("tokens, rows, launched", [(1, 8, 1), (4, 11, 1), (5, 11, 2), (40, 11, 2)])
-def test_windows_are_one_launch_a_step(tokens, rows, launched):
-    """Entries and state together where the state has room for a step's tokens, else one after the other."""
+@pytest.mark.parametrize(
+    "tokens, rows, launched, most", [(1, 8, 1, 1), (4, 11, 1, 4), (5, 11, 2, 5), (40, 11, 2, 40), (2, 11, 1, 1 << 40)]
+)
+def test_windows_are_one_launch_a_step(tokens, rows, launched, most):
+    """Entries and state together where the state has room for a step's tokens, else one after the other; no sequence
+    has more new tokens than there are."""
     kv, gate = torch.randn(2, 2 * tokens, 256).to(BF16)
     cos, sin = table(64)
     state = torch.randn(3, rows, 2, 256).to(BF16)
@@ -22,12 +25,13 @@ def test_windows_are_one_launch_a_step(tokens, rows, launched):
     with record() as launches:
         mla_kernels.write_windows(
             kv, gate, torch.randn(4, 256), torch.ones(128), cos, sin, state, *places, pages, cache,
-            ratio=4, overlap=True, max_tokens=tokens,
+            ratio=4, overlap=True, max_tokens=most,
         )  # fmt: skip
     assert len(launches) == launched
     flags = [(launch.constants["ENTRIES"], launch.constants["KEEP"]) for launch in launches]
     assert flags == ([(True, True)] if launched == 1 else [(True, False), (False, True)])
     for launch in launches:
+        assert launch.grid <= 2 * max(1, tokens)
         assert {t.data_ptr() for t in (kv, gate, cos, sin, state, *places, pages)} <= set(pointers(launch).values())
         assert pointers(launch)["codes"] == cache.data.data_ptr()
         assert pointers(launch)["scales"] == cache.data.data_ptr() + 64 * 128

@@ -17,7 +17,7 @@ from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
 _INT32 = (torch.int32,)
-MAX_LENGTH = 1 << 30  # rows that a block table may name
+MAX_LENGTH = 1 << 30  # rows that a block table may name; no size is larger
 _SLOTS = (1 << 31) - 1  # slots lie below: a page that begins beyond holds none
 
 
@@ -164,7 +164,7 @@ _entry_slots = define_op(
 def _check(block_table, seq_lens, queries, page_size):
     check_tensor("block_table", block_table, rank=2, dtypes=_INT32)
     check_tensor("seq_lens", seq_lens, shape=(block_table.shape[0],), dtypes=_INT32, device=block_table.device)
-    check_int("queries", queries, 1)
+    check_int("queries", queries, 1, MAX_LENGTH)
     check_int("page_size", page_size, 1, MAX_QUOTIENT // 2)
     if block_table.shape[1] * page_size >= MAX_LENGTH:
         raise ValueError(
@@ -202,7 +202,7 @@ def window_slots(
     Source: DeepSeek-V4's sliding window, Hugging Face ``DeepseekV4Attention``.
     """
     _check(block_table, seq_lens, queries, page_size)
-    check_int("window", window, 1)
+    check_int("window", window, 1, MAX_LENGTH)
     return _window_slots(block_table, seq_lens, queries, window, page_size)
 
 
@@ -238,8 +238,8 @@ def entry_slots(
     Source: DeepSeek-V4's heavily compressed attention, Hugging Face ``DeepseekV4Attention``.
     """
     _check(block_table, seq_lens, queries, page_size)
-    check_int("ratio", ratio, 1)
-    check_int("max_entries", max_entries, 0)
+    check_int("ratio", ratio, 1, MAX_LENGTH)
+    check_int("max_entries", max_entries, 0, MAX_LENGTH)
     return _entry_slots(block_table, seq_lens, queries, ratio, page_size, max_entries)
 
 
@@ -301,7 +301,7 @@ def prefill_rows(
     """
     check_tensor("cu_seqlens", cu_seqlens, rank=1, dtypes=_INT32)
     check_int("tokens", tokens, 0)
-    check_int("window", window, 1)
+    check_int("window", window, 1, MAX_LENGTH)
     given = [name for name, value in (("ratio", ratio), ("max_entries", max_entries)) if value is not None]
     if picks is not None:
         check_tensor("picks", picks, shape=(tokens, None), dtypes=_INT32, device=cu_seqlens.device)
@@ -311,8 +311,8 @@ def prefill_rows(
     if entry_cu_seqlens is not None:
         shape = tuple(cu_seqlens.shape)
         check_tensor("entry_cu_seqlens", entry_cu_seqlens, shape=shape, dtypes=_INT32, device=cu_seqlens.device)
-        check_int("ratio", ratio, 1)
-        check_int("max_entries", max_entries, 0)
+        check_int("ratio", ratio, 1, MAX_LENGTH)
+        check_int("max_entries", max_entries, 0, MAX_LENGTH)
     elif given:
         raise ValueError(f"{given[0]}: got a value without entry_cu_seqlens, both or neither are accepted")
     if cu_seqlens.shape[0] < 2:

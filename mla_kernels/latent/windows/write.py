@@ -214,6 +214,7 @@ def _launch(
     sequences, rows, width, chip = seq_lens.shape[0], state.shape[1], norm_weight.shape[0], chip_of(kv.device)
     if kv.shape[0] == 0 or sequences == 0 or max_tokens == 0:
         return
+    max_tokens = min(max_tokens, kv.shape[0])
     stored = INDEXER_FP8 if layout == INDEXER and cache.dim() == 2 else layout if layout in QUANTISED else "unquantised"
     key = (
         chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap, stored, batch_invariant
