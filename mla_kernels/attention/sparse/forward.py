@@ -316,7 +316,7 @@ def _decode_pair(chip, q, sources, picks, queries, scale, sink, out, lse):
     """One launch over both sources, and the merge where several programs share a token."""
     tokens, heads, _ = q.shape
     top_k, latent_dim = sum(indices.shape[1] for indices in picks), out.shape[3]
-    tile = pair_tile(chip, q.dtype, heads, sources[0])
+    tile = pair_tile(chip, q.dtype, heads, sources)
     share = picks_of_split(top_k, tokens * -(-heads // tile["BLOCK_H"]), chip.dot_cores)
     parts, rows = parts_of(top_k, share), tokens * heads
     if parts == 1:

@@ -141,13 +141,16 @@ def _work(dtype, statics, sizes, tile):
     )
 
 
-def _case(name, heads, *, layout="plain", rope=0, pages=(1, 1), split=False, extra_top_k=512, tokens=256):
+def _case(
+    name, heads, *, layout="plain", rope=0, pages=(1, 1), split=False, wide=False, extra_top_k=512, tokens=256,
+    dtypes=("bf16",),
+):  # fmt: skip
     statics = {
-        "LATENT": 512, "ROPE": rope, "LAYOUT": layout, "PAGE_SIZE": pages[0], "WIDE": False,
-        "EXTRA_PAGE_SIZE": pages[1], "EXTRA_WIDE": False, "LENGTHS": False, "EXTRA_LENGTHS": False, "SINK": not split,
+        "LATENT": 512, "ROPE": rope, "LAYOUT": layout, "PAGE_SIZE": pages[0], "WIDE": wide,
+        "EXTRA_PAGE_SIZE": pages[1], "EXTRA_WIDE": wide, "LENGTHS": False, "EXTRA_LENGTHS": False, "SINK": not split,
         "SPLIT": split,
     }  # fmt: skip
-    return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 128, "extra_top_k": extra_top_k}, ("bf16",))
+    return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": 128, "extra_top_k": extra_top_k}, dtypes)
 
 
 SPARSE_MLA_PAIR = Kernel(
@@ -195,22 +198,18 @@ SPARSE_MLA_PAIR = Kernel(
         _case("v4_csa", 64, layout="fp8_v4", rope=64, pages=(64, 64)),
         _case("v4_hca", 64, layout="fp8_v4", rope=64, pages=(64, 2), split=True, extra_top_k=1024, tokens=8),
         _case("v4_tp4", 16, layout="fp8_v4", rope=64, pages=(64, 64), split=True),
-        _case("v4_bf16", 64),
+        _case("v4_plain", 64, dtypes=("bf16", "fp16", "fp32")),
+        _case("v4_wide", 64, pages=(64, 16), wide=True, dtypes=("bf16", "fp32")),
         _case("v4_int8", 64, layout="int8", split=True),
     ),
     uses_dot=True,
 )  # fmt: skip
 
 
-def pair_tile(chip, dtype, heads, source):
-    """The tile of a pair, whose first source is this."""
-    statics = source.statics
-    key = chip.device, dtype, heads, statics["LATENT"], statics["ROPE"], statics["LAYOUT"]
-    tile = SPARSE_MLA_PAIR.kept.plans.get(key)
-    if tile is None:
-        statics = _statics(source, source) | {"SINK": False, "SPLIT": False}
-        tile = SPARSE_MLA_PAIR.keep(key, SPARSE_MLA_PAIR.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads}))
-    return tile
+def pair_tile(chip, dtype, heads, sources):
+    """The tile of two sources; it depends on neither the batch nor the number of tokens."""
+    statics = _statics(*sources) | {"SINK": False, "SPLIT": False}
+    return SPARSE_MLA_PAIR.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
 
 
 def _statics(first, second):

@@ -37,6 +37,12 @@ def pair_rule(chip, dtype, statics, sizes):
         tile["BLOCK_N"] = 16  # 32 picks overflow UB by half a KB
     if chip.architecture == "80" and statics["LAYOUT"] == "fp8_v4" and (3, 7) <= TRITON_VERSION < (3, 9):
         tile["num_stages"] = 1  # two spill with Triton 3.7
+    wide = statics["WIDE"] or statics["EXTRA_WIDE"]
+    one_product = statics["LAYOUT"] == "plain" and not statics["ROPE"]
+    if chip.architecture == "90" and one_product and (wide or tile["BLOCK_H"] == 32):
+        tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)  # 64 spill
+    if chip.architecture == "120" and wide and dtype == "fp32":
+        tile["num_stages"] = 1  # two spill
     if chip.architecture == "100" and tile["BLOCK_H"] == 64 and not statics["ROPE"]:
         tile["BLOCK_H"] = 32  # 64 rows spill
     return tile
