@@ -14,71 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 
 import mla_kernels as mk
+from mla_kernels.autotune import v4_problems
+from mla_kernels.autotune.making import CHECKED, CONTEXT, PAGE, Call, Make, Operation, each
 from mla_kernels.autotune.models import Geometry
 from mla_kernels.launch import DTYPE_NAMES, on_cpu
 from mla_kernels.moe.quantised.formats import FORMATS, WeightFormat
-from mla_kernels.reference import attention, hyper, moe, prefill, prolog, quant, route, sparse
+from mla_kernels.reference import attention, moe, prefill, prolog, quant, route, sparse
 from mla_kernels.targets.chips import Chip
 from mla_kernels.tiles import Problem, record
 
-PAGE, CONTEXT = 64, 4096
-CHECKED = 4  # tokens or sequences of a result that are held against the reference
 _ROPE = "interleaved_to_half"
-_V4_WIDTH = 512  # of DeepSeek-V4's rows, raw and compressed
-
-
-@dataclass(frozen=True)
-class Call:
-    """One op with its arguments. ``expected`` is the reference's result in float32 for the first rows of the op's."""
-
-    run: Callable[[], tuple[torch.Tensor, ...]]
-    expected: Callable[[], tuple[torch.Tensor, ...]] | None
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A public op as models call it."""
-
-    name: str
-    applies: Callable[[Geometry], bool]
-    sizes: tuple[dict[str, int], ...]
-    build: Callable[[Geometry, dict[str, int], "Make"], Call]
-
-
-class Make:
-    """Arguments on one device in one dtype: random numbers, or on ``meta`` shapes alone."""
-
-    def __init__(self, device: torch.device | str, dtype: torch.dtype):
-        self.device, self.dtype = torch.device(device), dtype
-        self.bare = self.device.type == "meta"
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        made = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        return made if self.bare else made.normal_(0.0, scale)
-
-    def integers(self, *shape: int, below: int) -> torch.Tensor:
-        if self.bare:
-            return torch.empty(shape, dtype=torch.int32, device=self.device)
-        return torch.randint(below, shape, dtype=torch.int32, device=self.device)
-
-    def choices(self, rows: int, count: int, below: int) -> torch.Tensor:
-        """[rows, count] of different numbers below ``below``."""
-        if self.bare:
-            return self.integers(rows, count, below=below)
-        chunks = torch.arange(rows, device=self.device).split(4096)
-        found = [torch.rand(len(c), below, device=self.device).topk(count).indices for c in chunks]
-        return torch.cat(found).int()
-
-    def counting(self, *shape: int) -> torch.Tensor:
-        count = torch.Size(shape).numel()
-        return torch.arange(count, dtype=torch.int32, device=self.device).view(shape)
-
-    def full(self, *shape: int, value: int) -> torch.Tensor:
-        return torch.full(shape, value, dtype=torch.int32, device=self.device)
-
-    def angles(self, rope: int) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self.normal(CONTEXT, rope // 2, dtype=torch.float32)
-        return table.cos(), table.sin()
 
 
 def _route(g: Geometry, size, make: Make) -> Call:
@@ -190,25 +135,6 @@ def _prefill(g: Geometry, size, make: Make) -> Call:
     )
 
 
-def _hyper(g: Geometry, size, make: Make) -> Call:
-    tokens, streams = size["tokens"], g.streams
-    fp32 = {"dtype": torch.float32}
-    rows, depth = (2 + streams) * streams, streams * g.hidden
-    written = (
-        make.normal(tokens, streams, g.hidden), make.normal(tokens, g.hidden), make.normal(tokens, streams, **fp32),
-        make.normal(tokens, streams, streams, scale=0.5, **fp32),
-    )  # fmt: skip
-    fn = make.normal(rows, depth, scale=depth**-0.5, **fp32)
-    weights = fn, make.normal(rows, **fp32), make.normal(3, **fp32)
-    norm = make.normal(g.hidden, **fp32)
-
-    def expected():
-        few = (x[:CHECKED].float() for x in written)
-        return hyper.hyper_post_pre(*few, *weights, norm_weight=norm)
-
-    return Call(lambda: mk.hyper_post_pre(*written, *weights, norm_weight=norm), expected)
-
-
 def _merge(g: Geometry, size, make: Make) -> Call:
     outs = make.normal(2, size["tokens"], g.heads, g.value)
     lses = make.normal(2, size["tokens"], g.heads, dtype=torch.float32)
@@ -290,18 +216,6 @@ def _indexer_write(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
-def _heads(g: Geometry, size, make: Make) -> Call:
-    """DeepSeek-V4's queries, and its attention's output rotated back."""
-    x, positions = make.normal(size["tokens"], g.heads, 512), make.integers(size["tokens"], below=CONTEXT)
-    tables = make.angles(64)
-
-    def run():
-        mk.rotate_heads(x, *tables, positions, rope_dim=64, inverse=True)
-        return (mk.rotate_heads(x, *tables, positions, rope_dim=64, norm_eps=1e-6),)
-
-    return Call(run, None)
-
-
 def _select(g: Geometry, size, make: Make) -> Call:
     batch, pages = size["batch"], size["keys"] // PAGE
     cache = mk.IndexerCache.allocate(batch * pages, PAGE, head_dim=g.index_width, layout="fp8", device=make.device)
@@ -309,68 +223,6 @@ def _select(g: Geometry, size, make: Make) -> Call:
     weights = make.normal(batch, 1, g.index_heads, dtype=torch.float32)
     table, lengths = make.counting(batch, pages), make.full(batch, value=size["keys"])
     return Call(lambda: (mk.select_slots(q, cache, weights, table, lengths, g.index_top_k),), None)
-
-
-def _is_v4(g: Geometry) -> bool:
-    return not g.latent and g.scoring == "sqrt_softplus"
-
-
-def _write_kv(g: Geometry, size, make: Make) -> Call:
-    cache = mk.LatentCache.allocate(
-        max(1, -(-size["tokens"] // PAGE)), PAGE, latent_dim=_V4_WIDTH, rope_dim=0, dtype=make.dtype, device=make.device
-    )
-    rows, norm = make.normal(size["tokens"], _V4_WIDTH), make.normal(_V4_WIDTH, dtype=torch.float32)
-    where, tables = (make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])), make.angles(64)
-
-    def run():
-        mk.write_kv(rows, norm, *tables, *where, cache)
-        return (cache.data,)
-
-    return Call(run, None)
-
-
-def _compressor(ratio: int, width: int, tokens: int, make: Make):
-    """Arguments and options of a compressor of DeepSeek-V4: 128 tokens an entry, or 4 with overlap."""
-    row = width * (1 + (ratio == 4))
-    bias, norm = make.normal(ratio, row, dtype=torch.float32), make.normal(width, dtype=torch.float32)
-    inputs = make.normal(tokens, row), make.normal(tokens, row), bias, norm, *make.angles(64)
-    return inputs, {"ratio": ratio, "overlap": ratio == 4}
-
-
-def _write_windows(g: Geometry, size, make: Make) -> Call:
-    """Sequences that complete a window: at 128, at 4 and (width 128) the indexer's."""
-    sequences, tokens, width = size["sequences"], size["tokens"], size["width"]
-    inputs, options = _compressor(size["ratio"], width, sequences * tokens, make)
-    if width == _V4_WIDTH:
-        cache = mk.LatentCache.allocate(
-            sequences, PAGE, latent_dim=width, rope_dim=0, dtype=make.dtype, device=make.device
-        )
-    else:
-        cache = mk.IndexerCache.allocate(sequences, PAGE, head_dim=width, layout="fp8", device=make.device)
-    rows = size["ratio"] * (1 + options["overlap"]) + 3
-    state = make.normal(sequences, rows, 2, inputs[0].shape[1])
-    length = size["ratio"] * max(2, -(-tokens // size["ratio"]))
-    bounds, table = make.counting(sequences + 1) * tokens, make.counting(sequences, max(1, length // PAGE))
-    places = make.counting(sequences), bounds, make.full(sequences, value=length), table
-
-    def run():
-        mk.write_windows(*inputs, state, *places, cache, max_tokens=tokens, **options)
-        return (cache.data,)
-
-    return Call(run, None)
-
-
-def _compress_windows(g: Geometry, size, make: Make) -> Call:
-    inputs, options = _compressor(size["ratio"], size["width"], size["tokens"], make)
-    inputs = [one.requires_grad_() for one in inputs[:4]] + list(inputs[4:])
-    ends = make.counting(2) * size["tokens"]
-
-    def run():
-        with torch.enable_grad():
-            entries, _ = mk.compress_windows(*inputs, ends, **options)
-        return (entries, *torch.autograd.grad(entries, inputs[:4], torch.ones_like(entries)))
-
-    return Call(run, None)
 
 
 def _picks(g: Geometry) -> int:
@@ -403,10 +255,6 @@ def _sparse_prefill(g: Geometry, size, make: Make) -> Call:
     )
 
 
-def _each(name: str, *values: int, **more: int) -> tuple[dict[str, int], ...]:
-    return tuple({name: value} | more for value in values)
-
-
 def _has_latent(g: Geometry) -> bool:
     return g.latent > 0
 
@@ -417,50 +265,42 @@ def _is_sparse(g: Geometry) -> bool:
 
 QUANTISED = tuple(format.value for format in WeightFormat if format is not WeightFormat.PLAIN)
 
-_TOKENS = _each("tokens", 1, 8, 64, 512, 4096)
-_WINDOWS = (
-    *_each("sequences", 1, 8, 64, ratio=128, width=512, tokens=1),
-    *_each("sequences", 1, 8, 64, ratio=4, width=512, tokens=1),
-    *_each("sequences", 1, 8, 64, ratio=4, width=128, tokens=1),
-    *_each("ratio", 128, 4, width=512, tokens=4096, sequences=1),
-)
-_COMPRESSED = (*_each("ratio", 128, 4, width=512, tokens=8192), *_each("ratio", 4, width=128, tokens=8192))
-
+_TOKENS = each("tokens", 1, 8, 64, 512, 4096)
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation(
             "mla_decode",
             _has_latent,
-            (*_each("batch", 1, 8, 64, queries=1), *_each("queries", 2, 4, batch=8)),
+            (*each("batch", 1, 8, 64, queries=1), *each("queries", 2, 4, batch=8)),
             _decode,
         ),
-        Operation("sparse_mla_decode", _is_sparse, _each("batch", 1, 8, 64), _sparse),
+        Operation("sparse_mla_decode", _is_sparse, each("batch", 1, 8, 64), _sparse),
         *(
             Operation(
                 f"fused_experts {format}",
                 lambda g, format=format: g.experts > 0 and format in g.formats,
-                _each("tokens", *(4**i for i in range(8))),
+                each("tokens", *(4**i for i in range(8))),
                 _quantised(format),
             )
             for format in QUANTISED
         ),
-        Operation("fused_moe", lambda g: g.experts > 0, _each("tokens", *(4**i for i in range(8))), _experts),
-        Operation("mla_prefill", _has_latent, _each("causal", 1, 0, tokens=4096), _prefill),
-        Operation("sparse_mla_prefill", _is_sparse, _each("tokens", 4096), _sparse_prefill),
-        Operation("select_slots", lambda g: g.index_heads > 0, _each("batch", 1, 8, 64, keys=8192), _select),
-        Operation("absorb_query", _has_latent, _each("tokens", 1, 8, 64, 512), _absorb),
-        Operation("expand_output", _has_latent, _each("tokens", 1, 8, 64, 512), _expand),
+        Operation("fused_moe", lambda g: g.experts > 0, each("tokens", *(4**i for i in range(8))), _experts),
+        Operation("mla_prefill", _has_latent, each("causal", 1, 0, tokens=4096), _prefill),
+        Operation("sparse_mla_prefill", _is_sparse, each("tokens", 4096), _sparse_prefill),
+        Operation("select_slots", lambda g: g.index_heads > 0, each("batch", 1, 8, 64, keys=8192), _select),
+        Operation("absorb_query", _has_latent, each("tokens", 1, 8, 64, 512), _absorb),
+        Operation("expand_output", _has_latent, each("tokens", 1, 8, 64, 512), _expand),
         Operation("norm_and_write", _has_latent, _TOKENS, _prolog),
         Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("write_indexer_key", lambda g: g.index_heads > 0, _TOKENS, _indexer_write),
-        Operation("rotate_heads", lambda g: g.latent == 0, _TOKENS, _heads),
-        Operation("write_kv", _is_v4, _TOKENS, _write_kv),
-        Operation("write_windows", _is_v4, _WINDOWS, _write_windows),
-        Operation("compress_windows", _is_v4, _COMPRESSED, _compress_windows),
+        Operation("rotate_heads", lambda g: g.latent == 0, _TOKENS, v4_problems.rotated_heads),
+        Operation("write_kv", v4_problems.is_v4, _TOKENS, v4_problems.write_kv),
+        Operation("write_windows", v4_problems.is_v4, v4_problems.WINDOWS, v4_problems.write_windows),
+        Operation("compress_windows", v4_problems.is_v4, v4_problems.COMPRESSED, v4_problems.compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
-        Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, _hyper),
-        Operation("merge_states", _has_latent, _each("tokens", 64, 512, 4096), _merge),
+        Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, v4_problems.hyper_step),
+        Operation("merge_states", _has_latent, each("tokens", 64, 512, 4096), _merge),
     )
 }
 """By name, those first in which a model that generates text spends most of its time: ``tune`` takes them in order."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LOWEST
+from mla_kernels.attention.sparse.costs import attended_cost, attended_work, programs_of
 from mla_kernels.attention.sparse.merge import launch_merge
 from mla_kernels.attention.sparse.pair import attend_pair, pair_tile
 from mla_kernels.attention.sparse.rows import attend_picks, load_queries, store_attended
@@ -26,7 +26,7 @@ from mla_kernels.attention.splits import (
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_NAMES, Case, Kernel, chip_of
 from mla_kernels.quant.cache_layout import ALIGNMENT, QUANTISED, V4_BLOCK, launched_parts
 
 FIXED_PICKS = 256  # picks of a split where bits must not depend on the batch
@@ -87,30 +87,18 @@ def sparse_mla_kernel(
 
 def _cost(dtype, statics, sizes):
     """Workspace: the most on any chip."""
-    tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"]
-    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
-    parts = 1
+    top_k, parts = sizes["top_k"], 1
     if statics["SPLIT"]:
-        programs = tokens * -(-heads // max(SPARSE_MLA.tiles["BLOCK_H"]))
+        programs = programs_of(sizes, max(SPARSE_MLA.tiles["BLOCK_H"]))
         parts = max(most_splits(top_k, programs, MOST_CORES), parts_of(top_k, FIXED_PICKS))
-    return Cost(
-        flops=2.0 * tokens * heads * top_k * (width + latent),
-        bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (decode_tiles.token_bytes(dtype, statics) + 4)),
-        workspace=parts * tokens * heads * (latent + 1) * 4 if parts > 1 else 0,
-    )
+    return attended_cost(dtype, statics, sizes, top_k, parts)
 
 
 def _work(dtype, statics, sizes, tile):
-    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
-    apart = 2 * statics["ROPE"] if width == latent else 0  # columns of products that fp8_v4 has beside its codes'
-    programs, picks = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"]), sizes["top_k"]
+    picks = top_k = sizes["top_k"]
     if statics["SPLIT"]:
-        picks = picks_of_split(picks, programs, DECLARED_CORES)
-    return Work(
-        programs=programs * parts_of(sizes["top_k"], picks),
-        flops=2.0 * tile["BLOCK_H"] * picks * (width + latent + apart),
-        bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
-    )
+        picks = picks_of_split(top_k, programs_of(sizes, tile["BLOCK_H"]), DECLARED_CORES)
+    return attended_work(dtype, statics, sizes, tile, top_k, picks)
 
 
 def _case(

@@ -3,8 +3,8 @@ one softmax can hold."""
 
 import math
 
-from mla_kernels.attention.decode import tiles as decode_tiles
 from mla_kernels.attention.latents import LOWEST
+from mla_kernels.attention.sparse.costs import attended_cost, attended_work, programs_of
 from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.attention.sparse.rows import (
     attend_picks,
@@ -17,7 +17,7 @@ from mla_kernels.attention.sparse.rows import (
 from mla_kernels.attention.sparse.tiles import forward_memory, pair_rule
 from mla_kernels.attention.splits import DECLARED_CORES, MOST_CORES, most_splits, parts_of, picks_of_split
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work
+from mla_kernels.launch import DTYPE_NAMES, Case, Kernel
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k", "extra_top_k", "share", "splits", "work"])
@@ -117,28 +117,17 @@ def sparse_mla_pair_kernel(
 
 def _cost(dtype, statics, sizes):
     """Workspace: the most on any chip."""
-    tokens, heads, top_k = sizes["tokens"], sizes["heads"], sizes["top_k"] + sizes["extra_top_k"]
-    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
-    parts = 1
+    top_k, parts = sizes["top_k"] + sizes["extra_top_k"], 1
     if statics["SPLIT"]:
-        parts = most_splits(top_k, tokens * -(-heads // max(SPARSE_MLA_PAIR.tiles["BLOCK_H"])), MOST_CORES)
-    return Cost(
-        flops=2.0 * tokens * heads * top_k * (width + latent),
-        bytes=tokens * (heads * ((width + latent) * size + 4) + top_k * (decode_tiles.token_bytes(dtype, statics) + 4)),
-        workspace=parts * tokens * heads * (latent + 1) * 4 if parts > 1 else 0,
-    )
+        parts = most_splits(top_k, programs_of(sizes, max(SPARSE_MLA_PAIR.tiles["BLOCK_H"])), MOST_CORES)
+    return attended_cost(dtype, statics, sizes, top_k, parts)
 
 
 def _work(dtype, statics, sizes, tile):
-    latent, width, size = statics["LATENT"], decode_tiles.query_width(statics), DTYPE_BYTES[dtype]
-    programs, top_k = sizes["tokens"] * -(-sizes["heads"] // tile["BLOCK_H"]), sizes["top_k"] + sizes["extra_top_k"]
-    picks = picks_of_split(top_k, programs, DECLARED_CORES) if statics["SPLIT"] else top_k
-    apart = 2 * statics["ROPE"] if width == latent else 0  # columns of products that fp8_v4 has beside its codes'
-    return Work(
-        programs=programs * parts_of(top_k, picks),
-        flops=2.0 * tile["BLOCK_H"] * picks * (width + latent + apart),
-        bytes=tile["BLOCK_H"] * (width * size + latent * 4) + picks * (decode_tiles.token_bytes(dtype, statics) + 4),
-    )
+    picks = top_k = sizes["top_k"] + sizes["extra_top_k"]
+    if statics["SPLIT"]:
+        picks = picks_of_split(top_k, programs_of(sizes, tile["BLOCK_H"]), DECLARED_CORES)
+    return attended_work(dtype, statics, sizes, tile, top_k, picks)
 
 
 def _case(
