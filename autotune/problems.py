@@ -163,11 +163,14 @@ def _expand(g: Geometry, size, make: Make) -> Call:
     )
 
 
+def _cache(g: Geometry, tokens: int, make: Make) -> mk.LatentCache:
+    return mk.LatentCache.allocate(
+        max(1, -(-tokens // PAGE)), PAGE, latent_dim=g.latent, rope_dim=g.rope, dtype=make.dtype, device=make.device
+    )
+
+
 def _write(g: Geometry, size, make: Make) -> Call:
-    cache = mk.LatentCache.allocate(
-        max(1, -(-size["tokens"] // PAGE)), PAGE, latent_dim=g.latent, rope_dim=g.rope, dtype=make.dtype,
-        device=make.device,
-    )  # fmt: skip
+    cache = _cache(g, size["tokens"], make)
     rows, norm = make.normal(size["tokens"], cache.width), make.normal(g.latent)
     where = make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])
     tables = make.angles(g.rope)
@@ -179,24 +182,15 @@ def _write(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
-def _prolog(g: Geometry, size, make: Make) -> Call:
-    tokens = size["tokens"]
-    cache = mk.LatentCache.allocate(
-        max(1, -(-tokens // PAGE)), PAGE, latent_dim=g.latent, rope_dim=g.rope, dtype=make.dtype, device=make.device
-    )
-    where = make.integers(tokens, below=CONTEXT), make.counting(tokens)
+def _norm_and_write(g: Geometry, size, make: Make) -> Call:
+    cache = _cache(g, size["tokens"], make)
+    where = make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])
     tables = make.angles(g.rope)
-    q_a, q_norm = (make.normal(tokens, g.q_rank), make.normal(g.q_rank)) if g.q_rank else (None, None)
-    kv_a, kv_norm = make.normal(tokens, cache.width), make.normal(g.latent)
-
-    def run():
-        if q_a is None:
-            weight, hidden = make.normal(cache.width, g.hidden), make.normal(tokens, g.hidden)
-            mk.compress_latent(hidden, weight, kv_norm, *tables, *where, cache, rope=_ROPE)
-            return (cache.data,)
-        return (mk.norm_and_write(q_a, q_norm, kv_a, kv_norm, *tables, *where, cache, rope=_ROPE), cache.data)
-
-    return Call(run, None)
+    q_a, q_norm = make.normal(size["tokens"], g.q_rank), make.normal(g.q_rank)
+    kv_a, kv_norm = make.normal(size["tokens"], cache.width), make.normal(g.latent)
+    return Call(
+        lambda: (mk.norm_and_write(q_a, q_norm, kv_a, kv_norm, *tables, *where, cache, rope=_ROPE), cache.data), None
+    )
 
 
 def _indexer_write(g: Geometry, size, make: Make) -> Call:
@@ -291,7 +285,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("select_slots", lambda g: g.index_heads > 0, each("batch", 1, 8, 64, keys=8192), _select),
         Operation("absorb_query", _has_latent, each("tokens", 1, 8, 64, 512), _absorb),
         Operation("expand_output", _has_latent, each("tokens", 1, 8, 64, 512), _expand),
-        Operation("norm_and_write", _has_latent, _TOKENS, _prolog),
+        Operation("norm_and_write", lambda g: g.latent > 0 and g.q_rank > 0, _TOKENS, _norm_and_write),
         Operation("write_latent", _has_latent, _TOKENS, _write),
         Operation("write_indexer_key", lambda g: g.index_heads > 0, _TOKENS, _indexer_write),
         Operation("rotate_heads", lambda g: g.latent == 0, _TOKENS, v4_problems.rotated_heads),

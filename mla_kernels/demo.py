@@ -204,9 +204,8 @@ def cache_table(theirs: Side, ours: Side, config):
 
 
 OF_THE_MODEL = (
-    "write_latent_kernel", "compress_latent_kernel", "mla_prefill_kernel", "mla_decode_kernel", "merge_splits_kernel",
-    "route_kernel", "moe_dispatch_kernel", "moe_inverse_kernel", "moe_gate_up_kernel", "moe_down_kernel",
-    "moe_combine_kernel",
+    "write_latent_kernel", "mla_prefill_kernel", "mla_decode_kernel", "merge_splits_kernel", "route_kernel",
+    "moe_dispatch_kernel", "moe_inverse_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel",
 )  # fmt: skip
 """Kernels that a DeepSeek-V2 model launches."""
 

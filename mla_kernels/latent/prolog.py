@@ -9,11 +9,11 @@ From hidden states to absorbed, rotated queries and tokens in the cache takes fo
 4. ``absorb_query``: each head's product by W_UK beside its rotated rope part.
 
 Each reads whole rows of what the one before has spread over all cores, hence a launch each. Fewer would be slower: 2
-inside 1 keeps whole rows in one program, which leaves most cores idle in decode (``compress_latent`` is that variant
-for the key); 4 inside 3 would fetch W_UK again, 16 MB with 128 heads, for every tile of tokens. The products by plain
-weights are torch's, since that is what the vendors' libraries do best. Without a query latent (DeepSeek-V2-Lite) there
-is no second norm, and the launches are four as well: a product for the key, ``write_latent``, a product for the query,
-``absorb_query``. After the attention ``expand_output`` is one launch and ``o_proj`` one more.
+inside 1 keeps whole rows in one program, which leaves most cores idle in decode; 4 inside 3 would fetch W_UK again,
+16 MB with 128 heads, for every tile of tokens. The products by plain weights are torch's, since that is what the
+vendors' libraries do best. Without a query latent (DeepSeek-V2-Lite) there is no second norm, and the launches are four
+as well: a product for the key, ``write_latent``, a product for the query, ``absorb_query``. After the attention
+``expand_output`` is one launch and ``o_proj`` one more.
 """
 
 from dataclasses import dataclass, field

@@ -5,7 +5,7 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.compress import COMPRESS_LATENT
+from mla_kernels.latent.prolog import NORM_AND_WRITE
 from mla_kernels.latent.write import ROPE_MODES, WRITE_LATENT, model_statics
 from mla_kernels.targets.chips import CHIPS
 from tests.latent.problems import OPS, QUANTISED, bits, make
@@ -100,11 +100,11 @@ def test_quantised_caches_take_bfloat16(layout, op, name, words):
     assert torch.equal(problem.cache.data, before)
 
 
-@pytest.mark.parametrize("kernel", [WRITE_LATENT, COMPRESS_LATENT])
+@pytest.mark.parametrize("kernel", [WRITE_LATENT, NORM_AND_WRITE])
 def test_a_rule_refuses_a_quantised_cache_of_another_dtype(kernel):
-    statics = model_statics(512, 64, "half", "int8")
+    statics = {"Q": 1536, "BLOCK_Q": 2048, **model_statics(512, 64, "half", "int8")}
     with pytest.raises(NotImplementedError, match="layout int8 holds bf16 keys, got fp32"):
-        kernel.rule(CHIPS["sm_90"], "fp32", statics, {"tokens": 4, "hidden_size": 64})
+        kernel.rule(CHIPS["sm_90"], "fp32", statics, {"tokens": 4})
 
 
 def test_gradients_are_lost_only_where_asked():

@@ -347,8 +347,7 @@ def write_windows(
     1, 2, 3, 4 and 0. Two more tokens, 6 and 7, go to rows 1 and 2, and complete window 1: positions 4 to 7.
 
     One launch where ``max_tokens <= rows - ratio * (1 + overlap) + 1``, else two. The projections that make kv and gate
-    are products of torch's: one fused with the down-projection lost to them on a device
-    (:func:`mla_kernels.compress_latent`).
+    are products of torch's: one kernel for a down-projection and its norm and write lost to them on a device.
 
     Args:
         kv, gate: ``[T, W]``, the outputs of ``kv_proj`` and ``gate_proj`` for the new tokens of all sequences, packed;
