@@ -132,6 +132,16 @@ def test_a_row_lies_along_one_warp_in_every_tile_that_can_be_launched(tmp_path, 
         assert found == {(1, chip.warp_size, 1, True)}
 
 
+def test_a_warp_compares_in_one_instruction(tmp_path):
+    case = next(case for case in ROUTE.cases if case.name == "v3_256")
+    tile = ROUTE.rule(CHIPS["sm_90"], "fp32", case.statics, case.sizes)
+    report = write_artefacts(Request(ROUTE, CHIPS["sm_90"], "fp32", case.statics, tile), tmp_path / "kernel")
+    assert report.ok, report.problem
+    listing = (tmp_path / "kernel.sass").read_text()
+    groups, pick = 3 * 8, 3  # best, leader and second of 8 groups; best, leader and score of a pick, in a loop
+    assert (listing.count("REDUX"), listing.count("SHFL")) == (groups + pick, 0)
+
+
 @pytest.mark.parametrize("target", [*CHIPS])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_tile_does_not_depend_on_the_number_of_tokens(kernel, target):

@@ -23,7 +23,62 @@ from mla_kernels.moe.route.scores import (
 from mla_kernels.shim import define_op
 
 NEVER = tl.constexpr(-1.0e30)  # choice of an expert that may not be chosen; a chosen one falls to -inf, below it
-NO_INDEX = tl.constexpr(1.0e9)  # above every expert and group number
+NO_INDEX = tl.constexpr(1 << 24)  # above every expert and group number, and exact in fp32
+
+
+@triton.jit
+def to_keys(x, INTEGERS: tl.constexpr):
+    """Numbers that stand in the order of the fp32 ``x``, which are not NaN and not -0.0: themselves, or int32."""
+    if INTEGERS:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    else:
+        return x
+
+
+@triton.jit
+def from_keys(keys, INTEGERS: tl.constexpr):
+    if INTEGERS:
+        return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
+    else:
+        return keys
+
+
+@triton.jit
+def lowest_keys(SHAPE: tl.constexpr, INTEGERS: tl.constexpr):
+    """Keys of -inf."""
+    return to_keys(tl.full(SHAPE, float("-inf"), tl.float32), INTEGERS)
+
+
+@triton.jit
+def first_holder(keys, top, index, AXIS: tl.constexpr):
+    """The lowest ``index`` along AXIS whose key is ``top``."""
+    return tl.min(tl.where(keys == tl.expand_dims(top, AXIS), index, NO_INDEX), AXIS)
+
+
+@triton.jit
+def group_ranks(own, index, TWO: tl.constexpr, INTEGERS: tl.constexpr, AXIS: tl.constexpr):
+    """A group's rank, fp32: the best of its keys along AXIS, or the sum of the best two."""
+    best = tl.max(own, AXIS)
+    rank = from_keys(best, INTEGERS)
+    if TWO:
+        leader = first_holder(own, best, index, AXIS)
+        others = tl.where(index == tl.expand_dims(leader, AXIS), lowest_keys(own.shape, INTEGERS), own)
+        rank = tl.maximum(rank + from_keys(tl.max(others, AXIS), INTEGERS), NEVER)
+    return rank
+
+
+@triton.jit
+def best_groups(rank, group, TOP_GROUPS: tl.constexpr, INTEGERS: tl.constexpr):
+    """1 where ``rank`` [rows, n] belongs to one of the TOP_GROUPS best of the groups whose numbers ``group`` has."""
+    keys = to_keys(rank, INTEGERS)
+    kept = tl.zeros(rank.shape, tl.float32)
+    for _ in range(TOP_GROUPS):
+        picked = first_holder(keys, tl.max(keys, 1), group, 1)
+        hit = group == picked[:, None]
+        kept = tl.where(hit, 1.0, kept)
+        keys = tl.where(hit, lowest_keys(rank.shape, INTEGERS), keys)
+    return kept
 
 
 @triton.jit(
@@ -51,16 +106,20 @@ def route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    INTEGERS: tl.constexpr,
 ):
     """One item routes BLOCK_T tokens. The best of a row is found as its maximum, then as the lowest index that holds
-    it: argmax does not compile for every target, and this order of ties is the contract. Indices are fp32 (exact),
-    because integer compares are scalar on some targets."""
+    it: argmax does not compile for every target, and this order of ties is the contract. With INTEGERS what is compared
+    are int32, which a warp of an NVIDIA GPU reduces in one instruction (redux.sync); else fp32, exact indices too,
+    because integer compares are scalar on Ascend."""
     GROUP_SIZE: tl.constexpr = EXPERTS // GROUPS
+    TWO: tl.constexpr = TOP2_RANK and GROUP_SIZE > 1
     expert = tl.arange(0, BLOCK_E)
     slot = tl.arange(0, BLOCK_K)
     lane = tl.arange(0, BLOCK_T)
     expert_f = expert.to(tl.float32)
     slot_f = slot.to(tl.float32)
+    index = (expert if INTEGERS else expert_f)[None, :]
     real = expert_f < EXPERTS  # [BLOCK_E]
     for item in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         first = tl.cast(item * BLOCK_T, tl.int64)
@@ -77,25 +136,23 @@ def route_kernel(
         choice = tl.where(real[None, :], tl.maximum(choice, NEVER), float("-inf"))  # [BLOCK_T, BLOCK_E]
 
         if TOP_GROUPS < GROUPS:
-            rank = tl.full([BLOCK_T, BLOCK_E], float("-inf"), tl.float32)  # of the group that an expert belongs to
-            group = tl.zeros([BLOCK_E], tl.float32)
-            for g in range(GROUPS):
-                member = ((expert_f >= g * GROUP_SIZE) & (expert_f < (g + 1) * GROUP_SIZE))[None, :]
-                own = tl.where(member, choice, float("-inf"))
-                best = tl.max(own, 1)
-                if TOP2_RANK and (GROUP_SIZE > 1):
-                    leader = tl.min(tl.where(own == best[:, None], expert_f[None, :], NO_INDEX), 1)
-                    second = tl.max(tl.where(expert_f[None, :] == leader[:, None], float("-inf"), own), 1)
-                    best = tl.maximum(best + second, NEVER)
-                rank = tl.where(member, best[:, None], rank)
-                group += tl.where(expert_f >= (g + 1) * GROUP_SIZE, 1.0, 0.0)
-            kept = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-            for _ in range(TOP_GROUPS):
-                top = tl.max(rank, 1)
-                picked = tl.min(tl.where(rank == top[:, None], group[None, :], NO_INDEX), 1)
-                hit = group[None, :] == picked[:, None]
-                kept = tl.where(hit, 1.0, kept)
-                rank = tl.where(hit, float("-inf"), rank)
+            keys = to_keys(choice, INTEGERS)
+            if GROUPS * GROUP_SIZE == BLOCK_E:  # all groups at once
+                split: tl.constexpr = [BLOCK_T, GROUPS, GROUP_SIZE]
+                numbers = tl.reshape(index, [1, GROUPS, GROUP_SIZE])
+                rank = group_ranks(tl.reshape(keys, split), numbers, TWO, INTEGERS, 2)  # [BLOCK_T, GROUPS]
+                group = tl.arange(0, GROUPS)[None, :]
+                kept = best_groups(rank, group if INTEGERS else group.to(tl.float32), TOP_GROUPS, INTEGERS)
+                kept = tl.reshape(tl.broadcast_to(kept[:, :, None], split), [BLOCK_T, BLOCK_E])
+            else:
+                rank = tl.full([BLOCK_T, BLOCK_E], float("-inf"), tl.float32)  # of the group that an expert belongs to
+                group = tl.zeros([1, BLOCK_E], index.dtype)
+                for g in range(GROUPS):
+                    member = ((expert_f >= g * GROUP_SIZE) & (expert_f < (g + 1) * GROUP_SIZE))[None, :]
+                    own = tl.where(member, keys, lowest_keys([BLOCK_T, BLOCK_E], INTEGERS))
+                    rank = tl.where(member, group_ranks(own, index, TWO, INTEGERS, 1)[:, None], rank)
+                    group += tl.where(expert_f >= (g + 1) * GROUP_SIZE, 1, 0).to(index.dtype)[None, :]
+                kept = best_groups(rank, group, TOP_GROUPS, INTEGERS)  # [BLOCK_T, BLOCK_E]
             if GROUP_FILL == "never":
                 choice = tl.where((kept > 0.5) | (choice <= NEVER), choice, NEVER)
             else:
@@ -106,20 +163,22 @@ def route_kernel(
         weight = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
         chosen = tl.full([BLOCK_T, BLOCK_K], -1.0, tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
+        keys = to_keys(choice, INTEGERS)
+        held = scores.to(tl.int32, bitcast=True) if INTEGERS else scores
         for k in range(TOP_K):
-            top = tl.max(choice, 1)
-            picked = tl.min(tl.where(choice == top[:, None], expert_f[None, :], NO_INDEX), 1)
-            hit = expert_f[None, :] == picked[:, None]
-            score = top  # [BLOCK_T]
+            top = tl.max(keys, 1)
+            picked = first_holder(keys, top, index, 1)
+            hit = index == picked[:, None]
+            score = from_keys(top, INTEGERS)  # [BLOCK_T]
+            found = score > NEVER
             if HAS_BIAS or (GROUP_FILL == "zero"):
-                score = tl.sum(tl.where(hit, scores, 0.0), 1)
+                score = tl.sum(tl.where(hit, held, 0), 1).to(tl.float32, bitcast=True)  # one of them is not zero
             here = (slot_f == k)[None, :]
-            found = top > NEVER
             score = tl.where(found, score, 0.0)
             total += score
             weight = tl.where(here, score[:, None], weight)
-            chosen = tl.where(here, tl.where(found, picked, -1.0)[:, None], chosen)
-            choice = tl.where(hit, float("-inf"), choice)
+            chosen = tl.where(here, tl.where(found, picked, -1).to(tl.float32)[:, None], chosen)
+            keys = tl.where(hit, lowest_keys([BLOCK_T, BLOCK_E], INTEGERS), keys)
         weight, chosen = finished_slots(
             weight, total, chosen, slot_f, routed_scale, EXPERTS, TOP_K, SHARED, RENORMALIZE
         )
@@ -185,6 +244,21 @@ _MODELS = {
     "v4": _statics(384, 6, scoring="sqrt_softplus", has_bias=True, shared=1),
 }
 
+_ROWS = router_tiles(2048)
+
+
+def _rule(chip, dtype, statics, sizes):
+    return _ROWS["rule"](chip, dtype, statics, sizes) | {"INTEGERS": int(chip.vendor == "nvidia")}
+
+
+def _memory(chip, dtype, statics, tile):
+    """As for every router; the other form of comparison counts as too large."""
+    need = _ROWS["memory"](chip, dtype, statics, tile)
+    if tile["INTEGERS"] != _rule(chip, dtype, statics, {})["INTEGERS"]:
+        return {space: chip.memory[space] + 1 for space in need}
+    return need
+
+
 ROUTE = Kernel(
     route_kernel,
     arguments={
@@ -197,7 +271,9 @@ ROUTE = Kernel(
         "routed_scale": "fp32",
     },
     statics=tuple(_statics(8, 1)),
-    **router_tiles(2048),
+    tiles=_ROWS["tiles"] | {"INTEGERS": (0, 1)},
+    rule=_rule,
+    memory=_memory,
     cost=_cost,
     work=_work,
     cases=tuple(
