@@ -1,7 +1,7 @@
 """Every case, in the order in which they run: the most important of all families first."""
 
 from mla_kernels.device.case import Case
-from mla_kernels.device.cases import decode, experts, hyper, indexer, latents, prefill, quantised, route, sparse
+from mla_kernels.device.cases import decode, experts, hyper, indexer, latents, prefill, quantised, route, sparse, v4
 
 FAMILIES = {
     "decode": decode.CASES,
@@ -13,6 +13,7 @@ FAMILIES = {
     "route": route.CASES,
     "latent": latents.CASES,
     "hyper": hyper.CASES,
+    "v4": v4.CASES,
 }
 """Word of ``--only`` -> its cases. Between cases of one priority the order of families decides."""
 

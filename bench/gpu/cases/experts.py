@@ -106,8 +106,71 @@ def sglang(problem: Problem, kernels, hidden, gate_up, down, routing: Routing, s
         problem.add(f"SGLang, {label}", lambda copy, run=run: run(ids=routing.ids[copy]))
 
 
-CASES = tuple(
-    Case(f"moe {shape} t{tokens}", "moe", "experts, bf16", priority, partial(experts, shape, tokens))
-    for tokens, priority in ((1, 0), (64, 0), (4096, 0), (1024, 1), (16, 1), (256, 1), (16384, 2))
-    for shape in SHAPES
+def training(shape: str, tokens: int, place: Place, peers) -> Problem:
+    """Forward, and gradients of hidden states, routing weights and both weights."""
+    tokens = place.size(tokens, 5)
+    _, width, _, _ = sizes(shape, place)
+    gate_up, down = weights_of(shape, place)
+    hidden, toward, routing = place.normal(tokens, width), place.normal(tokens, width), Routing(shape, tokens, place)
+    ids = routing.ids[0]
+
+    def step(function, toward=toward):
+        def run(copy: int, given=(hidden, gate_up, down, routing.weights)):
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in given]
+                return torch.autograd.grad(function(*leaves, ids), leaves, toward)
+
+        return run
+
+    def pick(gradients):
+        """Of some tokens: gradients of their hidden states and routing weights, each over its own size."""
+        of_hidden, _, _, of_weights = gradients
+        parts = of_hidden[:LOOKED_AT].float(), of_weights[:LOOKED_AT].float()
+        return torch.cat([part.flatten() / part.norm() for part in parts])
+
+    def plain(hidden, gate_up, down, weights, ids):
+        rows = []
+        for token in range(len(hidden)):
+            gate, up = (gate_up[ids[token].long()] @ hidden[token]).chunk(2, -1)
+            rows.append(
+                (weights[token, :, None] * (down[ids[token].long()] @ (silu(gate) * up)[..., None])[..., 0]).sum(0)
+            )
+        return torch.stack(rows)
+
+    def exact() -> torch.Tensor:
+        some = slice(0, LOOKED_AT)
+        first = hidden[some].float(), gate_up.float(), down.float(), routing.weights[some]
+        leaves = [tensor.detach().requires_grad_() for tensor in first]
+        with torch.enable_grad():
+            out = plain(*leaves, ids[some])
+            of_hidden, of_weights = torch.autograd.grad(out, (leaves[0], leaves[3]), toward[some].float())
+        return pick((of_hidden, None, None, of_weights))
+
+    def call(**more):
+        return step(partial(mk.fused_moe, **more))
+
+    problem = Problem(
+        call(), exact, pick, bytes=6 * routing.parameters + 4 * hidden.nbytes, flops=3 * routing.flops, graph=False
+    )
+    variants(problem, mk.fused_moe, call, place)
+    problem.add("torch grouped_mm", step(grouped_mm))
+    return problem
+
+
+CASES = (
+    *(
+        Case(f"moe {shape} t{tokens}", "moe", "experts, bf16", priority, partial(experts, shape, tokens))
+        for tokens, priority in ((1, 0), (64, 0), (4096, 0), (1024, 1), (16, 1), (256, 1), (16384, 2))
+        for shape in SHAPES
+    ),
+    *(
+        Case(
+            f"moe {shape} t{tokens} fwd+bwd",
+            "moe",
+            "experts, forward and backward",
+            1,
+            partial(training, shape, tokens),
+        )
+        for shape, tokens in (("v3ep", 4096), ("v2lite", 4096))
+    ),
 )

@@ -1,4 +1,4 @@
-"""Sparse attention: 2,048 chosen tokens a query, from a paged cache and from packed keys."""
+"""Sparse attention: 2,048 chosen tokens a query, from a paged cache and from packed keys; gradients."""
 
 from functools import partial
 
@@ -76,6 +76,53 @@ def sparse_prefill(tokens: int, keys: int, place: Place, peers) -> Problem:
     return problem
 
 
+def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
+    """Forward and gradients of queries and keys; beside it our own forward alone."""
+    tokens, keys = place.size(tokens, 8), place.size(keys, 96)
+    heads, top_k = place.size(HEADS, 16), place.size(TOP_K, 64)
+    q, kv, toward = place.normal(tokens, heads, WIDTH), place.normal(keys, WIDTH), place.normal(tokens, heads, LATENT)
+    picks = place.ints(torch.stack([torch.randperm(keys)[:top_k] for _ in range(tokens)]))
+    looked_at = [0, tokens // 2, tokens - 1]
+
+    def step(function):
+        def run(copy: int):
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in (q, kv)]
+                return torch.autograd.grad(function(*leaves), leaves, toward)
+
+        return run
+
+    def exact() -> torch.Tensor:
+        found = []
+        for t in looked_at:
+            leaf = q[t : t + 1].float().requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(attend(leaf, kv[picks[t].long()]), leaf, toward[t : t + 1].float())
+            found.append(grad[0])
+        return torch.stack(found)
+
+    def of_forward() -> torch.Tensor:
+        return torch.stack([attend(q[t : t + 1], kv[picks[t].long()])[0] for t in looked_at])
+
+    def forward(q, kv, **more):
+        return mk.sparse_mla_prefill(q, kv, picks, softmax_scale=SCALE, **more)[0]
+
+    def call(**more):
+        return step(partial(forward, **more))
+
+    problem = Problem(
+        call(), exact, lambda gradients: gradients[0][looked_at].float(),
+        bytes=3 * tokens * top_k * 2 * WIDTH + 6 * q.nbytes, flops=7 * tokens * heads * top_k * (WIDTH + LATENT),
+        graph=False,
+    )  # fmt: skip
+    variants(problem, mk.sparse_mla_prefill, call, place)
+    problem.add(
+        "mla_kernels, forward alone", lambda copy: forward(q, kv), "own", exact=of_forward,
+        pick=lambda out: out[looked_at],
+    )  # fmt: skip
+    return problem
+
+
 def _case(layout: str | None, batch: int, priority: int) -> Case:
     label = "fp8" if layout else "bf16"
     group = f"sparse decode, {layout or 'bf16'}"
@@ -89,4 +136,11 @@ CASES = (
         for batch, priority in ((64, 0), (1, 0), (16, 1), (128, 1))
     ),
     Case("sparse prefill 4096x8192", "sparse", "sparse prefill, bf16", 0, partial(sparse_prefill, 4096, 8192)),
+    Case(
+        "sparse prefill fwd+bwd 4096x8192",
+        "sparse",
+        "sparse prefill, forward and backward",
+        1,
+        partial(backward, 4096, 8192),
+    ),
 )
