@@ -16,7 +16,7 @@ from dataclasses import replace
 from mla_kernels.targets.chips import CHIPS, Chip
 
 _NAMES: dict[str, tuple[str, ...]] = {
-    "a100": ("NVIDIA A100-SXM4-80GB",),
+    "a100": ("NVIDIA A100-SXM4-80GB", "NVIDIA A800-SXM4-80GB"),
     "l40s": ("NVIDIA L40S",),
     "h100": ("NVIDIA H100 80GB HBM3", "NVIDIA H800"),
     "b200": ("NVIDIA B200", "NVIDIA GB200"),
@@ -44,7 +44,10 @@ _MORE = (
         "sm_80", "a100-40gb", "A100-SXM4-40GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 108,
         bandwidth=1.555e12, capacity=40,
     ),
-    _device("sm_80", "a100-pcie", "A100-PCIE-80GB", ("NVIDIA A100 80GB PCIe",), 108, bandwidth=1.935e12),
+    _device(
+        "sm_80", "a100-pcie", "A100-PCIE-80GB", ("NVIDIA A100 80GB PCIe", "NVIDIA A800 80GB PCIe"), 108,
+        bandwidth=1.935e12,
+    ),
     _device(
         "sm_89", "l40", "L40", ("NVIDIA L40",), 142, bandwidth=0.864e12, bf16=181e12, fp32=90.5e12, capacity=48,
     ),
@@ -55,6 +58,9 @@ _MORE = (
     _device(
         "sm_89", "rtx-4090", "RTX 4090", ("NVIDIA GeForce RTX 4090",), 128, bandwidth=1.008e12, l2_bytes=72 << 20,
         bf16=165e12, fp32=82.6e12, capacity=24,
+    ),
+    _device(
+        "sm_89", "l20", "L20", ("NVIDIA L20",), 92, bandwidth=0.864e12, bf16=119.5e12, fp32=59.8e12, capacity=48,
     ),
     _device(
         "sm_90", "h100-pcie", "H100-PCIe-80GB", ("NVIDIA H100 PCIe",), 114, bandwidth=2.0e12, bf16=756e12, fp32=51e12,
@@ -74,6 +80,25 @@ _MORE = (
     _device(
         "sm_90", "h20", "H20-96GB", ("NVIDIA H20",), 78, bandwidth=4.0e12, l2_bytes=60 << 20, bf16=148e12, fp32=44e12,
         capacity=96,
+    ),
+    _device(
+        "sm_100", "b300", "B300", ("NVIDIA B300 SXM6 AC", "NVIDIA GB300"), 148, bandwidth=8.0e12, capacity=288,
+    ),
+    _device(
+        "sm_100", "thor", "Jetson AGX Thor", ("NVIDIA Thor",), 20, bandwidth=0.273e12, l2_bytes=32 << 20,
+        bf16=129e12, fp32=8.1e12, capacity=128,
+    ),
+    _device(
+        "sm_120", "rtx-pro-6000", "RTX PRO 6000 Blackwell",
+        (
+            "NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+            "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+        ),
+        188, bandwidth=1.792e12, l2_bytes=128 << 20, bf16=504e12, fp32=126e12, capacity=96,
+    ),
+    _device(
+        "sm_120", "gb10", "GB10", ("NVIDIA GB10",), 48, bandwidth=0.273e12, l2_bytes=24 << 20, bf16=125e12,
+        fp32=31e12, capacity=128,
     ),
     _device("gfx942", "mi325x", "MI325X", ("AMD Instinct MI325X",), 304, bandwidth=6.0e12, capacity=256),
     _device(

@@ -40,6 +40,10 @@ def test_names():
     [
         ("NVIDIA H200", "sm_90", 132, 150 << 30, "h200"),
         ("NVIDIA H100 80GB HBM3", "sm_90", 132, 85028896768, "h100"),
+        ("NVIDIA A800-SXM4-80GB", "sm_80", 108, 80 << 30, "a100"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "sm_120", 188, 96 << 30, "rtx-pro-6000"),
+        ("NVIDIA GB10", "sm_120", 48, 120 << 30, "gb10"),
+        ("NVIDIA B300 SXM6 AC", "sm_100", 148, 275 << 30, "b300"),
         ("AMD Instinct MI300X", "gfx942", 304, 206 << 30, "mi300x"),
         ("Ascend910B3", "ascend910b", 0, 0, "910b"),
     ],
@@ -58,7 +62,7 @@ def test_an_unknown_part_has_its_own_cores():
     chip = find("NVIDIA A10G", "sm_89", 80, 24 << 30)
     assert (chip.dot_cores, chip.vector_cores, chip.capacity) == (80, 80, 24)
     assert chip.flops["bf16"] == pytest.approx(CHIPS["sm_89"].flops["bf16"] * 80 / 142)
-    assert relatives(chip)[0] == () and relatives(chip)[1][0] in ("l4", "rtx-4090", "l40s", "l40")
+    assert relatives(chip)[0] == () and relatives(chip)[1][0] in ("l4", "l20", "rtx-4090", "l40s", "l40")
     assert find("h200", "sm_80", 100, 1 << 34).device == "h200-sm_80"  # never the name of another part
 
 
