@@ -352,6 +352,45 @@ REFUSED_CALLS = {
         lambda a: {"cache": replace(a["cache"], index_state=a["cache"].index_state[:, :-1])}, ValueError,
         r"cache.index_state: got shape",
     ),
+    "entries of another layout": (
+        lambda a: {"cache": replace(a["cache"], entries=LatentCache.allocate(
+            32, 4, latent_dim=32, rope_dim=0, layout="int8"))}, TypeError,
+        "cache.entries.data: got dtype uint8, accepted: float32",
+    ),
+    "a state of another dtype": (
+        lambda a: {"cache": replace(a["cache"], state=a["cache"].state.bfloat16())}, TypeError,
+        "cache.state: got dtype bfloat16, accepted: float32",
+    ),
+    "index keys of another width": (
+        lambda a: {"cache": replace(a["cache"], index_keys=IndexerCache.allocate(
+            32, 4, head_dim=64, dtype=torch.float32))}, ValueError,
+        "cache.index_keys: got head_dim 64, 32 is accepted",
+    ),
+    "index keys of another dtype": (
+        lambda a: {"cache": replace(a["cache"], index_keys=IndexerCache.allocate(32, 4, head_dim=32))}, TypeError,
+        "cache.index_keys.data: got dtype bfloat16, accepted: float32",
+    ),
+    "caches of another dtype": (
+        lambda a: {"cache": nn.V4Cache.allocate(
+            nn.V4AttentionConfig.from_hf(config(), 1), num_pages=4, page_size=4, entry_pages=32, slots=2)}, TypeError,
+        "hidden: its projections are torch.float32, cache.window takes torch.bfloat16",
+    ),
+    "no page of entries": (
+        lambda a: {"cache": replace(a["cache"], entries=replace(a["cache"].entries, data=a["cache"].entries.data[:0]),
+            index_keys=replace(a["cache"].index_keys, data=a["cache"].index_keys.data[:0]))}, ValueError,
+        "cache.entries: got 0 slots, 1 to",
+    ),
+    "lengths of other sequences": (
+        lambda a: {"sequences": nn.V4Sequences(
+            torch.ones(2, dtype=torch.int32), a["sequences"].window_table.repeat(2, 1),
+            {4: a["sequences"].entry_tables[4].repeat(2, 1)}, torch.arange(2, dtype=torch.int32))}, ValueError,
+        r"seq_lens: got shape \(2,\), \(1\) is accepted",
+    ),
+    "an older page beyond the entries": (
+        lambda a: {"sequences": replace(a["sequences"], seq_lens=a["sequences"].seq_lens + 20, entry_tables={
+            4: a["sequences"].entry_tables[4].where(torch.arange(32) > 0, torch.tensor(99, dtype=torch.int32))})},
+        ValueError, "block_table: got values from .*pages of the cache",
+    ),
     "hidden": (lambda a: {"hidden": a["hidden"][..., :40]}, ValueError, r"hidden: got shape \(1, 1, 40\)"),
     "cos": (lambda a: {"cos": a["cos"][:, :3]}, ValueError, r"cos: got shape"),
     "slot_mapping": (lambda a: {"slot_mapping": a["slot_mapping"][0]}, ValueError, "slot_mapping: got 1 dimensions"),
@@ -374,6 +413,53 @@ def test_calls_refused(name, cpu_code):
     for part, held in zip(parts, before):
         torch.testing.assert_close(part, held, equal_nan=True, rtol=0, atol=0)
     ours.decode(**arguments)
+
+
+REFUSED_PROMPTS = {
+    "a raw slot beyond the cache": (
+        lambda a: {"slot_mapping": a["slot_mapping"] + 999}, "slot_mapping: got values from 999",
+    ),
+    "slots beyond the state": (
+        lambda a: {"sequences": replace(a["sequences"], state_slots=a["sequences"].state_slots + 99)},
+        "state_slots: got values from .*slots of the state",
+    ),
+    "one state slot for two prompts": (
+        lambda a: {"sequences": replace(a["sequences"], state_slots=a["sequences"].state_slots * 0)},
+        r"state_slots: got \[0, 0\]",
+    ),
+    "prompts of other lengths": (
+        lambda a: {"sequences": replace(a["sequences"], seq_lens=a["sequences"].seq_lens + 1)},
+        r"seq_lens: got \[10, 7\], the prompts' lengths by cu_seqlens are accepted \(\[9, 6\]\)",
+    ),
+    "bounds of other prompts": (
+        lambda a: {"cu_seqlens": torch.tensor([0, 15], dtype=torch.int32)}, r"cu_seqlens: got shape \(2,\)",
+    ),
+    "a page beyond the entries": (
+        lambda a: {"sequences": replace(a["sequences"], entry_tables={
+            4: a["sequences"].entry_tables[4] + 999})}, "block_table: got page",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["prefill", "write"])
+@pytest.mark.parametrize("name", REFUSED_PROMPTS)
+def test_prompts_refused(name, call, cpu_code):
+    """Nothing is written, and the same prompts without the fault are taken."""
+    change, words = REFUSED_PROMPTS[name]
+    _, ours, tables = layers(KINDS[1])
+    cache, sequences = caches(ours, 2)
+    arguments = {
+        "hidden": torch.randn(15, 48), "cos": tables[0], "sin": tables[1],
+        "cu_seqlens": torch.tensor([0, 9, 15], dtype=torch.int32), "slot_mapping": torch.arange(15, dtype=torch.int32),
+        "cache": cache, "sequences": sequences([9, 6]),
+    }  # fmt: skip
+    parts = cache.window.data, cache.entries.data, cache.state, cache.index_keys.data, cache.index_state
+    before = [part.clone() for part in parts]
+    with pytest.raises(ValueError, match=words):
+        getattr(ours, call)(**(arguments | change(arguments)))
+    for part, held in zip(parts, before):
+        torch.testing.assert_close(part, held, equal_nan=True, rtol=0, atol=0)
+    getattr(ours, call)(**arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mla_kernels.attention.indexer.op import check_pages
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.attention.sparse.slots import prefill_rows
 from mla_kernels.checks import INDICES, check_int, check_range, check_tensor, readable
@@ -155,6 +156,19 @@ class V4Attention(KeepsFloat32):
             raise TypeError(f"sequences: got {type(sequences).__name__}, V4Sequences are accepted")
         cache.check(self.config)
         sequences.check(self.config)
+        for name, tensor in (("cache.window.data", cache.window.data), ("seq_lens", sequences.seq_lens)):
+            if tensor.device != hidden.device:
+                raise ValueError(f"{name}: got a tensor on {tensor.device}, all arguments must be on {hidden.device}")
+
+    def _check_read(self, cache: V4Cache, sequences: V4Sequences, chooses: bool) -> None:
+        """What reads the caches would refuse after the new tokens are in them."""
+        for name in ("window", "entries"):
+            part = getattr(cache, name)
+            if part is not None and not 0 < part.num_slots < 1 << 31:
+                raise ValueError(f"cache.{name}: got {part.num_slots:,} slots, 1 to 2**31 - 1 are accepted")
+        if chooses and readable(table := sequences.entry_tables[self.config.ratio]):
+            entries = cache.entries
+            check_pages(table, sequences.entry_lens(self.config.ratio), entries.num_pages, entries.page_size)
 
     def _check_tables(self, cos, sin, device) -> None:
         check_tensor("cos", cos, shape=(None, self.config.rope_dim // 2), dtypes=(torch.float32,), device=device)
@@ -163,6 +177,9 @@ class V4Attention(KeepsFloat32):
     def _write(self, hidden, tables, slots, cache: V4Cache, sequences, cu_seqlens, max_tokens: int) -> None:
         """New tokens hidden [tokens, hidden_size] into the layer's caches. All that an op refuses is refused before the
         first of them writes: the indexer's state and keys lie as the entries' do (:meth:`V4Cache.check`)."""
+        kv = project(self.kv_proj, hidden)
+        if kv.dtype != cache.window.dtype:
+            raise TypeError(f"hidden: its projections are {kv.dtype}, cache.window takes {cache.window.dtype}")
         if readable(slots):
             check_slots(tables[2], slots, tables[0], cache.window.data)
         if cache.entries is not None:
@@ -170,7 +187,6 @@ class V4Attention(KeepsFloat32):
             self.compressor.write(hidden, *tables[:2], cache.state, cache.entries, *places)
             if cache.index_keys is not None:
                 self.compressor.indexer.write(hidden, *tables[:2], cache.index_state, cache.index_keys, *places)
-        kv = project(self.kv_proj, hidden)
         write_kv(kv, self.kv_norm.weight, *tables, slots, cache.window, eps=self.config.eps)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -209,12 +225,14 @@ class V4Attention(KeepsFloat32):
         check_tensor("slot_mapping", slot_mapping, rank=2, dtypes=INDICES)
         self._check(hidden, cos, sin, slot_mapping, cache, sequences)
         (batch, queries), config = slot_mapping.shape, self.config
+        check_tensor("seq_lens", sequences.seq_lens, shape=(batch,), dtypes=(torch.int32,))
         if queries == 0 or batch == 0:
             return torch.zeros_like(hidden)
         rows, tables = hidden.flatten(0, 1), (cos, sin, sequences.positions(queries).flatten())
         slots, window = slot_mapping.flatten().contiguous(), self._window(queries, cache, sequences)
         page = None if cache.entries is None else cache.entries.page_size
         chooses = config.overlap and sequences.room(config.ratio, page) > config.index_top_k
+        self._check_read(cache, sequences, chooses)
         picks = None if page is None or chooses else sequences.entry_slots(queries, config.ratio, page)
         self._write(rows, tables, slots, cache, sequences, sequences.bounds(queries), queries)
         q, q_latent = self._queries(rows, tables)
@@ -249,7 +267,7 @@ class V4Attention(KeepsFloat32):
         """
         check_tensor("slot_mapping", slot_mapping, rank=1, dtypes=INDICES)
         self._check(hidden, cos, sin, slot_mapping, cache, sequences)
-        longest, tables, places = self._packed(hidden, cos, sin, cu_seqlens, max_seqlen)
+        longest, tables, places = self._prompts(hidden, cos, sin, cu_seqlens, max_seqlen, sequences)
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
         self._write(hidden, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
@@ -271,7 +289,7 @@ class V4Attention(KeepsFloat32):
         """What :meth:`prefill` writes, without the attention."""
         check_tensor("slot_mapping", slot_mapping, rank=1, dtypes=INDICES)
         self._check(hidden, cos, sin, slot_mapping, cache, sequences)
-        longest, tables, _ = self._packed(hidden, cos, sin, cu_seqlens, max_seqlen)
+        longest, tables, _ = self._prompts(hidden, cos, sin, cu_seqlens, max_seqlen, sequences)
         if hidden.shape[0]:
             self._write(hidden, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
 
@@ -311,6 +329,17 @@ class V4Attention(KeepsFloat32):
         if rows.shape[0] == 0:
             return torch.zeros_like(hidden)
         return self._over_rows(rows, tables, cu_seqlens, places, longest).view(hidden.shape)
+
+    def _prompts(self, hidden, cos, sin, cu_seqlens, max_seqlen, sequences: V4Sequences):
+        """The same for prompts that go into caches: as many as ``sequences``, and as long, which CPUs look at."""
+        check_tensor("cu_seqlens", cu_seqlens, shape=(sequences.seq_lens.shape[0] + 1,), dtypes=(torch.int32,))
+        packed = self._packed(hidden, cos, sin, cu_seqlens, max_seqlen)
+        if readable(cu_seqlens) and not torch.equal(cu_seqlens.diff(), sequences.seq_lens):
+            raise ValueError(
+                f"seq_lens: got {sequences.seq_lens.tolist()}, the prompts' lengths by cu_seqlens are accepted "
+                f"({cu_seqlens.diff().tolist()})"
+            )
+        return packed
 
     def _packed(self, hidden, cos, sin, cu_seqlens, max_seqlen):
         """(the longest sequence, (cos, sin, each token's position), each token's sequence), checked."""

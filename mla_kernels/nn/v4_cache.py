@@ -96,22 +96,37 @@ class V4Cache:
                     f"cache.{name}: got latent_dim {cache.latent_dim} and rope_dim {cache.rope_dim}, "
                     f"{config.head_dim} and 0 are accepted"
                 )
+        if self.entries is not None:
+            check_tensor("cache.entries.data", self.entries.data, rank=3, like=self.window.data)
+            if self.entries.layout != self.window.layout:
+                raise ValueError(
+                    f"cache.entries: got layout {self.entries.layout.value}, that of window is accepted "
+                    f"({self.window.layout.value})"
+                )
         self._check_states(config)
-        if self.index_keys is not None and self.index_keys.num_slots != self.entries.num_slots:
+        if self.index_keys is not None:
+            self._check_index_keys(config)
+
+    def _check_index_keys(self, config: V4AttentionConfig) -> None:
+        keys, entries = self.index_keys, self.entries
+        if keys.num_slots != entries.num_slots:
             raise ValueError(
-                f"cache.index_keys: got {self.index_keys.num_slots} slots, {self.entries.num_slots} are accepted, "
-                "those of entries"
+                f"cache.index_keys: got {keys.num_slots} slots, {entries.num_slots} are accepted, those of entries"
             )
-        if self.index_keys is not None and self.index_keys.page_size != self.entries.page_size:
-            raise ValueError(
-                f"cache.index_keys: got pages of {self.index_keys.page_size}, {self.entries.page_size} are accepted"
-            )
+        if keys.page_size != entries.page_size:
+            raise ValueError(f"cache.index_keys: got pages of {keys.page_size}, {entries.page_size} are accepted")
+        if keys.head_dim != config.index_head_dim:
+            raise ValueError(f"cache.index_keys: got head_dim {keys.head_dim}, {config.index_head_dim} is accepted")
+        dtypes = (torch.uint8,) if keys.quantised else (self.window.dtype,)
+        check_tensor("cache.index_keys.data", keys.data, dtypes=dtypes, device=self.window.data.device)
 
     def _check_states(self, config: V4AttentionConfig) -> None:
         """Refuse states that a compressor cannot use, or that two do not use alike."""
         sides = 1 + config.overlap
         if config.ratio:
-            check_tensor("cache.state", self.state, shape=(None, None, 2, sides * config.head_dim))
+            shape = (None, None, 2, sides * config.head_dim)
+            places = {"dtypes": (self.window.dtype,), "device": self.window.data.device}
+            check_tensor("cache.state", self.state, shape=shape, **places)
             if self.state.shape[1] < config.ratio * sides:
                 raise ValueError(
                     f"cache.state: got {self.state.shape[1]} rows, at least {config.ratio * sides} are accepted"
