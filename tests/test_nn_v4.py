@@ -285,6 +285,7 @@ REFUSED = {
     "ratio": (lambda: nn.V4AttentionConfig(KINDS[0]), ValueError, "ratio: got 4 with layer_type 'sliding_attention'"),
     "no ratio": (lambda: nn.V4AttentionConfig(KINDS[1], ratio=0), ValueError, "ratio: got 0, an integer of at least 1"),
     "groups": (lambda: nn.V4AttentionConfig(num_heads=6), ValueError, "o_groups: got 8, a divisor of num_heads"),
+    "rope": (lambda: nn.V4AttentionConfig(index_head_dim=32), ValueError, "rope_dim: got 64, an integer from 16 to 32"),
     "family": (
         lambda: nn.V4AttentionConfig.from_hf(DeepseekV3Config(), 0), ValueError, "config.model_type: got 'deepseek_v3'",
     ),

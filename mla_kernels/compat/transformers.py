@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mla_kernels.checks import check_choice
 from mla_kernels.latent.cache import LatentCache
-from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.cache import LAYOUTS, IndexerCache
+from mla_kernels.quant.cache_layout import QUANTISED
 
 OLDEST, NEXT = (5, 18), (5, 25)
 """The first version of transformers that this module takes, and the first one after them."""
@@ -130,11 +132,12 @@ class _Switch:
     attention: str
     experts: str
     hooks: tuple[torch.utils.hooks.RemovableHandle, ...]
+    layouts: tuple[str | None, str]  # of DeepSeek-V4's caches
     replaced: list[tuple[nn.Module, str, types.FunctionType | None]] = field(default_factory=list)
     """Module, name and the method of its own that it had, for the methods that are shadowed."""
 
 
-def enable(model, *, prepack: bool = False):
+def enable(model, *, prepack: bool = False, cache_layout: str | None = None, index_layout: str | None = None):
     """Run ``model`` over this library from now on, and return it. Enabling twice changes nothing.
 
     Greedy, sampled, beam and assisted generation, left-padded batches and manual decode loops give what they gave
@@ -187,15 +190,23 @@ def enable(model, *, prepack: bool = False):
             (``DeepseekV2ForCausalLM``, ``MiniCPM3Model``, ...), or a module that holds such a model: of
             ``Kimi_K25ForConditionalGeneration`` the language model is enabled, and the rest stays as it is.
         prepack: move the experts' weights, bfloat16 or float32 on the CPU, of a model in eval mode.
+        cache_layout: how DeepSeek-V4's caches hold raw tokens and entries: ``"fp8_v4"`` (584 bytes where bfloat16 takes
+            1,024), ``"fp8_v32"`` or ``"int8"``, of a model in bfloat16, on every chip. None: 16 or 32 bits, as the
+            model's dtype is, or what an enabled model has. Prompts attend at the model's precision; what comes later
+            reads the cache.
+        index_layout: how they hold the indexer's keys: ``"fp8"`` (132 bytes for 256), or ``"bf16"``, the model's dtype.
+            None: ``"bf16"``, or what an enabled model has.
 
     Raises:
         TypeError: another class, or layers (quantised, adapters) whose weights cannot be read; ``prepack`` is no bool,
-            or experts of another dtype.
+            or experts of another dtype; a ``cache_layout`` of a model that is not in bfloat16.
         NotImplementedError: experts that are not SwiGLU, sliding windows or layers of several configurations in other
             families than dots3-note, forward hooks on ``kv_b_proj``, methods that another library has replaced, a stage
-            of a pipeline, or a transformers without ``expand_kv`` or with another name for the cache.
+            of a pipeline, or a transformers without ``expand_kv`` or with another name for the cache; a layout for
+            caches of another family than DeepSeek-V4.
         ValueError: a latent or rope width that is no power of two of at least 16, or an indexer's width that is none
-            from 16 to 256. With ``prepack``: training mode, experts on another device, not contiguous or shared.
+            from 16 to 256; a layout that a layer cannot hold, or another than an enabled model has. With ``prepack``:
+            training mode, experts on another device, not contiguous or shared.
     """
     if not isinstance(prepack, bool):
         raise TypeError(f"prepack: got {type(prepack).__name__}, a bool is accepted")
@@ -206,6 +217,7 @@ def enable(model, *, prepack: bool = False):
             f"enable: got {type(model).__name__}, accepted are the models of transformers built on {accepted}, for "
             "example DeepseekV2ForCausalLM and DeepseekV3ForCausalLM, and those that hold one of these"
         )
+    _check_layouts(bases, cache_layout, index_layout)
     todo = [(base, family, list(_replacements(base, family))) for base, family in bases if NAME not in vars(base)]
     if prepack:
         packable = [(base, _experts_to_pack(base, family)) for base, family in bases]
@@ -216,7 +228,8 @@ def enable(model, *, prepack: bool = False):
         switch = _Switch(
             attention=base.config._attn_implementation,
             experts=base.config._experts_implementation,
-            hooks=_install_hooks(base, family),
+            hooks=_install_hooks(base, family, cache_layout, index_layout or "bf16"),
+            layouts=(cache_layout, index_layout or "bf16"),
         )
         for module, name, function in replacements:
             switch.replaced.append((module, name, vars(module).get(name)))
@@ -284,9 +297,33 @@ def _check_config(config, family: Family) -> None:
         )
 
 
-def _install_hooks(base, family: Family) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+def _check_layouts(bases, cache_layout: str | None, index_layout: str | None) -> None:
+    """Refuse layouts of caches that are none, that a family does not have, or that an enabled model has not."""
+    if cache_layout is not None:
+        check_choice("cache_layout", cache_layout, QUANTISED)
+    if index_layout is not None:
+        check_choice("index_layout", index_layout, LAYOUTS)
+    for base, family in bases:
+        for name, wanted, place in (("cache_layout", cache_layout, 0), ("index_layout", index_layout, 1)):
+            if wanted is None:
+                continue
+            if family is not V4:
+                raise NotImplementedError(
+                    f"{name}: got {wanted!r} for {type(base).__name__}, whose cache has the model's dtype; None is "
+                    f"accepted, and layouts by {V4.base}"
+                )
+            if NAME in vars(base) and vars(base)[NAME].layouts[place] != wanted:
+                raise ValueError(
+                    f"{name}: got {wanted!r}, the model is enabled with {vars(base)[NAME].layouts[place]!r}; call "
+                    "disable(model) first"
+                )
+        if family is V4:
+            transformers_v4.check_layouts(base, cache_layout, index_layout or "bf16")
+
+
+def _install_hooks(base, family: Family, *layouts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     if family is V4:
-        return transformers_v4.install_hooks(base)
+        return transformers_v4.install_hooks(base, *layouts)
     return install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
 
 

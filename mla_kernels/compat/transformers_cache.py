@@ -8,7 +8,40 @@ from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer.cache import IndexerCache
 
 
-class LatentLayer(CacheLayerMixin):
+class PagedLayer(CacheLayerMixin):
+    """What layers over paged caches have in common. A subclass has ``_rearrange(pick)``: its sequences become those
+    that ``pick`` makes of a tensor [batch, ...]."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError(
+            f"{type(self).__name__}.update: the model that uses this cache is not enabled; call "
+            "mla_kernels.compat.transformers.enable(model) first"
+        )
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._rearrange(lambda t: t[indices])
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__}: the cache cannot be offloaded; use cache_implementation='dynamic'"
+        )
+
+    prefetch = offload
+
+
+class LatentLayer(PagedLayer):
     """One layer's latents in a paged :class:`LatentCache`, as a layer of a transformers ``Cache``.
 
     Sequence ``b`` owns pages ``b * pages_per_seq`` to ``(b + 1) * pages_per_seq - 1``. Padding is counted in
@@ -21,8 +54,6 @@ class LatentLayer(CacheLayerMixin):
     """
 
     is_croppable = True
-    is_sliding = False
-    is_compileable = False
 
     def __init__(self, page_size: int = 64):
         self.page_size = page_size
@@ -39,10 +70,21 @@ class LatentLayer(CacheLayerMixin):
         self.differentiable = False  # whether the forward that stores the newest tokens records gradients
         self.is_initialized = False
         self.awaits_update = False  # whether `expect` was called and `update` has not come yet
+        self.before: int | None = None  # length before the forward that is under way
+        self.lost = False  # whether states beside this layer hold tokens of a forward that raised
 
     def expect(self, kept: torch.Tensor | None, *, differentiable: bool = False) -> None:
         """Say which of the next ``update``'s tokens are real (bool [batch, tokens]); None: all of them."""
         self.awaits_update, self.new_kept, self.differentiable = True, kept, differentiable
+        self.before = self.length
+
+    def undo(self) -> None:
+        """Forget what a forward has stored that raised."""
+        before, self.awaits_update, self.before = self.before, False, None
+        if before == 0:
+            self.reset()
+        elif before is not None and self.length > before:
+            self.crop(before - self.length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, latent_dim = key_states.shape
@@ -64,10 +106,7 @@ class LatentLayer(CacheLayerMixin):
         Returns them as they came, with this layer attached to the first as ``latent_layer`` for the attention function.
         """
         if not self.awaits_update:
-            raise RuntimeError(
-                "LatentLayer.update: the model that uses this cache is not enabled; call "
-                "mla_kernels.compat.transformers.enable(model) first"
-            )
+            super().update(key_states, value_states)
         self.awaits_update = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -215,9 +254,6 @@ class LatentLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep (older versions)."""
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
@@ -236,20 +272,6 @@ class LatentLayer(CacheLayerMixin):
             self._set_rows(pick(self._rows()), None if self.index_data is None else pick(self._index_rows()))
             self.seq_lens = pick(self.seq_lens)
             self.kept = None if self.kept is None else pick(self.kept)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._rearrange(lambda t: t[indices])
-
-    def offload(self) -> None:
-        raise NotImplementedError("LatentLayer: the cache cannot be offloaded; use cache_implementation='dynamic'")
-
-    prefetch = offload
 
 
 def starts(lengths: torch.Tensor) -> torch.Tensor:

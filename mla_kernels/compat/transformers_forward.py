@@ -60,13 +60,14 @@ class _Plan:
 
 
 def install_hooks(base, attentions) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Prepare the cache before every forward of this model from now on, and look after it that it arrived.
+    """Prepare the cache before every forward of this model from now on, and look after it that it arrived. What a
+    forward that raises has stored is forgotten.
 
     ``attentions`` are its modules of latent attention."""
     names, plan = positional_names(type(base)), _Plan.of(base, attentions)
     return (
         base.register_forward_pre_hook(partial(_prepare_cache, names, plan), with_kwargs=True),
-        base.register_forward_hook(partial(_check_cache_arrived, plan), with_kwargs=True),
+        base.register_forward_hook(partial(_finish, plan), with_kwargs=True, always_call=True),
     )
 
 
@@ -116,6 +117,11 @@ def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
     mask = None if mask is None else mask.to(torch.bool)
     _adopt(plan, cache, base.config, None if mask is None else mask[:, :past])
     latent = [cache.layers[index] for index in plan.latent]
+    if latent[0].lost:
+        raise RuntimeError(
+            f"{keyword}: an earlier forward with this cache raised when layers of linear attention had taken its "
+            "tokens into their states; begin with a new cache"
+        )
     if hasattr(base.config, "index_topk") and len({layer.page_size for layer in latent}) > 1:
         raise ValueError(f"{keyword}: got layers of several page sizes, one is accepted with an indexer")
     differentiable = torch.is_grad_enabled() and (
@@ -145,14 +151,44 @@ def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
         keys = torch.ones(1, 1, dtype=torch.bool, device=inputs.device) if mask is None else mask
         marked = mark(keys[:, None, None].expand(batch, 1, tokens, past + tokens))
         kwargs["attention_mask"] = marked
-        if _LINEAR in (getattr(base.config, "layer_types", None) or ()):  # those need to know which tokens are real
+        if _LINEAR in _kinds(base.config):  # those need to know which tokens are real
             kwargs["attention_mask"] = {"full_attention": marked, _LINEAR: None if tokens == 1 else new}
     return (), kwargs
 
 
-def _check_cache_arrived(plan: _Plan, base, args, kwargs, output) -> None:
-    """A forward hook: where the mask was left to the layers of the cache, each attention must have met its layer."""
-    mask, cache = kwargs.get("attention_mask"), kwargs.get(plan.keyword)
+def _finish(plan: _Plan, base, args, kwargs, output) -> None:
+    """A forward hook, which also runs where the forward raised: then ``output`` is None."""
+    cache = kwargs.get(plan.keyword)
+    if cache is None or len(cache.layers) <= plan.latent[-1]:
+        latent = []
+    else:
+        latent = [layer for index in plan.latent if isinstance(layer := cache.layers[index], LatentLayer)]
+    if output is None:
+        _undo(plan, base, cache, [layer for layer in latent if layer.before is not None])
+        return
+    for layer in latent:
+        layer.before = None
+    _check_cache_arrived(plan, base, kwargs.get("attention_mask"), cache)
+
+
+def _undo(plan: _Plan, base, cache, latent: list) -> None:
+    """Bring the cache back to what it was before the forward: its ``latent`` layers that were told of it."""
+    if not latent:
+        return
+    past = max(layer.before for layer in latent)
+    for layer in latent:
+        layer.undo()
+    linear = [index for index, kind in enumerate(_kinds(base.config)) if kind == _LINEAR]
+    if linear and past:
+        cache.layers[plan.latent[0]].lost = True
+    elif linear:
+        fresh = _new_layers(base.config, plan.latent)
+        for index in linear:
+            cache.layers[index] = fresh[index]
+
+
+def _check_cache_arrived(plan: _Plan, base, mask, cache) -> None:
+    """Where the mask was left to the layers of the cache, each attention must have met its layer."""
     left = is_marked(mask.get("full_attention") if isinstance(mask, dict) else mask)
     if not left and (cache is None or not plan.masks_itself):
         return
@@ -162,6 +198,11 @@ def _check_cache_arrived(plan: _Plan, base, args, kwargs, output) -> None:
             f"{missed} stored no token there: this result is not to be used; call "
             "mla_kernels.compat.transformers.disable(model)"
         )
+
+
+def _kinds(config) -> list[str]:
+    """The types of a model's layers, where it has several."""
+    return getattr(config, "layer_types", None) or []
 
 
 def _new_layers(config, latent: tuple[int, ...]) -> list:

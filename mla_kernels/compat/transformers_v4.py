@@ -12,8 +12,8 @@ from transformers import Cache, DynamicCache
 
 from mla_kernels.compat.transformers_cache import even_starts, starts
 from mla_kernels.compat.transformers_forward import as_keywords, cache_keyword, positional_names
-from mla_kernels.compat.transformers_v4_cache import STEP, V4Book, V4Layer
-from mla_kernels.nn import V4Attention, V4AttentionConfig
+from mla_kernels.compat.transformers_v4_cache import PAGE, STEP, V4Book, V4Layer
+from mla_kernels.nn import V4Attention, V4AttentionConfig, V4Cache
 
 PLACES = "mla_kernels_places"
 """The keyword by which a forward's places reach the attention modules."""
@@ -40,6 +40,8 @@ class V4Places:
         caches = None if self.layers is None else self.layers[index].reserve(hidden)
         if caches is None or self.past == 0:
             return self._whole(core, hidden, tables, caches)
+        if hidden.shape[1] > STEP and not torch.compiler.is_compiling():
+            self.layers[index].save()
         if self.kept is None:
             return self._chunk(core, hidden, tables, caches, slice(None))
         out = torch.zeros_like(hidden, dtype=caches.window.dtype)  # each sequence has new tokens of its own number
@@ -58,7 +60,8 @@ class V4Places:
         if caches is None or self.differentiable:
             out = core(rows, *tables, bounds, max_seqlen=tokens)
         if caches is not None:
-            sequences, slots = self._once("prefill", lambda: self._prompt_slots(bounds, rows.shape[0], core.config))
+            make = partial(self._prompt_slots, bounds, rows.shape[0], core.config)
+            sequences, slots = self._once("prefill", make)
             given = *tables, bounds, slots, caches, sequences
             if self.differentiable:
                 core.write(rows, *given, max_seqlen=tokens)
@@ -85,9 +88,9 @@ class V4Places:
         count, outs = hidden.shape[1], []
         for first in range(0, count, STEP):
             part = hidden[:, first : first + STEP]
-            left = count - first - part.shape[1]
-            key = rows.start, first
-            sequences, slots = self._once(key, lambda: self._chunk_slots(rows, part.shape[1], left))  # noqa: B023
+            tokens = part.shape[1]
+            make = partial(self._chunk_slots, rows, tokens, count - first - tokens)
+            sequences, slots = self._once((rows.start, first), make)
             outs.append(core.decode(part, *tables, slots, caches, sequences))
         return torch.cat(outs, 1) if len(outs) != 1 else outs[0]
 
@@ -134,6 +137,20 @@ def _share(core, module) -> None:
             core._modules[name] = other
 
 
+def check_layouts(base, layout: str | None, index_layout: str) -> None:
+    """Refuse a layout that a layer of the model cannot hold."""
+    if layout is None and index_layout == "bf16":
+        return
+    for index, config in enumerate(_configs(base)):
+        options = {"dtype": base.dtype, "layout": layout, "index_layout": index_layout, "device": "meta"}
+        try:
+            V4Cache.allocate(config, num_pages=0, page_size=PAGE, slots=0, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"cache_layout: got {layout!r}, which layer {index} ({config.layer_type}) cannot hold: {error}"
+            ) from None
+
+
 def replacements(base):
     """(module, method, function) for each method that an instance is to shadow; refusals before anything changes."""
     config = base.config
@@ -150,16 +167,50 @@ def replacements(base):
             yield module, "forward", partial(attention_forward, core, module)
 
 
-def install_hooks(base) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Prepare the cache, and the places of all tokens, before every forward of this model from now on."""
-    layers = tuple(V4AttentionConfig.from_hf(base.config, index) for index in range(base.config.num_hidden_layers))
-    prepare = partial(_prepare, positional_names(type(base)), cache_keyword(type(base)), layers, {})
-    return (base.register_forward_pre_hook(prepare, with_kwargs=True),)
+def install_hooks(base, layout: str | None, index_layout: str) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+    """Prepare the cache, and the places of all tokens, before every forward of this model from now on. What a forward
+    that raises has stored is forgotten."""
+    plan = _Plan(
+        positional_names(type(base)), cache_keyword(type(base)), _configs(base), {},
+        {"layout": layout, "index_layout": index_layout},
+    )  # fmt: skip
+    return (
+        base.register_forward_pre_hook(partial(_prepare, plan), with_kwargs=True),
+        base.register_forward_hook(_finish, with_kwargs=True, always_call=True),
+    )
 
 
-def _prepare(names, keyword: str, configs: tuple[V4AttentionConfig, ...], known: dict, base, args, kwargs):
-    """A forward pre-hook: what the base model is to be called with. ``known``: tables of angles that were made."""
-    kwargs = as_keywords(base, names, keyword, args, kwargs)
+def _configs(base) -> tuple[V4AttentionConfig, ...]:
+    return tuple(V4AttentionConfig.from_hf(base.config, index) for index in range(base.config.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the hooks of a base model know of it."""
+
+    names: tuple[str, ...]  # positional arguments of its forward
+    keyword: str  # what it calls its cache
+    configs: tuple[V4AttentionConfig, ...]
+    known: dict  # tables of angles that were made
+    layouts: dict  # of caches that it begins
+
+
+def _finish(base, args, kwargs, output) -> None:
+    """A forward hook, which also runs where the forward raised: then ``output`` is None."""
+    places = kwargs.get(PLACES)
+    if places is None or places.book is None:
+        return
+    for part in (places.book, *places.layers):
+        if output is None:
+            part.undo()
+        else:
+            part.finish()
+
+
+def _prepare(plan: _Plan, base, args, kwargs):
+    """A forward pre-hook: what the base model is to be called with."""
+    keyword, configs = plan.keyword, plan.configs
+    kwargs = as_keywords(base, plan.names, keyword, args, kwargs)
     if kwargs is None:
         return None  # Python has an error for this call
     inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -169,9 +220,9 @@ def _prepare(names, keyword: str, configs: tuple[V4AttentionConfig, ...], known:
         kwargs["use_cache"] = False  # transformers' layers would not take one
     use_cache = kwargs.get("use_cache")
     if cache is None and (base.config.use_cache if use_cache is None else use_cache):
-        cache = kwargs[keyword] = Cache(layers=_layers(configs))
+        cache = kwargs[keyword] = Cache(layers=_layers(plan))
     if cache is not None:
-        _adopt(keyword, cache, configs)
+        _adopt(plan, cache)
         cache.layers[0].check_dtype(keyword)
     past = 0 if cache is None else cache.layers[0].book.length
     mask = _mask(kwargs.get("attention_mask"), past + tokens)
@@ -194,26 +245,25 @@ def _prepare(names, keyword: str, configs: tuple[V4AttentionConfig, ...], known:
     if new is not None and ((not traced and bool(new.all())) or (traced and tokens == 1)):
         new = None
     _check_positions(kwargs.get("position_ids"), mask, past, tokens)
-    if book is not None:
-        book.count(batch, tokens, new, inputs.device)
     ratios = tuple(sorted({config.ratio for config in configs if config.ratio}))
-    kwargs[PLACES] = V4Places(
-        _tables(base, known, past + tokens, inputs.device), new, past, book, None if cache is None else cache.layers,
-        ratios, differentiable, {},
-    )  # fmt: skip
+    tables, layers = _tables(base, plan.known, past + tokens, inputs.device), None if cache is None else cache.layers
+    if book is not None:
+        book.count(batch, tokens, new, inputs.device)  # last: from here on the other hook brings it back
+    kwargs[PLACES] = V4Places(tables, new, past, book, layers, ratios, differentiable, {})
     kwargs["attention_mask"] = {"sliding_attention": None}  # the places know; transformers makes no mask then
     return (), kwargs
 
 
-def _layers(configs) -> list[V4Layer]:
-    book = V4Book(configs[0].window)
-    return [V4Layer(config, book, index == 0) for index, config in enumerate(configs)]
+def _layers(plan: _Plan) -> list[V4Layer]:
+    book = V4Book(plan.configs[0].window, **plan.layouts)
+    return [V4Layer(config, book, index == 0) for index, config in enumerate(plan.configs)]
 
 
-def _adopt(keyword: str, cache, configs) -> None:
+def _adopt(plan: _Plan, cache) -> None:
     """Put our layers into an empty cache of transformers."""
+    keyword = plan.keyword
     if cache.layers and all(isinstance(layer, V4Layer) for layer in cache.layers):
-        if [layer.config for layer in cache.layers] != list(configs):
+        if [layer.config for layer in cache.layers] != list(plan.configs):
             raise ValueError(f"{keyword}: got the cache of another model, whose layers have other sizes")
         return
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
@@ -223,7 +273,7 @@ def _adopt(keyword: str, cache, configs) -> None:
             f"{keyword}: got {kind}{type(cache).__name__}, accepted: None, an empty DynamicCache, or a cache that this "
             "model filled while it was enabled"
         )
-    cache.layers = _layers(configs)
+    cache.layers = _layers(plan)
     cache.layer_class_to_replicate = None
 
 

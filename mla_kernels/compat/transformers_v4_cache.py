@@ -1,8 +1,8 @@
 """The cache layers that :mod:`mla_kernels.compat.transformers` gives to DeepSeek-V4, and what they share."""
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
+from mla_kernels.compat.transformers_cache import PagedLayer
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.nn.v4_cache import V4Cache, V4Sequences
@@ -21,10 +21,13 @@ class V4Book:
     Padding counts in ``length``, as transformers expects, and is in no layer: with the mask ``[[0, 1, 1], [1, 1, 1]]``
     ``seq_lens`` is ``[2, 3]``. Sequence b has the ``ring`` pages ``b * ring`` to ``(b + 1) * ring - 1`` for its raw
     tokens, in turns, since a window is all that is read of them, and consecutive pages for entries.
+
+    ``layout`` is that of raw tokens and entries (None: the model's dtype), ``index_layout`` that of index keys.
     """
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, layout: str | None = None, index_layout: str = "bf16"):
         self.ring = -(-(window + STEP) // PAGE) + 1
+        self.layout, self.index_layout = layout, index_layout
         self.reset()
 
     def reset(self) -> None:
@@ -32,13 +35,15 @@ class V4Book:
         self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
         self.length = 0
         self.room = LEAST_ROOM
+        self.before: tuple | None = None  # lengths and padding before the forward that is under way
 
     def count(self, batch: int, tokens: int, kept: torch.Tensor | None, device) -> None:
-        """Take new tokens in; ``kept`` says which are no padding."""
+        """Take new tokens in, until :meth:`finish` or :meth:`undo`; ``kept`` says which are no padding."""
+        if self.seq_lens is not None and self.seq_lens.shape[0] != batch:
+            raise ValueError(f"cache: got a batch of {batch}, the cache holds {self.seq_lens.shape[0]}")
+        self.before = self.seq_lens, self.kept, self.length
         if self.seq_lens is None:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        elif self.seq_lens.shape[0] != batch:
-            raise ValueError(f"cache: got a batch of {batch}, the cache holds {self.seq_lens.shape[0]}")
         if self.kept is not None or kept is not None:
             new = torch.ones(batch, tokens, dtype=torch.bool, device=device) if kept is None else kept
             old = self.kept
@@ -49,6 +54,16 @@ class V4Book:
         self.length += tokens
         if self.length > self.room:
             self.room = -(-max(self.length, self.room * 3 // 2) // LEAST_ROOM) * LEAST_ROOM
+
+    def finish(self) -> None:
+        """The forward with the newest tokens is done."""
+        self.before = None
+
+    def undo(self) -> None:
+        """The forward with the newest tokens raised: they are forgotten. The room stays."""
+        if self.before is not None:
+            self.seq_lens, self.kept, self.length = self.before
+            self.before = None
 
     def pages(self, ratio: int) -> int:
         """Pages of entries a sequence."""
@@ -77,24 +92,23 @@ class V4Book:
             self.kept = None if self.kept is None else pick(self.kept)
 
 
-class V4Layer(CacheLayerMixin):
+class V4Layer(PagedLayer):
     """One layer's raw tokens, entries, index keys and compressor states, as a layer of a transformers ``Cache``.
 
     ``enable`` installs these layers by itself. They cannot be cropped: transformers takes V4 for stateful.
     """
 
     is_croppable = False
-    is_sliding = False
-    is_compileable = False
 
     def __init__(self, config: V4AttentionConfig, book: V4Book, first: bool):
         self.config, self.book, self.first = config, book, first
         self.caches: V4Cache | None = None
+        self.saved: list | None = None  # rings and what they held before the forward that is under way
         self.is_initialized = False
 
     def reset(self) -> None:
         """Forget every token and release the memory."""
-        self.caches, self.is_initialized = None, False
+        self.caches, self.saved, self.is_initialized = None, None, False
         if self.first:
             self.book.reset()
 
@@ -104,9 +118,27 @@ class V4Layer(CacheLayerMixin):
         self.dtype = self._projected()
         self.caches = V4Cache.allocate(
             config, num_pages=batch * self.book.ring, page_size=PAGE, entry_pages=0, slots=batch, new_tokens=STEP,
-            dtype=self.dtype, device=self.device,
+            dtype=self.dtype, layout=self.book.layout, index_layout=self.book.index_layout, device=self.device,
         )  # fmt: skip
         self.is_initialized = True
+
+    def save(self) -> None:
+        """Keep what the rings hold: more tokens than a step go through them than they have room for behind a window."""
+        caches = self.caches
+        rings = [ring for ring in (caches.window.data, caches.state, caches.index_state) if ring is not None]
+        self.saved = [(ring, ring.clone()) for ring in rings]
+
+    def finish(self) -> None:
+        """The forward that is under way is done."""
+        self.saved = None
+
+    def undo(self) -> None:
+        """The forward that is under way raised. The book has forgotten its tokens already."""
+        if self.book.seq_lens is None:
+            self.caches, self.is_initialized = None, False
+        for ring, held in self.saved or ():
+            ring.copy_(held)
+        self.saved = None
 
     def reserve(self, hidden: torch.Tensor) -> V4Cache:
         """The caches, with room for the entries that the book counts."""
@@ -133,12 +165,6 @@ class V4Layer(CacheLayerMixin):
                 "under the same autocast"
             )
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        raise RuntimeError(
-            "V4Layer.update: the model that uses this cache is not enabled; call "
-            "mla_kernels.compat.transformers.enable(model) first"
-        )
-
     def _map_pages(self, function) -> None:
         """Entries and index keys, [batch, pages of a sequence, ...], become what ``function`` makes of them."""
         caches = self.caches
@@ -147,9 +173,9 @@ class V4Layer(CacheLayerMixin):
         def mapped(data):
             return function(data.unflatten(0, (batch, data.shape[0] // batch))).flatten(0, 1)
 
-        entries = LatentCache(mapped(caches.entries.data), caches.entries.latent_dim)
+        entries = LatentCache(mapped(caches.entries.data), caches.entries.latent_dim, caches.entries.layout)
         keys = caches.index_keys
-        keys = None if keys is None else IndexerCache(mapped(keys.data), keys.head_dim)
+        keys = None if keys is None else IndexerCache(mapped(keys.data), keys.head_dim, keys.layout)
         self.caches = V4Cache(caches.window, entries, caches.state, keys, caches.index_state)
 
     @property
@@ -168,9 +194,6 @@ class V4Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.book.length + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("V4Layer: the compressors' states cannot be cropped")
 
@@ -179,25 +202,12 @@ class V4Layer(CacheLayerMixin):
             ring, caches = self.book.ring, self.caches  # whose batch the book may have left behind already
             if self.config.ratio:
                 self._map_pages(pick)
-            window = LatentCache(pick(caches.window.data.unflatten(0, (-1, ring))).flatten(0, 1), self.config.head_dim)
+            data = pick(caches.window.data.unflatten(0, (-1, ring))).flatten(0, 1)
+            window = LatentCache(data, self.config.head_dim, caches.window.layout)
             states = [None if state is None else pick(state) for state in (caches.state, caches.index_state)]
             self.caches = V4Cache(window, self.caches.entries, states[0], self.caches.index_keys, states[1])
         if self.first:
             self.book.rearrange(pick)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._rearrange(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rearrange(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._rearrange(lambda t: t[indices])
-
-    def offload(self) -> None:
-        raise NotImplementedError("V4Layer: the cache cannot be offloaded; use cache_implementation='dynamic'")
-
-    prefetch = offload
 
 
 def _grown(data: torch.Tensor, pages: int) -> torch.Tensor:

@@ -44,6 +44,8 @@ class V4AttentionConfig:
                 raise ValueError(f"ratio: got {self.ratio} with layer_type {SLIDING!r}, 0 is accepted")
         else:
             check_int("ratio", self.ratio, 1)
+        widest = min(self.head_dim, self.index_head_dim) if self.overlap else self.head_dim
+        check_int("rope_dim", self.rope_dim, 16, widest)
         if self.num_heads % self.o_groups:
             raise ValueError(f"o_groups: got {self.o_groups}, a divisor of num_heads ({self.num_heads}) is accepted")
 
