@@ -53,6 +53,7 @@ from mla_kernels.compat.transformers_indexer import (  # noqa: E402
     choose_slots_rotated_last,
 )
 from mla_kernels.compat.transformers_packed import PLACE, check_packable, pack  # noqa: E402
+from mla_kernels.compat.transformers_pools import choose_pools  # noqa: E402
 from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
 
 __all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
@@ -121,7 +122,14 @@ FAMILIES = (
     ),
     Family("KimiLinearModel", "KimiLinearAttention", "KimiLinearExperts", kinds=LINEAR),
     Family("BailingHybridModel", "BailingHybridAttention", "BailingHybridExperts", kinds=LINEAR),
-    Family("Glm5NextTextModel", "Glm5NextTextAttention", "Glm5NextTextExperts", kinds=LINEAR),
+    Family(
+        "Glm5NextTextModel",
+        "Glm5NextTextAttention",
+        "Glm5NextTextExperts",
+        indexer="Glm5NextTextIndexer",
+        indexer_forward=choose_pools,
+        kinds=LINEAR,
+    ),
 )
 
 
@@ -149,8 +157,8 @@ def enable(model, *, prepack: bool = False, cache_layout: str | None = None, ind
       ``mla_prefill`` over expanded K and V, or transformers' sdpa where that op has no tiles for the head's widths.
     - An indexer's scores and choice run in ``select_slots`` over paged indexer keys. Past its top_k, tokens attend
       with ``sparse_mla_decode`` or ``sparse_mla_prefill``; where its scores tie, it may choose another key. A forward
-      hook on the indexer sees cache slots, where transformers' own has positions. GLM-5-next's indexer, which chooses
-      pools of tokens, is transformers' own, and what it chose is attended to with the same ops.
+      hook on the indexer sees cache slots, where transformers' own has positions. GLM-5-next's indexer chooses pools of
+      tokens, whose keys are kept likewise; where padding stands between tokens it is transformers' own.
     - Past a window a prefill is ``sparse_mla_prefill`` over it; windows over latents of more than 512 columns attend
       with transformers' sdpa on devices. Sinks are scores of their own in every case.
     - Forwards without a cache, or that record gradients, attend with ``mla_prefill`` where the mask is plain causal,

@@ -61,8 +61,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if window is not None and expands_windows(module.kv_lora_rank, query.device):
         return _sdpa_of_window(module, query, layer, window, attention_mask, options)
     few = query.shape[2] <= DECODE_TOKENS and (layer.new_kept is None or query.shape[2] == 1)
-    if positions is not None and not _chooses_all(module, layer):
-        indices = layer.slots(positions if layer.kept is None else _once(positions))
+    if positions is not None:
+        indices = positions  # slots, where there is a layer
     elif window is not None and layer.length > window and (layer.kept is not None or not few):
         indices = layer.window_slots(query.shape[2], window)
     if indices is not None and indices.shape[-1]:
@@ -75,7 +75,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         key, value = layer.keys, layer.values
     keys, values = type(module).expand_kv(module, key, value)
     if positions is not None:
-        attention_mask = _mask_of(positions, keys.shape[2])
+        attention_mask = _causal_mask(layer)
     return _sdpa(module, query, keys, values, attention_mask, None, options)
 
 
@@ -123,6 +123,13 @@ def _mask_of(indices, length: int) -> torch.Tensor:
     mask = torch.zeros(shape, dtype=torch.bool, device=indices.device)
     places = indices.long().masked_fill(indices < 0, length)
     return mask.scatter(-1, places, True)[:, None, :, :length]
+
+
+def _causal_mask(layer) -> torch.Tensor:
+    """Which keys the newest tokens see where an indexer chose all, bool [batch, 1, tokens, keys]."""
+    place = torch.arange(layer.length, device=layer.device)
+    mask = place <= place[-layer.new_tokens :, None]
+    return mask[None, None] if layer.kept is None else mask & layer.kept[:, None, None]
 
 
 def _with_sink(module, query, keys, values, attention_mask, options) -> torch.Tensor:
@@ -232,27 +239,12 @@ def _sparse_prefill(module, query, layer, slots, softmax) -> torch.Tensor:
     return _unpack(from_latent(out[None], kv_b, module.qk_nope_head_dim)[0], query, kept)
 
 
-def _chooses_all(module, layer) -> bool:
-    """Whether GLM-5-next's indexer chooses every token that a query sees. It chooses whole pools, and the rest of the
-    last one; pools that hold padding are left out, so that nothing is said of those here."""
-    config = module.config
-    whole = config.index_kpool_always_select_tail or config.index_kpool == 1
-    return layer.kept is None and whole and layer.length <= config.index_topk
-
-
-def _once(positions: torch.Tensor) -> torch.Tensor:
-    """Each position once, the rest -1: where padding splits a pool, GLM-5-next's indexer names some twice."""
-    positions = positions.sort(-1).values
-    again = F.pad(positions[..., 1:] == positions[..., :-1], (1, 0))
-    return positions.masked_fill(again, -1)
-
-
 def keep_latents(latents, rotated):
     """Stands in for ``expand_kv`` of an enabled module, so that the attention function receives the latents."""
     return latents, rotated
 
 
 def keep_choice(topk_indices, query_states, kv_length):
-    """Stands in for ``build_attention_mask_from_topk``, so that the attention function receives the positions that the
-    indexer chose, int32 [batch, tokens, top_k] with -1 for none, in place of a mask."""
+    """Stands in for ``build_attention_mask_from_topk``, so that the attention function receives what the indexer chose,
+    int32 [batch, tokens, n] with -1 for none, in place of a mask: slots of the cache, or positions without one."""
     return topk_indices

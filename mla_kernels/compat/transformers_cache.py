@@ -67,15 +67,18 @@ class LatentLayer(PagedLayer):
         self.length = 0  # tokens seen, padding included
         self.kept: torch.Tensor | None = None  # bool [batch, length], False where padding; None: no padding
         self.new_kept: torch.Tensor | None = None  # bool [batch, tokens], the same of the newest tokens
+        self.new_tokens = 0  # how many they are, padding included
+        self.splits = False  # whether padding stands, or may stand, between a sequence's tokens
+        self.pools = None  # the keys of an indexer that chooses pools of tokens
         self.differentiable = False  # whether the forward that stores the newest tokens records gradients
         self.is_initialized = False
         self.awaits_update = False  # whether `expect` was called and `update` has not come yet
         self.before: int | None = None  # length before the forward that is under way
         self.lost = False  # whether states beside this layer hold tokens of a forward that raised
 
-    def expect(self, kept: torch.Tensor | None, *, differentiable: bool = False) -> None:
+    def expect(self, kept: torch.Tensor | None, *, differentiable: bool = False, splits: bool = False) -> None:
         """Say which of the next ``update``'s tokens are real (bool [batch, tokens]); None: all of them."""
-        self.awaits_update, self.new_kept, self.differentiable = True, kept, differentiable
+        self.awaits_update, self.new_kept, self.differentiable, self.splits = True, kept, differentiable, splits
         self.before = self.length
 
     def undo(self) -> None:
@@ -124,6 +127,11 @@ class LatentLayer(PagedLayer):
 
         Returns the keys of every token so far, as transformers keeps them: ``[batch, length, head_dim]``.
         """
+        self.store_indexer(indexer_key_states)
+        return indexer_key_states if indexer_key_states.shape[1] == self.length else self.indexer_keys
+
+    def store_indexer(self, indexer_key_states: torch.Tensor) -> None:
+        """The same without a result."""
         new = indexer_key_states.detach()
         if self.awaits_update:  # this layer's latents are another's: here the narrowest that a LatentCache can hold
             self.update(
@@ -131,8 +139,7 @@ class LatentLayer(PagedLayer):
             )
         if self.index_data is None:
             self.index_data = new.new_zeros(self.cache.num_pages, self.page_size, new.shape[-1])
-        self._store(self._index_rows(), new)
-        return indexer_key_states if new.shape[1] == self.length else self.indexer_keys
+        self._store(self.index_rows(), new)
 
     def _count(self, batch: int, tokens: int) -> None:
         """Take the newest tokens into ``length``, ``kept`` and ``seq_lens``."""
@@ -143,8 +150,22 @@ class LatentLayer(PagedLayer):
             if new is None:
                 new = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
             self.kept = torch.cat((old, new), -1)
-        self.seq_lens += tokens if self.new_kept is None else self.new_kept.sum(-1, dtype=torch.int32)
+        self.new_tokens = tokens
+        self.seq_lens += self.new_lens()
         self.length += tokens
+
+    def new_lens(self) -> torch.Tensor:
+        """How many of the newest tokens of each sequence are real, int32 [batch]."""
+        if self.new_kept is None:
+            return torch.full_like(self.seq_lens, self.new_tokens)
+        return self.new_kept.sum(-1, dtype=torch.int32)
+
+    def new_positions(self) -> torch.Tensor:
+        """Where the newest tokens stand among the real ones, int32 [batch, tokens]; -1 for padding."""
+        before = (self.seq_lens - self.new_lens())[:, None]
+        if self.new_kept is None:
+            return before + torch.arange(self.new_tokens, dtype=torch.int32, device=self.device)
+        return torch.where(self.new_kept, before + self.new_kept.cumsum(-1, dtype=torch.int32) - 1, -1)
 
     def _store(self, rows: torch.Tensor, new: torch.Tensor) -> None:
         """Put the newest tokens, ``[batch, tokens, width]`` and counted already, into ``[batch, slots, width]``.
@@ -169,7 +190,8 @@ class LatentLayer(PagedLayer):
         """The indexer's keys, for the ops that score them."""
         return None if self.index_data is None else IndexerCache(self.index_data, self.index_data.shape[-1])
 
-    def _index_rows(self) -> torch.Tensor:
+    def index_rows(self) -> torch.Tensor:
+        """The same of what an indexer keeps."""
         return self.index_data.view(self.seq_lens.shape[0], -1, self.index_data.shape[-1])
 
     def _set_rows(self, rows: torch.Tensor, index_rows: torch.Tensor | None) -> None:
@@ -190,7 +212,7 @@ class LatentLayer(PagedLayer):
             grown[:, : rows.shape[1]] = rows
         index_grown = None
         if self.index_data is not None:
-            index_rows = self._index_rows()
+            index_rows = self.index_rows()
             index_grown = index_rows.new_zeros(*grown.shape[:2], index_rows.shape[-1])
             index_grown[:, : index_rows.shape[1]] = index_rows
         self._set_rows(grown, index_grown)
@@ -219,8 +241,12 @@ class LatentLayer(PagedLayer):
             sequence = torch.arange(len(self.seq_lens), device=self.device)[:, None, None]
             chosen = chosen & self.kept[sequence, places]
             places = (self.kept.cumsum(-1) - 1)[sequence, places]
+        return self.own_slots(places.masked_fill(~chosen, -1))
+
+    def own_slots(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The slots of these tokens of each sequence [batch, tokens, n], int32; padding does not count, -1 stays."""
         firsts = torch.arange(len(self.seq_lens), device=self.device) * self._rows().shape[1]
-        return (places + firsts[:, None, None]).int().masked_fill(~chosen, -1)
+        return (tokens + firsts[:, None, None]).int().masked_fill(tokens < 0, -1)
 
     def window_slots(self, tokens: int, window: int) -> torch.Tensor:
         """The slots that each of the newest tokens sees through a window, [batch, tokens, window]; as in transformers
@@ -242,7 +268,7 @@ class LatentLayer(PagedLayer):
     @property
     def indexer_keys(self) -> torch.Tensor | None:
         """The indexer's keys in transformers' layout, [batch, length, head_dim]."""
-        return None if self.index_data is None else self._gather(self._index_rows())
+        return None if self.index_data is None else self._gather(self.index_rows())
 
     @property
     def bytes_per_token(self) -> int:
@@ -266,12 +292,16 @@ class LatentLayer(PagedLayer):
             self.seq_lens -= self.kept[:, -remove:].sum(-1, dtype=torch.int32)
             self.kept = self.kept[:, :-remove]
         self.length -= remove
+        if self.pools is not None:
+            self.pools.until = min(self.pools.until, self.length)
 
     def _rearrange(self, pick) -> None:
         if self.length:
-            self._set_rows(pick(self._rows()), None if self.index_data is None else pick(self._index_rows()))
+            self._set_rows(pick(self._rows()), None if self.index_data is None else pick(self.index_rows()))
             self.seq_lens = pick(self.seq_lens)
             self.kept = None if self.kept is None else pick(self.kept)
+            if self.pools is not None:
+                self.pools.rearrange(pick)
 
 
 def starts(lengths: torch.Tensor) -> torch.Tensor:

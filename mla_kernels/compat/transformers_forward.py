@@ -46,6 +46,7 @@ class _Plan:
     has_prefill: bool  # whether mla_prefill has tiles for all of them
     window_latent: int  # the widest latent of the layers with a window; 0: there is none
     masks_itself: bool  # whether the attention makes its mask by itself from what an indexer chose
+    pools: bool  # whether an indexer chooses pools of tokens
 
     @classmethod
     def of(cls, base, attentions) -> "_Plan":
@@ -56,6 +57,7 @@ class _Plan:
             has_prefill=all(has_prefill(module) for module in attentions),
             window_latent=max((m.kv_lora_rank for m in attentions if getattr(m, "sliding_window", None)), default=0),
             masks_itself=any(hasattr(type(module), MASK_OF_CHOICE) for module in attentions),
+            pools=hasattr(base.config, "index_kpool"),
         )
 
 
@@ -141,9 +143,10 @@ def _prepare_cache(names: tuple[str, ...], plan: _Plan, base, args, kwargs):
         if not torch.equal(before, mask[:, :past]):
             raise ValueError("attention_mask: it masks cached tokens in another way than when they were stored")
     new = None if mask is None or (not traced and bool(mask[:, past:].all())) else mask[:, past:]
+    splits = plan.pools and mask is not None and (traced or bool((mask[:, :-1] & ~mask[:, 1:]).any()))
     for layer in latent:
         kept = None if new is None else new.to(getattr(layer, "device", new.device))
-        layer.expect(kept, differentiable=differentiable)
+        layer.expect(kept, differentiable=differentiable, splits=splits)
     packs = tokens == 1 or new is None or not traced  # else the number of real tokens would be needed
     by_ops = plan.has_prefill and not plan.masks_itself and not expands_windows(plan.window_latent, inputs.device)
     if not differentiable and by_ops and packs:

@@ -37,7 +37,7 @@ def choose_slots_by_position(indexer, hidden, angles, mask, positions, cache=Non
     """The same for ``MistralLarge4TextIndexer``: its queries come from the hidden states and are scaled by position,
     and in layers without rotary embeddings nothing is rotated."""
     cache = past_key_values if cache is None else cache
-    layer = _layer(indexer, cache)
+    layer = layer_of(indexer, cache)
     if layer is None:
         return type(indexer).forward(indexer, hidden, angles, mask, positions, cache)
     q = indexer.wq_b(indexer.q_input_norm(hidden)).unflatten(-1, (indexer.n_heads, indexer.head_dim))
@@ -49,14 +49,14 @@ def choose_slots_by_position(indexer, hidden, angles, mask, positions, cache=Non
 def _choose_by_residual(
     indexer, rotate, hidden, q_residual, angles, mask, positions, cache, *, rotated_last=False
 ):  # fmt: skip
-    layer = _layer(indexer, cache)
+    layer = layer_of(indexer, cache)
     if layer is None:
         return type(indexer).forward(indexer, hidden, q_residual, angles, mask, positions, cache)
     q = indexer.wq_b(q_residual).unflatten(-1, (indexer.n_heads, indexer.head_dim))
     return _choose(indexer, rotate, q, hidden, angles, layer, rotated_last=rotated_last)
 
 
-def _layer(indexer, cache):
+def layer_of(indexer, cache):
     """The layer of the cache that takes this indexer's keys; None: transformers' own forward is to run."""
     layer = None if cache is None else cache.layers[indexer.layer_idx]
     return None if layer is None or layer.differentiable else layer
@@ -69,7 +69,7 @@ def _choose(indexer, rotate, q, hidden, angles, layer, *, rotated_last=False):
     k = k[:, :, None]  # [batch, tokens, 1, head_dim]
     if rotate is not None:
         q, k = _rotated(rotate, q, k, angles, indexer.qk_rope_head_dim, last=rotated_last)
-    layer.update_indexer(k[:, :, 0])
+    layer.store_indexer(k[:, :, 0])
     if layer.length <= indexer.index_topk:
         return torch.empty(batch, tokens, 0, dtype=torch.int32, device=hidden.device)
     weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()

@@ -2,12 +2,18 @@ from collections import Counter
 
 import pytest
 
-from mla_kernels.compat import transformers_attention, transformers_experts, transformers_indexer
+from mla_kernels.compat import (
+    transformers_attention,
+    transformers_experts,
+    transformers_indexer,
+    transformers_pools,
+)
 
 OPS = {
     transformers_attention: ("mla_decode", "mla_prefill", "sparse_mla_decode", "sparse_mla_prefill"),
     transformers_experts: ("fused_moe",),
     transformers_indexer: ("select_slots",),
+    transformers_pools: ("select_slots",),
 }
 
 

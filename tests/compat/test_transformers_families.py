@@ -28,7 +28,7 @@ INDEXED = [
     name for name in ("DeepseekV32", "GlmMoeDsa", "AXK2", "HYV4", "MistralLarge4", "Dots3Note") if name in FAMILIES
 ]
 WINDOWS = [name for name in ("Dots3Note",) if name in FAMILIES]
-POOLS = [name for name in ("Glm5Next",) if name in FAMILIES]  # their indexer, transformers' own, chooses pools of keys
+POOLS = [name for name in ("Glm5Next",) if name in FAMILIES]  # their indexer chooses pools of keys
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(family, heads, cal
     dense = {"MiniCPM3": layers, "Youtu": layers, "LongcatFlash": 2}.get(family, 1)  # layers without experts
     assert calls["fused_moe"] == NEW * (layers - dense)
     latent = len(attentions(model))
-    sparse = latent if family in POOLS else len(WINDOWS) if family in WINDOWS else 0  # these choose slots under padding
+    sparse = len(WINDOWS) if family in WINDOWS else 0  # these choose slots under padding
     assert (calls["mla_prefill"], calls["sparse_mla_prefill"]) == (latent - sparse, sparse)
     assert (calls["mla_decode"], calls["sparse_mla_decode"]) == ((NEW - 1) * (latent - sparse), (NEW - 1) * sparse)
     cache = actual[CACHE]
@@ -105,8 +105,7 @@ def test_real_head_geometry(family, calls):
     expected = _generate(model, ids, mask, new=3)
     _assert_same(_generate(enable(model), ids, mask, new=3), expected)
     layers = model.config.num_hidden_layers
-    prefix = "sparse_" if family in POOLS else ""
-    assert (calls[f"{prefix}mla_prefill"], calls[f"{prefix}mla_decode"]) == (layers, 2 * layers)
+    assert (calls["mla_prefill"], calls["mla_decode"]) == (layers, 2 * layers)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -123,7 +122,7 @@ def test_indexer_chooses_the_same_keys(family, padded, calls):
     layers, latent = model.config.num_hidden_layers, len(attentions(model))
     windows = len(WINDOWS) if family in WINDOWS and not padded else 0
     assert calls == Counter(
-        select_slots=0 if family in POOLS else 12 * indexers, sparse_mla_prefill=latent,
+        select_slots=12 * indexers, sparse_mla_prefill=latent,
         sparse_mla_decode=11 * (latent - windows), mla_decode=11 * windows, fused_moe=12 * (layers - 1),
     )  # fmt: skip
     past, start = None, 0
@@ -133,6 +132,28 @@ def test_indexer_chooses_the_same_keys(family, padded, calls):
         out = model(ids[:, rows], attention_mask=mask[:, :start], position_ids=positions[:, rows], **{CACHE: past})
         past, real = out[CACHE], mask[:, rows].bool()
         torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", POOLS)
+def test_pools_past_a_page_of_their_keys(family):
+    """Chunks of 300 tokens: their keys take a second page; and beams, which take them along."""
+    model = _eager(family, index_topk=16)
+    ids, mask = torch.randint(2, VOCABULARY, (2, 300)), torch.ones(2, 300).long()
+    mask[1, :22] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    beams = dict(num_beams=3, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids[:, 250:], attention_mask=mask[:, 250:], **beams)
+    enable(model)
+    past, start = None, 0
+    for chunk in (90, 1, 203, 1, 5):
+        rows = slice(start, start + chunk)
+        start += chunk
+        out = model(ids[:, rows], attention_mask=mask[:, :start], position_ids=positions[:, rows], **{CACHE: past})
+        past, real = out[CACHE], mask[:, rows].bool()
+        torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
+    assert past.layers[0].pools.data.shape[1] == 128
+    assert torch.equal(model.generate(ids[:, 250:], attention_mask=mask[:, 250:], **beams), expected)
 
 
 @pytest.mark.slow
