@@ -12,6 +12,7 @@ from mla_kernels.nn.hyper import HyperConnection, HyperHead
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, RMSNorm, from_latent, to_latent
 from mla_kernels.nn.moe import MoE, SwiGLU
 from mla_kernels.nn.moe_config import MoEConfig
+from mla_kernels.nn.mtp import MTPLayer, V4MTPLayer
 from mla_kernels.nn.rope import apply_rope, rope_tables, softmax_scale, yarn_mscale
 from mla_kernels.nn.v4_attention import V4Attention
 from mla_kernels.nn.v4_cache import V4Cache, V4Sequences
@@ -23,6 +24,7 @@ __all__ = [
     "HyperConnection",
     "HyperHead",
     "LatentAttention",
+    "MTPLayer",
     "MoE",
     "MoEConfig",
     "RMSNorm",
@@ -30,6 +32,7 @@ __all__ = [
     "V4Attention",
     "V4AttentionConfig",
     "V4Cache",
+    "V4MTPLayer",
     "V4Sequences",
     "apply_rope",
     "from_latent",
