@@ -134,9 +134,9 @@ def test_indexer_chooses_the_same_keys(family, padded, calls):
         torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", POOLS)
-def test_pools_past_a_page_of_their_keys(family):
-    """Chunks of 300 tokens: their keys take a second page; and beams, which take them along."""
+@pytest.mark.parametrize("family", [*INDEXED[:1], *POOLS])
+def test_chosen_keys_of_several_pages(family):
+    """Chunks of 300 tokens, whose keys take more pages; and beams, which take them along."""
     model = _eager(family, index_topk=16)
     ids, mask = torch.randint(2, VOCABULARY, (2, 300)), torch.ones(2, 300).long()
     mask[1, :22] = 0
@@ -152,7 +152,7 @@ def test_pools_past_a_page_of_their_keys(family):
         out = model(ids[:, rows], attention_mask=mask[:, :start], position_ids=positions[:, rows], **{CACHE: past})
         past, real = out[CACHE], mask[:, rows].bool()
         torch.testing.assert_close(out.logits[real], whole[:, rows][real], atol=1e-4, rtol=0)
-    assert past.layers[0].pools.data.shape[1] == 128
+    assert family not in POOLS or past.layers[0].pools.data.shape[1] == 128
     assert torch.equal(model.generate(ids[:, 250:], attention_mask=mask[:, 250:], **beams), expected)
 
 

@@ -67,7 +67,7 @@ def test_refused_arguments_leave_the_cache_too():
     assert cache.get_seq_length() == 9 and cache.layers[2].seq_lens.tolist() == [9]
 
 
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", HYBRID or ["DeepseekV3"])  # older versions have none of them
 def test_states_of_linear_attention(family):
     """A first forward is forgotten, linear layers' states too; later their states are not known, and that is said."""
     model = enable(tiny(family))
@@ -75,7 +75,7 @@ def test_states_of_linear_attention(family):
     want = model(ids, use_cache=False).logits
     cache = model(ids, use_cache=True)[CACHE]
     cache.reset()
-    expectation, handle = raising(model, 3)
+    expectation, handle = raising(model, -1)
     with expectation:
         model(ids, **{CACHE: cache})
     assert cache.get_seq_length() == 0
@@ -83,11 +83,13 @@ def test_states_of_linear_attention(family):
     out = model(ids[:, :19], **{CACHE: cache})
     step = model(ids[:, 19:], **{CACHE: out[CACHE]})
     torch.testing.assert_close(step.logits[:, 0], want[:, -1], atol=1e-4, rtol=0)
-    expectation, handle = raising(model, 3)
+    expectation, handle = raising(model, -1)
     with expectation:
         model(ids[:, :1], **{CACHE: cache})
     handle.remove()
     latent = next(layer for layer in cache.layers if isinstance(layer, LatentLayer))
     assert latent.get_seq_length() == 20
+    if not HYBRID:
+        return
     with pytest.raises(RuntimeError, match=r"an earlier forward with this cache raised.*begin with a new cache"):
         model(ids[:, :1], **{CACHE: cache})
