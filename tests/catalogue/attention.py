@@ -3,7 +3,7 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import HEADS, LATENT, PAGE, ROPE, TABLE, bounds, call, enter, latent_data
+from tests.catalogue.calls import HEADS, LATENT, PAGE, ROPE, TABLE, bounds, call, enter, latent_data, latent_widths
 
 
 @call("mla_prefill", "q k v k_rope", ("q", "k", "v", "k_rope"))
@@ -76,20 +76,26 @@ enter("mla_decode of fp8_v32", _BATCH, *_decode("fp8_v32"))
 enter("mla_decode of int8", _BATCH, *_decode("int8"))
 
 
-@call("sparse_mla_decode", {"q": {0: "tokens"}, "data": {0: "pages"}, "indices": {0: "tokens"}})
-def _():
+def _sparse_decode(layout):
+    latent_dim, rope_dim = latent_widths(layout)
+
     def run(q, data, indices, extra):
-        cache, more = mk.LatentCache(data, 128, "fp8_v32"), mk.LatentCache(extra, 128, "fp8_v32")
+        cache, more = mk.LatentCache(data, latent_dim, layout), mk.LatentCache(extra, latent_dim, layout)
         return mk.sparse_mla_decode(
             q, cache, indices, softmax_scale=0.2, extra_cache=more, extra_indices=indices[:, :, :3].contiguous()
         )
 
     def example(n):
-        q = torch.randn(n, 2, HEADS, 128 + ROPE).bfloat16()
+        q = torch.randn(n, 2, HEADS, latent_dim + rope_dim).bfloat16()
         indices = torch.randint(-1, n * PAGE, (n, 2, 6), dtype=torch.int32)
-        return {"q": q, "data": latent_data(n, "fp8_v32"), "indices": indices, "extra": latent_data(2, "fp8_v32")}
+        return {"q": q, "data": latent_data(n, layout), "indices": indices, "extra": latent_data(2, layout)}
 
     return run, example
+
+
+_PICKED = {"q": {0: "tokens"}, "data": {0: "pages"}, "indices": {0: "tokens"}}
+enter("sparse_mla_decode", _PICKED, *_sparse_decode("fp8_v32"))
+enter("sparse_mla_decode of fp8_v4", _PICKED, *_sparse_decode("fp8_v4"))
 
 
 _LISTS = {"block_table": {0: "tokens"}, "seq_lens": {0: "tokens"}}

@@ -55,9 +55,17 @@ def bounds(*lengths):
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
+def latent_widths(layout):
+    """The widths of the latent and of what is beside it in the caches of these examples."""
+    if layout == "fp8_v4":
+        return 256, 0
+    return (128 if layout else LATENT), ROPE
+
+
 def latent_data(pages, layout):
+    latent_dim, rope_dim = latent_widths(layout)
     cache = mk.LatentCache.allocate(
-        pages, PAGE, latent_dim=128 if layout else LATENT, rope_dim=ROPE, dtype=torch.bfloat16, layout=layout
+        pages, PAGE, latent_dim=latent_dim, rope_dim=rope_dim, dtype=torch.bfloat16, layout=layout
     )
     values = torch.randn(pages * PAGE, cache.width).bfloat16()
     slots = torch.arange(pages * PAGE)

@@ -3,7 +3,19 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import HEADS, HIDDEN, LATENT, PAGE, ROPE, bounds, call, latent_data, rope_tables
+from tests.catalogue.calls import (
+    HEADS,
+    HIDDEN,
+    LATENT,
+    PAGE,
+    ROPE,
+    bounds,
+    call,
+    enter,
+    latent_data,
+    latent_widths,
+    rope_tables,
+)
 
 
 def _slots(n):
@@ -120,19 +132,23 @@ def _():
     return run, example
 
 
-@call("write_kv", {"kv": {0: "tokens"}, **_WRITTEN})
-def _():
+def _write_kv(layout, width):
     def run(kv, norm_weight, cos, sin, positions, slot_mapping, data):
         data = data.clone()
-        mk.write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, mk.LatentCache(data, 64))
+        mk.write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, mk.LatentCache(data, width, layout))
         return data
 
     def example(n):
-        data = mk.LatentCache.allocate(2 * n, PAGE, latent_dim=64, rope_dim=0).data
-        return {"kv": torch.randn(n, 64).bfloat16(), "norm_weight": torch.rand(64), **rope_tables(), **_slots(n),
+        data = mk.LatentCache.allocate(2 * n, PAGE, latent_dim=width, rope_dim=0, layout=layout).data
+        return {"kv": torch.randn(n, width).bfloat16(), "norm_weight": torch.rand(width), **rope_tables(), **_slots(n),
                 "data": data}  # fmt: skip
 
     return run, example
+
+
+_KV = {"kv": {0: "tokens"}, **_WRITTEN}
+enter("write_kv", _KV, *_write_kv(None, 64))
+enter("write_kv of fp8_v4", _KV, *_write_kv("fp8_v4", 256))
 
 
 @call("write_windows", "kv gate")
@@ -207,28 +223,32 @@ def _():
     return run, example
 
 
-@call("gather_tokens", {"data": {0: "pages"}, "slots": {0: "tokens"}})
-def _():
+def _gather(layout):
     def run(data, slots):
-        return mk.gather_tokens(mk.LatentCache(data, 128, "fp8_v32"), slots, dtype=torch.float32)
+        return mk.gather_tokens(mk.LatentCache(data, latent_widths(layout)[0], layout), slots, dtype=torch.float32)
 
-    return run, lambda n: {"data": latent_data(2 * n, "fp8_v32"), "slots": torch.randint(-1, 2 * n, (n,))}
+    return run, lambda n: {"data": latent_data(2 * n, layout), "slots": torch.randint(-1, 2 * n, (n,))}
 
 
-@call("scatter_tokens", {"data": {0: "pages"}, **{key: {0: "tokens"} for key in ("latent", "rope", "slots")}})
-def _():
+def _scatter(layout):
+    latent_dim, rope_dim = latent_widths(layout)
+
     def run(latent, rope, slots, data):
         data = data.clone()
-        mk.scatter_tokens(latent, rope, slots, mk.LatentCache(data, 128, "fp8_v32"))
+        mk.scatter_tokens(latent, rope, slots, mk.LatentCache(data, latent_dim, layout))
         return data
 
     def example(n):
-        latent, rope = torch.randn(n, 128).bfloat16(), torch.randn(n, ROPE).bfloat16()
-        return {
-            "latent": latent,
-            "rope": rope,
-            "slots": _slots(n)["slot_mapping"],
-            "data": latent_data(2 * n, "fp8_v32"),
-        }
+        latent, rope = torch.randn(n, latent_dim).bfloat16(), torch.randn(n, rope_dim).bfloat16()
+        data = latent_data(2 * n, layout)
+        return {"latent": latent, "rope": rope, "slots": _slots(n)["slot_mapping"], "data": data}
 
     return run, example
+
+
+_GATHERED = {"data": {0: "pages"}, "slots": {0: "tokens"}}
+_SCATTERED = {"data": {0: "pages"}, **{key: {0: "tokens"} for key in ("latent", "rope", "slots")}}
+enter("gather_tokens", _GATHERED, *_gather("fp8_v32"))
+enter("gather_tokens of fp8_v4", _GATHERED, *_gather("fp8_v4"))
+enter("scatter_tokens", _SCATTERED, *_scatter("fp8_v32"))
+enter("scatter_tokens of fp8_v4", _SCATTERED, *_scatter("fp8_v4"))
