@@ -1,4 +1,4 @@
-"""LatentAttention, V4Attention, MoE, HyperConnection, MTP layers: modules over the ops, with Hugging Face's weight names.
+"""LatentAttention, V4Attention, MoE, HyperConnection, MTP layers: modules over ops, with Hugging Face's weight names.
 
 ``LatentAttention(AttentionConfig.from_hf(config))`` takes ``DeepseekV3Attention.state_dict()`` as it is, and those of
 V2, V3.2, GLM-4.7-Flash and GLM-5; ``V4Attention(V4AttentionConfig.from_hf(config, layer))`` that of
