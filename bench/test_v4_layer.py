@@ -45,8 +45,8 @@ def layers(kind: str, wide: bool, dtype: torch.dtype) -> Layers:
     return Layers(theirs, ours, tables)
 
 
-def caches(ours: V4Attention, batch: int, tokens: int, dtype: torch.dtype) -> tuple[V4Cache, V4Sequences, torch.Tensor]:
-    """Caches with random contents in which ``tokens`` have room, their sequences, and the window's slots by position."""
+def caches(ours: V4Attention, batch: int, tokens: int, dtype: torch.dtype):
+    """Caches with random contents and room for ``tokens``, their sequences, and the table of pages."""
     config = ours.config
     pages, ratio = -(-tokens // PAGE), config.ratio
     cache = V4Cache.allocate(
@@ -151,7 +151,7 @@ def test_decode(race, request, kind, batch, dtype):
 def test_prefill(race, request, kind, dtype):
     """A whole prompt, both with a cache."""
     theirs, ours, tables = layers(kind, request.config.getoption("--wide"), dtype)
-    cache, sequences, table = caches(ours, 1, PROMPT, dtype)
+    cache, sequences, _ = caches(ours, 1, PROMPT, dtype)
     hidden = torch.randn(1, PROMPT, ours.config.hidden_size).to(dtype)
     places = torch.arange(PROMPT)[None]
     bounds = torch.tensor([0, PROMPT], dtype=torch.int32)
@@ -161,9 +161,7 @@ def test_prefill(race, request, kind, dtype):
         mask = create_sliding_window_causal_mask(
             config=layer.config, inputs_embeds=rows, attention_mask=None, position_ids=places, **{CACHE: None}
         )
-        return lambda: layer(
-            rows, angles, places, mask, **{CACHE: transformers.DynamicCache(config=layer.config)}
-        )[0]
+        return lambda: layer(rows, angles, places, mask, **{CACHE: transformers.DynamicCache(config=layer.config)})[0]
 
     exact = prefill(copy.deepcopy(theirs).double(), hidden.double())()
     weights = sum(parameter.nbytes for parameter in ours.parameters())

@@ -114,9 +114,7 @@ WRITE_KV = Kernel(
         "keys": "*T",
         **dict.fromkeys(("q_a", "q_norm", "q_latent"), "*T"),
         **dict.fromkeys(("tokens", "table_rows", "num_slots", "page_size"), "i32"),
-        **dict.fromkeys(
-            ("kv_stride", "cos_stride", "sin_stride", "page_stride", "slot_stride", "q_stride"), "i32:16"
-        ),
+        **dict.fromkeys(("kv_stride", "cos_stride", "sin_stride", "page_stride", "slot_stride", "q_stride"), "i32:16"),
         "eps": "fp32",
     },
     statics=tuple(_statics(16, 16, "unquantised")),
@@ -244,8 +242,7 @@ def write_kv(
             :class:`mla_kernels.batch_invariant` says.
 
     Returns:
-        With ``q_a`` ``RMSNorm(q_a) * q_norm``, ``[T, Q]``, of every token, whatever its slot: float32 rounded once. Else
-        None.
+        ``RMSNorm(q_a) * q_norm``, ``[T, Q]``, of every token, whatever its slot, rounded once; None without q_a.
 
     On ``cuda`` and ``npu`` values are not read back: a token whose slot or position is out of range writes nothing.
 
