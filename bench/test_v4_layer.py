@@ -60,10 +60,10 @@ def caches(ours: V4Attention, batch: int, tokens: int, dtype: torch.dtype):
         data.normal_()
     if cache.index_keys is not None:
         cache.index_state.normal_()
-        # a quarter of the entries is clearly the best: rounding chooses no others
-        likeness = torch.randn(config.index_head_dim)
-        best = torch.rand(cache.index_keys.num_slots) < 0.9 * config.index_top_k * ratio / tokens
-        cache.index_keys.data.copy_((likeness * (1.0 + best.float())[:, None]).view(cache.index_keys.data.shape))
+        # so many entries as are chosen are clearly the best: rounding chooses no others
+        likeness, best = torch.randn(config.index_head_dim), torch.ones(batch, pages * PAGE, 1)
+        best[:, torch.randperm(tokens // ratio)[: config.index_top_k]] = 2.0
+        cache.index_keys.data.copy_((likeness * best).view(cache.index_keys.data.shape))
     return cache, sequences, table
 
 
@@ -127,7 +127,8 @@ def test_decode(race, request, kind, batch, dtype):
     def step(layer, dtype):
         restore = copied_cache(layer, ours, cache, table, CONTEXT, dtype)
         rows, angles = hidden.to(dtype), angles_of(layer, hidden.to(dtype), places)
-        return lambda: layer(rows, angles, places, None, **{CACHE: restore()})[0]
+        mask = torch.zeros(batch, 1, 1, ours.config.window, dtype=dtype)
+        return lambda: layer(rows, angles, places, mask, **{CACHE: restore()})[0]
 
     def own_step():
         fresh = V4Sequences(sequences.seq_lens, table, sequences.entry_tables, sequences.state_slots, tokens)
