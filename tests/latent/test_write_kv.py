@@ -6,7 +6,6 @@ import torch
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.windows.kv import write_kv
 from mla_kernels.reference import windows as reference
-from mla_kernels.reference.latent import rms_norm
 from tests.latent.window_problems import (
     TABLE_ROWS,
     cache_of,
@@ -45,6 +44,12 @@ def expected(given, width):
     given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
     reference.write_kv(**given, cache=plain)
     return plain.flatten(0, 1)
+
+
+def expected_latent(given, q_a, q_norm):
+    given = {name: value.cpu().double() if value.is_floating_point() else value.cpu() for name, value in given.items()}
+    cache = torch.zeros(4, 3, given["kv"].shape[1], dtype=torch.float64)
+    return reference.write_kv(**given, cache=cache, q_a=q_a.double(), q_norm=q_norm.double())
 
 
 @pytest.mark.quick("write_kv", when=lambda layout, dtype: layout == "latent_16bit")
@@ -86,7 +91,7 @@ def test_latents_of_queries(backend, device, rank, dtype):
     alone, cache = (LatentCache.allocate(4, 3, latent_dim=128, rope_dim=0, dtype=dtype, device=device) for _ in "ab")
     write_kv(**given, cache=alone)
     latent = write_kv(**given, cache=cache, q_a=rows_like(q_a, device), q_norm=q_norm.to(device))
-    exact = rms_norm(q_a.double(), q_norm.double(), eps=1e-6)
+    exact = expected_latent(given, q_a, q_norm)
     assert_close(latent, exact, None if dtype == torch.float32 else exact.to(dtype))
     assert latent.dtype == dtype and latent.is_contiguous()
     assert torch.equal(cache.data, alone.data)
