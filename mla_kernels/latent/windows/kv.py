@@ -38,12 +38,11 @@ def write_kv_kernel(
 ):  # fmt: skip
     """Item: one token; with Q, the norm of its query's latent, too."""
     norm = load_row(norm_weight, WIDTH)
-    if Q > 0:
-        q_columns = tl.arange(0, BLOCK_Q)
-        q_scale = tl.load(q_norm + q_columns, mask=q_columns < Q, other=0.0).to(tl.float32)  # [BLOCK_Q]
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         if Q > 0:
             first = tl.cast(token, tl.int64)
+            q_columns = tl.arange(0, BLOCK_Q)
+            q_scale = tl.load(q_norm + q_columns, mask=q_columns < Q, other=0.0).to(tl.float32)  # [BLOCK_Q]
             q = tl.load(q_a + first * q_stride + q_columns, mask=q_columns < Q, other=0.0).to(tl.float32)  # [BLOCK_Q]
             q = q * (1.0 / tl.sqrt(tl.sum(q * q, 0) / Q + eps)) * q_scale
             tl.store(q_latent + first * Q + q_columns, q.to(q_latent.dtype.element_ty), mask=q_columns < Q)
@@ -70,11 +69,11 @@ def _named(statics):
 
 def _memory(chip, dtype, statics, tile):
     """Ascend: ten buffers of a row in fp32 and 18 of ROPE / 2 x ROPE; the 2-D steps of fp8, at another time; the latent
-    and its scale, in fp32 and as they came."""
+    and its scale, two buffers of which are kept."""
     if chip.is_gpu:
         return {"shared": 64 * tile["num_warps"] + 4 * statics["WIDTH"]}
     blocks = 192 * statics["WIDTH"] if statics["LAYOUT"].startswith("fp8") else 0
-    return {"UB": max(40 * statics["WIDTH"] + 36 * statics["ROPE"] ** 2, blocks) + 16 * statics["BLOCK_Q"]}
+    return {"UB": max(40 * statics["WIDTH"] + 36 * statics["ROPE"] ** 2, blocks) + 8 * statics["BLOCK_Q"]}
 
 
 def _cost(dtype, statics, sizes):
