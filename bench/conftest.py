@@ -22,6 +22,7 @@ ERROR_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 def pytest_addoption(parser):
     parser.addoption("--case-seconds", type=float, default=4.0, help="time given to a case")
     parser.addoption("--cpu-time", action="store_true", help="one thread, its processor time")
+    parser.addoption("--wide", action="store_true", help="whole layers of DeepSeek-V4 at V4-Flash's width")
 
 
 def pytest_configure(config):

@@ -31,9 +31,12 @@ def write_kv(
     cache: torch.Tensor,
     *,
     layout: str | None = None,
+    q_a: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> None:
+) -> torch.Tensor | None:
     """RMSNorm of kv [T, D] over all D, RoPE of its trailing values, written to the slots; see `reference.write_latent`.
+    Returns RMSNorm of the latents of queries q_a [T, Q], times q_norm [Q], if they are given.
 
     cache [pages, page_size, D] in its own dtype, or uint8 in layout "fp8_v4", "fp8_v32" or "int8"
     of latents D wide.
@@ -42,6 +45,7 @@ def write_kv(
         if 0 <= slot < cache.shape[0] * cache.shape[1] and 0 <= position < len(cos):
             row = rms_norm(kv[token].to(_wide(kv, norm_weight)), norm_weight, eps=eps)
             store_row(rotate_last(row, cos[position], sin[position]), slot, cache, layout)
+    return None if q_a is None else rms_norm(q_a.to(_wide(q_a, q_norm)), q_norm, eps=eps).to(q_a.dtype)
 
 
 def window_entry(

@@ -18,6 +18,9 @@ from mla_kernels.nn import V4Attention, V4AttentionConfig, V4Cache
 PLACES = "mla_kernels_places"
 """The keyword by which a forward's places reach the attention modules."""
 
+_NOT_CALLED = ("compressor", "indexer", "q_a_norm", "kv_norm")
+"""Modules whose weights ops read, and whose forward does not run, or not always."""
+
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -127,11 +130,12 @@ def _share(core, module) -> None:
             core._parameters[name] = module._parameters[name]
     for name, child in core._modules.items():
         other = module._modules[name]
+        if name in _NOT_CALLED and (other._forward_hooks or other._forward_pre_hooks):
+            raise NotImplementedError(
+                f"enable: {type(other).__name__} ({name}) has forward hooks, which would not run, since its forward "
+                "does not"
+            )
         if name in ("compressor", "indexer"):
-            if other._forward_hooks or other._forward_pre_hooks:
-                raise NotImplementedError(
-                    f"enable: {type(other).__name__} has forward hooks, which would not run, since its forward does not"
-                )
             _share(child, other)
         elif child is not other:
             core._modules[name] = other

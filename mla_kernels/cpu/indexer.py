@@ -136,7 +136,7 @@ def select_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, limi
 def _score(q, keys, weights, starts, ends, out) -> None:
     """Scores of q [T, H, d] against ``keys(first, last)`` [n, d] fp32, where they are seen, into out [T, S] of -inf."""
     tokens, heads, width = q.shape
-    total = out.shape[1]
+    total, weights = out.shape[1], weights.float()
     if tokens == 0 or total == 0:
         return
     low, high = max(int(starts.min()), 0), min(int(ends.max()), total)

@@ -18,6 +18,13 @@ def write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, 
     _store(_finished(kv.float(), norm_weight, *angles, eps), slot_mapping, cache, layout)
 
 
+def write_kv_with_latent(q_a, q_norm, kv, *rest) -> torch.Tensor:
+    """write_kv, and RMSNorm of q_a [T, Q] in fp32, rounded once."""
+    write_kv(kv, *rest)
+    eps = rest[-1]
+    return torch.rms_norm(q_a.float(), q_norm.shape, q_norm.float(), eps).to(q_a.dtype)
+
+
 def window_rows(cu_seqlens: torch.Tensor, tokens: int, ratio: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the windows of packed sequences stand: int32 [B + 1], the first entry of each sequence, and for each of
     tokens // ratio entries the row of its window's first token (-1: no window) and that token's position. On any

@@ -1,5 +1,7 @@
 """V4Attention: one attention layer of DeepSeek-V4 over the ops, for inference and training."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -22,8 +24,8 @@ QUERIES_AT_ONCE = 64
 """Tokens of a sequence that attend to the caches at a time."""
 
 FEW_TOKENS = 16
-"""Up to so many tokens in bfloat16 on a CPU the grouped projection has its weights on the left; see
-:func:`mla_kernels.nn.from_latent`."""
+"""Up to so many tokens in bfloat16 on a CPU the grouped projection has its weights on the left, see
+:func:`mla_kernels.nn.from_latent`; elsewhere always: groups then lie side by side for ``o_b_proj`` without a copy."""
 
 
 class GroupedLinear(nn.Linear):
@@ -37,11 +39,22 @@ class GroupedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -3)  # [tokens, groups, inputs / groups]
         weight = self.weight.unflatten(0, (self.groups, -1))  # [groups, outputs / groups, inputs / groups]
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows.shape[0] <= FEW_TOKENS:
+        if x.device.type != "cpu" or (x.dtype == torch.bfloat16 and rows.shape[0] <= FEW_TOKENS):
             y = torch.bmm(weight, rows.permute(1, 2, 0)).permute(2, 0, 1)
         else:
             y = torch.bmm(rows.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
         return y.unflatten(0, x.shape[:-2])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens and their projections, [tokens, ...]; (kv, gate) of a compressor and of an indexer's, where there are."""
+
+    hidden: torch.Tensor
+    q_a: torch.Tensor | None
+    kv: torch.Tensor
+    entries: tuple[torch.Tensor, torch.Tensor] | None
+    index_keys: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class V4Attention(KeepsFloat32):
@@ -90,11 +103,19 @@ class V4Attention(KeepsFloat32):
     def _scale(self) -> float:
         return self.config.head_dim**-0.5
 
-    def _queries(self, hidden, tables) -> tuple[torch.Tensor, torch.Tensor]:
-        """(q [tokens, heads, head_dim], normalised and rotated; the latent that they come from [tokens, q_lora])."""
-        latent = self.q_a_norm(project(self.q_a_proj, hidden))
+    def _project(self, hidden: torch.Tensor, q_latent: bool = True) -> _Rows:
+        """All products by hidden [tokens, hidden_size] but that of an indexer's weights of heads."""
+        entries = index_keys = None
+        if self.config.ratio:
+            entries = self.compressor.rows(hidden)
+            index_keys = self.compressor.indexer.rows(hidden) if self.config.overlap else None
+        q_a = project(self.q_a_proj, hidden) if q_latent else None
+        return _Rows(hidden, q_a, project(self.kv_proj, hidden), entries, index_keys)
+
+    def _queries(self, latent, tables) -> torch.Tensor:
+        """q [tokens, heads, head_dim], normalised and rotated, from their latents [tokens, q_lora]."""
         q = project(self.q_b_proj, latent).unflatten(-1, (self.config.num_heads, -1))
-        return rotate_heads(q, *tables, rope_dim=self.config.rope_dim, norm_eps=self.config.eps), latent
+        return rotate_heads(q, *tables, rope_dim=self.config.rope_dim, norm_eps=self.config.eps)
 
     def _output(self, out: torch.Tensor, tables) -> torch.Tensor:
         """Attended values [tokens, heads, head_dim], rotated back and projected in groups of heads."""
@@ -102,23 +123,24 @@ class V4Attention(KeepsFloat32):
         groups = out.unflatten(1, (self.config.o_groups, -1)).flatten(2)  # [tokens, groups, heads / groups * head_dim]
         return project(self.o_b_proj, self.o_a_proj(groups).flatten(1))
 
-    def _over_rows(self, hidden, tables, cu_seqlens, places, longest: int) -> torch.Tensor:
-        """Attention of whole packed sequences among themselves: hidden [tokens, hidden_size] -> the same.
+    def _over_rows(self, given: _Rows, q_latent, tables, cu_seqlens, places, longest: int) -> torch.Tensor:
+        """Attention of whole packed sequences among themselves: [tokens, hidden_size].
 
         tables (cos, sin, positions); places (starts of sequences' entries for each token, how many it sees).
         """
-        config, count = self.config, hidden.shape[0]
-        q, q_latent = self._queries(hidden, tables)
-        rows = self.kv_norm(project(self.kv_proj, hidden))[:, None].to(q.dtype)  # [tokens, 1, head_dim]
+        config, count = self.config, given.kv.shape[0]
+        q = self._queries(q_latent, tables)
+        rows = self.kv_norm(given.kv)[:, None].to(q.dtype)  # [tokens, 1, head_dim]
         rows = rotate_heads(rows, *tables, rope_dim=config.rope_dim)[:, 0]
         chosen = {}
         if config.ratio:
-            entries, entry_bounds = self.compressor.compress(hidden, *tables[:2], cu_seqlens)
+            entries, entry_bounds = self.compressor.compress(given.entries, *tables[:2], cu_seqlens)
             rows = torch.cat((rows, entries))
             if config.overlap and can_exceed(longest // config.ratio, config.index_top_k):
                 starts = entry_bounds.index_select(0, places)
                 seen = (tables[2] + 1) // config.ratio
-                picks = self.compressor.indexer.select_rows(hidden, q_latent, tables, cu_seqlens, starts, seen)
+                indexed = given.hidden, given.index_keys, q_latent
+                picks = self.compressor.indexer.select_rows(*indexed, tables, cu_seqlens, starts, seen)
                 chosen = {"picks": picks}
             elif longest >= config.ratio:
                 chosen = {"entry_cu_seqlens": entry_bounds, "ratio": config.ratio}
@@ -174,20 +196,22 @@ class V4Attention(KeepsFloat32):
         check_tensor("cos", cos, shape=(None, self.config.rope_dim // 2), dtypes=(torch.float32,), device=device)
         check_tensor("sin", sin, shape=tuple(cos.shape), dtypes=(torch.float32,), device=device)
 
-    def _write(self, hidden, tables, slots, cache: V4Cache, sequences, cu_seqlens, max_tokens: int) -> None:
-        """New tokens hidden [tokens, hidden_size] into the layer's caches. All that an op refuses is refused before the
-        first of them writes: the indexer's state and keys lie as the entries' do (:meth:`V4Cache.check`)."""
-        kv = project(self.kv_proj, hidden)
-        if kv.dtype != cache.window.dtype:
-            raise TypeError(f"hidden: its projections are {kv.dtype}, cache.window takes {cache.window.dtype}")
+    def _write(self, given: _Rows, tables, slots, cache: V4Cache, sequences, cu_seqlens, max_tokens: int):
+        """New tokens into the layer's caches, and the norm of their queries' latents [tokens, q_lora], if they are
+        given. All that an op refuses is refused before the first of them writes: the indexer's state and keys lie as
+        the entries' do (:meth:`V4Cache.check`)."""
+        if given.kv.dtype != cache.window.dtype:
+            raise TypeError(f"hidden: its projections are {given.kv.dtype}, cache.window takes {cache.window.dtype}")
         if readable(slots):
             check_slots(tables[2], slots, tables[0], cache.window.data)
         if cache.entries is not None:
             places = sequences, cu_seqlens, max_tokens
-            self.compressor.write(hidden, *tables[:2], cache.state, cache.entries, *places)
+            self.compressor.write(given.entries, *tables[:2], cache.state, cache.entries, *places)
             if cache.index_keys is not None:
-                self.compressor.indexer.write(hidden, *tables[:2], cache.index_state, cache.index_keys, *places)
-        write_kv(kv, self.kv_norm.weight, *tables, slots, cache.window, eps=self.config.eps)
+                indexer = self.compressor.indexer
+                indexer.write(given.index_keys, *tables[:2], cache.index_state, cache.index_keys, *places)
+        latents = {} if given.q_a is None else {"q_a": given.q_a, "q_norm": self.q_a_norm.weight}
+        return write_kv(given.kv, self.kv_norm.weight, *tables, slots, cache.window, eps=self.config.eps, **latents)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Public
@@ -234,8 +258,9 @@ class V4Attention(KeepsFloat32):
         chooses = config.overlap and sequences.room(config.ratio, page) > config.index_top_k
         self._check_read(cache, sequences, chooses)
         picks = None if page is None or chooses else sequences.entry_slots(queries, config.ratio, page)
-        self._write(rows, tables, slots, cache, sequences, sequences.bounds(queries), queries)
-        q, q_latent = self._queries(rows, tables)
+        given = self._project(rows)
+        q_latent = self._write(given, tables, slots, cache, sequences, sequences.bounds(queries), queries)
+        q = self._queries(q_latent, tables)
         if chooses:
             indexer = self.compressor.indexer
             picks = indexer.select_slots(rows, q_latent, tables, queries, cache.index_keys, sequences)
@@ -270,8 +295,9 @@ class V4Attention(KeepsFloat32):
         longest, tables, places = self._prompts(hidden, cos, sin, cu_seqlens, max_seqlen, sequences)
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
-        self._write(hidden, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
-        return self._over_rows(hidden, tables, cu_seqlens, places, longest)
+        given = self._project(hidden)
+        q_latent = self._write(given, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
+        return self._over_rows(given, q_latent, tables, cu_seqlens, places, longest)
 
     @torch.no_grad()
     def write(
@@ -291,7 +317,8 @@ class V4Attention(KeepsFloat32):
         self._check(hidden, cos, sin, slot_mapping, cache, sequences)
         longest, tables, _ = self._prompts(hidden, cos, sin, cu_seqlens, max_seqlen, sequences)
         if hidden.shape[0]:
-            self._write(hidden, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
+            given = self._project(hidden, q_latent=False)
+            self._write(given, tables, slot_mapping.contiguous(), cache, sequences, cu_seqlens, longest)
 
     def forward(
         self,
@@ -328,7 +355,9 @@ class V4Attention(KeepsFloat32):
         longest, tables, places = self._packed(rows, cos, sin, cu_seqlens, max_seqlen)
         if rows.shape[0] == 0:
             return torch.zeros_like(hidden)
-        return self._over_rows(rows, tables, cu_seqlens, places, longest).view(hidden.shape)
+        given = self._project(rows)
+        q_latent = self.q_a_norm(given.q_a)
+        return self._over_rows(given, q_latent, tables, cu_seqlens, places, longest).view(hidden.shape)
 
     def _prompts(self, hidden, cos, sin, cu_seqlens, max_seqlen, sequences: V4Sequences):
         """The same for prompts that go into caches: as many as ``sequences``, and as long, which CPUs look at."""

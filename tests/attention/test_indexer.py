@@ -82,6 +82,18 @@ def test_quantised_keys_by_their_values(backend, device):
     torch.testing.assert_close(codes, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_the_queries_dtype(backend, device, dtype):
+    """They count as the float32 numbers that they are."""
+    ragged = make_ragged(dtype=dtype, device=device)
+    narrow = ragged.weights.to(dtype)
+    assert torch.equal(ragged.run(weights=narrow), ragged.run(weights=narrow.float()))
+    paged = make_paged(LENGTHS, queries=2, dtype=dtype, device=device)
+    narrow = paged.weights.to(dtype)
+    logits = paged.run(weights=narrow)
+    assert logits.dtype == torch.float32 and torch.equal(logits, paged.run(weights=narrow.float()))
+
+
 def test_nan_in_a_key_is_seen_where_the_key_is(backend, device):
     problem = make_ragged(device=device)
     problem.starts[:], problem.ends[:] = 0, 70

@@ -151,6 +151,23 @@ enter("write_kv", _KV, *_write_kv(None, 64))
 enter("write_kv of fp8_v4", _KV, *_write_kv("fp8_v4", 256))
 
 
+@call("write_kv with q_a", {"kv": {0: "tokens"}, "q_a": {0: "tokens"}, **_WRITTEN})
+def _():
+    def run(kv, norm_weight, cos, sin, positions, slot_mapping, q_a, q_norm, data):
+        data = data.clone()
+        cache = mk.LatentCache(data, 64)
+        latent = mk.write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, q_a=q_a, q_norm=q_norm)
+        return latent, data
+
+    def example(n):
+        data = mk.LatentCache.allocate(2 * n, PAGE, latent_dim=64, rope_dim=0).data
+        rows, latents = torch.randn(n, 64).bfloat16(), torch.randn(n, 24).bfloat16()
+        return {"kv": rows, "norm_weight": torch.rand(64), **rope_tables(), **_slots(n), "q_a": latents,
+                "q_norm": torch.rand(24), "data": data}  # fmt: skip
+
+    return run, example
+
+
 @call("write_windows", "kv gate")
 def _():
     def run(

@@ -223,16 +223,18 @@ def test_modules_put_around_projections_act(first):
     assert_same(actual, generate(disable(model), ids, new=8))
 
 
-def test_hooks_on_a_compressor_are_refused():
-    """Its forward is not called, so that they would be forgotten; on projections and the attention they run."""
+@pytest.mark.parametrize("layer, name", [(2, "compressor"), (0, "q_a_norm"), (0, "kv_norm"), (1, "compressor.kv_norm")])
+def test_hooks_on_what_is_not_called_are_refused(layer, name):
+    """Its forward does not run, so that they would be forgotten; on projections and the attention they run."""
     model = tiny()
     ids = torch.randint(2, VOCABULARY, (1, 9))
-    compressor = model.model.layers[2].self_attn.compressor
-    handle = compressor.register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+    module = model.model.layers[layer].self_attn.get_submodule(name)
+    refused = rf"{type(module).__name__} \({name.split('.')[-1]}\) has forward hooks"
+    handle = module.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=refused):
         enable(model)
     handle.remove()
     enable(model)
-    compressor.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="DeepseekV4HCACompressor has forward hooks"):
+    module.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=refused):
         model(ids)

@@ -66,6 +66,10 @@ CASES = {
             1e-6,
         ),
     ),
+    "write_kv_with_latent": (
+        windows.write_kv_with_latent,
+        lambda tokens: (torch.randn(tokens, 24), torch.rand(24), *CASES["write_kv"][1](tokens)),
+    ),
     "write_windows": (windows.write_windows, write_windows_args),
     "compress_windows": (windows.compress_windows, compress_args),
     "compress_windows_backward": (

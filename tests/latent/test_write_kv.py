@@ -46,6 +46,12 @@ def expected(given, width):
     return plain.flatten(0, 1)
 
 
+def expected_latent(given, q_a, q_norm):
+    given = {name: value.cpu().double() if value.is_floating_point() else value.cpu() for name, value in given.items()}
+    cache = torch.zeros(4, 3, given["kv"].shape[1], dtype=torch.float64)
+    return reference.write_kv(**given, cache=cache, q_a=q_a.double(), q_norm=q_norm.double())
+
+
 @pytest.mark.quick("write_kv", when=lambda layout, dtype: layout == "latent_16bit")
 @pytest.mark.parametrize(
     "layout, dtype",
@@ -74,6 +80,21 @@ def test_rows(backend, device, layout, dtype):
         assert_close(got.to(stored), exact, None if stored == torch.float32 else exact.to(stored))
         return
     check_codes(got, exact, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [32, 24])
+def test_latents_of_queries(backend, device, rank, dtype):
+    """Normalised in the same launch, whatever a token's slot; the rows have the bits that they have alone."""
+    given = on(device, arguments(dtype=dtype))
+    q_a, q_norm = rows_of(6, rank, dtype), torch.rand(rank) + 0.5
+    alone, cache = (LatentCache.allocate(4, 3, latent_dim=128, rope_dim=0, dtype=dtype, device=device) for _ in "ab")
+    write_kv(**given, cache=alone)
+    latent = write_kv(**given, cache=cache, q_a=rows_like(q_a, device), q_norm=q_norm.to(device))
+    exact = expected_latent(given, q_a, q_norm)
+    assert_close(latent, exact, None if dtype == torch.float32 else exact.to(dtype))
+    assert latent.dtype == dtype and latent.is_contiguous()
+    assert torch.equal(cache.data, alone.data)
 
 
 def test_every_value_rotated_and_strided_pages(backend, device):
@@ -123,6 +144,38 @@ REFUSED = {
     "slot beyond": (lambda a: {"slot_mapping": a["slot_mapping"] + 12}, ValueError, "slot_mapping: got values from"),
     "position beyond": (lambda a: {"positions": a["positions"] + 64}, ValueError, "positions: got values from"),
     "eps": (lambda a: {"eps": float("nan")}, ValueError, "eps: got nan"),
+    "latent alone": (lambda a: {"q_a": torch.rand(6, 24)}, ValueError, "q_norm: got None beside q_a or a tensor"),
+    "norm alone": (lambda a: {"q_norm": torch.rand(24)}, ValueError, "q_norm: got None beside q_a or a tensor"),
+    "latent rows": (
+        lambda a: {"q_a": torch.rand(5, 24), "q_norm": torch.rand(24)},
+        ValueError,
+        r"q_a: got shape \(5, 24\), \(6,",
+    ),
+    "latent dtype": (
+        lambda a: {"q_a": torch.rand(6, 24).half(), "q_norm": torch.rand(24)},
+        TypeError,
+        "q_a: got dtype float16",
+    ),
+    "empty latent": (
+        lambda a: {"q_a": torch.rand(6, 0), "q_norm": torch.rand(0)},
+        ValueError,
+        "q_a: .*at least one column",
+    ),
+    "latent norm": (
+        lambda a: {"q_a": torch.rand(6, 24), "q_norm": torch.rand(23)},
+        ValueError,
+        r"q_norm: got shape \(23,\)",
+    ),
+    "latent norm dtype": (
+        lambda a: {"q_a": torch.rand(6, 24), "q_norm": torch.rand(24).half()},
+        TypeError,
+        "q_norm: got dtype float16",
+    ),
+    "latent gradient": (
+        lambda a: {"q_a": torch.rand(6, 24, requires_grad=True), "q_norm": torch.rand(24)},
+        NotImplementedError,
+        "q_a requires grad",
+    ),
     "gradient": (lambda a: {"kv": a["kv"].requires_grad_()}, NotImplementedError, "kv requires grad"),
 }
 
@@ -141,3 +194,6 @@ def test_opcheck(cpu_code):
     given = arguments()
     write = torch.ops.mla_kernels.write_kv.default
     torch.library.opcheck(write, (*given.values(), torch.zeros(4, 3, 128), "latent_32bit", 1e-6))
+    write = torch.ops.mla_kernels.write_kv_with_latent.default
+    latents = torch.randn(6, 24), torch.rand(24)
+    torch.library.opcheck(write, (*latents, *given.values(), torch.zeros(4, 3, 128), "latent_32bit", 1e-6))

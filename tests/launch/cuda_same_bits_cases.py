@@ -88,8 +88,11 @@ def test_a_batch_invariant_sum_over_a_row_is_compiled_once():
                 key, options = wide[:rows, first : first + 128], {"rope_dim": 64, "rope": "half", "hadamard": True}
                 mla_kernels.write_indexer_key(key, norm[:128], norm[:128], *places, keys, **options)
                 mla_kernels.write_kv(wide[:rows, first : first + 512], rows_norm, *places, raw)
+                mla_kernels.write_kv(
+                    wide[:rows, first : first + 512], rows_norm, *places, raw, q_a=q_a, q_norm=rows_norm[:256]
+                )
                 heads = wide[:rows, first : first + 512].unflatten(1, (4, 128))
                 mla_kernels.rotate_indexer_query(heads, *places[:3], **options)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
-    assert len(compiled) == 5, compiled
+    assert len(compiled) == 6, compiled

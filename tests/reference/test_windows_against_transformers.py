@@ -156,7 +156,7 @@ def test_rounded_weights():
 
 @torch.no_grad()
 def test_raw_tokens():
-    """write_kv is the attention's kv_norm and rotation."""
+    """write_kv is the attention's kv_norm and rotation, and its q_a_norm."""
     norm = hf.DeepseekV4RMSNorm(WIDTH)
     norm.weight.data = 1 + 0.2 * torch.randn(WIDTH)
     kv, positions = torch.randn(7, WIDTH), torch.randint(0, 30, (7,))
@@ -164,5 +164,8 @@ def test_raw_tokens():
     cos, sin = angles.cos(), angles.sin()
     want = hf.apply_rotary_pos_emb(norm(kv)[None, None], cos[positions][None], sin[positions][None])[0, 0]
     data = torch.zeros(2, 4, WIDTH)
-    reference.write_kv(kv, norm.weight, cos, sin, positions, torch.arange(7), data)
+    latent = reference.write_kv(
+        kv, norm.weight, cos, sin, positions, torch.arange(7), data, q_a=kv.flip(0), q_norm=norm.weight
+    )
     torch.testing.assert_close(data.flatten(0, 1)[:7], want)
+    torch.testing.assert_close(latent, norm(kv.flip(0)))  # as q_a_norm

@@ -107,6 +107,7 @@ def indexer_logits_kernel(
                         real = head < HEADS - part * BLOCK_H
                         q_heads = tl.load(q_tile, mask=real[:, None], other=0.0)
                         w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)
+                    w_heads = w_heads.to(tl.float32)
                     dots = tl.dot(k, tl.trans(q_heads), input_precision="ieee")  # [BLOCK_N, BLOCK_H]
                     dots = tl.where(dots < 0.0, 0.0, dots)  # keeps NaN
                     logits += tl.sum(dots * w_heads[None, :], 1)
@@ -169,7 +170,7 @@ INDEXER_LOGITS = Kernel(
         "k_ptr": "*T",
         "codes_ptr": "*i8",
         "k_scale_ptr": "*fp32",
-        "weights_ptr": "*fp32",
+        "weights_ptr": "*W",
         "starts_ptr": "*i32",
         "ends_ptr": "*i32",
         "block_table_ptr": "*i32",
@@ -203,6 +204,7 @@ INDEXER_LOGITS = Kernel(
         _case("small_pages", 12, sequences=64, tokens=1, page=16),
     ),
     uses_dot=True,
+    types={"W": lambda dtype, statics: dtype if statics["LIMITS"] else "fp32"},  # V4's as its product gives them
 )
 
 
@@ -262,9 +264,9 @@ def launch_indexer_logits(
 
 
 def empty_logits(q, k, weights, *_):
-    return weights.new_empty(q.shape[0], k.shape[0])
+    return q.new_empty(q.shape[0], k.shape[0], dtype=torch.float32)
 
 
 def empty_paged_logits(q, cache, head_dim, weights, block_table, *_):
     page_size = page_size_of(cache, head_dim)
-    return weights.new_empty(q.shape[0], q.shape[1], block_table.shape[1] * page_size)
+    return q.new_empty(q.shape[0], q.shape[1], block_table.shape[1] * page_size, dtype=torch.float32)

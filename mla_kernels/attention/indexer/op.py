@@ -90,7 +90,7 @@ def check_logits_arguments(op, q, k, weights, starts, ends, k_scale) -> torch.Te
         check_tensor("k_scale", k_scale, shape=(k.shape[0],), dtypes=(torch.float32,), device=q.device)
     if k.shape[0] >= MAX_KEYS:
         raise ValueError(f"k: got {k.shape[0]:,} keys, less than {MAX_KEYS:,} are accepted")
-    check_tensor("weights", weights, shape=(tokens, heads), dtypes=(torch.float32,), device=q.device)
+    check_tensor("weights", weights, shape=(tokens, heads), dtypes=(torch.float32, q.dtype), device=q.device)
     check_tensor("starts", starts, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     check_tensor("ends", ends, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     if torch.is_grad_enabled():
@@ -116,7 +116,8 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens, limits) 
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token is accepted")
     if cache.num_pages == 0:
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
-    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=(torch.float32,), device=q.device)
+    kinds = (torch.float32, q.dtype)
+    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=kinds, device=q.device)
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
     if limits is not None:
@@ -151,7 +152,7 @@ def indexer_logits(
         q: [T, H, d] bfloat16, float16 or float32, after RoPE (and Hadamard transform, where the keys had one); H 1 to
             256, d a power of two from 32 to 256.
         k: [S, d] in q's dtype, or e4m3 codes (float8_e4m3fn, or uint8) where ``k_scale`` is given; rows of any stride.
-        weights: [T, H] float32.
+        weights: [T, H] float32, or q's dtype.
         starts, ends: [T] int32, the range of keys that a token sees; cut to [0, S).
         k_scale: [S] float32, at least 0: key s is ``e4m3(k[s]) * k_scale[s]``.
         batch_invariant: whether a token's bits must not depend on the others; None: as the block
@@ -190,7 +191,7 @@ def paged_indexer_logits(
     Args:
         q: [B, S_q, H, d], the cache's dtype (a ``"fp8"`` cache: bfloat16, float16 or float32).
         cache: the paged keys, both layouts.
-        weights: [B, S_q, H] float32, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
+        weights: [B, S_q, H] float32, or q's dtype, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
         block_table: [B, P] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached keys of each sequence, its S_q newest included.
         limits: [B, S_q] int32, how many keys each query sees, cut to ``seq_lens``. For keys that are not one a token:
