@@ -1,6 +1,6 @@
 """Which tile the kernels of the indexer take on which chip, and what a tile needs of its memories."""
 
-from mla_kernels.launch import DTYPE_BYTES
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 
 def logits_rule(chip, dtype, statics, sizes):
@@ -48,13 +48,37 @@ def topk_rule(chip, dtype, statics, sizes):
     return {
         "BLOCK": block,
         "BLOCK_W": min(block, 1024 if chip.is_gpu else 512),
+        "HISTOGRAM": int(chip.is_gpu and statics["RESIDENT"]),  # a scalar loop on Ascend
         "num_warps": max(1, min(8, block // 512)),
     }
 
 
 def topk_memory(chip, dtype, statics, tile):
     """Fitted to what the compilers report: the scans of BLOCK_W lanes, and on Ascend copies of BLOCK lanes."""
+    if tile["HISTOGRAM"] and not statics["RESIDENT"]:
+        return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     block, written = tile["BLOCK"], tile["BLOCK_W"]
     if chip.is_gpu:
         return {"shared": 8 * written + 64 * tile["num_warps"]}
     return {"UB": (21 if statics["RESIDENT"] else 62) * block + 24 * written + 512}
+
+
+def spread_rule(*names):
+    """Chunks for about two programs a core on GPUs and one on Ascend, and 16 chunks' counts at a time."""
+
+    def rule(chip, dtype, statics, sizes):
+        programs = (2 if chip.is_gpu else 1) * chip.vector_cores
+        block = power_of_two(-(-sizes["rows"] * sizes["columns"] // programs))
+        block = max(2048, min(RESIDENT_BLOCK if chip.is_gpu else 4096, block))
+        blocks = {"BLOCK": block, "BLOCK_C": 16, "BLOCK_W": 1024 if chip.is_gpu else 512}
+        return {name: blocks[name] for name in names} | {"num_warps": 8}
+
+    return rule
+
+
+def spread_memory(chip, dtype, statics, tile):
+    """Fitted to what the compilers report: scans and histograms, and on Ascend copies of lanes and of counts."""
+    written = tile.get("BLOCK_W", 0)
+    if chip.is_gpu:
+        return {"shared": max(8 * written, 1024 * tile["num_warps"]) + 64 * tile["num_warps"]}
+    return {"UB": 32 * tile["BLOCK"] + 24 * written + 3072 * tile["BLOCK_C"]}
