@@ -14,11 +14,14 @@ def logits_rule(chip, dtype, statics, sizes):
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
     wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
+    tile["E4M3"] = int(statics["CODES"] and chip.dot_e4m3)
     return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def logits_memory(chip, dtype, statics, tile):
     """Upper bounds fitted to what the compilers report."""
+    if tile["E4M3"] and not (statics["CODES"] and chip.dot_e4m3):
+        return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
     dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
