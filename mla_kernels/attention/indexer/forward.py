@@ -274,8 +274,8 @@ def launch_indexer_logits(
     q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
-    whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile is looked up for, never
-    that of a batch."""
+    whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile
+    is looked up for, never that of a batch."""
     chip, keys, fp8, codes = chip_of(q.device), out.shape[1], shape[3], shape[6]
     plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
     if plan is None:

@@ -28,6 +28,7 @@ from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
 MAX_TOP_K = 1 << 16
+MOST_SPREAD = 1 << 20  # every program of a spread row reads the counts of all
 MAX_KEYS = 1 << 24  # indices are ranked in fp32, because the 910 compares integers one by one
 
 
@@ -215,18 +216,18 @@ def _chunks(columns, top_k):
     return max(1, -(-columns // (RESIDENT_BLOCK if _resident(columns, top_k) else 16 * power_of_two(top_k))))
 
 
-def _launches(columns, top_k):
-    """How many launches chunks and their candidates take."""
-    chunks = _chunks(columns, top_k)
-    return 1 if chunks == 1 else 1 + _launches(chunks * top_k, top_k)
-
-
 def _plan_rows(chip, rows, columns, top_k, starts, ends):
-    """A plan of :func:`launch_spread`, or None: chunks and their candidates, in two launches or with a program a core.
+    """A plan of :func:`launch_spread`, or None for chunks and their candidates.
 
-    Of the launches of candidates the later ones have few programs; digits take five of many.
+    Digits take five launches of many programs. Candidates take two for most rows, else the second and later ones have
+    ever fewer programs: where these leave cores idle, rows are spread. Chunks that no program keeps are read 19 times:
+    they are spread wherever they leave cores idle themselves.
     """
-    if _launches(columns, top_k) <= 2 or rows * _chunks(columns, top_k) > chip.vector_cores:
+    chunks = _chunks(columns, top_k)
+    later = _chunks(chunks * top_k, top_k)
+    if columns > MOST_SPREAD or (later == 1 if _resident(columns, top_k) else columns <= RESIDENT_BLOCK):
+        return None
+    if rows * (later if _resident(columns, top_k) else chunks) > chip.vector_cores:
         return None
     return plan_spread(chip, rows, columns, top_k, starts, ends)
 
@@ -293,9 +294,13 @@ def indexer_topk(
     Exact: of equal values the ones with the lowest index are chosen (0 equals -0). NaN and -inf are never chosen. Row
     ``[1, 3, NaN, 3, -inf, 3]`` with ``top_k`` 2 gives ``[1, 3]``, with ``top_k`` 5 ``[0, 1, 3, 5, -1]``.
 
-    Long rows are cut into chunks of 8192 keys (for ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program
-    each, whose candidates, 8 ``top_k`` bytes a chunk of device workspace, are chosen among in the same way: one launch
-    for up to 8192 keys, 3 for 32,768 and 5 or 6 for 1M keys with ``top_k`` 2048. Same bits on every call.
+    Rows of up to 8192 keys take one launch, a program a row. Longer ones are cut into chunks of 8192 keys (for
+    ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program each, whose candidates are chosen among in the
+    same way: 2 launches for 32,768 keys with ``top_k`` 2048, 8 ``top_k`` bytes of device workspace a chunk. Where that
+    takes more launches and the later ones would leave cores idle (128k keys: up to ``cores / 4`` rows), and up to 1M
+    keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
+    most 1.1 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
+    same: exact picks, the same bits on every call and in any batch.
 
     Args:
         logits: [T, S] float32, rows of any stride; less than 2**24 keys.
