@@ -148,8 +148,8 @@ def indexer_logits(
     """Scores of every token against the keys of its range.
 
     q [T, H, d], values or e4m3 codes (float8_e4m3fn, with their scales in weights); k [S, d], or e4m3 codes
-    (float8_e4m3fn or uint8) with k_scale [S] fp32; weights [T, H] with the factors d^-0.5 and H^-0.5 of the model already
-    in them; starts, ends [T] integers.
+    (float8_e4m3fn or uint8) with k_scale [S] fp32; weights [T, H] with the factors d^-0.5 and H^-0.5 of the model
+    already in them; starts, ends [T] integers.
 
     Returns [T, S]: sum_h weights[t, h] relu(q[t, h] . k[s]) for starts[t] <= s < ends[t], else -inf. Keys outside a
     token's range are not read.

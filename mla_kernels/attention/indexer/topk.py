@@ -299,7 +299,7 @@ def indexer_topk(
     same way: 2 launches for 32,768 keys with ``top_k`` 2048, 8 ``top_k`` bytes of device workspace a chunk. Where that
     takes more launches and the later ones would leave cores idle (128k keys: up to ``cores / 4`` rows), and up to 1M
     keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
-    most 1.1 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
+    most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
     same: exact picks, the same bits on every call and in any batch.
 
     Args:
