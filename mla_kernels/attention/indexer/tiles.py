@@ -67,12 +67,15 @@ def topk_memory(chip, dtype, statics, tile):
 
 
 def spread_rule(*names):
-    """Chunks for about two programs a core on GPUs and one on Ascend, and 16 chunks' counts at a time."""
+    """Chunks for about two programs a core on GPUs and one on Ascend, but none so short that a program reads more bytes
+    of its row's counts (1 KiB a chunk) than of its values; the counts of 16 chunks at a time."""
 
     def rule(chip, dtype, statics, sizes):
         programs = (2 if chip.is_gpu else 1) * chip.vector_cores
         block = power_of_two(-(-sizes["rows"] * sizes["columns"] // programs))
-        block = max(2048, min(RESIDENT_BLOCK if chip.is_gpu else 4096, block))
+        even = 1 << ((256 * sizes["columns"]).bit_length() - 1) // 2
+        block = max(2048, even, block)
+        block = min(RESIDENT_BLOCK if chip.is_gpu else 4096, block)
         blocks = {"BLOCK": block, "BLOCK_C": 16, "BLOCK_W": 1024 if chip.is_gpu else 512}
         return {name: blocks[name] for name in names} | {"num_warps": 8}
 
