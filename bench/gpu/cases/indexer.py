@@ -32,8 +32,8 @@ class Cached:
         pool = self.copies * self.batch * pages
         self.cache = mk.IndexerCache.allocate(pool, PAGE, layout="fp8", device=place.device)
         if place.values:
-            keys = torch.randn(pool, PAGE, WIDTH, device=place.device).to(E4M3)
-            self.cache.keys.copy_(keys.view(torch.uint8))
+            values = torch.randn(pool, PAGE, WIDTH, device=place.device).to(E4M3)
+            self.cache.keys.copy_(values.view(torch.uint8))
             self.cache.scales.fill_(KEY_SCALE)
         self.tables = place.ints(torch.randperm(pool).view(self.copies, self.batch, pages))
         self.lengths = place.ints(torch.full((self.batch,), self.keys))
