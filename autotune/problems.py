@@ -201,11 +201,12 @@ def _indexer_write(g: Geometry, size, make: Make) -> Call:
     key, queries = make.normal(tokens, g.index_width), make.normal(tokens, g.index_heads, g.index_width)
     norm = make.normal(g.index_width, dtype=torch.float32), make.normal(g.index_width, dtype=torch.float32)
     positions, slots = make.integers(tokens, below=CONTEXT), make.counting(tokens)
-    tables = make.angles(g.rope)
+    tables, weights = make.angles(g.rope), make.normal(tokens, g.index_heads, dtype=torch.float32)
 
     def run():
         mk.write_indexer_key(key, *norm, *tables, positions, slots, cache, rope_dim=g.rope, rope="half")
-        return (mk.rotate_indexer_query(queries, *tables, positions, rope_dim=g.rope, rope="half"),)
+        rotated = mk.rotate_indexer_query(queries, *tables, positions, rope_dim=g.rope, rope="half")
+        return rotated, mk.quantise_indexer_query(rotated, weights)[1]
 
     return Call(run, None)
 
@@ -216,7 +217,8 @@ def _select(g: Geometry, size, make: Make) -> Call:
     q = make.normal(batch, 1, g.index_heads, g.index_width)
     weights = make.normal(batch, 1, g.index_heads, dtype=torch.float32)
     table, lengths = make.counting(batch, pages), make.full(batch, value=size["keys"])
-    return Call(lambda: (mk.select_slots(q, cache, weights, table, lengths, g.index_top_k),), None)
+    codes = q.to(torch.float8_e4m3fn) if size["codes"] else q
+    return Call(lambda: (mk.select_slots(codes, cache, weights, table, lengths, g.index_top_k),), None)
 
 
 def _picks(g: Geometry) -> int:
@@ -260,6 +262,11 @@ def _is_sparse(g: Geometry) -> bool:
 QUANTISED = tuple(format.value for format in WeightFormat if format is not WeightFormat.PLAIN)
 
 _TOKENS = each("tokens", 1, 8, 64, 512, 4096)
+_SELECTED = (
+    *each("batch", 1, 8, 64, keys=8192, codes=0),
+    *each("batch", 1, keys=131072, codes=0),
+    *each("batch", 1, keys=8192, codes=1),
+)
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
@@ -282,7 +289,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("fused_moe", lambda g: g.experts > 0, each("tokens", *(4**i for i in range(8))), _experts),
         Operation("mla_prefill", _has_latent, each("causal", 1, 0, tokens=4096), _prefill),
         Operation("sparse_mla_prefill", _is_sparse, each("tokens", 4096), _sparse_prefill),
-        Operation("select_slots", lambda g: g.index_heads > 0, each("batch", 1, 8, 64, keys=8192), _select),
+        Operation("select_slots", lambda g: g.index_heads > 0, _SELECTED, _select),
         Operation("absorb_query", _has_latent, each("tokens", 1, 8, 64, 512), _absorb),
         Operation("expand_output", _has_latent, each("tokens", 1, 8, 64, 512), _expand),
         Operation("norm_and_write", lambda g: g.latent > 0 and g.q_rank > 0, _TOKENS, _norm_and_write),

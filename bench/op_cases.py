@@ -352,6 +352,17 @@ def _(make: Make, tokens: int) -> Run:
     return lambda: (mk.rotate_indexer_query(q, *tables, positions, rope_dim=ROPE, rope="half"),)
 
 
+@op("quantise_indexer_query", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    q, weights = make.normal(tokens, INDEX_HEADS, INDEX_WIDTH), make.normal(tokens, INDEX_HEADS, dtype=torch.float32)
+
+    def run():
+        codes, folded = mk.quantise_indexer_query(q, weights)
+        return codes.view(torch.uint8), folded
+
+    return run
+
+
 @op("rotate_heads", *TOKENS)
 def _(make: Make, tokens: int) -> Run:
     x = make.normal(tokens, 64, 512)  # DeepSeek-V4-Flash's queries

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import indexer_logits, indexer_topk, select_keys
+from mla_kernels import indexer_logits, indexer_topk, quantise_indexer_query, select_keys
 
 HEADS, HEAD_DIM, TOP_K = 64, 128, 2048
 
@@ -25,22 +25,50 @@ SIZES = pytest.mark.parametrize("tokens, keys", [(1, 32768), (128, 4096)], ids=[
 
 
 @SIZES
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_logits(race, tokens, keys, fp8):
+@pytest.mark.parametrize("form", ["bf16", "fp8", "codes"])
+def test_logits(race, tokens, keys, form):
+    """bf16; keys in fp8; queries, too."""
     q, k, weights, starts, ends = problem(tokens, keys)
-    scale, stored = None, k
-    if fp8:
+    scale, stored, asked = None, k, q
+    if form != "bf16":
         stored, scale = k.to(torch.float8_e4m3fn), torch.ones(keys)
         k = stored.to(torch.bfloat16)
+    if form == "codes":
+        asked = q.to(torch.float8_e4m3fn)
+        q = asked.to(torch.bfloat16)
     seen = torch.arange(keys) < ends[:, None]
     exact = plain_logits(q, k, weights, starts, ends).double()
     race(
-        lambda: indexer_logits(q, stored, weights, starts, ends, k_scale=scale),
+        lambda: indexer_logits(asked, stored, weights, starts, ends, k_scale=scale),
         {"torch": lambda: plain_logits(q, k, weights, starts, ends)},
         exact[seen],
         pick=lambda logits: logits[seen],
-        nbytes=q.nbytes + stored.nbytes + 4 * tokens * keys,
+        nbytes=asked.nbytes + stored.nbytes + 4 * tokens * keys,
         flops=2 * tokens * keys * HEADS * (HEAD_DIM + 1),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_quantised_queries(race, tokens):
+    """The values that the codes stand for."""
+    q, weights = torch.randn(tokens, HEADS, HEAD_DIM).bfloat16(), torch.rand(tokens, HEADS) + 1
+
+    def plain():
+        values = q.float()
+        scale = torch.exp2(torch.ceil(torch.log2((values.abs().amax(-1) / 448).clamp_min(1e-4))))
+        return (values / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), weights * scale
+
+    def values(result):
+        codes, folded = result
+        return codes.float() * (folded / weights)[..., None]
+
+    race(
+        lambda: quantise_indexer_query(q, weights),
+        {"torch": plain},
+        values(plain()).double(),
+        pick=values,
+        nbytes=q.nbytes + q.numel() + 8 * weights.numel(),
+        flops=0,
     )
 
 

@@ -18,6 +18,7 @@ from mla_kernels.latent.compress import compress_latent
 from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.indexer.key import write_indexer_key
+from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools.convert import convert_cache
 from mla_kernels.latent.tools.copy import copy_pages
@@ -92,6 +93,7 @@ __all__ = [
     "permute",
     "prefill_rows",
     "quantisation_error",
+    "quantise_indexer_query",
     "rotate_heads",
     "rotate_indexer_query",
     "route",

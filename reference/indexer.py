@@ -70,6 +70,17 @@ def rotate_indexer_query(
     return out
 
 
+def quantise_indexer_query(q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes float8_e4m3fn of q [..., H, d] over one power of two a head, and weights [..., H] times it.
+
+    Head [896, 3.5, 0, ...] of weight 0.5: scale 2, codes of [448, 1.75, 0, ...], weight 1.
+    """
+    values = q.to(_wide(q))
+    scale = power_of_two_scale(values.abs().amax(-1))
+    codes = encode_e4m3(values / scale[..., None]).view(torch.float8_e4m3fn)
+    return codes, (weights.to(_wide(weights)) * scale).to(_wide(weights))
+
+
 def write_indexer_key(
     k: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -136,8 +147,9 @@ def indexer_logits(
 ) -> torch.Tensor:
     """Scores of every token against the keys of its range.
 
-    q [T, H, d]; k [S, d], or e4m3 codes (float8_e4m3fn or uint8) with k_scale [S] fp32; weights [T, H] with the factors
-    d^-0.5 and H^-0.5 of the model already in them; starts, ends [T] integers.
+    q [T, H, d], values or e4m3 codes (float8_e4m3fn, with their scales in weights); k [S, d], or e4m3 codes
+    (float8_e4m3fn or uint8) with k_scale [S] fp32; weights [T, H] with the factors d^-0.5 and H^-0.5 of the model
+    already in them; starts, ends [T] integers.
 
     Returns [T, S]: sum_h weights[t, h] relu(q[t, h] . k[s]) for starts[t] <= s < ends[t], else -inf. Keys outside a
     token's range are not read.

@@ -58,6 +58,7 @@ SIGNATURES = {
     "permute": "(hidden, dispatched)",
     "prefill_rows": "(cu_seqlens, *, tokens, window, entry_cu_seqlens=None, ratio=None, max_entries=None, picks=None)",
     "quantisation_error": "(gate_up, down, experts)",
+    "quantise_indexer_query": "(q, weights)",
     "rotate_heads": "(x, cos, sin, positions, *, rope_dim, rope='interleaved', rope_first=False, norm_eps=None, "
     "inverse=False, batch_invariant=None)",
     "rotate_indexer_query": "(q, cos, sin, positions, *, rope_dim, rope, rope_first=True, hadamard=False, "

@@ -244,13 +244,19 @@ def _hadamard(width: int) -> torch.Tensor:
     return matrix * width**-0.5
 
 
+def quantise_query(q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes float8_e4m3fn [..., H, d], weights times their scales [..., H])."""
+    codes, scale = _quantised(q.float())
+    return codes.view(torch.float8_e4m3fn), weights * scale
+
+
 def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 bytes [T, d] and power-of-two scales [T]; a row with a NaN or an infinity has scale NaN and codes 0x7F."""
+    """e4m3 bytes [..., d] and power-of-two scales [...]; rows with NaN or infinities have scale NaN and codes 0x7F."""
     amax = rows.abs().amax(-1)
     mantissa, exponent = torch.frexp((amax / 448).clamp_min(1e-4))
     scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
     scale = scale.masked_fill(~amax.isfinite(), float("nan"))
-    values = rows / scale.unsqueeze(1)
+    values = rows / scale.unsqueeze(-1)
     codes = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     return codes.masked_fill_(values.isnan(), 0x7F), scale
 

@@ -366,8 +366,8 @@ def rotate_indexer_query(
 ) -> torch.Tensor:
     """RoPE and, if asked, the Hadamard transform of index queries, as ``write_indexer_key`` treats keys.
 
-    One launch; the arithmetic is float32, rounded once. Queries stay in their dtype: the logits decode fp8 keys
-    exactly, so quantising queries would only lose bits.
+    One launch; the arithmetic is float32, rounded once. Queries stay in their dtype, and the logits decode fp8 keys
+    exactly; :func:`mla_kernels.quantise_indexer_query` makes them e4m3 codes, too, as DeepSeek's own code does.
 
     Args:
         q: [T, H, d], the output of ``wq_b``, bfloat16, float16 or float32; tokens and heads of any stride.

@@ -25,6 +25,7 @@ LENGTHS = (65, 0, 1, 130)
         (64, 128, torch.bfloat16, True),
         (3, 64, torch.float16, False),
         (130, 32, torch.float32, True),
+        (20, 32, torch.float8_e4m3fn, True),
     ],
 )
 def test_logits(backend, device, heads, head_dim, dtype, fp8):
@@ -41,6 +42,8 @@ def test_logits(backend, device, heads, head_dim, dtype, fp8):
         (32, 2, 61, torch.bfloat16, "fp8"),
         (16, 1, 1, torch.float16, "bf16"),
         (64, 1, 64, torch.bfloat16, "fp8"),
+        (5, 3, 61, torch.float8_e4m3fn, "fp8"),
+        (64, 1, 64, torch.float8_e4m3fn, "fp8"),
     ],
 )
 def test_paged_logits(backend, device, heads, queries, page_size, dtype, layout):

@@ -44,10 +44,13 @@ def test_chunks_and_their_candidates(backend, device, kind, monkeypatch):
     logits = rows_of(kind, 2, 1100)
     ends = torch.tensor([1100, 130]).int()
     want = reference.indexer_topk(logits, 32, ends=ends)
+    monkeypatch.setattr(module, "MOST_SPREAD", 0)
     for resident in (128, 64):
         monkeypatch.setattr(module, "RESIDENT_BLOCK", resident)
+        module.TOPK.kept.plans.clear()
         got = indexer_topk(logits.to(device), 32, ends=ends.to(device))
         assert torch.equal(got.cpu(), want), resident
+    module.TOPK.kept.plans.clear()
 
 
 @pytest.mark.parametrize("kind", ["normal", "zeros", "quantised", "mixed"])

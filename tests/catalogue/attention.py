@@ -190,6 +190,14 @@ for _layout in ("bf16", "fp8"):
     enter(f"select_slots of {_layout}", _axes, *_paged_index(lambda *args: mk.select_slots(*args, 3), _layout))
 
 
+@call("select_slots of fp8 by codes", _axes)
+def _():
+    def run(q, **tensors):
+        return _paged_index(lambda *args: mk.select_slots(*args, 3), "fp8")[0](q.to(torch.float8_e4m3fn), **tensors)
+
+    return run, _paged_index(None, "fp8")[1]
+
+
 @call("select_slots with limits", {**_axes, "limits": {0: "tokens"}})
 def _():
     def run(limits, **tensors):

@@ -218,6 +218,11 @@ def _():
     return run, lambda n: {"q": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
 
 
+@call("quantise_indexer_query", "q weights")
+def _():
+    return mk.quantise_indexer_query, lambda n: {"q": torch.randn(n, 4, 32), "weights": torch.randn(n, 4)}
+
+
 @call("rotate_heads", "x positions", leaves=("x",))
 def _():
     def run(x, cos, sin, positions):

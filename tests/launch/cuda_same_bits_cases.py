@@ -34,6 +34,7 @@ def test_a_router_is_compiled_once_for_all_numbers_of_tokens_strides_and_alignme
 EXACT = {
     "merge_splits_kernel", "merge_states_kernel", "sparse_merge_kernel", "moe_combine_kernel", "topk_kernel",
     "slots_kernel", "moe_dispatch_kernel", "moe_inverse_kernel", "permute_kernel", "eb_dispatch_kernel",
+    "topk_count_kernel", "topk_write_kernel", "quantise_indexer_query_kernel",
 }  # fmt: skip
 """They add lane by lane, count in whole numbers or take maxima: no tile changes a bit."""
 

@@ -86,6 +86,27 @@ def test_the_same_scores_and_keys_by_the_reference(family):
     assert [set(row.tolist()) - {-1} for row in rows] == sets
 
 
+def test_quantised_queries_and_keys_score_within_their_rounding():
+    """DeepSeek's own way, both as e4m3 after the Hadamard transform: each value is off by a 16th of itself at most."""
+    (rope, q, k, weights, norm_and_tables), sets, scores = layer_of("deepseek_v32")
+    positions, ends = torch.arange(TOKENS), torch.arange(1, TOKENS + 1).int()
+    options = {"rope_dim": ROPE, "rope": rope, "hadamard": True}
+    data = torch.zeros(6, 16 * (HEAD_DIM + 4), dtype=torch.uint8)
+    q = reference.rotate_indexer_query(q, *norm_and_tables[2:], positions, **options)
+    reference.write_indexer_key(k, *norm_and_tables, positions, positions, data, **options)
+    codes, folded = reference.quantise_indexer_query(q, weights)
+    k = reference.dequantise_keys(data, head_dim=HEAD_DIM).flatten(0, 1)[:TOKENS]
+    logits = reference.indexer_logits(codes, k, folded, 0 * ends, ends)
+    size = torch.einsum("th,thd,sd->ts", weights.abs(), q.abs(), k.abs())
+    seen = scores > -float("inf")
+    assert ((logits - scores).abs() <= 0.14 * size)[seen].all() and torch.equal(logits > -float("inf"), seen)
+    rms = (logits - scores)[seen].square().mean().sqrt() / scores[seen].square().mean().sqrt()
+    assert rms < 0.1
+    rows = reference.select_keys(codes, k, folded, 0 * ends, ends, TOP_K)
+    shared = sum(len(own & set(row.tolist())) for own, row in zip(sets, rows))
+    assert shared / sum(map(len, sets)) > 0.9
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @not_on("takes the interpreter half a minute", "interpret")
 def test_the_same_scores_and_keys(family, device):

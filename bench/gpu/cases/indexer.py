@@ -20,9 +20,10 @@ def logits(q: torch.Tensor, w: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
 
 
 class Cached:
-    """Sequences of indexer keys in a paged fp8 cache, and queries whose values fp8 holds exactly."""
+    """Sequences of indexer keys in a paged fp8 cache, and queries whose values fp8 holds exactly: ``q`` in bf16, and
+    ``asked`` as our op takes them, with ``codes`` in fp8, as DeepGEMM does."""
 
-    def __init__(self, batch: int, keys: int, place: Place):
+    def __init__(self, batch: int, keys: int, codes: bool, place: Place):
         self.batch, self.keys = place.size(batch, min(batch, 2)), place.size(keys, 512)
         pages = self.keys // PAGE
         self.bytes = self.batch * self.keys * (WIDTH + 4)
@@ -31,12 +32,14 @@ class Cached:
         pool = self.copies * self.batch * pages
         self.cache = mk.IndexerCache.allocate(pool, PAGE, layout="fp8", device=place.device)
         if place.values:
-            codes = torch.randn(pool, PAGE, WIDTH, device=place.device).to(E4M3)
-            self.cache.keys.copy_(codes.view(torch.uint8))
+            values = torch.randn(pool, PAGE, WIDTH, device=place.device).to(E4M3)
+            self.cache.keys.copy_(values.view(torch.uint8))
             self.cache.scales.fill_(KEY_SCALE)
         self.tables = place.ints(torch.randperm(pool).view(self.copies, self.batch, pages))
         self.lengths = place.ints(torch.full((self.batch,), self.keys))
-        self.q = place.normal(self.batch, 1, HEADS, WIDTH).to(E4M3).bfloat16()
+        quantised = place.normal(self.batch, 1, HEADS, WIDTH).to(E4M3)
+        self.q = quantised.bfloat16()
+        self.asked = quantised if codes else self.q
         self.w = place.normal(self.batch, 1, HEADS, dtype=torch.float32)
 
     def first(self) -> torch.Tensor:
@@ -51,11 +54,11 @@ class Cached:
         return keys.view(self.copies, self.batch, self.keys, WIDTH)
 
 
-def scores(batch: int, keys: int, place: Place, peers) -> Problem:
-    at = Cached(batch, keys, place)
+def scores(batch: int, keys: int, codes: bool, place: Place, peers) -> Problem:
+    at = Cached(batch, keys, codes, place)
 
     def call(**more):
-        return lambda copy: mk.paged_indexer_logits(at.q, at.cache, at.w, at.tables[copy], at.lengths, **more)
+        return lambda copy: mk.paged_indexer_logits(at.asked, at.cache, at.w, at.tables[copy], at.lengths, **more)
 
     problem = Problem(
         call(), at.first, lambda found: found.reshape(-1, found.shape[-1])[0, : at.keys],
@@ -68,8 +71,8 @@ def scores(batch: int, keys: int, place: Place, peers) -> Problem:
     return problem
 
 
-def selection(batch: int, keys: int, place: Place, peers) -> Problem:
-    at, top_k = Cached(batch, keys, place), place.size(TOP_K, 64)
+def selection(batch: int, keys: int, codes: bool, place: Place, peers) -> Problem:
+    at, top_k = Cached(batch, keys, codes, place), place.size(TOP_K, 64)
 
     def values(positions: torch.Tensor) -> torch.Tensor:
         """Exact scores of the chosen keys of the first sequence, sorted: what is chosen, whatever the order."""
@@ -84,7 +87,7 @@ def selection(batch: int, keys: int, place: Place, peers) -> Problem:
         return values(position[slots.reshape(at.batch, -1).long()])
 
     def call(**more):
-        return lambda copy: mk.select_slots(at.q, at.cache, at.w, at.tables[copy], at.lengths, top_k, **more)
+        return lambda copy: mk.select_slots(at.asked, at.cache, at.w, at.tables[copy], at.lengths, top_k, **more)
 
     problem = Problem(
         call(), lambda: at.first().topk(top_k).values.sort().values, values_of_slots, bytes=at.bytes, flops=at.flops,
@@ -129,11 +132,13 @@ def top_k(rows: int, columns: int, place: Place, peers) -> Problem:
     return problem
 
 
-def prompt(tokens: int, keys: int, place: Place, peers) -> Problem:
+def prompt(tokens: int, keys: int, codes: bool, place: Place, peers) -> Problem:
     tokens, keys, chosen = place.size(tokens, 16), place.size(keys, 512), place.size(TOP_K, 64)
     k = place.normal(keys, WIDTH).to(E4M3)
     k_scale = torch.full((keys,), KEY_SCALE, device=place.device)
-    q, w = place.normal(tokens, HEADS, WIDTH).to(E4M3).bfloat16(), place.normal(tokens, HEADS, dtype=torch.float32)
+    quantised, w = place.normal(tokens, HEADS, WIDTH).to(E4M3), place.normal(tokens, HEADS, dtype=torch.float32)
+    q = quantised.bfloat16()
+    asked = quantised if codes else q
     ends = place.ints(torch.arange(keys - tokens + 1, keys + 1))
     starts = torch.zeros_like(ends)
 
@@ -141,7 +146,7 @@ def prompt(tokens: int, keys: int, place: Place, peers) -> Problem:
         return logits(q[-1], w[-1], k.float() * KEY_SCALE)
 
     def call(**more):
-        return lambda copy: mk.select_keys(q, k, w, starts, ends, chosen, k_scale=k_scale, **more)
+        return lambda copy: mk.select_keys(asked, k, w, starts, ends, chosen, k_scale=k_scale, **more)
 
     problem = Problem(
         call(), lambda: last().topk(chosen).values.sort().values, lambda ids: last()[ids[-1].long()].sort().values,
@@ -169,10 +174,21 @@ def _case(name: str, part: str, priority: int, build, *sizes: int) -> Case:
     return Case(name, "indexer", f"indexer, {part}", priority, partial(build, *sizes))
 
 
+_FORMS = ((False, ""), (True, ", fp8 queries"))
 CASES = (
-    *(_case(f"select_slots b{b} {k // 1024}k", "selection", p, selection, b, k) for b, k, p in _BATCHES),
-    *(_case(f"logits b{b} {k // 1024}k", "logits", min(2, p + 1), scores, b, k) for b, k, p in _BATCHES),
+    *(
+        case
+        for codes, form in _FORMS
+        for case in (
+            *(_case(f"select_slots b{b} {k // 1024}k{form}", "selection", p, selection, b, k, codes)
+              for b, k, p in _BATCHES),
+            *(_case(f"logits b{b} {k // 1024}k{form}", "logits", min(2, p + 1), scores, b, k, codes)
+              for b, k, p in _BATCHES),
+            _case(f"select_keys 1024x16k{form}", "selection", 1, prompt, 1024, 16384, codes),
+        )
+    ),
     _case("topk 64x16k", "top-k", 1, top_k, 64, 16384),
     _case("topk 1x64k", "top-k", 1, top_k, 1, 65536),
-    _case("select_keys 1024x16k", "selection", 1, prompt, 1024, 16384),
-)
+    _case("topk 1x128k", "top-k", 1, top_k, 1, 131072),
+    _case("topk 16x128k", "top-k", 2, top_k, 16, 131072),
+)  # fmt: skip

@@ -14,15 +14,26 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 from mla_kernels.quant.fp8 import decode_e4m3
 
 MAX_HEADS = 256
+E4M3 = torch.float8_e4m3fn
+"""dtype of queries that are codes."""
 
 
 @triton.jit
 def load_keys(k, codes, tile, exists, FP8: tl.constexpr):
-    """A tile of keys in their own type; codes as fp16, which holds all of their values."""
+    """A tile of keys in their own type, or codes as the queries' values."""
     if FP8:
         return decode_e4m3(tl.load(codes + tile, mask=exists[:, None], other=0)).to(tl.float32).to(k.dtype.element_ty)
     else:
         return tl.load(k + tile, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def load_codes(pointer, places, mask, MASKED: tl.constexpr, E4M3: tl.constexpr):
+    """A tile of e4m3 codes: themselves where products take them (E4M3), else as fp16, which holds their values."""
+    if E4M3:
+        pointer = pointer.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    codes = tl.load(pointer + places, mask=mask[:, None], other=0.0) if MASKED else tl.load(pointer + places)
+    return codes if E4M3 else decode_e4m3(codes)
 
 
 @triton.jit
@@ -31,8 +42,8 @@ def indexer_logits_kernel(
     q_stride, weights_stride, page_stride, key_stride, scale_stride, table_stride, out_stride,
     tokens, keys, num_pages, token_tiles, key_tiles, work,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FILL: tl.constexpr,
-    LIMITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    LIMITS: tl.constexpr, CODES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once.
 
@@ -40,6 +51,8 @@ def indexer_logits_kernel(
     from ``starts`` and ``ends``; else ``ends`` holds the lengths, and query i sees keys below length - tokens + 1 + i,
     or with LIMITS below what ``starts`` holds for it.
     FILL: keys outside a range become -inf; without it, a tile that no token of the item sees is left as it was.
+    FP8: keys are e4m3 codes with a scale each; CODES: queries are codes, too, and their scales in the weights. E4M3:
+    the product takes both as they are, else as fp16, which is exact.
     Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
     """
     HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -93,19 +106,28 @@ def indexer_logits_kernel(
             tile = rows[:, None] + column[None, :]
             if FP8:
                 scale = tl.load(k_scale_ptr + scale_place + scale_rows, mask=exists, other=0.0)  # [BLOCK_N]
-            k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)  # [BLOCK_N, HEAD_DIM]
+            if CODES:
+                k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
+            else:
+                k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)
             for token in range(0, count):
                 q = q_ptr + (row + token) * q_stride
                 w = weights_ptr + (row + token) * weights_stride
                 logits = tl.zeros([BLOCK_N], tl.float32)
                 for part in range(HEAD_TILES):
-                    q_tile = q + part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
+                    place_of_heads = part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
                     if HEADS % BLOCK_H == 0:
-                        q_heads = tl.load(q_tile)  # [BLOCK_H, HEAD_DIM]
+                        if CODES:
+                            q_heads = load_codes(q, place_of_heads, head, False, E4M3)  # [BLOCK_H, HEAD_DIM]
+                        else:
+                            q_heads = tl.load(q + place_of_heads)
                         w_heads = tl.load(w + part * BLOCK_H + head)  # [BLOCK_H]
                     else:
                         real = head < HEADS - part * BLOCK_H
-                        q_heads = tl.load(q_tile, mask=real[:, None], other=0.0)
+                        if CODES:
+                            q_heads = load_codes(q, place_of_heads, real, True, E4M3)
+                        else:
+                            q_heads = tl.load(q + place_of_heads, mask=real[:, None], other=0.0)
                         w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)
                     w_heads = w_heads.to(tl.float32)
                     dots = tl.dot(k, tl.trans(q_heads), input_precision="ieee")  # [BLOCK_N, BLOCK_H]
@@ -135,7 +157,7 @@ def _cost(dtype, statics, sizes):
     sequences, tokens, keys = sizes["sequences"], sizes["tokens"], sizes["keys"]
     size, width, heads = DTYPE_BYTES[dtype], statics["HEAD_DIM"], statics["HEADS"]
     a_key = width + 4 if statics["FP8"] else width * size
-    a_token = heads * (width * size + 4) + 4 * keys
+    a_token = heads * (width * (1 if statics["CODES"] else size) + 4) + 4 * keys
     return Cost(
         flops=2.0 * sequences * tokens * keys * heads * (width + 1),
         bytes=sequences * (keys * a_key + tokens * a_token),
@@ -150,24 +172,26 @@ def _work(dtype, statics, sizes, tile):
     return Work(sizes["sequences"] * tiles, one.flops * heads / statics["HEADS"], one.bytes)
 
 
-def _statics(heads, head_dim, page_size, fp8, fill, limits):
+def _statics(heads, head_dim, page_size, fp8, fill, limits, codes):
     return {
-        "HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FP8": fp8, "FILL": fill, "LIMITS": limits
+        "HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FP8": fp8, "FILL": fill, "LIMITS": limits,
+        "CODES": codes,
     }  # fmt: skip
 
 
 def _case(
-    name, heads, *, sequences=1, tokens=4096, keys=32768, page=0, fp8=False, limits=False, dtypes=("bf16",)
+    name, heads, *, sequences=1, tokens=4096, keys=32768, page=0, fp8=False, limits=False, codes=False,
+    dtypes=("bf16",),
 ):  # fmt: skip
     sizes = {"sequences": sequences, "tokens": tokens, "keys": keys}
-    return Case(name, _statics(heads, 128, page, fp8, page == 0, limits), sizes, dtypes)
+    return Case(name, _statics(heads, 128, page, fp8 or codes, page == 0, limits, codes), sizes, dtypes)
 
 
 INDEXER_LOGITS = Kernel(
     indexer_logits_kernel,
     arguments={
-        "q_ptr": "*T",
-        "k_ptr": "*T",
+        "q_ptr": "*Q",
+        "k_ptr": "*Q",
         "codes_ptr": "*i8",
         "k_scale_ptr": "*fp32",
         "weights_ptr": "*W",
@@ -183,11 +207,12 @@ INDEXER_LOGITS = Kernel(
         "out_stride": "i32:16",
         **dict.fromkeys(("tokens", "keys", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
     },
-    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL", "LIMITS"),
+    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL", "LIMITS", "CODES"),
     tiles={
         "BLOCK_T": (8, 16, 32, 64),
         "BLOCK_H": (16, 32, 64),
         "BLOCK_N": (32, 64, 128, 256),
+        "E4M3": (0, 1),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
@@ -202,9 +227,16 @@ INDEXER_LOGITS = Kernel(
         _case("glm_decode", 32, sequences=64, tokens=2, keys=131072, page=64),
         _case("v4_decode_fp8", 64, sequences=64, tokens=2, keys=32768, page=64, fp8=True, limits=True),
         _case("small_pages", 12, sequences=64, tokens=1, page=16),
+        _case("v32_prefill_codes", 64, codes=True),
+        _case("v32_decode_codes", 64, sequences=64, tokens=1, keys=131072, page=64, codes=True),
+        _case("glm_decode_codes", 32, sequences=64, tokens=2, keys=131072, page=64, codes=True),
+        _case("small_pages_codes", 12, sequences=64, tokens=1, page=16, codes=True),
     ),
     uses_dot=True,
-    types={"W": lambda dtype, statics: dtype if statics["LIMITS"] else "fp32"},  # V4's as its product gives them
+    types={
+        "Q": lambda dtype, statics: "i8" if statics["CODES"] else dtype,
+        "W": lambda dtype, statics: dtype if statics["LIMITS"] else "fp32",  # V4's as its product gives them
+    },
 )
 
 
@@ -215,7 +247,8 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     out = torch.empty((tokens, k.shape[0]), dtype=torch.float32, device=q.device)
     fp8 = k_scale is not None
     scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
-    strides, shape = (q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0), (heads, width, 0, fp8, fill, False)
+    strides = q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0
+    shape = heads, width, 0, fp8, fill, False, q.dtype == E4M3
     launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32)
     return out
 
@@ -230,7 +263,7 @@ def launch_paged_logits(
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
     capacity = block_table.shape[1] * page_size
     out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
-    shape = heads, width, page_size, parts is not None, fill, limits is not None
+    shape = heads, width, page_size, parts is not None, fill, limits is not None, q.dtype == E4M3
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
@@ -245,17 +278,19 @@ def launch_indexer_logits(
     q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
-    whether to fill, whether ``starts`` are limits. ``tiled``: the number of tokens that a tile is looked up for, never
-    that of a batch."""
-    chip, keys, fp8 = chip_of(q.device), out.shape[1], shape[3]
+    whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile
+    is looked up for, never that of a batch."""
+    chip, keys, fp8, codes = chip_of(q.device), out.shape[1], shape[3], shape[6]
     plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
     if plan is None:
         statics = _statics(*shape)
-        tile = INDEXER_LOGITS.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"tokens": tiled})
+        dtype = "bf16" if codes else DTYPE_NAMES[q.dtype]
+        tile = INDEXER_LOGITS.tile_for(chip, dtype, statics, {"tokens": tiled})
         plan = INDEXER_LOGITS.keep(key, (statics, tile))
     statics, tile = plan
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
+    q = q.view(torch.int8) if codes else q
     args = (
         q, q if fp8 else k, k if fp8 else out.view(torch.int8), scale, weights, starts, ends, block_table, out,
         *strides, out.stride()[0], tokens, keys, num_pages, token_tiles, key_tiles, work,

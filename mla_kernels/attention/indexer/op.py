@@ -3,6 +3,7 @@
 import torch
 
 from mla_kernels.attention.indexer.forward import (
+    E4M3,
     MAX_HEADS,
     empty_logits,
     empty_paged_logits,
@@ -78,24 +79,31 @@ _paged_indexer_logits = define_op(
 
 def check_logits_arguments(op, q, k, weights, starts, ends, k_scale) -> torch.Tensor:
     """Checks that indexer_logits and select_keys share. Returns the keys, codes as uint8."""
-    check_tensor("q", q, rank=3, dtypes=FLOATS)
+    check_tensor("q", q, rank=3, dtypes=(*FLOATS, E4M3))
     tokens, heads, width = q.shape
     _check_heads(q)
     if k_scale is None:
+        if q.dtype == E4M3:
+            raise ValueError("k_scale: got None, queries of float8_e4m3fn go with codes and their scales")
         check_tensor("k", k, shape=(None, width), like=q)
     else:
-        codes = (torch.uint8, torch.float8_e4m3fn)
+        codes = (torch.uint8, E4M3)
         check_tensor("k", k, shape=(None, width), dtypes=codes, device=q.device)
         k = k.view(torch.uint8)
         check_tensor("k_scale", k_scale, shape=(k.shape[0],), dtypes=(torch.float32,), device=q.device)
     if k.shape[0] >= MAX_KEYS:
         raise ValueError(f"k: got {k.shape[0]:,} keys, less than {MAX_KEYS:,} are accepted")
-    check_tensor("weights", weights, shape=(tokens, heads), dtypes=(torch.float32, q.dtype), device=q.device)
+    check_tensor("weights", weights, shape=(tokens, heads), dtypes=_weight_dtypes(q), device=q.device)
     check_tensor("starts", starts, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     check_tensor("ends", ends, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     if torch.is_grad_enabled():
         check_no_grad(op, q=q, k=k, weights=weights)
     return k
+
+
+def _weight_dtypes(q) -> tuple[torch.dtype, ...]:
+    """Weights of codes hold the codes' scales."""
+    return (torch.float32,) if q.dtype == E4M3 else (torch.float32, q.dtype)
 
 
 def _check_heads(q) -> None:
@@ -108,7 +116,7 @@ def _check_heads(q) -> None:
 def check_paged_arguments(op, q, cache, weights, block_table, seq_lens, limits) -> None:
     """Checks that paged_indexer_logits and select_slots share."""
     check_indexer_cache(cache)
-    dtypes = FLOATS if cache.quantised else (cache.data.dtype,)
+    dtypes = (*FLOATS, E4M3) if cache.quantised else (cache.data.dtype,)
     check_tensor("q", q, shape=(None, None, None, cache.head_dim), dtypes=dtypes, device=cache.data.device)
     sequences, queries, heads, _ = q.shape
     _check_heads(q)
@@ -116,8 +124,7 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens, limits) 
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token is accepted")
     if cache.num_pages == 0:
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
-    kinds = (torch.float32, q.dtype)
-    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=kinds, device=q.device)
+    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=_weight_dtypes(q), device=q.device)
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
     if limits is not None:
@@ -150,13 +157,21 @@ def indexer_logits(
 
     Args:
         q: [T, H, d] bfloat16, float16 or float32, after RoPE (and Hadamard transform, where the keys had one); H 1 to
-            256, d a power of two from 32 to 256.
+            256, d a power of two from 32 to 256. Where ``k_scale`` is given also float8_e4m3fn, codes whose scales are
+            in ``weights``, as :func:`mla_kernels.quantise_indexer_query` gives them; see below.
         k: [S, d] in q's dtype, or e4m3 codes (float8_e4m3fn, or uint8) where ``k_scale`` is given; rows of any stride.
-        weights: [T, H] float32, or q's dtype.
+        weights: [T, H] float32, or q's dtype if q holds no codes.
         starts, ends: [T] int32, the range of keys that a token sees; cut to [0, S).
         k_scale: [S] float32, at least 0: key s is ``e4m3(k[s]) * k_scale[s]``.
         batch_invariant: whether a token's bits must not depend on the others; None: as the block
             :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
+
+    Queries as codes, ``q[t, h] = e4m3(code) * q_scale[t, h]``, are what DeepSeek's own code multiplies: both operands
+    as codes, in float32 sums, the scale of a key after the sum over heads, that of a query within its weight. Codes are
+    of e4m3 "fn" (bias 7) on every chip. Where the matrix units take these (sm_89, sm_90, sm_100, sm_120, gfx950) they
+    are multiplied as they are, elsewhere (sm_80, gfx942 with its own kind, Ascend) as float16, which holds every code.
+    Products are exact either way; Hopper keeps a sum of float8 products in about 14 bits. The codes of NaN, 0x7F and
+    0xFF, are for keys and queries whose scale is NaN, too; with a finite one they count as NaN or as +-480.
 
     Returns:
         [T, S] float32. A NaN in a key makes its own logits NaN. Keys outside a token's range have no influence.
@@ -189,9 +204,10 @@ def paged_indexer_logits(
     :func:`indexer_logits`. One launch, no workspace.
 
     Args:
-        q: [B, S_q, H, d], the cache's dtype (a ``"fp8"`` cache: bfloat16, float16 or float32).
+        q: [B, S_q, H, d], the cache's dtype (a ``"fp8"`` cache: bfloat16, float16 or float32, or float8_e4m3fn with
+            the scales in ``weights``, as for :func:`indexer_logits`).
         cache: the paged keys, both layouts.
-        weights: [B, S_q, H] float32, or q's dtype, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
+        weights: [B, S_q, H] float32, or q's dtype if q holds no codes, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
         block_table: [B, P] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached keys of each sequence, its S_q newest included.
         limits: [B, S_q] int32, how many keys each query sees, cut to ``seq_lens``. For keys that are not one a token:

@@ -1,6 +1,6 @@
 """Which tile the kernels of the indexer take on which chip, and what a tile needs of its memories."""
 
-from mla_kernels.launch import DTYPE_BYTES
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
 
 def logits_rule(chip, dtype, statics, sizes):
@@ -14,11 +14,14 @@ def logits_rule(chip, dtype, statics, sizes):
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
     wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
+    tile["E4M3"] = int(statics["CODES"] and chip.dot_e4m3)
     return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def logits_memory(chip, dtype, statics, tile):
     """Upper bounds fitted to what the compilers report."""
+    if tile["E4M3"] and not (statics["CODES"] and chip.dot_e4m3):
+        return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
     dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
@@ -48,13 +51,40 @@ def topk_rule(chip, dtype, statics, sizes):
     return {
         "BLOCK": block,
         "BLOCK_W": min(block, 1024 if chip.is_gpu else 512),
+        "HISTOGRAM": int(chip.is_gpu and statics["RESIDENT"]),  # a scalar loop on Ascend
         "num_warps": max(1, min(8, block // 512)),
     }
 
 
 def topk_memory(chip, dtype, statics, tile):
     """Fitted to what the compilers report: the scans of BLOCK_W lanes, and on Ascend copies of BLOCK lanes."""
+    if tile["HISTOGRAM"] and not statics["RESIDENT"]:
+        return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     block, written = tile["BLOCK"], tile["BLOCK_W"]
     if chip.is_gpu:
         return {"shared": 8 * written + 64 * tile["num_warps"]}
     return {"UB": (21 if statics["RESIDENT"] else 62) * block + 24 * written + 512}
+
+
+def spread_rule(*names):
+    """Chunks for about two programs a core on GPUs and one on Ascend, but none so short that a program reads more bytes
+    of its row's counts (1 KiB a chunk) than of its values; the counts of 16 chunks at a time."""
+
+    def rule(chip, dtype, statics, sizes):
+        programs = (2 if chip.is_gpu else 1) * chip.vector_cores
+        block = power_of_two(-(-sizes["rows"] * sizes["columns"] // programs))
+        even = 1 << ((256 * sizes["columns"]).bit_length() - 1) // 2
+        block = max(2048, even, block)
+        block = min(RESIDENT_BLOCK if chip.is_gpu else 4096, block)
+        blocks = {"BLOCK": block, "BLOCK_C": 16, "BLOCK_W": 1024 if chip.is_gpu else 512}
+        return {name: blocks[name] for name in names} | {"num_warps": 8}
+
+    return rule
+
+
+def spread_memory(chip, dtype, statics, tile):
+    """Fitted to what the compilers report: scans and histograms, and on Ascend copies of lanes and of counts."""
+    written = tile.get("BLOCK_W", 0)
+    if chip.is_gpu:
+        return {"shared": max(8 * written, 1024 * tile["num_warps"]) + 64 * tile["num_warps"]}
+    return {"UB": 32 * tile["BLOCK"] + 24 * written + 3072 * tile["BLOCK_C"]}

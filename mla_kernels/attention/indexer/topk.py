@@ -6,6 +6,20 @@ on the order-preserving integer image of fp32, by counting instead of scattering
 
 import torch
 
+from mla_kernels.attention.indexer.digits import (
+    LOWEST,
+    SIGN,
+    count,
+    count_digits,
+    find_digit,
+    from_image,
+    load_values,
+    ranks,
+    seen_range,
+    write_chosen,
+    write_nothing,
+)
+from mla_kernels.attention.indexer.spread import launch_spread, plan_spread
 from mla_kernels.attention.indexer.tiles import RESIDENT_BLOCK, power_of_two, topk_memory, topk_rule
 from mla_kernels.checks import check_int, check_no_grad, check_tensor
 from mla_kernels.cpu.indexer import indexer_topk as cpu_indexer_topk
@@ -14,35 +28,8 @@ from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
 
 MAX_TOP_K = 1 << 16
+MOST_SPREAD = 1 << 20  # every program of a spread row reads the counts of all
 MAX_KEYS = 1 << 24  # indices are ranked in fp32, because the 910 compares integers one by one
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite fp32 number
-LOWEST_IMAGE = tl.constexpr(-2139095040)  # its image
-INFINITY_IMAGE = tl.constexpr(2139095040)
-
-
-@triton.jit
-def from_image(image):
-    """The fp32 number whose order-preserving image is the int32 ``image``, a scalar; clamped to LOWEST and inf.
-
-    Only tensors can be reinterpreted on Ascend, hence the detour.
-    """
-    image = tl.minimum(tl.maximum(image, LOWEST_IMAGE), INFINITY_IMAGE)
-    image = tl.where(image < 0, image ^ 0x7FFFFFFF, image)
-    return tl.max(tl.full([16], image, tl.int32).to(tl.float32, bitcast=True), 0)
-
-
-@triton.jit
-def count(x):
-    """How many lanes of a mask are set, in fp32."""
-    return tl.sum(tl.where(x, 1.0, 0.0), 0)
-
-
-@triton.jit
-def load_values(row, first, start, end, lane):
-    """Lanes first.. of a row; -inf outside [start, end)."""
-    inside = (lane >= start - first) & (lane < end - first)
-    return tl.load(row + first + lane, mask=inside, other=float("-inf"))
 
 
 @triton.jit
@@ -50,25 +37,22 @@ def topk_kernel(
     values_ptr, indices_ptr, starts_ptr, ends_ptr, out_values_ptr, out_indices_ptr,
     row_stride, columns, chunk, chunks, top_k, work,
     HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, INDEXED: tl.constexpr, VALUED: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, HISTOGRAM: tl.constexpr,
 ):  # fmt: skip
     """The top_k largest of ``chunk`` columns of one row (item = row * chunks + chunk), in ascending order of column.
 
     out [rows, chunks, top_k]: indices (from ``indices`` where INDEXED) and, where VALUED, the values beside them; -1
-    and -inf where a chunk has fewer. Two bits of the image of the least chosen value are found per pass, by counting
-    the lanes that reach each of three thresholds. RESIDENT: chunk is BLOCK, and a row is read once.
+    and -inf where a chunk has fewer. RESIDENT: chunk is BLOCK, and a row is read once. The least chosen value is found
+    with HISTOGRAM (RESIDENT only) in four histograms of 8 bits of its image, else in passes of two bits, by counting
+    the lanes that reach each of three thresholds.
     """
     lane = tl.arange(0, BLOCK)
-    write_lane = tl.arange(0, BLOCK_W)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
         row = item // chunks
         first = (item % chunks) * chunk
-        start = first
-        end = tl.minimum(first + chunk, columns)
-        if HAS_STARTS:
-            start = tl.maximum(start, tl.load(starts_ptr + row))
-        if HAS_ENDS:
-            end = tl.minimum(end, tl.maximum(tl.load(ends_ptr + row), 0))
+        start, end = seen_range(
+            starts_ptr, ends_ptr, row, first, tl.minimum(first + chunk, columns), HAS_STARTS, HAS_ENDS
+        )
         source = tl.cast(row, tl.int64) * row_stride
         values = values_ptr + source
         begin = first + tl.maximum(start - first, 0) // BLOCK_W * BLOCK_W
@@ -81,65 +65,63 @@ def topk_kernel(
                 seen += tl.where(load_values(values, block, start, end, lane) >= LOWEST, 1.0, 0.0)
             present = tl.sum(seen, 0)
         wanted = tl.minimum(present, tl.cast(top_k, tl.float32))
-        image = tl.cast(-2147483648, tl.int32)
-        step = tl.cast(1073741824, tl.int32)
-        for _ in range(16):
-            low = from_image(image + step)
-            middle = from_image(image + 2 * step)
-            high = from_image(image + 3 * step)
-            if RESIDENT:
-                low_count = count(x >= low)
-                middle_count = count(x >= middle)
-                high_count = count(x >= high)
-            else:
-                low_seen = tl.zeros([BLOCK], tl.float32)
-                middle_seen = tl.zeros([BLOCK], tl.float32)
-                high_seen = tl.zeros([BLOCK], tl.float32)
-                for block in range(begin, end, BLOCK):
-                    y = load_values(values, block, start, end, lane)
-                    low_seen += tl.where(y >= low, 1.0, 0.0)
-                    middle_seen += tl.where(y >= middle, 1.0, 0.0)
-                    high_seen += tl.where(y >= high, 1.0, 0.0)
-                low_count = tl.sum(low_seen, 0)
-                middle_count = tl.sum(middle_seen, 0)
-                high_count = tl.sum(high_seen, 0)
-            image += tl.where(low_count >= wanted, step, 0)
-            image += tl.where(middle_count >= wanted, step, 0)
-            image += tl.where(high_count >= wanted, step, 0)
-            step = step // 4
-        least = from_image(image)
-        if RESIDENT:
-            above = count(x > least)
+        if HISTOGRAM:
+            rank = ranks(x)
+            prefix = tl.cast(0, tl.int32)
+            shift = tl.cast(24, tl.int32)
+            ties = wanted
+            real = x >= LOWEST
+            for _ in range(4):
+                digit, above = find_digit(count_digits(rank, real, shift, BLOCK), ties)
+                ties -= above
+                prefix = prefix | (digit.to(tl.int32) << shift)
+                real = real & (((rank ^ prefix) >> shift).to(tl.float32) == 0.0)
+                shift -= 8
+            least = from_image(prefix ^ SIGN)
         else:
-            seen = tl.zeros([BLOCK], tl.float32)
-            for block in range(begin, end, BLOCK):
-                seen += tl.where(load_values(values, block, start, end, lane) > least, 1.0, 0.0)
-            above = tl.sum(seen, 0)
-        ties = wanted - above  # lanes equal to the least value that are chosen, the first ones
-        target = tl.cast(item, tl.int64) * top_k
-        written = tl.cast(0, tl.int32)
-        for block in range(begin, end, BLOCK_W):
-            y = load_values(values, block, start, end, write_lane)  # [BLOCK_W]
-            tie = tl.where(y == least, 1.0, 0.0)
-            tie = tl.where(tl.cumsum(tie, 0) <= ties, tie, 0.0)
-            one = tl.where(y > least, 1.0, tie)  # 1 where chosen
-            place = tl.cumsum(one, 0).to(tl.int32) - 1
-            if INDEXED:
-                inside = (write_lane >= start - block) & (write_lane < end - block)
-                index = tl.load(indices_ptr + source + block + write_lane, mask=inside, other=-1)
+            image = tl.cast(-2147483648, tl.int32)
+            step = tl.cast(1073741824, tl.int32)
+            for _ in range(16):
+                low = from_image(image + step)
+                middle = from_image(image + 2 * step)
+                high = from_image(image + 3 * step)
+                if RESIDENT:
+                    low_count = count(x >= low)
+                    middle_count = count(x >= middle)
+                    high_count = count(x >= high)
+                else:
+                    low_seen = tl.zeros([BLOCK], tl.float32)
+                    middle_seen = tl.zeros([BLOCK], tl.float32)
+                    high_seen = tl.zeros([BLOCK], tl.float32)
+                    for block in range(begin, end, BLOCK):
+                        y = load_values(values, block, start, end, lane)
+                        low_seen += tl.where(y >= low, 1.0, 0.0)
+                        middle_seen += tl.where(y >= middle, 1.0, 0.0)
+                        high_seen += tl.where(y >= high, 1.0, 0.0)
+                    low_count = tl.sum(low_seen, 0)
+                    middle_count = tl.sum(middle_seen, 0)
+                    high_count = tl.sum(high_seen, 0)
+                image += tl.where(low_count >= wanted, step, 0)
+                image += tl.where(middle_count >= wanted, step, 0)
+                image += tl.where(high_count >= wanted, step, 0)
+                step = step // 4
+            least = from_image(image)
+            if RESIDENT:
+                above = count(x > least)
             else:
-                index = block + write_lane
-            tl.store(out_indices_ptr + (target + written) + place, index, mask=one > 0.5)
-            if VALUED:
-                tl.store(out_values_ptr + (target + written) + place, y, mask=one > 0.5)
-            ties -= tl.sum(tie, 0)
-            written += tl.sum(one, 0).to(tl.int32)
-        for slot in range(written, top_k, BLOCK_W):
-            rest = write_lane < top_k - slot
-            tl.store(out_indices_ptr + (target + slot) + write_lane, tl.full([BLOCK_W], -1, tl.int32), mask=rest)
-            if VALUED:
-                nothing = tl.full([BLOCK_W], float("-inf"), tl.float32)
-                tl.store(out_values_ptr + (target + slot) + write_lane, nothing, mask=rest)
+                seen = tl.zeros([BLOCK], tl.float32)
+                for block in range(begin, end, BLOCK):
+                    seen += tl.where(load_values(values, block, start, end, lane) > least, 1.0, 0.0)
+                above = tl.sum(seen, 0)
+            ties = wanted - above  # lanes equal to the least value that are chosen, the first ones
+        target = tl.cast(item, tl.int64) * top_k
+        out_values = out_values_ptr + target
+        out_indices = out_indices_ptr + target
+        written = write_chosen(
+            values, indices_ptr + source, out_values, out_indices, start, end, begin, least, ties,
+            tl.cast(0, tl.int32), INDEXED, VALUED, BLOCK_W,
+        )  # fmt: skip
+        write_nothing(out_values, out_indices, written, top_k, VALUED, BLOCK_W)
 
 
 def _resident(columns: int, top_k: int) -> bool:
@@ -197,6 +179,7 @@ TOPK = Kernel(
     tiles={
         "BLOCK": (128, 256, 512, 1024, 2048, 4096, 8192),
         "BLOCK_W": (128, 256, 512, 1024, 2048),
+        "HISTOGRAM": (0, 1),
         "num_warps": (1, 2, 4, 8, 16),
     },
     rule=topk_rule,
@@ -228,9 +211,37 @@ def _step(chip, rows, columns, top_k, starts, ends, indices):
     return chunk, chunks, _statics(starts, ends, indices, chunks, resident), tile
 
 
+def _chunks(columns, top_k):
+    """How many chunks rows are cut into."""
+    return max(1, -(-columns // (RESIDENT_BLOCK if _resident(columns, top_k) else 16 * power_of_two(top_k))))
+
+
+def _plan_rows(chip, rows, columns, top_k, starts, ends):
+    """A plan of :func:`launch_spread`, or None for chunks and their candidates.
+
+    Digits take five launches of many programs. Candidates take two for most rows, else the second and later ones have
+    ever fewer programs: where these leave cores idle, rows are spread. Chunks that no program keeps are read 19 times:
+    they are spread wherever they leave cores idle themselves.
+    """
+    chunks = _chunks(columns, top_k)
+    later = _chunks(chunks * top_k, top_k)
+    if columns > MOST_SPREAD or (later == 1 if _resident(columns, top_k) else columns <= RESIDENT_BLOCK):
+        return None
+    if rows * (later if _resident(columns, top_k) else chunks) > chip.vector_cores:
+        return None
+    return plan_spread(chip, rows, columns, top_k, starts, ends)
+
+
 def launch_topk(logits, top_k, starts, ends):
-    """logits [rows, columns] fp32 -> int32 [rows, top_k]: chunk by chunk, then among the candidates of the chunks."""
+    """logits [rows, columns] fp32 -> int32 [rows, top_k]: digit by digit, or chunk by chunk, then among the candidates
+    of the chunks."""
     (rows, columns), chip = logits.shape, chip_of(logits.device)
+    key = chip.device, rows, columns, top_k, starts is None, ends is None
+    spread = TOPK.kept.plans.get(key, key)
+    if spread is key:
+        spread = TOPK.keep(key, _plan_rows(chip, rows, columns, top_k, starts, ends))
+    if spread is not None:
+        return launch_spread(chip, logits, top_k, starts, ends, spread)
     values, indices = logits, None
     while True:
         key = chip.device, rows, columns, top_k, starts is None, ends is None, indices is None
@@ -283,9 +294,13 @@ def indexer_topk(
     Exact: of equal values the ones with the lowest index are chosen (0 equals -0). NaN and -inf are never chosen. Row
     ``[1, 3, NaN, 3, -inf, 3]`` with ``top_k`` 2 gives ``[1, 3]``, with ``top_k`` 5 ``[0, 1, 3, 5, -1]``.
 
-    Long rows are cut into chunks of 8192 keys (for ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program
-    each, whose candidates, 8 ``top_k`` bytes a chunk of device workspace, are chosen among in the same way: one launch
-    for up to 8192 keys, 3 for 32,768 and 5 or 6 for 1M keys with ``top_k`` 2048. Same bits on every call.
+    Rows of up to 8192 keys take one launch, a program a row. Longer ones are cut into chunks of 8192 keys (for
+    ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program each, whose candidates are chosen among in the
+    same way: 2 launches for 32,768 keys with ``top_k`` 2048, 8 ``top_k`` bytes of device workspace a chunk. Where that
+    takes more launches and the later ones would leave cores idle (128k keys: up to ``cores / 4`` rows), and up to 1M
+    keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
+    most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
+    same: exact picks, the same bits on every call and in any batch.
 
     Args:
         logits: [T, S] float32, rows of any stride; less than 2**24 keys.
