@@ -178,7 +178,7 @@ def _group(
         scores = warpgroup_mma_wait(0, [scores])  # [64, 128]
         mbarrier.arrive(k_free.index(0))
         scores = _hide_unseen(scores, limit - (blocks - 1) * BLOCK, CAUSAL)
-        weights, _, largest, total = _weigh(scores, score_scale, largest, total)
+        weights, keep, largest, total = _weigh(scores, score_scale, largest, total)
         operand = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, ACC, 2))
         masked = gl.maximum(blocks - whole, 1)
         acc, operand, largest, total = _attend(
