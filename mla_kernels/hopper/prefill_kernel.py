@@ -100,7 +100,7 @@ def _hide_unseen(scores, limit, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(q, keys, full, turns, step, spot, GROUP: gl.constexpr, RIGHT: gl.constexpr):
+def _start_scores(q, keys, turns, step, spot, GROUP: gl.constexpr, RIGHT: gl.constexpr):
     """Queue the products of a step's keys, once they are there and it is the group's turn."""
     q_own, q_rope = q
     own, rope = keys
@@ -110,7 +110,6 @@ def _start_scores(q, keys, full, turns, step, spot, GROUP: gl.constexpr, RIGHT: 
         gl.float32,
         layout=gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]),
     )
-    mbarrier.wait(full.index(stage), step // STAGES & 1)
     mbarrier.wait(turns.index(GROUP), step & 1 if RIGHT else step & 1 ^ 1)
     key = own.index(stage).permute((1, 0))  # [KEY, BLOCK]
     scores = warpgroup_mma(q_own.index(GROUP + spot), key, nothing, use_acc=False, is_async=True)
@@ -138,7 +137,7 @@ def _attend(
     for step in range(start, end):
         stage = step % STAGES
         before = step - 1
-        scores = _start_scores(q, keys, k_full, turns, step, step * zero, GROUP, GROUP == 1)
+        scores = _start_scores(q, keys, turns, step, step * zero, GROUP, GROUP == 1)
         mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
         acc = warpgroup_mma(operand, values.index(before % STAGES), acc, is_async=True)
         mbarrier.arrive(turns.index(1 - GROUP))
@@ -147,10 +146,14 @@ def _attend(
         if MASKED:
             scores = _hide_unseen(scores, limit - (blocks - 1 - step) * BLOCK, CAUSAL)
         weights, keep, largest, total = _weigh(scores, score_scale, largest, total)
+        operand = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, weights.type.layout, 2))
+        # The next keys are waited for here, not above, because ptxas moves nothing across the loop of this wait: it
+        # would else take the weights behind the product that they are to overlap.
+        after = step + 1
+        mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=after < blocks)
         acc = warpgroup_mma_wait(0, [acc])  # [64, VALUE]
         mbarrier.arrive(v_free.index(before % STAGES))
         acc = acc * keep[:, None]
-        operand = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     return acc, operand, largest, total
 
 
@@ -173,13 +176,15 @@ def _group(
     rule = (score_scale, limit, blocks, zero)
     if blocks > 0:
         mbarrier.wait(q_full.index(GROUP), 0)
-        scores = _start_scores(q, keys, k_full, turns, 0, 0, GROUP, GROUP == 1)
+        mbarrier.wait(k_full.index(0), 0)
+        scores = _start_scores(q, keys, turns, 0, 0, GROUP, GROUP == 1)
         mbarrier.arrive(turns.index(1 - GROUP))
         scores = warpgroup_mma_wait(0, [scores])  # [64, 128]
         mbarrier.arrive(k_free.index(0))
         scores = _hide_unseen(scores, limit - (blocks - 1) * BLOCK, CAUSAL)
         weights, keep, largest, total = _weigh(scores, score_scale, largest, total)
         operand = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, ACC, 2))
+        mbarrier.wait(k_full.index(1), 0, pred=blocks > 1)
         masked = gl.maximum(blocks - whole, 1)
         acc, operand, largest, total = _attend(
             acc, operand, largest, total, q, keys, values, barriers, rule, 1, masked, GROUP, CAUSAL, True
