@@ -42,8 +42,8 @@ ROWS = gl.constexpr(64)  # query rows of a group: what one wgmma multiplies
 TILE = gl.constexpr(128)  # query rows of a program
 BLOCK = gl.constexpr(128)  # keys of a block
 STAGES = gl.constexpr(2)
-GROUP_REGISTERS = gl.constexpr(232)  # a thread; the left group gets what the others leave, as many
-LOADER_REGISTERS = gl.constexpr(40)
+GROUP_REGISTERS = gl.constexpr(240)  # a thread; the left group gets what the others leave, as many
+LOADER_REGISTERS = gl.constexpr(24)
 ATOM = gl.constexpr(8)  # rows after which the swizzle repeats
 _NUMBERS = [
     "q_row", "q_column", "k_row", "k_column", "v_row", "v_column", "heads", "queries", "tokens", "max_queries",
