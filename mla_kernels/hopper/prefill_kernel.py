@@ -131,7 +131,7 @@ def _attend(
     acc, operand, largest, total, q, keys, values, barriers, rule, start, end,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Steps ``start`` to ``end`` - 1; before it ``operand`` are the weights of the step before, after it of the last."""
+    """Steps ``start`` to ``end`` - 1. ``operand``: the weights of the step before, and then of the last."""
     k_full, k_free, v_full, v_free, turns = barriers
     score_scale, limit, blocks, zero = rule
     for step in range(start, end):
@@ -182,7 +182,7 @@ def _group(
         scores = warpgroup_mma_wait(0, [scores])  # [64, 128]
         mbarrier.arrive(k_free.index(0))
         scores = _hide_unseen(scores, limit - (blocks - 1) * BLOCK, CAUSAL)
-        weights, keep, largest, total = _weigh(scores, score_scale, largest, total)
+        weights, _keep, largest, total = _weigh(scores, score_scale, largest, total)
         operand = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, ACC, 2))
         mbarrier.wait(k_full.index(1), 0, pred=blocks > 1)
         masked = gl.maximum(blocks - whole, 1)
