@@ -25,7 +25,7 @@ OWN = (*ORDERING, "_clear_rows(")
 def problem(causal: bool) -> Problem:
     """Several phases of every barrier, masked blocks and whole ones, rows of NaN between sequences and behind all."""
     made = make(
-        [(3, 9), (140, 700), (70, 31)] if causal else [(9, 5), (70, 600)], heads=1, key=128, rope=64, value=128,
+        [(3, 9), (140, 600), (70, 31)] if causal else [(9, 5), (70, 600)], heads=1, key=128, rope=64, value=128,
         dtype=torch.bfloat16, causal=causal,
     )  # fmt: skip
     rows = [torch.cat([t, t.new_full((60, *t.shape[1:]), float("nan"))]) for t in made.inputs()]
