@@ -147,11 +147,9 @@ def matrix(tensor) -> Matrix | None:
     along, across = tensor.stride(0), tensor.stride(1) if heads > 1 else 0
     if tokens == 1:  # the stride of a dimension of size 1 is free in torch
         along = max(heads * across, width)
-    row = column = 0
-    if across > along:  # a head's tokens lie together
-        row, left = divmod(across, along)
-    else:
-        column, left = across, 0
+    row, column, left = 0, across, 0
+    if across > along > 0:  # a head's tokens lie together
+        (row, left), column = divmod(across, along), 0
     rows, columns = tokens + (heads - 1) * row, width + (heads - 1) * column
     aligned = tensor.data_ptr() % (2 * _UNIT) == 0 and along % _UNIT == 0 and column % _UNIT == 0
     if not aligned or left or along < columns or (heads > 1 and across < width) or rows >= _MOST_ROWS:
