@@ -100,8 +100,8 @@ def _hide_unseen(scores, limit, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _start_scores(q, keys, turns, step, spot, GROUP: gl.constexpr, RIGHT: gl.constexpr):
-    """Queue the products of a step's keys, once they are there and it is the group's turn."""
+def _start_scores(q, keys, turns, step, spot, GROUP: gl.constexpr):
+    """Queue the products of a step's keys, which are there, once it is the group's turn."""
     q_own, q_rope = q
     own, rope = keys
     stage = step % STAGES
@@ -110,7 +110,7 @@ def _start_scores(q, keys, turns, step, spot, GROUP: gl.constexpr, RIGHT: gl.con
         gl.float32,
         layout=gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]),
     )
-    mbarrier.wait(turns.index(GROUP), step & 1 if RIGHT else step & 1 ^ 1)
+    mbarrier.wait(turns.index(GROUP), step & 1 ^ (1 - GROUP))
     key = own.index(stage).permute((1, 0))  # [KEY, BLOCK]
     scores = warpgroup_mma(q_own.index(GROUP + spot), key, nothing, use_acc=False, is_async=True)
     rotated = rope.index(stage).permute((1, 0))  # [ROPE, BLOCK]
@@ -137,7 +137,7 @@ def _attend(
     for step in range(start, end):
         stage = step % STAGES
         before = step - 1
-        scores = _start_scores(q, keys, turns, step, step * zero, GROUP, GROUP == 1)
+        scores = _start_scores(q, keys, turns, step, step * zero, GROUP)
         mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
         acc = warpgroup_mma(operand, values.index(before % STAGES), acc, is_async=True)
         mbarrier.arrive(turns.index(1 - GROUP))
@@ -177,7 +177,7 @@ def _group(
     if blocks > 0:
         mbarrier.wait(q_full.index(GROUP), 0)
         mbarrier.wait(k_full.index(0), 0)
-        scores = _start_scores(q, keys, turns, 0, 0, GROUP, GROUP == 1)
+        scores = _start_scores(q, keys, turns, 0, 0, GROUP)
         mbarrier.arrive(turns.index(1 - GROUP))
         scores = warpgroup_mma_wait(0, [scores])  # [64, 128]
         mbarrier.arrive(k_free.index(0))
@@ -204,20 +204,6 @@ def _group(
     out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + row[:, None] * (heads * VALUE) + column[None, :], out, mask=inside[:, None])
     gl.store(lse_ptr + row * heads, lse, mask=inside)
-
-
-@gluon.jit
-def _left_group(
-    q, keys, values, q_full, barriers, span, results, score_scale, CAUSAL: gl.constexpr, VALUE: gl.constexpr
-):
-    _group(q, keys, values, q_full, barriers, span, results, score_scale, 0, CAUSAL, VALUE)
-
-
-@gluon.jit
-def _right_group(
-    q, keys, values, q_full, barriers, span, results, score_scale, CAUSAL: gl.constexpr, VALUE: gl.constexpr
-):
-    _group(q, keys, values, q_full, barriers, span, results, score_scale, 1, CAUSAL, VALUE)
 
 
 @gluon.jit
@@ -344,8 +330,8 @@ def hopper_mla_prefill_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_left_group, (q, k, values, q_full, barriers, span, results, score_scale, CAUSAL, VALUE)),
-            (_right_group, (q, k, values, q_full, barriers, span, results, score_scale, CAUSAL, VALUE)),
+            (_group, (q, k, values, q_full, barriers, span, results, score_scale, 0, CAUSAL, VALUE)),
+            (_group, (q, k, values, q_full, barriers, span, results, score_scale, 1, CAUSAL, VALUE)),
             (_loader, (read, corners, q, k, values, q_full, barriers, behind, span, VALUE)),
         ],
         [4, 1],

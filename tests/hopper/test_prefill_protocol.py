@@ -15,7 +15,7 @@ from tests.attention.prefill_problems import Problem, make
 from tests.hopper.test_protocol import ORDERING, load
 
 NEEDLESS_HERE = (
-    "mbarrier.wait(turns.index(GROUP), step & 1 if RIGHT else step & 1 ^ 1)",  # only sets a pace
+    "mbarrier.wait(turns.index(GROUP), step & 1 ^ (1 - GROUP))",  # only sets a pace
     "fence_async_shared()  # what follows uses the barriers just made",  # the emulator's barriers need none
 )
 """Statements without which the emulator finds nothing wrong."""
