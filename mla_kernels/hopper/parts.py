@@ -18,11 +18,11 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def new_barriers(NUMBER: gl.constexpr):
-    """[NUMBER] mbarriers on which one arrival ends a phase."""
+def new_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr = 1):
+    """[NUMBER] mbarriers on which COUNT arrivals end a phase."""
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for number in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(number), count=1)
+        mbarrier.init(barriers.index(number), count=COUNT)
     return barriers
 
 

@@ -10,6 +10,7 @@ import torch
 import mla_kernels
 from mla_kernels import gpu_launch, hopper
 from mla_kernels.hopper import decode as hopper_decode
+from mla_kernels.hopper import prefill as hopper_prefill
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.launch import KERNELS
 from mla_kernels.nn import AttentionConfig, LatentAttention
@@ -214,6 +215,41 @@ def test_mla_prefill_and_its_gradients(causal):
     assert delta["stats_ptr"] == keys["stats_ptr"] == queries["stats_ptr"]
     assert keys["rope_grad_ptr"] == heads["partial_ptr"]
     assert launches[0].arguments["k_stride"] == launches[2].arguments["v_stride"] == 2 * 256
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_hopper_mla_prefill(heads_first):
+    """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; gradients stay portable."""
+    q, rope = torch.randn(300, 3, 192).to(BF16), torch.randn(350, 64).to(BF16)
+    kv = torch.randn(350, 3, 256).to(BF16)
+    if heads_first:
+        q, kv = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (q, kv))
+    bounds = torch.tensor([0, 270, 300], dtype=I32), torch.tensor([0, 280, 350], dtype=I32)
+    leaves = [tensor.requires_grad_() for tensor in (q, kv, rope)]
+    kernel, sizes = hopper_prefill.HOPPER_MLA_PREFILL, dict(max_seqlen_q=270, max_seqlen_k=280, softmax_scale=0.1)
+    with record() as launches, hopper.variants("force"):
+        k, v = kv.split([128, 128], -1)
+        out, lse = mla_kernels.mla_prefill(q, k, v, *bounds, **sizes, k_rope=rope)
+        known = kernel.launches_known
+        mla_kernels.mla_prefill(q.clone(), k, v, *bounds, **sizes, k_rope=rope)
+        assert kernel.launches_known == known
+        torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    first, again, *gradients = launches
+    assert first.kernel == again.kernel == kernel.name and gradients[0].kernel == "mla_prefill_delta_kernel"
+    assert first.grid == 2 * 3 * 3 and first.threads == 384
+    assert first.shared_bytes > 128 * 192 * 2 + 2 * 128 * (192 + 128) * 2  # queries, two blocks of keys and values
+    given = {t.data_ptr() for t in (out, lse, *bounds)}
+    assert given <= set(pointers(first).values())
+    for name, tensor in (("q", q), ("q_rope", q), ("k", k), ("v", v), ("rope", rope)):
+        tiles = first.arguments[f"{name}_tiles"]
+        rows, columns = tensor.shape[0], tensor.stride(0) if name == "rope" else 2 * tensor.stride(1) + tensor.shape[2]
+        if heads_first and name != "rope":
+            rows, columns = 3 * tensor.shape[0], tensor.shape[2]
+        assert (tiles.base.data_ptr(), tiles.shape) == (tensor.data_ptr(), [rows, columns])
+        assert tiles.strides == [tensor.stride(0), 1] and tiles.block_shape[1] == (64 if "rope" in name else 128)
+    steps = (350, 0, 350, 0) if heads_first else (0, 256, 0, 256)
+    assert tuple(first.arguments[name] for name in ("k_row", "k_column", "v_row", "v_column")) == steps
+    assert first.arguments["together"] == 6 and first.arguments["tokens"] == 350
 
 
 @pytest.mark.parametrize("top_k, splits", [(128, False), (2048, True)])

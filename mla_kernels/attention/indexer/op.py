@@ -207,7 +207,8 @@ def paged_indexer_logits(
         q: [B, S_q, H, d], the cache's dtype (a ``"fp8"`` cache: bfloat16, float16 or float32, or float8_e4m3fn with
             the scales in ``weights``, as for :func:`indexer_logits`).
         cache: the paged keys, both layouts.
-        weights: [B, S_q, H] float32, or q's dtype if q holds no codes, ``head_dim ** -0.5`` and ``index_heads ** -0.5`` in them.
+        weights: [B, S_q, H] float32, or q's dtype if q holds no codes; ``head_dim ** -0.5`` and ``index_heads ** -0.5``
+            in them.
         block_table: [B, P] int32, the pages of each sequence in order.
         seq_lens: [B] int32, cached keys of each sequence, its S_q newest included.
         limits: [B, S_q] int32, how many keys each query sees, cut to ``seq_lens``. For keys that are not one a token:

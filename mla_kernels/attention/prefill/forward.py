@@ -7,6 +7,7 @@ Tiles: BLOCK_M queries of one head by BLOCK_N keys. Parts of a key (FIRST, REST,
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,8 @@ from mla_kernels.attention.prefill.sequence_rows import (
     widths,
 )
 from mla_kernels.attention.prefill.tiles import forward_memory, forward_rule
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import prefill as hopper_prefill
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 
@@ -206,34 +209,52 @@ MLA_PREFILL = Kernel(
 )
 
 
+class _Plan(NamedTuple):
+    """What follows from the form of a call."""
+
+    statics: dict
+    tile: dict
+    variant: hopper_prefill.Choice | None  # launched in place of the kernel above, where it can read the tensors
+
+
+def _plan(chip, dtype, heads, key, rope, value, causal):
+    first, rest = widths(key)
+    statics = {"FIRST": first, "REST": rest, "ROPE": rope, "VALUE": value, "CAUSAL": causal}
+    # the same tile whatever the batch and its lengths, so that the same bits come out
+    tile = MLA_PREFILL.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
+    return _Plan(statics, tile, hopper_prefill.choose(chip, dtype, statics))
+
+
 def launch_prefill(
     q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
     batch_invariant=False,
 ):  # fmt: skip
-    queries, heads, _ = q.shape
+    (queries, heads, _), tokens, chip = q.shape, k.shape[0], chip_of(q.device)
     out, lse = empty_results(q, k, v)
-    first, rest = widths(k.shape[2])
     rope = k if k_rope is None else k_rope  # never read without k_rope
-    statics = {
-        "FIRST": first,
-        "REST": rest,
-        "ROPE": 0 if k_rope is None else k_rope.shape[1],
-        "VALUE": v.shape[2],
-        "CAUSAL": causal,
-    }
-    chip = chip_of(q.device)
-    # the same tile whatever the batch and its lengths, so that the same bits come out
-    tile = MLA_PREFILL.tile_for(chip, DTYPE_NAMES[q.dtype], statics, {"heads": heads})
+    key = chip.device, q.dtype, heads, k.shape[2], 0 if k_rope is None else rope.shape[1], v.shape[2], causal
+    plan = MLA_PREFILL.kept.plans.get((*key, MODE.get()))
+    if plan is None:
+        plan = MLA_PREFILL.keep((*key, MODE.get()), _plan(chip, *key[1:]))
+    statics, tile, variant = plan
     tiles = -(-max_seqlen_q // tile["BLOCK_M"])
     work = (cu_seqlens_q.shape[0] - 1) * heads * tiles
-    args = (
-        q, k, rope, v, cu_seqlens_q, cu_seqlens_k, out, lse, softmax_scale / math.log(2.0),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), rope.stride(0), v.stride(0), v.stride(1),
-        heads, queries, k.shape[0], max_seqlen_q, max_seqlen_k, tiles, work,
-    )  # fmt: skip
-    if work == 0:  # no program to clear what no sequence owns
+    score_scale = softmax_scale / math.log(2.0)
+    if work == 0 or queries == 0 or tokens == 0:  # no program to clear what no sequence owns, or no key to see
         out.zero_()
         lse.fill_(float("-inf"))
+        return out, lse
+    if variant is not None:
+        reading = hopper_prefill.read(variant, q, k, rope, v, softmax_scale)
+        if reading is not None:
+            numbers = score_scale, max_seqlen_q, max_seqlen_k
+            hopper_prefill.launch(chip, variant, reading, (cu_seqlens_q, cu_seqlens_k), (out, lse), numbers)
+            return out, lse
+    args = (
+        q, k, rope, v, cu_seqlens_q, cu_seqlens_k, out, lse, score_scale,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), rope.stride(0), v.stride(0), v.stride(1),
+        heads, queries, tokens, max_seqlen_q, max_seqlen_k, tiles, work,
+    )  # fmt: skip
     MLA_PREFILL.launch(chip, work, args, statics, tile)
     return out, lse
 
