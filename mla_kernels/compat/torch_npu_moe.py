@@ -69,8 +69,8 @@ def npu_moe_gating_top_k(
         NotImplementedError: what is refused. TypeError, ValueError: shapes, dtypes and numbers that do not fit.
     """
     check_tensor("x", x, rank=2)
-    tokens, experts = x.shape
-    check_only("renorm", renorm, (0,), "softmax after the choice is not torch_npu's either")
+    experts = x.shape[1]
+    check_only("renorm", renorm, (0,), "torch_npu has this one alone")
     check_choice("norm_type", norm_type, tuple(_SCORING))
     check_choice("group_select_mode", group_select_mode, (0, 1))
     check_flag(out_flag=out_flag)

@@ -62,9 +62,12 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 def side_by_side(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
     """The tensor that has first's last axis and then second's, where both are parts of one; else None.
 
-    While tracing, where addresses cannot be compared, None.
+    While tracing, where addresses cannot be compared, None; and where one of them wants a gradient, which would not
+    find its way back to second.
     """
     if torch.compiler.is_compiling() or type(first) is not torch.Tensor or type(second) is not torch.Tensor:
+        return None
+    if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
         return None
     width = first.shape[-1]
     if (
