@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 
+from mla_kernels.cpu.alone import copied
 from mla_kernels.cpu.gemm import linear, wide, wide_linear
 from mla_kernels.cpu.pages import empty
 
@@ -23,6 +24,20 @@ def products(rows: torch.Tensor, weights: torch.Tensor, bounds: list[int], produ
         if first < last:
             out[first:last] = product(rows[first:last], weights[expert])
     return out
+
+
+def plain(
+    rows: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, batch_invariant: bool = False
+) -> torch.Tensor:
+    """:func:`products`, rows past the last expert's 0; with ``batch_invariant`` a row at a time."""
+    bounds = offsets.tolist()
+    out = products(rows, weights, bounds, _each_row if batch_invariant else linear)
+    out[bounds[-1] :] = 0.0
+    return out
+
+
+def _each_row(rows, weight):
+    return torch.cat([linear(copied(row[None]), weight) for row in rows])
 
 
 def weight_gradient(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bounds: list[int]) -> torch.Tensor:

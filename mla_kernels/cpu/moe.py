@@ -188,6 +188,7 @@ def combine(
     holes = bool(skipped.any())
     if holes:
         weights = weights.masked_fill(skipped, 0.0)
+        place = place.clamp(max=rows.shape[0] - 1)  # that of a skipped pair may be any from offsets[-1] on
     total = torch.zeros(weights.shape[0], rows.shape[1])
     for slot, (places, weight) in enumerate(zip(place.unbind(1), weights.unbind(1))):
         values = rows.index_select(0, places)
@@ -206,7 +207,7 @@ def combine_each(rows, weights, inverse, offsets):
     out, slots = rows.new_empty(weights.shape[0], rows.shape[1]), weights.shape[1]
     end = offsets.new_tensor([slots])
     for token, places in enumerate(inverse.view(weights.shape)):
-        own = rows.index_select(0, places) if slots else rows[:0]
+        own = rows.index_select(0, places.clamp(max=rows.shape[0] - 1)) if slots else rows[:0]
         order = torch.arange(slots, dtype=inverse.dtype).masked_fill_(places >= offsets[-1], slots)
         out[token] = _combine_one(own, copied(weights[token : token + 1]), order, end)[0]
     return out

@@ -132,7 +132,7 @@ def test_activation_refuses(arguments, text):
         (ROWS, WEIGHTS.to(META), {}, ValueError, "weights: got a tensor on meta, all arguments must be on cpu"),
         (ROWS, WEIGHTS, {"inverse": IDS}, ValueError, "dispatched.inverse: got shape (2, 3), (6) is accepted"),
         (ROWS, WEIGHTS, {"offsets": torch.zeros(9)}, TypeError, "dispatched.offsets: got dtype float32, accepted:"),
-        (ROWS, WEIGHTS, {"inverse": torch.full((6,), 6).int()}, ValueError, "inverse: got values from 6 to 6"),
+        (ROWS, WEIGHTS, {"inverse": torch.full((6,), 7).int()}, ValueError, "inverse: got values from 7 to 7"),
         (ROWS.clone().requires_grad_(), WEIGHTS, {}, NotImplementedError, "combine has no backward and rows requires"),
     ],
 )  # fmt: skip

@@ -159,7 +159,7 @@ def _fake(rows, weights, *_):
 
 
 def _check_values(rows, weights, inverse, offsets, *_):
-    check_range("inverse", inverse, 0, max(rows.shape[0], 1), "rows")
+    check_range("inverse", inverse, 0, rows.shape[0] + 1, "rows, and one past them for no row")
     check_range("offsets", offsets, 0, rows.shape[0] + 1, "rows")
 
 
@@ -183,7 +183,8 @@ def combine(
     Args:
         rows: [T * K, H] bf16, fp16 or fp32, in expert order: what :func:`mla_kernels.expert_ffn` returns.
         weights: [T, K] fp32.
-        dispatched: from :func:`mla_kernels.dispatch`. A pair without an expert adds 0; its row and weight are ignored.
+        dispatched: from :func:`mla_kernels.dispatch`. A pair without an expert, that is with an ``inverse`` from
+            ``offsets[E]`` on (up to T * K, for no row at all), adds 0; its row and weight are ignored.
         batch_invariant: whether a token's bits must not depend on the others; None: as the block
             :class:`mla_kernels.batch_invariant` says. On devices it is so in any case.
 

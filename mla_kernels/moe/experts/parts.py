@@ -44,7 +44,7 @@ _op = define_op(
 )
 
 
-def _check_weight(name: str, weight, shape: tuple, hidden: torch.Tensor) -> None:
+def check_weight(name: str, weight, shape: tuple, hidden: torch.Tensor) -> None:
     """Refuse ``weight`` unless it has this shape and one of its last two axes is dense."""
     if isinstance(weight, torch.Tensor) and weight.dim() == 3 and weight.stride(1) == 1 and weight.stride(2) != 1:
         check_tensor(name, weight.transpose(1, 2), shape=(shape[0], shape[2], shape[1]), like=hidden)
@@ -64,13 +64,13 @@ def check_weights(hidden, gate_up, down, gate_up_bias=None, down_bias=None) -> N
     width = hidden.shape[1]
     if width < 16:
         check_int("hidden size (hidden.shape[1])", width, 16)
-    _check_weight("gate_up", gate_up, (None, None, width), hidden)
+    check_weight("gate_up", gate_up, (None, None, width), hidden)
     experts, doubled, _ = gate_up.shape
     if not 1 <= experts <= 1024:
         check_int("number of experts (gate_up.shape[0])", experts, 1, 1024)
     if doubled % 2 or doubled == 0:
         raise ValueError(f"gate_up: got {doubled} rows an expert, an even number is accepted (one of gate, one of up)")
-    _check_weight("down", down, (experts, width, doubled // 2), hidden)
+    check_weight("down", down, (experts, width, doubled // 2), hidden)
     if gate_up_bias is not None:
         check_tensor("gate_up_bias", gate_up_bias, shape=(experts, doubled), like=hidden)
     if down_bias is not None:

@@ -113,6 +113,7 @@ PROJECT = Kernel(
         _case("v2_lite_4096", 4096, 6, 64, 2048, 2816, False, dtypes=("bf16", "fp16", "fp32")),
         _case("v3_256", 256, 8, 256, 7168, 4096, False),
         _case("transposed", 4096, 4, 32, 2880, 5760, True),
+        _case("v3_rows_256", 2048, 1, 256, 7168, 4096, True),
     ),
     uses_dot=True,
 )
