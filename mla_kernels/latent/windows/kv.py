@@ -134,18 +134,14 @@ WRITE_KV = Kernel(
 )
 
 
-def _launch(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps, batch_invariant=False):
-    _launch_rows(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps, batch_invariant)
-
-
 def _launch_with_latent(q_a, q_norm, *arguments):
     q_latent = q_a.new_empty(q_a.shape)
-    _launch_rows(*arguments, q_a, q_norm, q_latent)
+    _launch(*arguments, q_a, q_norm, q_latent)
     return q_latent
 
 
-def _launch_rows(
-    kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps, batch_invariant,
+def _launch(
+    kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps, batch_invariant=False,
     q_a=None, q_norm=None, q_latent=None,
 ):  # fmt: skip
     """``q_a`` None: rows alone."""
