@@ -55,6 +55,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mla_kernels import hopper, launch, tile_files  # noqa: E402
+from mla_kernels.targets import emulator  # noqa: E402
 from mla_kernels.targets.service import ToolchainMissing  # noqa: E402
 from tests.children import PRINTING  # noqa: E402
 
@@ -79,6 +80,7 @@ def pytest_configure(config):
     if ON_DEVICE and "interpret" in CHOSEN:
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    emulator.OPTIMISE = config.getoption("--slow")  # by default a test's tiles are small and few
     config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
     config.addinivalue_line("markers", "quick(*ops, when=None): runs with --quick; with ops: its first case")
     config.addinivalue_line("markers", "device_process: takes no backend, but runs where a device's tests do")

@@ -32,6 +32,8 @@ from mla_kernels.targets.guard_pages import GuardedCopies, SharedInteger, call_i
 
 HERE = Path(__file__).parent
 THREADS = 2
+OPTIMISE = True
+"""Whether LLVM optimises what is built from now on. A kernel of a few small tiles runs in less time than that takes."""
 LINKER = ("gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
 
 POINTERS = {
@@ -222,13 +224,13 @@ def build(
 ) -> Program:
     """The linked program, from the cache where it is there. EmulationError names the stage that refused the kernel."""
     family = architecture if architecture.startswith("Ascend950") else "Ascend910B3"  # A2 and A3 share their lowering
-    key = [source, function, list(types.items()), list(constants.items()), family, _cpu_level(), _own_version()]
-    return _build(json.dumps(key))
+    made_by = _cpu_level(), OPTIMISE, _own_version()
+    return _build(json.dumps([source, function, list(types.items()), list(constants.items()), family, *made_by]))
 
 
 @functools.cache
 def _build(key: str) -> Program:
-    source, function, types, constants, architecture, cpu, _ = json.loads(key)
+    source, function, types, constants, architecture, cpu, optimise, _ = json.loads(key)
     folder = service.cache_folder() / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     base = f"{function}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
@@ -243,7 +245,7 @@ def _build(key: str) -> Program:
                 "constexprs": dict(constants),
                 "vendor": "ascend",
                 "architecture": architecture,
-                "options": {"cpu": cpu},
+                "options": {"cpu": cpu, "optimise": optimise},
                 "output": f"{scratch}/kernel",
             }
             answer = service.pool().submit("ascend", job).result()
