@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 THREADS = 2
 OPTIMISE = True
 """Whether LLVM optimises what is built from now on. A kernel of a few small tiles runs in less time than that takes."""
-LINKER = ("gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
+LINKER = ("gcc", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -251,7 +251,7 @@ def _build(key: str) -> Program:
             answer = service.pool().submit("ascend", job).result()
             if not answer["ok"]:
                 raise EmulationError(f"{function}: {answer['reason']}")
-            _link(function, answer, Path(scratch))
+            _link(function, answer, Path(scratch), optimise)
             (Path(scratch) / "about.json").write_text(json.dumps({k: answer[k] for k in ("args", "atomic")}))
             # several processes may build the same program: each file appears whole, the library last
             os.replace(f"{scratch}/kernel.ttadapter.mlir", folder / f"{base}.ttadapter.mlir")
@@ -267,7 +267,7 @@ def _user_arguments(arguments: Sequence[str]) -> Sequence[str]:
     return arguments[2:-6]
 
 
-def _link(function: str, answer: Mapping, scratch: Path) -> None:
+def _link(function: str, answer: Mapping, scratch: Path, optimise: bool) -> None:
     """Fill in the launcher and link it with the assembly."""
     arguments = _user_arguments(answer["args"])
     unknown = [a for a in arguments if not a.startswith("memref") and a not in SCALARS]
@@ -285,7 +285,7 @@ def _link(function: str, answer: Mapping, scratch: Path) -> None:
     }.items():
         text = text.replace(f"@{name}@", value)
     (scratch / "launcher.c").write_text(text)
-    command = [*LINKER, "launcher.c", "kernel.s", "-o", "kernel.so", "-lm"]
+    command = [*LINKER, "-O2" if optimise else "-O0", "launcher.c", "kernel.s", "-o", "kernel.so", "-lm"]
     try:
         result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     except FileNotFoundError as error:
