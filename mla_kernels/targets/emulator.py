@@ -34,7 +34,6 @@ HERE = Path(__file__).parent
 THREADS = 2
 OPTIMISE = True
 """Whether LLVM optimises what is built from now on. A kernel of a few small tiles runs in less time than that takes."""
-LINKER = ("gcc", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -268,8 +267,16 @@ def _user_arguments(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _link(function: str, answer: Mapping, scratch: Path, optimise: bool) -> None:
-    """Fill in the launcher and link it with the assembly."""
-    arguments = _user_arguments(answer["args"])
+    """Link the assembly with the launcher of its arguments."""
+    launcher = _launcher(function, tuple(answer["args"]), optimise)
+    assembly = (scratch / "kernel.s").read_text()
+    (scratch / "kernel.s").write_text(assembly.replace(f"_mlir_ciface_{answer['name']}", "_mlir_ciface_kernel"))
+    _gcc(function, ["-shared", "-pthread", "-Wl,-z,defs", str(launcher), "kernel.s", "-o", "kernel.so", "-lm"], scratch)
+
+
+def _launcher(function: str, types: tuple[str, ...], optimise: bool) -> Path:
+    """The compiled launcher of kernels that take these MLIR types, the compiler's own arguments included."""
+    arguments = _user_arguments(types)
     unknown = [a for a in arguments if not a.startswith("memref") and a not in SCALARS]
     if unknown:
         raise EmulationError(f"{function}: no C type for arguments of type {', '.join(unknown)}")
@@ -277,17 +284,26 @@ def _link(function: str, answer: Mapping, scratch: Path, optimise: bool) -> None
     calls = [f"&m[{i}]," if i in pointers else f"*({SCALARS[a][0]} *)&a[{i}]," for i, a in enumerate(arguments)]
     text = (HERE / "emulator_launcher.c").read_text()
     for name, value in {
-        "NAME": answer["name"],
-        "DECLARATION": ", ".join("Memref *" if a.startswith("memref") else SCALARS[a][0] for a in answer["args"]),
+        "DECLARATION": ", ".join("Memref *" if a.startswith("memref") else SCALARS[a][0] for a in types),
         "COUNT": str(len(arguments) or 1),
         "MEMREFS": " ".join(f"m[{i}] = (Memref){{(void *)a[{i}], (void *)a[{i}], 0, 1L << 40, 1}};" for i in pointers),
         "ARGUMENTS": " ".join(calls),
     }.items():
         text = text.replace(f"@{name}@", value)
-    (scratch / "launcher.c").write_text(text)
-    command = [*LINKER, "-O2" if optimise else "-O0", "launcher.c", "kernel.s", "-o", "kernel.so", "-lm"]
+    level = "-O2" if optimise else "-O0"
+    folder = service.cache_folder() / "emulator"
+    compiled = folder / f"launcher-{hashlib.sha256((text + level).encode()).hexdigest()[:20]}.o"
+    if not compiled.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            (Path(scratch) / "launcher.c").write_text(text)
+            _gcc(function, [level, "-fno-strict-aliasing", "-fPIC", "-c", "launcher.c", "-o", "launcher.o"], scratch)
+            os.replace(f"{scratch}/launcher.o", compiled)
+    return compiled
+
+
+def _gcc(function: str, arguments: Sequence[str], folder: str | Path) -> None:
     try:
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        result = subprocess.run(["gcc", *arguments], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise EmulationError(f"{function}: gcc is not installed, and the emulator links with it") from error
     if result.returncode:
