@@ -22,6 +22,7 @@ chosen. Such a case must call the op that its mark names, and every registered o
 """
 
 import argparse
+import gc
 import inspect
 import os
 import sys
@@ -113,6 +114,17 @@ def pytest_collection_modifyitems(config, items):
         chosen[True] = [item for item in chosen[True] if item not in out_of_turn]
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Modules and tests live to the end: the garbage collector need not look through them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
