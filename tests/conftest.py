@@ -12,8 +12,9 @@ parameters holds, or always: ``no_launch(reason)`` where no kernel may be launch
 ``--slow``, ``leave_out(reason)`` combinations that do not exist, ``hopper`` what runs on ``hopper-emulated``, too.
 Nothing skips itself: a skipped test fails.
 
-The cases of a test take turns: one runs in the interpreter, one in the emulator, and from the third on one in neither
-where the CPU code runs it, which runs them all. With ``--no-turns`` each runs everywhere.
+The cases of a test take turns: one runs in the interpreter, one in the emulator. From the third on, where the CPU code
+runs them all, every third runs in the interpreter and every sixth in the emulator. With ``--no-turns`` each runs
+everywhere.
 
 ``--quick`` (``make quick``) runs the tests marked ``quick`` and no others: all cases of one marked ``quick()``, and of
 one marked ``quick("an_op", when=...)`` the first on each backend, on ``cpu`` and ``interpret`` if nothing else is
@@ -21,6 +22,7 @@ chosen. Such a case must call the op that its mark names, and every registered o
 """
 
 import argparse
+import gc
 import inspect
 import os
 import sys
@@ -30,6 +32,7 @@ VARIANTS = "hopper-emulated"
 BACKENDS = ("cpu", "interpret", "npu-emulated", VARIANTS, "cuda", "npu")
 DEVICES = ("cuda", "npu")
 EXECUTORS = ("interpret", "npu-emulated")
+TURNS = (0, 1, 2, 0, 2, 2)  # of EXECUTORS; 2 is none. The emulator compiles each case anew and has half as many turns
 QUICK_BACKENDS = ("cpu", "interpret")
 
 
@@ -55,6 +58,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from mla_kernels import hopper, launch, tile_files  # noqa: E402
+from mla_kernels.targets import emulator  # noqa: E402
 from mla_kernels.targets.service import ToolchainMissing  # noqa: E402
 from tests.children import PRINTING  # noqa: E402
 
@@ -79,6 +83,7 @@ def pytest_configure(config):
     if ON_DEVICE and "interpret" in CHOSEN:
         raise pytest.UsageError("--backend: the interpreter and a device need processes of their own")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    emulator.OPTIMISE = config.getoption("--slow")  # by default a test's tiles are small and few
     config.addinivalue_line("markers", "leave_out(reason, when=None): combinations of parameters that do not exist")
     config.addinivalue_line("markers", "quick(*ops, when=None): runs with --quick; with ops: its first case")
     config.addinivalue_line("markers", "device_process: takes no backend, but runs where a device's tests do")
@@ -109,6 +114,17 @@ def pytest_collection_modifyitems(config, items):
         chosen[True] = [item for item in chosen[True] if item not in out_of_turn]
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Modules and tests live to the end: the garbage collector need not look through them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -154,7 +170,7 @@ def _out_of_turn(items) -> set:
     for number, cases in enumerate(tests.values()):
         both = [runs for runs in cases.values() if runs.keys() >= set(EXECUTORS)]
         for place, runs in enumerate(both):
-            turn = place % 3 if place > 1 and "cpu" in runs else (number + place) % 2
+            turn = TURNS[place % len(TURNS)] if place > 1 and "cpu" in runs else (number + place) % 2
             left_out |= {runs[executor] for executor in EXECUTORS if EXECUTORS[turn : turn + 1] != (executor,)}
     return left_out
 

@@ -74,23 +74,19 @@ def test_quick():
     assert "marked quick for merge_states, called {'dispatch'}" in text
 
 
-def collected(*options):
-    """``pytest --quick`` of the whole suite, collected and not run, without the Ascend toolchain."""
-    command = [sys.executable, "-m", "pytest", "--quick", "--collect-only", "-p", "no:cacheprovider", *options]
-    environment = child_environment(MLA_KERNELS_ASCEND_PYTHON="/nowhere/python")
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[1])
-
-
 def test_quick_has_a_case_of_every_op_on_the_cpu_and_in_the_interpreter():
-    child = collected()
-    assert child.returncode == 0, child.stdout + child.stderr
-    for name in ("test_decode.py::test_parity[", "test_route.py::test_parity["):
-        assert all(f"{name}{backend}-" in child.stdout for backend in ("cpu", "interpret")), child.stdout
-    assert "npu-emulated" not in child.stdout and "test_rooms.py::" in child.stdout
-
-
-def test_quick_refuses_to_leave_an_op_out():
-    child = collected("--ignore", "tests/latent/test_tools.py", "--ignore", "tests/latent/test_split_pages.py")
+    """The whole suite, without the Ascend toolchain: the run refuses an op that has no case, and names no other."""
+    code = (
+        "import sys, pytest, torch\n"
+        "ops = torch.library.Library('mla_kernels', 'FRAGMENT')\n"
+        "ops.define('left_out(Tensor x) -> Tensor')\n"
+        "sys.argv[1:] = ['--quick', '--collect-only', '-p', 'no:cacheprovider']\n"
+        "sys.exit(pytest.main())"
+    )
+    environment = child_environment(MLA_KERNELS_ASCEND_PYTHON="/nowhere/python")
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=CASES.parents[1]
+    )
     assert child.returncode == 4, child.stdout + child.stderr
-    wanted = "--quick: no parity test is marked quick for copy_pages, gather_tokens, scatter_tokens"
-    assert wanted in child.stdout + child.stderr
+    told = re.search("--quick: no parity test is marked quick for (.*)", child.stdout + child.stderr)
+    assert told and told[1].strip() == "left_out", child.stdout + child.stderr

@@ -8,6 +8,7 @@ Floating point: sums of products may be fused and sum reductions reassociated, a
 else is relaxed.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -54,8 +55,11 @@ class Native:
     assembly: str
 
 
-def compile_native(ttadapter: str, cpu: str) -> Native:
-    """ttadapter IR to assembly for ``cpu`` (an LLVM name such as x86-64-v3). StageError where a stage refuses."""
+def compile_native(ttadapter: str, cpu: str, optimise: bool = True) -> Native:
+    """ttadapter IR to assembly for ``cpu`` (an LLVM name such as x86-64-v3). StageError where a stage refuses.
+
+    Without ``optimise`` LLVM takes a seventh of the time, and what it makes is many times slower.
+    """
     entry = re.search(r"func\.func @(\w+)\((.*?)\) attributes \{SyncBlockLock", ttadapter, re.S)
     if entry is None:
         raise StageError("emulator: no kernel function in the ttadapter IR")
@@ -70,7 +74,7 @@ def compile_native(ttadapter: str, cpu: str) -> Native:
         stage = "emulator lowering"
         dialect = run_passes(text, LOWER)
         stage = "emulator llvm"
-        assembly = to_assembly(dialect, cpu)
+        assembly = to_assembly(dialect, cpu, optimise)
     except (Unsupported, RuntimeError) as error:
         raise StageError(f"{stage}: {error}") from error
     return Native(entry[1], arguments, ATOMIC in ttadapter, dialect, assembly)
@@ -231,7 +235,7 @@ def limit_unrolling(dialect: str) -> str:
     return re.sub(block_with_jump, annotate, dialect, flags=re.M)
 
 
-def to_assembly(dialect: str, cpu: str) -> str:
+def to_assembly(dialect: str, cpu: str, optimise: bool) -> str:
     """LLVM dialect to assembly; malloc, calloc and free become the launcher's arena."""
     from triton._C.libtriton import ir, llvm
 
@@ -250,6 +254,12 @@ def to_assembly(dialect: str, cpu: str) -> str:
         llvm.init_targets()
         native = llvm.to_module(module, llvm.context())
     llvm.attach_datalayout(native, TRIPLE, cpu, "")
-    llvm.optimize_module(native, llvm.OPTIMIZE_O3, cpu, "", [], False)
-    assembly = llvm.translate_to_asm(str(native), TRIPLE, cpu, "", [], False, False)
+    if optimise:
+        llvm.optimize_module(native, llvm.OPTIMIZE_O3, cpu, "", [], False)
+    else:
+        os.environ["DISABLE_LLVM_OPT"] = "1"  # read where instructions are chosen
+    try:
+        assembly = llvm.translate_to_asm(str(native), TRIPLE, cpu, "", [], False, False)
+    finally:
+        os.environ.pop("DISABLE_LLVM_OPT", None)
     return re.sub(r"\b(malloc|calloc|free)@PLT\b", r"emulator_\1@PLT", assembly)

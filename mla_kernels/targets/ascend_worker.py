@@ -87,7 +87,7 @@ def to_ttadapter(job: dict) -> str:
         # triton-ascend 3.2 reads types by order, not by name
         kinds = {name: job["signature"][name].split(":")[0] for name in fn.arg_names if name not in constants}
         options = dict(job.get("options") or {})
-        for later in ("multibuffer", "cpu"):  # options of the stages after this one
+        for later in ("multibuffer", "cpu", "optimise"):  # options of the stages after this one
             options.pop(later, None)
         if is_a5(job["architecture"]):
             options |= {"compile_on_910_95": True, "enable_select_analysis": True}
@@ -237,7 +237,7 @@ def emulate(job: dict) -> dict:
     output = job["output"]
     Path(output + ".ttadapter.mlir").write_text(ttadapter)
     try:
-        native = ascend_to_llvm.compile_native(ttadapter, job["options"]["cpu"])
+        native = ascend_to_llvm.compile_native(ttadapter, job["options"]["cpu"], job["options"]["optimise"])
     except ascend_to_llvm.StageError as error:
         raise CompileError(str(error)) from error
     Path(output + ".llvm.mlir").write_text(native.llvm_dialect)

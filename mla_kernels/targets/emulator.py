@@ -32,7 +32,8 @@ from mla_kernels.targets.guard_pages import GuardedCopies, SharedInteger, call_i
 
 HERE = Path(__file__).parent
 THREADS = 2
-LINKER = ("gcc", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wl,-z,defs")
+OPTIMISE = True
+"""Whether LLVM optimises what is built from now on. A kernel of a few small tiles runs in less time than that takes."""
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -222,13 +223,13 @@ def build(
 ) -> Program:
     """The linked program, from the cache where it is there. EmulationError names the stage that refused the kernel."""
     family = architecture if architecture.startswith("Ascend950") else "Ascend910B3"  # A2 and A3 share their lowering
-    key = [source, function, list(types.items()), list(constants.items()), family, _cpu_level(), _own_version()]
-    return _build(json.dumps(key))
+    made_by = _cpu_level(), OPTIMISE, _own_version()
+    return _build(json.dumps([source, function, list(types.items()), list(constants.items()), family, *made_by]))
 
 
 @functools.cache
 def _build(key: str) -> Program:
-    source, function, types, constants, architecture, cpu, _ = json.loads(key)
+    source, function, types, constants, architecture, cpu, optimise, _ = json.loads(key)
     folder = service.cache_folder() / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     base = f"{function}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
@@ -243,13 +244,13 @@ def _build(key: str) -> Program:
                 "constexprs": dict(constants),
                 "vendor": "ascend",
                 "architecture": architecture,
-                "options": {"cpu": cpu},
+                "options": {"cpu": cpu, "optimise": optimise},
                 "output": f"{scratch}/kernel",
             }
             answer = service.pool().submit("ascend", job).result()
             if not answer["ok"]:
                 raise EmulationError(f"{function}: {answer['reason']}")
-            _link(function, answer, Path(scratch))
+            _link(function, answer, Path(scratch), optimise)
             (Path(scratch) / "about.json").write_text(json.dumps({k: answer[k] for k in ("args", "atomic")}))
             # several processes may build the same program: each file appears whole, the library last
             os.replace(f"{scratch}/kernel.ttadapter.mlir", folder / f"{base}.ttadapter.mlir")
@@ -265,9 +266,17 @@ def _user_arguments(arguments: Sequence[str]) -> Sequence[str]:
     return arguments[2:-6]
 
 
-def _link(function: str, answer: Mapping, scratch: Path) -> None:
-    """Fill in the launcher and link it with the assembly."""
-    arguments = _user_arguments(answer["args"])
+def _link(function: str, answer: Mapping, scratch: Path, optimise: bool) -> None:
+    """Link the assembly with the launcher of its arguments."""
+    launcher = _launcher(function, tuple(answer["args"]), optimise)
+    assembly = (scratch / "kernel.s").read_text()
+    (scratch / "kernel.s").write_text(assembly.replace(f"_mlir_ciface_{answer['name']}", "_mlir_ciface_kernel"))
+    _gcc(function, ["-shared", "-pthread", "-Wl,-z,defs", str(launcher), "kernel.s", "-o", "kernel.so", "-lm"], scratch)
+
+
+def _launcher(function: str, types: tuple[str, ...], optimise: bool) -> Path:
+    """The compiled launcher of kernels that take these MLIR types, the compiler's own arguments included."""
+    arguments = _user_arguments(types)
     unknown = [a for a in arguments if not a.startswith("memref") and a not in SCALARS]
     if unknown:
         raise EmulationError(f"{function}: no C type for arguments of type {', '.join(unknown)}")
@@ -275,17 +284,26 @@ def _link(function: str, answer: Mapping, scratch: Path) -> None:
     calls = [f"&m[{i}]," if i in pointers else f"*({SCALARS[a][0]} *)&a[{i}]," for i, a in enumerate(arguments)]
     text = (HERE / "emulator_launcher.c").read_text()
     for name, value in {
-        "NAME": answer["name"],
-        "DECLARATION": ", ".join("Memref *" if a.startswith("memref") else SCALARS[a][0] for a in answer["args"]),
+        "DECLARATION": ", ".join("Memref *" if a.startswith("memref") else SCALARS[a][0] for a in types),
         "COUNT": str(len(arguments) or 1),
         "MEMREFS": " ".join(f"m[{i}] = (Memref){{(void *)a[{i}], (void *)a[{i}], 0, 1L << 40, 1}};" for i in pointers),
         "ARGUMENTS": " ".join(calls),
     }.items():
         text = text.replace(f"@{name}@", value)
-    (scratch / "launcher.c").write_text(text)
-    command = [*LINKER, "launcher.c", "kernel.s", "-o", "kernel.so", "-lm"]
+    level = "-O2" if optimise else "-O0"
+    folder = service.cache_folder() / "emulator"
+    compiled = folder / f"launcher-{hashlib.sha256((text + level).encode()).hexdigest()[:20]}.o"
+    if not compiled.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            (Path(scratch) / "launcher.c").write_text(text)
+            _gcc(function, [level, "-fno-strict-aliasing", "-fPIC", "-c", "launcher.c", "-o", "launcher.o"], scratch)
+            os.replace(f"{scratch}/launcher.o", compiled)
+    return compiled
+
+
+def _gcc(function: str, arguments: Sequence[str], folder: str | Path) -> None:
     try:
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        result = subprocess.run(["gcc", *arguments], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise EmulationError(f"{function}: gcc is not installed, and the emulator links with it") from error
     if result.returncode:

@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 
 typedef struct { void *allocated, *aligned; int64_t offset, size, stride; } Memref;
-extern void _mlir_ciface_@NAME@(@DECLARATION@);
+extern void _mlir_ciface_kernel(@DECLARATION@);
 
 #define THREADS 2
 #define ARENA_BYTES (1UL << 34) /* reserved, not touched */
@@ -83,7 +83,7 @@ static void *work(void *arena) {
     if (p >= current.programs) break;
     mine->top = 0;
     mine->sizes = 0;
-    _mlir_ciface_@NAME@(&none, &none, @ARGUMENTS@ gx, gy, gz, (int)(p % gx), (int)(p / gx % gy), (int)(p / gx / gy));
+    _mlir_ciface_kernel(&none, &none, @ARGUMENTS@ gx, gy, gz, (int)(p % gx), (int)(p / gx % gy), (int)(p / gx / gy));
     if (mine->top > mine->peak) mine->peak = mine->top;
   }
   if (mine->peak > KEEP_BYTES) madvise(mine->base, mine->peak, MADV_DONTNEED);

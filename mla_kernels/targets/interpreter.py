@@ -4,8 +4,10 @@ The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It m
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
 right here. Other arithmetic on bfloat16, of which it would make nonsense, is refused: kernels compute in float32.
 
-It also replaces the language's functions anew in every call of a device function, by a search through all of their
-modules: a third of a launch. Here once a launch is enough.
+It also does much that a launch of small tiles spends most of its time on, and that changes no result: it replaces the
+language's functions anew in every call of a device function, by a search through all of their modules; it looks for
+overflows of int32 with nine interpreted operations, and drops what it finds; it works out shape, name and NumPy type
+of every value anew. Here the first is done once a launch, the second not at all, the third once for each type.
 """
 
 import functools
@@ -54,6 +56,8 @@ def prepare() -> None:
     check_numpy(TRITON_VERSION, np.__version__)
     _correct_bfloat16()
     _replace_language_once()
+    _look_for_no_overflow()
+    _remember_types()
 
 
 def _correct_bfloat16() -> None:
@@ -126,6 +130,46 @@ def _replace_language_once() -> None:
 
     interpreter._patch_lang = replace_once
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+def _look_for_no_overflow() -> None:
+    """What the search finds goes into an assertion that the interpreter's options leave out."""
+    from triton.language.semantic import TritonSemantic
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, operation: None
+
+
+def _remember_types() -> None:
+    """Blocks, tensors and NumPy's types of types that were seen before are made of what was worked out then."""
+    from triton.runtime import interpreter
+
+    make_type, make_tensor, find = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    of_blocks: dict[tuple, dict] = {}
+    of_tensors: dict[str, dict] = {}
+    found: dict[str, np.dtype] = {}
+
+    def block_type(self, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if any(type(extent) is not int for extent in key[1:]):
+            make_type(self, element_ty, shape)
+            return
+        if key not in of_blocks:
+            make_type(self, element_ty, shape)
+            of_blocks[key] = dict(self.__dict__)
+        self.__dict__.update(of_blocks[key])
+
+    def tensor(self, handle, type):
+        if type.name not in of_tensors:
+            make_tensor(self, handle, type)
+            of_tensors[type.name] = dict(self.__dict__, handle=None)
+        self.__dict__.update(of_tensors[type.name], handle=handle, type=type)
+
+    def numpy_type(kind):
+        if kind.name not in found:
+            found[kind.name] = find(kind)
+        return found[kind.name]
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, numpy_type
 
 
 def _is_module(value) -> bool:

@@ -1,6 +1,6 @@
 """Tables that ship, and any problem without one: every tile fits by closed form, and compiles within the chip's limits.
 
-The fast suite samples by seed; ``--slow`` compiles every entry of every table.
+The fast suite samples by seed; ``--slow`` reads every entry of every table and compiles it.
 """
 
 import functools
@@ -45,16 +45,21 @@ def test_the_devices_that_the_readme_names_have_tables_and_all_tables_are_small(
 
 
 @pytest.mark.parametrize("device", tables.SHIPPED)
-def test_a_table_covers_every_model_with_tiles_that_fit(device):
-    chip, covered = DEVICES[device], set()
+def test_every_entry_of_a_table_is_of_today_s_kernel_and_fits(device):
+    chip = DEVICES[device]
     for entry in shipped(device):
         kernel = KERNELS[entry.kernel]
         assert entry.source == kernel.source_hash, f"{entry.kernel} changed: run make tables"
         rule = kernel.rule(chip, entry.dtype, entry.statics, entry.sizes)
         for tile in entry.shortlist:
             assert tiles.misfit(kernel, chip, entry.dtype, entry.statics, tile, rule) == "", entry
-        covered.add((entry.kernel, entry.dtype, frozenset(entry.statics.items()), frozenset(entry.sizes.items())))
-    for p in tables.model_problems(chip):
+
+
+@pytest.mark.parametrize("device", tables.SHIPPED)
+@pytest.mark.slow(when=lambda device: device not in ("h100", "mi300x", "910b"))
+def test_a_table_covers_every_model(device):
+    covered = {(e.kernel, e.dtype, frozenset(e.statics.items()), frozenset(e.sizes.items())) for e in shipped(device)}
+    for p in tables.model_problems(DEVICES[device]):
         assert (p.kernel.name, p.dtype, frozenset(p.statics.items()), frozenset(p.sizes.items())) in covered, p.key
 
 
@@ -75,6 +80,7 @@ def test_a_launch_takes_the_table_s_tile(device, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("device", tables.SHIPPED)
+@pytest.mark.slow(when=lambda device: tables.SHIPPED.index(device) % 2)
 def test_a_sample_of_entries_compiles_within_limits(device):
     some = random.Random(f"sample {device}").sample(shipped(device), SAMPLED)
     assert compiles([of_entry(entry, device, entry.tile) for entry in some]) == []
@@ -139,7 +145,7 @@ def test_any_problem_without_a_table_gets_a_tile_that_fits(no_tables):
 
 
 def test_some_problems_without_a_table_compile(no_tables):
-    assert compiles(random_problems(2, 8)) == []
+    assert compiles(random_problems(2, 4)) == []
 
 
 @pytest.mark.slow

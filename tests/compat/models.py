@@ -93,6 +93,14 @@ FAMILIES |= {  # not in every version of transformers
 CONFIGS = {family: f"{family}Config" for family in FAMILIES}
 CONFIGS |= {family: f"{family}TextConfig" for family in ("MistralLarge4", "Dots3Note", "Glm5Next")}
 FAMILIES = {family: sizes for family, sizes in FAMILIES.items() if hasattr(transformers, CONFIGS[family])}
+
+
+def another_s_turn(family, *flags) -> bool:
+    """Whether a default run leaves this combination of flags to other families: each family has one of them."""
+    number = sum(bool(flag) << place for place, flag in enumerate(flags))
+    return list(FAMILIES).index(family) % (1 << len(flags)) != number
+
+
 HYBRID = [family for family in ("KimiLinear", "BailingHybrid", "Glm5Next") if family in FAMILIES]
 """Families with layers of linear attention, too."""
 GEOMETRY = {  # the heads of the released models, in one layer: nope, rope, value, latent

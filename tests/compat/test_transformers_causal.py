@@ -13,7 +13,7 @@ import transformers
 from mla_kernels.compat import transformers as compat
 from mla_kernels.compat.transformers import LatentLayer, enable
 from mla_kernels.compat.transformers_forward import cache_keyword
-from tests.compat.models import CACHE, FAMILIES, VOCABULARY, fast_cpu, tiny
+from tests.compat.models import CACHE, FAMILIES, VOCABULARY, another_s_turn, fast_cpu, tiny
 
 TOKENS = 23  # more than DECODE_TOKENS
 
@@ -148,6 +148,7 @@ def test_another_attention_implementation_is_an_error():
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow(when=lambda family, gradients: another_s_turn(family, gradients))
 def test_gradient_checkpointing(family, gradients):
     """In training mode the layers take no cache then, so the mask must stay whole."""
     model, ids, expected = _model(family)

@@ -17,6 +17,7 @@ from tests.compat.models import (
     GEOMETRY,
     HYBRID,
     VOCABULARY,
+    another_s_turn,
     attentions,
     fast_cpu,
     one_layer,
@@ -69,6 +70,7 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize("heads", [4, 3])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow(when=lambda family, heads: another_s_turn(family, heads == 4))
 def test_same_greedy_tokens_and_logits_in_a_left_padded_batch(family, heads, calls):
     model = _eager(family, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=16 * heads)
     ids, mask = _batch()
@@ -110,20 +112,21 @@ def test_real_head_geometry(family, calls):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", [*INDEXED, *POOLS])
+@pytest.mark.slow(when=lambda family, padded: another_s_turn(family, padded))
 def test_indexer_chooses_the_same_keys(family, padded, calls):
     """A context beyond top_k: prefill, chunks over it and decoding attend to the chosen keys only."""
     model = _eager(family, index_topk=16)
     ids, mask = _batch() if padded else (torch.randint(2, VOCABULARY, (2, PROMPT)), torch.ones(2, PROMPT).long())
-    expected = _generate(model, ids, mask, new=12)
+    expected = _generate(model, ids, mask, new=4)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    _assert_same(_generate(enable(model), ids, mask, new=12), expected)
+    _assert_same(_generate(enable(model), ids, mask, new=4), expected)
     indexers = sum(type(module).__name__.endswith("Indexer") for module in model.modules())
     layers, latent = model.config.num_hidden_layers, len(attentions(model))
     windows = len(WINDOWS) if family in WINDOWS and not padded else 0
     assert calls == Counter(
-        select_slots=12 * indexers, sparse_mla_prefill=latent,
-        sparse_mla_decode=11 * (latent - windows), mla_decode=11 * windows, fused_moe=12 * (layers - 1),
+        select_slots=4 * indexers, sparse_mla_prefill=latent,
+        sparse_mla_decode=3 * (latent - windows), mla_decode=3 * windows, fused_moe=4 * (layers - 1),
     )  # fmt: skip
     past, start = None, 0
     for chunk in (10, 17, 2):  # up to the limit, a prefill across it, and decoding
@@ -168,6 +171,7 @@ def test_indexer_on_every_backend(backend, device, calls):
 
 @pytest.mark.parametrize("top_k", [16, 64])
 @pytest.mark.parametrize("family", ["DeepseekV3", *INDEXED, *HYBRID])
+@pytest.mark.slow(when=lambda family, top_k: another_s_turn(family, top_k == 16))
 def test_padding_anywhere(family, top_k):
     """Padding before, within and after a prompt, and in a later chunk."""
     model = _eager(family, **({"index_topk": top_k} if "index_topk" in FAMILIES[family] else {}))
@@ -224,6 +228,7 @@ def test_caches_follow_their_sequences(family, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow(when=lambda family, dtype: another_s_turn(family, dtype == torch.float16))
 def test_half_precision(family, dtype):
     dense = {"first_k_dense_replace": 4} if family == "MistralLarge4" else {}  # rounding moves its choice of experts
     model = _eager(family, **dense).to(dtype)
@@ -262,6 +267,7 @@ def test_disable_restores_the_model_and_its_bits(family, calls):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow(when=lambda family, padded: another_s_turn(family, padded))
 def test_gradients_without_a_cache(family, padded, calls):
     model = _eager(family).train()
     model.requires_grad_(True)

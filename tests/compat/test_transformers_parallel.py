@@ -39,12 +39,18 @@ def _check(outcomes):
 UNSHARDED = ("Glm5Next",) if CACHE == "cache" else ("Glm5Next", "HYV4")
 
 
+# Sharded like one of the others
+ALIKE = ("AXK1", "AXK2", "GlmMoeDsa", "Mistral4", "MistralLarge4", "Youtu")
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNSHARDED])
+@pytest.mark.slow(when=lambda family: family in ALIKE)
 def test_tensor_parallel(family, ranks):
     _check(ranks.run(sharded_models.generate, family, _sizes(family), TENSOR, 6))
 
 
 @pytest.mark.parametrize("family", ["DeepseekV32", "GlmMoeDsa"])
+@pytest.mark.slow(when=lambda family: family in ALIKE)
 def test_tensor_parallel_past_top_k(family, ranks):
     _check(ranks.run(sharded_models.generate, family, _sizes(family) | dict(index_topk=16), TENSOR, 6))
 

@@ -31,6 +31,7 @@ def test_prompts(use_cache, kind):
 
 
 @pytest.mark.parametrize("with_padding", [False, True])
+@pytest.mark.slow(when=lambda with_padding: not with_padding)
 def test_decode_steps(with_padding):
     model = _model(KINDS[1])
     ids, mask = padded((70, 50)) if with_padding else (torch.randint(2, VOCABULARY, (2, 70)), None)

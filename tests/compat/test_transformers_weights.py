@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 from mla_kernels.compat.transformers import disable, enable
-from tests.compat.models import FAMILIES, VOCABULARY, fast_cpu, tiny
+from tests.compat.models import FAMILIES, VOCABULARY, another_s_turn, fast_cpu, tiny
 
 TOKENS = 21
 
@@ -202,6 +202,7 @@ def _weight_norm(layer):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("change", [_low_rank, _weight_norm])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow(when=lambda family, change, after: another_s_turn(family, change is _low_rank, after))
 def test_parametrized_weights_act(family, change, after):
     theirs = tiny(family)
     ours, before = copy.deepcopy(theirs), _generate(theirs)

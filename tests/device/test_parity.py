@@ -19,6 +19,7 @@ def finished(suite, seconds=60.0):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow(when=lambda processes: processes == 1)
 def test_outcomes(processes, monkeypatch):
     monkeypatch.setattr(parity, "workers", lambda: processes)
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # another run's

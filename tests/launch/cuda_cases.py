@@ -154,6 +154,7 @@ def test_mla_decode(heads, pages):
 @pytest.mark.parametrize(
     "heads, queries, rows, pages", [(16, 1, 16, 2), (16, 2, 32, 40), (40, 1, 64, 40), (128, 2, 64, 2)]
 )
+@pytest.mark.slow(when=lambda pages: pages == 2)
 def test_hopper_mla_decode(heads, queries, rows, pages):
     """The grid, 64 or 16 or 32 rows a program, all warps, shared memory, and descriptors over queries and cache."""
     cache, q = make_cache(), torch.randn(3, queries, heads, 576).to(BF16)
@@ -178,6 +179,7 @@ def test_hopper_mla_decode(heads, queries, rows, pages):
 
 
 @pytest.mark.parametrize("layout, heads, rows", [("fp8_v32", 40, 64), ("int8", 16, 16)])
+@pytest.mark.slow(when=lambda layout: layout == "fp8_v32")
 def test_hopper_mla_decode_of_codes(heads, rows, layout):
     """The same with the codes', the scales' and the rotated keys' places in the cache, and strides in 16 bytes."""
     cache = mla_kernels.LatentCache.allocate(8, 64, latent_dim=512, rope_dim=64, dtype=BF16, layout=layout)
@@ -194,6 +196,7 @@ def test_hopper_mla_decode_of_codes(heads, rows, layout):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow(when=lambda causal: not causal)
 def test_mla_prefill_and_its_gradients(causal):
     q, rope = torch.randn(70, 2, 192).to(BF16), torch.randn(90, 64).to(BF16)
     kv = torch.randn(90, 2, 256).to(BF16)
@@ -267,6 +270,7 @@ def test_sparse_mla_decode(top_k, splits):
 @pytest.mark.parametrize(
     "heads, rows, layout, top_k", [(16, 16, None, 2048), (40, 64, None, 128), (128, 64, "fp8_v32", 2048)]
 )
+@pytest.mark.slow(when=lambda heads: heads == 40)
 def test_hopper_sparse_mla_decode(heads, rows, layout, top_k):
     """The grid, all warps, shared memory, a descriptor over the queries, strides of the cache in units of 16 bytes."""
     cache, q = make_cache(layout), torch.randn(3, 2, heads, 576).to(BF16)
@@ -401,6 +405,7 @@ def test_gradients_of_fused_moe(recompute):
 
 
 @pytest.mark.parametrize("form", ["int8", "mxfp4", "fp8_block", "int8_w8a8"])
+@pytest.mark.slow(when=lambda form: form.startswith("int8"))
 def test_fused_experts(form):
     hidden, ids, weights = torch.randn(5, 256).to(BF16), torch.randint(0, 8, (5, 2), dtype=I32), torch.rand(5, 2)
     experts = mla_kernels.ExpertWeights.quantise(torch.randn(8, 512, 256), torch.randn(8, 256, 256), form)

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import triton.backends.nvidia.compiler as nvidia_compiler
 import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -18,6 +19,7 @@ from triton.runtime import driver
 from mla_kernels import launch
 
 STUB = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"))
+nvidia_compiler.CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()  # no assembler, for nothing runs it
 UINTS = ctypes.POINTER(ctypes.c_uint)
 RECORDER = ctypes.CFUNCTYPE(None, UINTS, UINTS, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 

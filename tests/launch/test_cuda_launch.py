@@ -28,13 +28,14 @@ def run_cases(cases: Sequence[Path | str], backend: str, **environment: str) -> 
 def stub_environment(folder: Path) -> dict[str, str]:
     """The environment of a child process over the stub driver, which is built in ``folder``.
 
-    What Triton compiles there is kept, as reports of compilations are.
+    What Triton compiles there is kept, as reports of compilations are. It never runs, so LLVM does not optimise it.
     """
     source = HERE / "stub_libcuda.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(source)], check=True)
     return child_environment(
         TRITON_LIBCUDA_PATH=str(folder),
         LD_LIBRARY_PATH=str(folder),
+        DISABLE_LLVM_OPT="1",
         TRITON_CACHE_DIR=str(service.cache_folder() / "stub_triton"),
     )
 
@@ -44,7 +45,8 @@ def outcomes(request, tmp_path_factory):
     """(name, outcome) of every chosen case, all in one child process, and its report."""
     chosen = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]
     cases = [f"{CASES[name]}::{name}" for name in chosen]
-    child = run_cases(cases, "cuda", PYTEST_ADDOPTS="-rA", **stub_environment(tmp_path_factory.mktemp("stub")))
+    options = "-rA --slow" if request.config.getoption("--slow") else "-rA"
+    child = run_cases(cases, "cuda", PYTEST_ADDOPTS=options, **stub_environment(tmp_path_factory.mktemp("stub")))
     found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) \S*::(\w+)", child.stdout, re.MULTILINE)
     return {(name, outcome) for outcome, name in found}, child.stdout + child.stderr
 

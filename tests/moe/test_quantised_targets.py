@@ -28,6 +28,7 @@ def requests(kernels, form, rows, group=None):
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.slow(when=lambda rows: rows == 32)
 def test_fp8_on_hopper_is_multiplied_as_it_is(rows):
     """Codes go from device memory to shared memory and from there to the tensor cores: no conversions, no registers in
     between, whatever the number of rows."""
@@ -41,6 +42,7 @@ def test_fp8_on_hopper_is_multiplied_as_it_is(rows):
 
 
 @pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.slow(when=lambda rows: rows == 16)
 def test_int8_on_hopper_is_multiplied_as_it_is(rows):
     for report in compile_many(requests(eight_bit, "int8_w8a8", rows)):
         assert report.ok and report.spills == 0, report.problem
@@ -56,7 +58,7 @@ def test_int8_on_hopper_is_multiplied_as_it_is(rows):
         ("ascend910b", "int8", 0, True, False), ("ascend950", "int4", 32, True, True),
     ],
 )  # fmt: skip
-@pytest.mark.slow(when=lambda chip, bias, even: chip in ("gfx942", "ascend950") or bias == even)
+@pytest.mark.slow(when=lambda chip, form, bias, even: chip in ("gfx942", "ascend950") or bias == even or form == "int4")
 def test_options_that_no_case_declares_compile_within_limits(chip, form, group, bias, even):
     """Large tiles with a bias, with rows that no step divides, and with small groups."""
     wanted = []

@@ -19,8 +19,10 @@ TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
+@pytest.mark.parametrize("optimise", [False, True])
 @each_dtype
-def test_matmul(dtype):
+def test_matmul(dtype, optimise, monkeypatch):
+    monkeypatch.setattr(emulator, "OPTIMISE", optimise)
     torch.manual_seed(0)
     a, b = torch.randn(50, 100).to(DTYPES[dtype]), torch.randn(100, 70).to(DTYPES[dtype])
     c = torch.full((50, 70), float("nan"), dtype=DTYPES[dtype])
