@@ -39,7 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
-from mla_kernels.compat import transformers_v4  # noqa: E402
+from mla_kernels.compat import transformers_hyper, transformers_v4  # noqa: E402
 from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, attention, keep_choice, keep_latents  # noqa: E402
 from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
@@ -51,7 +51,7 @@ from mla_kernels.compat.transformers_indexer import (  # noqa: E402
     choose_slots_rotated_last,
 )
 from mla_kernels.compat.transformers_packed import PLACE, check_packable, pack  # noqa: E402
-from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
+from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, class_of, shadow  # noqa: E402
 
 __all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
 
@@ -66,13 +66,14 @@ class Family:
     experts_forward: types.FunctionType | None = None  # where the class ignores transformers' ExpertsInterface
     indexer: str | None = None
     indexer_forward: types.FunctionType | None = None
+    hyper: str | None = None  # what the names of its layers and hyper-connections begin with
     kinds: tuple[str, ...] = ()
     """Layer types besides full_attention and indexed_attention: linear ones stay transformers' own, sliding ones are
     latent attention with a window."""
 
 
 LINEAR, SLIDING = ("linear_attention",), ("sliding_attention",)
-V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts")
+V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts", hyper="DeepseekV4")
 """DeepSeek-V4, whose attention is no latent one: its caches, masks and attention stand in files of their own."""
 
 FAMILIES = (
@@ -100,7 +101,12 @@ FAMILIES = (
     Family("AXK1Model", "AXK1Attention", "AXK1Experts"),
     Family("AXK2Model", "AXK2Attention", "AXK2Experts", indexer="AXK2Indexer", indexer_forward=choose_slots),
     Family(
-        "HYV4Model", "HYV4Attention", "HYV4Experts", indexer="HYV4Indexer", indexer_forward=choose_slots_rotated_last
+        "HYV4Model",
+        "HYV4Attention",
+        "HYV4Experts",
+        indexer="HYV4Indexer",
+        indexer_forward=choose_slots_rotated_last,
+        hyper="HYV4",
     ),
     Family(
         "MistralLarge4TextModel",
@@ -119,7 +125,7 @@ FAMILIES = (
     ),
     Family("KimiLinearModel", "KimiLinearAttention", "KimiLinearExperts", kinds=LINEAR),
     Family("BailingHybridModel", "BailingHybridAttention", "BailingHybridExperts", kinds=LINEAR),
-    Family("Glm5NextTextModel", "Glm5NextTextAttention", "Glm5NextTextExperts", kinds=LINEAR),
+    Family("Glm5NextTextModel", "Glm5NextTextAttention", "Glm5NextTextExperts", hyper="Glm5NextText", kinds=LINEAR),
 )
 
 
@@ -252,7 +258,7 @@ def disable(model):
 
 def _is_a(module, name: str | None) -> bool:
     """Whether the module is of transformers' class ``name``, or of one derived from it."""
-    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+    return class_of(module, name) is not None
 
 
 def _bases(model) -> list[tuple[nn.Module, Family]]:
@@ -286,8 +292,10 @@ def _check_config(config, family: Family) -> None:
 
 def _install_hooks(base, family: Family) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     if family is V4:
-        return transformers_v4.install_hooks(base)
-    return install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
+        hooks = transformers_v4.install_hooks(base)
+    else:
+        hooks = install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
+    return hooks if family.hyper is None else (*hooks, *transformers_hyper.install_hooks(base, family.hyper))
 
 
 def _replacements(base, family: Family):
@@ -297,6 +305,8 @@ def _replacements(base, family: Family):
     else:
         _check_config(base.config, family)
         own = []
+    if family.hyper is not None:
+        own += transformers_hyper.replacements(base, family.hyper)
     cache_keyword(type(base))
     yield from (_unless_replaced(*one) for one in own)
     for module in base.modules():
