@@ -15,6 +15,8 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from mla_kernels.checks import FLOATS
 from mla_kernels.compat.transformers_weights import class_of, forward_name, is_called_plainly
@@ -27,6 +29,10 @@ _PLAIN = (torch.Tensor, nn.Parameter)  # to ask a tensor for attributes that it 
 
 HANDED = "mla_kernels_handed"
 """The keyword by which :class:`Handed` reaches the layers."""
+
+_CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)
+"""Whether transformers checkpoints a layer's calls. From 5.24 on it does so inside its forward, which is replaced."""
+_log = logging.get_logger(__name__)
 
 _NOT_OF_LINEAR = ("position_ids", "use_cache", "position_embeddings", "prev_topk_indices")
 """What transformers' layers do not give to linear attention."""
@@ -157,7 +163,16 @@ def layer_forward(plan: _Plan, index: int, layer, hidden_states, *args, **kwargs
     """Stands in for the forward of a decoder layer: hidden_states [B, S, N, H] -> the same, with what an indexer chose
     where transformers' layer returns that."""
     kwargs = {**plan.defaults, **dict(zip(plan.defaults, args)), **kwargs}
-    handed, streams = kwargs.pop(HANDED, None), hidden_states
+    if not _CHECKPOINTS_CALLS and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        if kwargs.get("cache") is not None:
+            _log.warning_once(f"{type(layer).__name__}: a cache cannot be filled under gradient checkpointing")
+        kwargs |= {name: None if name == "cache" else False for name in ("cache", "use_cache") if name in kwargs}
+        return layer._gradient_checkpointing_func(partial(_forward, plan, index, layer, **kwargs), hidden_states)
+    return _forward(plan, index, layer, hidden_states, **kwargs)
+
+
+def _forward(plan: _Plan, index: int, layer, streams, **kwargs):
+    handed = kwargs.pop(HANDED, None)
     begun = None if handed is None else handed.take(layer, streams)
     row, post, comb = plan.attention.read(layer, streams) if begun is None else begun
     if plan.gives_choice:
@@ -232,5 +247,5 @@ def _layers(base, family: str):
     """The decoder layers whose class has transformers' forward, in order."""
     for module in base.modules():
         cls = class_of(module, family + "DecoderLayer")
-        if cls is not None and type(module).forward is cls.forward:
+        if cls is not None and inspect.unwrap(type(module).forward) is inspect.unwrap(cls.forward):
             yield module
