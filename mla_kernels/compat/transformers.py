@@ -161,8 +161,13 @@ def enable(model, *, prepack: bool = False):
     - DeepSeek-V4's attention is :class:`mla_kernels.nn.V4Attention`'s, over a cache of ``V4Layer``. Padding is left out
       of it: a left-padded prompt gives what it gives alone, where transformers' compressors take padding for tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
-    - Projections, norms, rotary embeddings, routers, dense and shared MLPs, linear attention and hyper-connections are
-      transformers' own code throughout.
+    - Decoder layers with hyper-connections (DeepSeek-V4, HY-V4, GLM-5-next) run ``hyper_pre``, ``hyper_post_pre`` and
+      ``hyper_post`` around attention and experts, their two norms included, and the head ``hyper_head``, forward and
+      backward, in float32. Connections and norms with hooks or adapters, and weights that are sharded or offloaded,
+      are called as transformers calls them; more than 4 streams, more than 64 iterations and hidden sizes past 8,192
+      stay transformers' own code, and so does a layer whose class has a forward of its own.
+    - Projections, other norms, rotary embeddings, routers, dense and shared MLPs and linear attention are transformers'
+      own code throughout.
 
     Decoding absorbs the weight of ``kv_b_proj`` into the query and does not call that module. Parametrizations of the
     weight act; adapters around the module, forward hooks and other forwards are refused, also where they come later.
