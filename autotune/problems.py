@@ -301,6 +301,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("compress_windows", v4_problems.is_v4, v4_problems.COMPRESSED, v4_problems.compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
         Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, v4_problems.hyper_step),
+        Operation("hyper backward", lambda g: g.streams > 0, each("tokens", 512, 4096), v4_problems.hyper_backward),
         Operation("merge_states", _has_latent, each("tokens", 64, 512, 4096), _merge),
     )
 }

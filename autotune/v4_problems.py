@@ -92,20 +92,39 @@ def rotated_heads(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
-def hyper_step(g: Geometry, size, make: Make) -> Call:
-    tokens, streams = size["tokens"], g.streams
-    fp32 = {"dtype": torch.float32}
+def _hyper(g: Geometry, tokens: int, make: Make):
+    """Streams, a layer's result, post and comb; fn, base and scale; and the weight of the next layer's norm."""
+    streams, fp32 = g.streams, {"dtype": torch.float32}
     rows, depth = (2 + streams) * streams, streams * g.hidden
     written = (
         make.normal(tokens, streams, g.hidden), make.normal(tokens, g.hidden), make.normal(tokens, streams, **fp32),
         make.normal(tokens, streams, streams, scale=0.5, **fp32),
     )  # fmt: skip
     fn = make.normal(rows, depth, scale=depth**-0.5, **fp32)
-    weights = fn, make.normal(rows, **fp32), make.normal(3, **fp32)
-    norm = make.normal(g.hidden, **fp32)
+    return written, (fn, make.normal(rows, **fp32), make.normal(3, **fp32)), make.normal(g.hidden, **fp32)
+
+
+def hyper_step(g: Geometry, size, make: Make) -> Call:
+    written, weights, norm = _hyper(g, size["tokens"], make)
 
     def expected():
         few = (x[:CHECKED].float() for x in written)
         return hyper.hyper_post_pre(*few, *weights, norm_weight=norm)
 
     return Call(lambda: mk.hyper_post_pre(*written, *weights, norm_weight=norm), expected)
+
+
+def hyper_backward(g: Geometry, size, make: Make) -> Call:
+    """A step and its gradients; those of the tokens' own tensors are checked, the weights' are sums over all."""
+    written, weights, norm = _hyper(g, size["tokens"], make)
+
+    def gradients(function, tensors):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            results = function(*tensors, *(x.detach().requires_grad_() for x in weights), norm_weight=norm)
+        return torch.autograd.grad(results, tensors, [torch.ones_like(x) for x in results])
+
+    return Call(
+        lambda: gradients(mk.hyper_post_pre, written),
+        lambda: gradients(hyper.hyper_post_pre, [x[:CHECKED].float() for x in written]),
+    )

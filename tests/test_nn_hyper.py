@@ -62,6 +62,40 @@ def test_heads_of_transformers(family, cpu_code):
     torch.testing.assert_close(own(streams, weight), norm(other(streams)), rtol=1e-5, atol=1e-5)
 
 
+def gradients(outputs, towards, leaves):
+    """Of the leaves, for the gradients ``towards`` of those of the outputs that are there."""
+    outputs = [x for x in outputs if x is not None]
+    return torch.autograd.grad(outputs, leaves, towards[: len(outputs)])
+
+
+def assert_close_to_their_largest(ours, theirs):
+    for got, want in zip(ours, theirs, strict=True):
+        assert want.any() and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_gradients_of_connections_of_transformers(family, cpu_code):
+    """Of streams, fn, base and scale, within 1e-5 of transformers' own autograd, scaled by the largest."""
+    other, config = theirs(family)
+    own = HyperConnection.from_hf(config)
+    own.load_state_dict(other.state_dict())
+    streams = torch.randn(2, 3, 4, 64, requires_grad=True)
+    towards = torch.randn(2, 3, 64), torch.randn(2, 3, 4), torch.randn(2, 3, 4, 4)
+    *weights, row = other(streams)
+    wanted = gradients([row, *weights], towards, [streams, *other.parameters()])
+    assert_close_to_their_largest(gradients(own(streams), towards, [streams, *own.parameters()]), wanted)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_gradients_of_heads_of_transformers(family, cpu_code):
+    other, config = theirs(family, "HyperHead")
+    own = HyperHead.from_hf(config)
+    own.load_state_dict(other.state_dict())
+    streams, towards = torch.randn(2, 3, 4, 64, requires_grad=True), (torch.randn(2, 3, 64),)
+    wanted = gradients([other(streams)], towards, [streams, *other.parameters()])
+    assert_close_to_their_largest(gradients([own(streams)], towards, [streams, *own.parameters()]), wanted)
+
+
 def v4_model(layer_type):
     config = transformers.DeepseekV4Config(
         vocab_size=50, hidden_size=64, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,

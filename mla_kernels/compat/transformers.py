@@ -41,7 +41,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
-from mla_kernels.compat import transformers_v4  # noqa: E402
+from mla_kernels.compat import transformers_hyper, transformers_v4  # noqa: E402
 from mla_kernels.compat.transformers_attention import MASK_OF_CHOICE, NAME, attention, keep_choice, keep_latents  # noqa: E402
 from mla_kernels.compat.transformers_cache import LatentLayer  # noqa: E402
 from mla_kernels.compat.transformers_experts import experts, experts_with_identity, why_not_fused  # noqa: E402
@@ -54,7 +54,7 @@ from mla_kernels.compat.transformers_indexer import (  # noqa: E402
 )
 from mla_kernels.compat.transformers_packed import PLACE, check_packable, pack  # noqa: E402
 from mla_kernels.compat.transformers_pools import choose_pools  # noqa: E402
-from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, shadow  # noqa: E402
+from mla_kernels.compat.transformers_weights import absorbed_weight, can_shadow, class_of, shadow  # noqa: E402
 
 __all__ = ["FAMILIES", "NAME", "Family", "LatentLayer", "disable", "enable"]
 
@@ -69,13 +69,14 @@ class Family:
     experts_forward: types.FunctionType | None = None  # where the class ignores transformers' ExpertsInterface
     indexer: str | None = None
     indexer_forward: types.FunctionType | None = None
+    hyper: str | None = None  # what the names of its layers and hyper-connections begin with
     kinds: tuple[str, ...] = ()
     """Layer types besides full_attention and indexed_attention: linear ones stay transformers' own, sliding ones are
     latent attention with a window."""
 
 
 LINEAR, SLIDING = ("linear_attention",), ("sliding_attention",)
-V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts")
+V4 = Family("DeepseekV4Model", "DeepseekV4Attention", "DeepseekV4Experts", hyper="DeepseekV4")
 """DeepSeek-V4, whose attention is no latent one: its caches, masks and attention stand in files of their own."""
 
 FAMILIES = (
@@ -103,7 +104,12 @@ FAMILIES = (
     Family("AXK1Model", "AXK1Attention", "AXK1Experts"),
     Family("AXK2Model", "AXK2Attention", "AXK2Experts", indexer="AXK2Indexer", indexer_forward=choose_slots),
     Family(
-        "HYV4Model", "HYV4Attention", "HYV4Experts", indexer="HYV4Indexer", indexer_forward=choose_slots_rotated_last
+        "HYV4Model",
+        "HYV4Attention",
+        "HYV4Experts",
+        indexer="HYV4Indexer",
+        indexer_forward=choose_slots_rotated_last,
+        hyper="HYV4",
     ),
     Family(
         "MistralLarge4TextModel",
@@ -128,6 +134,7 @@ FAMILIES = (
         "Glm5NextTextExperts",
         indexer="Glm5NextTextIndexer",
         indexer_forward=choose_pools,
+        hyper="Glm5NextText",
         kinds=LINEAR,
     ),
 )
@@ -166,8 +173,13 @@ def enable(model, *, prepack: bool = False, cache_layout: str | None = None, ind
     - DeepSeek-V4's attention is :class:`mla_kernels.nn.V4Attention`'s, over a cache of ``V4Layer``. Padding is left out
       of it: a left-padded prompt gives what it gives alone, where transformers' compressors take padding for tokens.
     - Experts run in ``fused_moe``, forward and backward; with ``prepack`` forward only.
-    - Projections, norms, rotary embeddings, routers, dense and shared MLPs, linear attention and hyper-connections are
-      transformers' own code throughout.
+    - Decoder layers with hyper-connections (DeepSeek-V4, HY-V4, GLM-5-next) run ``hyper_pre``, ``hyper_post_pre`` and
+      ``hyper_post`` around attention and experts, their two norms included, and the head ``hyper_head``, forward and
+      backward, in float32. Connections and norms with hooks or adapters, and weights that are sharded or offloaded,
+      are called as transformers calls them; more than 4 streams, more than 64 iterations and hidden sizes past 8,192
+      stay transformers' own code, and so does a layer whose class has a forward of its own.
+    - Projections, other norms, rotary embeddings, routers, dense and shared MLPs and linear attention are transformers'
+      own code throughout.
 
     Decoding absorbs the weight of ``kv_b_proj`` into the query and does not call that module. Parametrizations of the
     weight act; adapters around the module, forward hooks and other forwards are refused, also where they come later.
@@ -273,7 +285,7 @@ def disable(model):
 
 def _is_a(module, name: str | None) -> bool:
     """Whether the module is of transformers' class ``name``, or of one derived from it."""
-    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+    return class_of(module, name) is not None
 
 
 def _bases(model) -> list[tuple[nn.Module, Family]]:
@@ -331,8 +343,10 @@ def _check_layouts(bases, cache_layout: str | None, index_layout: str | None) ->
 
 def _install_hooks(base, family: Family, *layouts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     if family is V4:
-        return transformers_v4.install_hooks(base, *layouts)
-    return install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
+        hooks = transformers_v4.install_hooks(base, *layouts)
+    else:
+        hooks = install_hooks(base, [module for module in base.modules() if _is_a(module, family.attention)])
+    return hooks if family.hyper is None else (*hooks, *transformers_hyper.install_hooks(base, family.hyper))
 
 
 def _replacements(base, family: Family):
@@ -342,6 +356,8 @@ def _replacements(base, family: Family):
     else:
         _check_config(base.config, family)
         own = []
+    if family.hyper is not None:
+        own += transformers_hyper.replacements(base, family.hyper)
     cache_keyword(type(base))
     yield from (_unless_replaced(*one) for one in own)
     for module in base.modules():

@@ -64,6 +64,25 @@ _NOT_CALLED = (
 )
 
 
+def class_of(module: nn.Module, name: str | None) -> type | None:
+    """transformers' class of this name, if the module is of it or of one derived from it."""
+    for cls in type(module).__mro__:
+        if cls.__name__ == name and cls.__module__.startswith("transformers."):
+            return cls
+    return None
+
+
+def is_called_plainly(module: nn.Module, forward) -> bool:
+    """Whether calling the module is nothing but this forward of its class, so that its weights say all."""
+    if getattr(type(module), "forward", None) is not forward:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return False
+    return "forward" not in vars(module) or _only_moves_inputs(module)
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether the module's forward is the one that transformers' tensor or expert parallelism put around its own."""
     forward = vars(module).get("forward")
@@ -76,8 +95,19 @@ def _only_moves_inputs(module: nn.Module) -> bool:
     return type(hook).__module__.startswith("accelerate.") and getattr(hook, "offload", True) is False
 
 
+_INNER = "_old_forward"  # where accelerate keeps the forward that its own calls
+
+
+def forward_name(module: nn.Module) -> str:
+    """Under which name :func:`shadow` is to replace this module's forward."""
+    return _INNER if _only_moves_inputs(module) else "forward"
+
+
 def can_shadow(module: nn.Module, name: str) -> bool:
-    """Whether :func:`shadow` leaves nothing out: the module has no such method of its own, or tensor parallelism's."""
+    """Whether :func:`shadow` leaves nothing out: the module has no such method of its own, tensor parallelism's, or
+    inside accelerate's that of its class."""
+    if name == _INNER:
+        return getattr(vars(module)[_INNER], "__func__", None) is type(module).forward
     return name not in vars(module) or (name == "forward" and bool(_around(module)))
 
 

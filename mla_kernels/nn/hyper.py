@@ -19,10 +19,11 @@ OF_MODEL = {"deepseek_v4": StreamMix.SINKHORN, "glm5_next_text": StreamMix.SINKH
 
 def _sizes_of(config) -> tuple[int, int, HyperForm]:
     check_choice("config.model_type", config.model_type, tuple(OF_MODEL))
-    return config.hidden_size, config.hc_mult, _form_of(config)
+    return config.hidden_size, config.hc_mult, form_of(config)
 
 
-def _form_of(config) -> HyperForm:
+def form_of(config) -> HyperForm:
+    """Of a configuration of transformers."""
     own = {"eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
     if OF_MODEL[config.model_type] is StreamMix.IDENTITY:
         return HyperForm(StreamMix.IDENTITY, magnitude=config.hc_magnitude, **own)
