@@ -43,7 +43,7 @@ def _rule(chip, dtype, statics, sizes):
 
 def _memory(chip, dtype, statics, tile):
     """Ascend: some copies of a tile in float32."""
-    return {"shared": 64 * tile["BLOCK_R"]} if chip.is_gpu else {"UB": 40 * tile["BLOCK_R"] * statics["HEAD_DIM"]}
+    return {"shared": 64 * tile["BLOCK_R"]} if chip.is_gpu else {"UB": 44 * tile["BLOCK_R"] * statics["HEAD_DIM"]}
 
 
 def _cost(dtype, statics, sizes):
