@@ -17,7 +17,7 @@ from mla_kernels.targets.compile import compile_many
 
 FAMILIES = [[name for name, chip in CHIPS.items() if chip.is_gpu == gpu] for gpu in (True, False)]
 LONG = {("sparse_mla_pair_kernel", "ascend950")}
-"""Compilations of minutes, which are left to ``--slow``; another chip of the family takes the turn."""
+"""Left to ``--slow``: 20 s of a processor; another chip of the family takes the turn."""
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
 
 
