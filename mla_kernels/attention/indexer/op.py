@@ -32,6 +32,10 @@ def check_scale(k_scale) -> None:
         raise ValueError(f"k_scale: got {float(k_scale.nan_to_num(0.0).min())}, scales of at least 0 are accepted")
 
 
+_WEIGHT_DTYPES = {dtype: (torch.float32, dtype) for dtype in FLOATS} | {E4M3: (torch.float32,)}
+"""Of queries -> of the heads' weights, which hold the scales of codes."""
+
+
 def _check_scale_values(q, k, weights, starts, ends, k_scale, *_):
     check_scale(k_scale)
 
@@ -93,17 +97,12 @@ def check_logits_arguments(op, q, k, weights, starts, ends, k_scale) -> torch.Te
         check_tensor("k_scale", k_scale, shape=(k.shape[0],), dtypes=(torch.float32,), device=q.device)
     if k.shape[0] >= MAX_KEYS:
         raise ValueError(f"k: got {k.shape[0]:,} keys, less than {MAX_KEYS:,} are accepted")
-    check_tensor("weights", weights, shape=(tokens, heads), dtypes=_weight_dtypes(q), device=q.device)
+    check_tensor("weights", weights, shape=(tokens, heads), dtypes=_WEIGHT_DTYPES[q.dtype], device=q.device)
     check_tensor("starts", starts, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     check_tensor("ends", ends, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
     if torch.is_grad_enabled():
         check_no_grad(op, q=q, k=k, weights=weights)
     return k
-
-
-def _weight_dtypes(q) -> tuple[torch.dtype, ...]:
-    """Weights of codes hold the codes' scales."""
-    return (torch.float32,) if q.dtype == E4M3 else (torch.float32, q.dtype)
 
 
 def _check_heads(q) -> None:
@@ -124,7 +123,7 @@ def check_paged_arguments(op, q, cache, weights, block_table, seq_lens, limits) 
         raise ValueError(f"q: got shape {tuple(q.shape)}, at least one query token is accepted")
     if cache.num_pages == 0:
         raise ValueError("cache: got 0 pages, at least 1 is accepted")
-    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=_weight_dtypes(q), device=q.device)
+    check_tensor("weights", weights, shape=(sequences, queries, heads), dtypes=_WEIGHT_DTYPES[q.dtype], device=q.device)
     check_tensor("block_table", block_table, shape=(sequences, None), dtypes=(torch.int32,), device=q.device)
     check_tensor("seq_lens", seq_lens, shape=(sequences,), dtypes=(torch.int32,), device=q.device)
     if limits is not None:
