@@ -221,29 +221,33 @@ def _select(g: Geometry, size, make: Make) -> Call:
     return Call(lambda: (mk.select_slots(codes, cache, weights, table, lengths, g.index_top_k),), None)
 
 
-def _picks(g: Geometry) -> int:
-    """Rows that a token of sparse attention picks; in DeepSeek-V4 512 entries beside a window of 128."""
-    return g.index_top_k if g.latent else 512 + 128
+def _picks(g: Geometry) -> tuple[int, ...]:
+    """Rows that a token of sparse attention picks; in DeepSeek-V4 a window of 128, and 512 entries beside it."""
+    return (g.index_top_k,) if g.latent else (128, 512)
 
 
 def _sparse(g: Geometry, size, make: Make) -> Call:
     cache, _, _ = _paged(g, size, make)
     q = make.normal(size["batch"], 1, g.heads, cache.width)
-    picks = make.choices(size["batch"], _picks(g), cache.num_slots)[:, None]
-    sink = None if g.latent else make.normal(g.heads, dtype=torch.float32)
-    options = dict(softmax_scale=(g.nope + g.rope) ** -0.5, sink=sink)
+    picks, *more = (make.choices(size["batch"], count, cache.num_slots)[:, None] for count in _picks(g))
+    options = dict(softmax_scale=(g.nope + g.rope) ** -0.5)
+    extra, few_extra = {}, {}
+    if more:
+        options["sink"] = make.normal(g.heads, dtype=torch.float32)
+        extra = {"extra_cache": cache, "extra_indices": more[0]}
+        few_extra = {"extra_cache": cache.data.float(), "extra_indices": more[0][:2]}
 
     def expected():
         few = q[:2].float(), cache.data.float(), picks[:2]
-        return sparse.sparse_mla_decode(*few, latent_dim=cache.latent_dim, **options)
+        return sparse.sparse_mla_decode(*few, latent_dim=cache.latent_dim, **options, **few_extra)
 
-    return Call(lambda: mk.sparse_mla_decode(q, cache, picks, **options), expected)
+    return Call(lambda: mk.sparse_mla_decode(q, cache, picks, **options, **extra), expected)
 
 
 def _sparse_prefill(g: Geometry, size, make: Make) -> Call:
     tokens, width = size["tokens"], (g.latent or 512) + g.rope
     q, rows = make.normal(tokens, g.heads, width), make.normal(tokens, width)
-    picks = make.choices(tokens, min(_picks(g), tokens), tokens)
+    picks = make.choices(tokens, min(sum(_picks(g)), tokens), tokens)
     options = dict(softmax_scale=(g.nope + g.rope) ** -0.5, latent_dim=g.latent or 512)
     return Call(
         lambda: mk.sparse_mla_prefill(q, rows, picks, **options),
@@ -300,6 +304,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("write_windows", v4_problems.is_v4, v4_problems.WINDOWS, v4_problems.write_windows),
         Operation("compress_windows", v4_problems.is_v4, v4_problems.COMPRESSED, v4_problems.compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
+        Operation("entry_slots", v4_problems.is_v4, each("sequences", 1, 64), v4_problems.entry_slots),
         Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, v4_problems.hyper_step),
         Operation("hyper backward", lambda g: g.streams > 0, each("tokens", 512, 4096), v4_problems.hyper_backward),
         Operation("merge_states", _has_latent, each("tokens", 64, 512, 4096), _merge),

@@ -80,6 +80,14 @@ def compress_windows(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
+def entry_slots(g: Geometry, size, make: Make) -> Call:
+    """All entries of 128 tokens, which every query sees."""
+    sequences, entries = size["sequences"], 8192 // 128
+    table, lengths = make.counting(sequences, 1), make.full(sequences, value=8192)
+    options = {"queries": 1, "ratio": 128, "page_size": PAGE, "max_entries": entries}
+    return Call(lambda: (mk.entry_slots(table, lengths, **options),), None)
+
+
 def rotated_heads(g: Geometry, size, make: Make) -> Call:
     """DeepSeek-V4's queries, and its attention's output rotated back."""
     x, positions = make.normal(size["tokens"], g.heads, 512), make.integers(size["tokens"], below=CONTEXT)
