@@ -5,17 +5,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_kernels.compat import transformers_hyper
 from mla_kernels.compat.transformers import enable
-from tests.launch.cuda_recorder import record
+from tests.launch.cuda_recorder import Operators, record
 
 pytestmark = pytest.mark.device_process
 
 READ, STEP, WRITE = ["hyper_project", "hyper_finish"], ["hyper_project", "hyper_finish"], ["hyper_project"]
 BACK = ["hyper_project", "hyper_rows_backward", "hyper_streams_backward"]  # of what a layer reads
-NOT_LAUNCHED = ("aten.view", "aten.alias", "aten.detach", "aten.empty", "aten.new_empty", "aten.expand", "mla_kernels.")
 
 
 class Attention(nn.Module):
@@ -26,17 +24,6 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     def forward(self, row, input_ids):
         return row
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not str(func).startswith(NOT_LAUNCHED):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def layers_and_head(count: int):

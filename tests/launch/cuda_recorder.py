@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton.backends.nvidia.compiler as nvidia_compiler
 import triton.backends.nvidia.driver as nvidia
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -65,6 +66,26 @@ class StubDriver(DriverBase):
 
 
 driver.set_active(StubDriver())
+
+
+class Operators(TorchDispatchMode):
+    """What torch runs in the block, but for views, memory, this library's ops and names that begin with ``more``."""
+
+    LEFT_OUT = (
+        "aten.view", "aten._unsafe_view", "aten.empty", "aten.new_empty", "aten.transpose", "aten.t.", "aten.expand",
+        "aten.slice", "aten.unsqueeze", "aten.squeeze", "aten.permute", "aten.detach", "aten.split", "aten.select",
+        "aten.alias", "mla_kernels.",
+    )  # fmt: skip
+
+    def __init__(self, *more: str):
+        super().__init__()
+        self.left_out = (*self.LEFT_OUT, *more)
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith(self.left_out):
+            self.seen.append(str(func).rpartition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
