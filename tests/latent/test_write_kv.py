@@ -82,6 +82,7 @@ def test_rows(backend, device, layout, dtype):
     check_codes(got, exact, layout)
 
 
+@pytest.mark.quick("write_kv_with_latent")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [32, 24])
 def test_latents_of_queries(backend, device, rank, dtype):

@@ -335,7 +335,7 @@ def _call(rank, size, changes, own_group=True):
 
     if sizes.get("absent"):
         return None
-    ids = distinct_ids(4, EXPERTS, sizes["top_k"])
+    ids = (2 * torch.arange(4)[:, None] + torch.arange(sizes["top_k"])).int() % EXPERTS  # each has a token
     weights = torch.rand(4, sizes["top_k"], dtype=sizes.get("weights", torch.float32))
     start = time.monotonic()
     try:
