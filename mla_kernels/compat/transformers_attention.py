@@ -34,6 +34,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if "expand_kv" not in vars(module):  # not an enabled module: K and V arrive expanded
         return _sdpa(module, query, key, value, attention_mask, indices, options)
     layer = getattr(key, "latent_layer", None)
+    if torch.is_autocast_enabled(query.device.type):
+        return _without_autocast(module, query, key, value, layer, attention_mask, indices, options)
     positions = attention_mask if MASK_OF_CHOICE in vars(module) else None
     if layer is None and is_marked(attention_mask):
         raise RuntimeError(
@@ -77,6 +79,17 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if positions is not None:
         attention_mask = _causal_mask(layer)
     return _sdpa(module, query, keys, values, attention_mask, None, options)
+
+
+def _without_autocast(module, query, key, value, layer, attention_mask, indices, options):
+    """Attention in the dtype of the weights: autocast leaves queries, latents and rotated keys in dtypes of their own,
+    and acts on none of the ops. What follows is autocast as before."""
+    dtype = next(p.dtype for p in module.kv_b_proj.parameters() if p.is_floating_point())
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if layer is not None:
+        key.latent_layer = layer
+    with torch.autocast(query.device.type, enabled=False):
+        return attention(module, query, key, value, attention_mask, indices=indices, **options)
 
 
 def mark(mask: torch.Tensor) -> torch.Tensor:

@@ -96,9 +96,10 @@ class LatentLayer(PagedLayer):
                 f"LatentLayer: got {heads} key heads and {value_states.shape[1]} value heads, one latent and one "
                 "rotated key a token are accepted"
             )
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
+        self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)  # autocast gives each its own
         width = latent_dim + value_states.shape[-1]
-        self.cache = LatentCache(key_states.new_zeros(0, self.page_size, width), latent_dim)
+        self.cache = LatentCache(key_states.new_zeros(0, self.page_size, width, dtype=self.dtype), latent_dim)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.block_table = torch.zeros(batch, 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True

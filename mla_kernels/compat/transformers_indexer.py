@@ -90,6 +90,7 @@ def _rotated(rotate, q, k, angles, rope: int, *, last: bool):
 
 def _select(q, weights, layer, top_k: int) -> torch.Tensor:
     """The op counts queries from a sequence's end, so the real ones are brought there, and their choices back."""
+    q = q.to(layer.index_cache.data.dtype)  # another under autocast
     if layer.new_kept is None:
         return select_slots(q, layer.index_cache, weights, layer.block_table, layer.seq_lens, top_k)
     order = layer.new_kept.int().argsort(dim=1, stable=True)  # [batch, tokens], padding first

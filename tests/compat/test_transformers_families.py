@@ -455,3 +455,38 @@ def test_adapters_and_biases_on_the_absorbed_weight_are_refused():
 def test_experts_of_another_activation_are_refused():
     with pytest.raises(NotImplementedError, match="LongcatFlashExperts cannot be fused: its gate is not SwiGLU"):
         enable(tiny("LongcatFlash", hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast(family):
+    """A float32 model's attention stays float32, and so does its cache; chunks give what the whole gives."""
+    model, ids = enable(tiny(family)), torch.randint(2, VOCABULARY, (2, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids, use_cache=False).logits
+        past = model(ids[:, :17], use_cache=True)[CACHE]
+        parts = [model(ids[:, start:end], **{CACHE: past}).logits for start, end in ((17, 18), (18, 20))]
+    latents = [layer for layer in past.layers if isinstance(layer, LatentLayer)]
+    assert latents and all(layer.dtype == torch.float32 for layer in latents)
+    got, want = torch.cat(parts, 1).float(), whole[:, 17:].float()
+    near = (got - want).abs().amax(-1) < 0.2  # experts and linear layers round, and may choose others in a row
+    assert near.float().mean() > 0.6, (got - want).abs().amax(-1)
+
+
+def test_training_under_autocast_with_an_adapter():
+    """What an adapter adds to kv_b_proj acts, and has gradients."""
+    model = enable(tiny("DeepseekV3").requires_grad_(True)).train()
+    attention = attentions(model)[0]
+    attention.kv_b_proj = Adapted(attention.kv_b_proj)
+    ids = torch.randint(2, VOCABULARY, (2, 12))
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert attention.kv_b_proj.down.grad.abs().max() > 0
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, torch.nn.Parameter(0.1 * torch.randn_like(base.weight))
+
+    def forward(self, latents):
+        return self.base(latents) + torch.nn.functional.linear(latents, self.down)
