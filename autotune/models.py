@@ -29,6 +29,7 @@ class Geometry:
     experts: int = 0
     top_k: int = 8
     inner: int = 0  # an expert's intermediate size
+    shared: int = 0  # experts of that size that every token sees
     groups: int = 1
     top_groups: int = 1
     scoring: str = "sigmoid"
@@ -54,11 +55,12 @@ class Geometry:
         return Activation("pre", self.swiglu_limit) if self.swiglu_limit else Activation()
 
 
-_V3 = dict(hidden=7168, heads=128, experts=256, inner=2048, groups=8, top_groups=4, formats=("fp8_block",))
+_V3 = dict(hidden=7168, heads=128, experts=256, inner=2048, shared=1, groups=8, top_groups=4, formats=("fp8_block",))
 _V4 = dict(
-    latent=0, rope=0, top_k=6, scoring="sqrt_softplus", swiglu_limit=10.0, streams=4, formats=("fp8_block", "mxfp4")
+    latent=0, rope=0, top_k=6, shared=1, scoring="sqrt_softplus", swiglu_limit=10.0, streams=4,
+    formats=("fp8_block", "mxfp4"),
 )  # fmt: skip
-_SOFTMAX = dict(scoring="softmax", renormalize=False, bias=False, top_k=6)
+_SOFTMAX = dict(scoring="softmax", renormalize=False, bias=False, top_k=6, shared=2)
 
 MODELS: dict[str, Geometry] = {
     geometry.name: geometry
@@ -69,7 +71,7 @@ MODELS: dict[str, Geometry] = {
         Geometry("deepseek-v3.2", **_V3, index_heads=64),
         Geometry("deepseek-v4-flash", 4096, 64, experts=256, inner=2048, **_V4),
         Geometry("deepseek-v4-pro", 7168, 128, experts=384, inner=3072, **_V4),
-        Geometry("kimi-k2", 7168, 64, experts=384, inner=2048, formats=("fp8_block", "int4")),
+        Geometry("kimi-k2", 7168, 64, experts=384, inner=2048, shared=1, formats=("fp8_block", "int4")),
         Geometry(
             "glm-5",
             6144,
@@ -79,6 +81,7 @@ MODELS: dict[str, Geometry] = {
             q_rank=2048,
             experts=256,
             inner=2048,
+            shared=1,
             index_heads=32,
             formats=("fp8_block",),
         ),
@@ -146,6 +149,7 @@ def from_config(config: dict, name: str) -> Geometry:
         experts=experts,
         top_k=needed.get("num_experts_per_tok", 1),
         inner=needed.get("moe_intermediate_size", 0),
+        shared=first("n_shared_experts", default=0),
         groups=first("n_group", "num_expert_group", default=1),
         top_groups=first("topk_group", default=1),
         scoring={"sqrtsoftplus": "sqrt_softplus"}.get(scoring, scoring),

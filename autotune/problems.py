@@ -89,20 +89,21 @@ def _expert_weights(g: Geometry, make: Make, format: str) -> mk.ExpertWeights:
     return mk.ExpertWeights(format, **tensors)
 
 
-def _paged(g: Geometry, size, make: Make, layout: str | None = None):
-    pages = CONTEXT // PAGE
+def _paged(g: Geometry, size, make: Make, layout: str | None):
+    context, page = size.get("context", CONTEXT), size.get("page", PAGE)
+    pages = -(-context // page)
     cache = mk.LatentCache.allocate(
-        size["batch"] * pages, PAGE, latent_dim=g.latent or 512, rope_dim=g.rope, dtype=make.dtype, layout=layout,
-        device=make.device,
+        max(size["batch"] * pages, size.get("pool", 0) // page), page, latent_dim=g.latent or 512, rope_dim=g.rope,
+        dtype=make.dtype, layout=layout, device=make.device,
     )  # fmt: skip
     if layout is None and not make.bare:
         cache.data.normal_()
     table = make.counting(size["batch"], pages)
-    return cache, table, make.full(size["batch"], value=CONTEXT)
+    return cache, table, make.full(size["batch"], value=context)
 
 
-def _decode(g: Geometry, size, make: Make) -> Call:
-    cache, table, lengths = _paged(g, size, make)
+def _decode(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
+    cache, table, lengths = _paged(g, size, make, layout)
     q = make.normal(size["batch"], size["queries"], g.heads, cache.width)
     scale = (g.nope + g.rope) ** -0.5
 
@@ -115,11 +116,12 @@ def _decode(g: Geometry, size, make: Make) -> Call:
 
 
 def _prefill(g: Geometry, size, make: Make) -> Call:
-    tokens = size["tokens"]
+    tokens, sequences = size["tokens"], size.get("sequences", 1)
+    longest = tokens // sequences
     q = make.normal(tokens, g.heads, g.nope + g.rope)
     k, v = make.normal(tokens, g.heads, g.nope), make.normal(tokens, g.heads, g.value)
     k_rope = make.normal(tokens, g.rope) if g.rope else None
-    ends = make.counting(2) * tokens
+    ends = make.counting(sequences + 1) * longest
     options = dict(softmax_scale=(g.nope + g.rope) ** -0.5, causal=bool(size["causal"]))
 
     def expected():
@@ -129,10 +131,8 @@ def _prefill(g: Geometry, size, make: Make) -> Call:
         parts = q[:few].float(), k[:few].float(), v[:few].float(), cut, cut
         return prefill.mla_prefill(*parts, max_seqlen_q=few, max_seqlen_k=few, k_rope=rotated, **options)
 
-    return Call(
-        lambda: mk.mla_prefill(q, k, v, ends, ends, max_seqlen_q=tokens, max_seqlen_k=tokens, k_rope=k_rope, **options),
-        expected,
-    )
+    lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+    return Call(lambda: mk.mla_prefill(q, k, v, ends, ends, k_rope=k_rope, **lengths, **options), expected)
 
 
 def _merge(g: Geometry, size, make: Make) -> Call:
@@ -163,14 +163,16 @@ def _expand(g: Geometry, size, make: Make) -> Call:
     )
 
 
-def _cache(g: Geometry, tokens: int, make: Make) -> mk.LatentCache:
+def _cache(g: Geometry, size, make: Make, layout: str | None) -> mk.LatentCache:
+    page = size.get("page", PAGE)
+    pages = max(1, -(-size["tokens"] // page), size.get("pool", 0) // page)
     return mk.LatentCache.allocate(
-        max(1, -(-tokens // PAGE)), PAGE, latent_dim=g.latent, rope_dim=g.rope, dtype=make.dtype, device=make.device
+        pages, page, latent_dim=g.latent, rope_dim=g.rope, dtype=make.dtype, layout=layout, device=make.device
     )
 
 
-def _write(g: Geometry, size, make: Make) -> Call:
-    cache = _cache(g, size["tokens"], make)
+def _write(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
+    cache = _cache(g, size, make, layout)
     rows, norm = make.normal(size["tokens"], cache.width), make.normal(g.latent)
     where = make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])
     tables = make.angles(g.rope)
@@ -182,8 +184,8 @@ def _write(g: Geometry, size, make: Make) -> Call:
     return Call(run, None)
 
 
-def _norm_and_write(g: Geometry, size, make: Make) -> Call:
-    cache = _cache(g, size["tokens"], make)
+def _norm_and_write(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
+    cache = _cache(g, size, make, layout)
     where = make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])
     tables = make.angles(g.rope)
     q_a, q_norm = make.normal(size["tokens"], g.q_rank), make.normal(g.q_rank)
@@ -212,8 +214,10 @@ def _indexer_write(g: Geometry, size, make: Make) -> Call:
 
 
 def _select(g: Geometry, size, make: Make) -> Call:
-    batch, pages = size["batch"], size["keys"] // PAGE
-    cache = mk.IndexerCache.allocate(batch * pages, PAGE, head_dim=g.index_width, layout="fp8", device=make.device)
+    batch, page = size["batch"], size.get("page", PAGE)
+    pages = size["keys"] // page
+    room = max(batch * pages, size.get("pool", 0) // page)
+    cache = mk.IndexerCache.allocate(room, page, head_dim=g.index_width, layout="fp8", device=make.device)
     q = make.normal(batch, 1, g.index_heads, g.index_width)
     weights = make.normal(batch, 1, g.index_heads, dtype=torch.float32)
     table, lengths = make.counting(batch, pages), make.full(batch, value=size["keys"])
@@ -226,8 +230,8 @@ def _picks(g: Geometry) -> tuple[int, ...]:
     return (g.index_top_k,) if g.latent else (128, 512)
 
 
-def _sparse(g: Geometry, size, make: Make) -> Call:
-    cache, _, _ = _paged(g, size, make)
+def _sparse(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
+    cache, _, _ = _paged(g, size, make, layout)
     q = make.normal(size["batch"], 1, g.heads, cache.width)
     picks, *more = (make.choices(size["batch"], count, cache.num_slots)[:, None] for count in _picks(g))
     options = dict(softmax_scale=(g.nope + g.rope) ** -0.5)

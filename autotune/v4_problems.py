@@ -22,10 +22,11 @@ def is_v4(g: Geometry) -> bool:
     return not g.latent and g.scoring == "sqrt_softplus"
 
 
-def write_kv(g: Geometry, size, make: Make) -> Call:
+def write_kv(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
     cache = mk.LatentCache.allocate(
-        max(1, -(-size["tokens"] // PAGE)), PAGE, latent_dim=WIDTH, rope_dim=0, dtype=make.dtype, device=make.device
-    )
+        max(1, -(-size["tokens"] // PAGE)), PAGE, latent_dim=WIDTH, rope_dim=0, dtype=make.dtype, layout=layout,
+        device=make.device,
+    )  # fmt: skip
     rows, norm = make.normal(size["tokens"], WIDTH), make.normal(WIDTH, dtype=torch.float32)
     where, tables = (make.integers(size["tokens"], below=CONTEXT), make.counting(size["tokens"])), make.angles(64)
 

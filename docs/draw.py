@@ -25,13 +25,15 @@ FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
     ("language, versions, checks", "Triton or its stand-in; argument checks"),
     ("quant, targets, reference", "number formats; chips, compilers, emulator; the specification"),
     ("launch, cpu", "Kernel, tiles, the cached launch, define_op; torch code of CPU ops"),
-    ("latent", "caches, and what writes and moves them"),
+    ("latent, bundle", "caches, and what writes and moves them; bundles of compiled kernels"),
     ("hopper", "Gluon kernels that ops launch on Hopper"),
     ("attention, moe, hyper", "the ops"),
     ("nn", "modules with Hugging Face's weight names"),
     ("compat", "other libraries' signatures"),
-    ("check, demo, device", "the commands; device stands in bench/gpu"),
+    ("check, demo, device", "commands; device stands in bench/gpu"),
     ("autotune", "the tuner and the tables' tools"),
+    ("bundling", "builds bundles"),
+    ("__main__", "the command line"),
 )
 AGAINST = {  # group -> the kind of contestant that the documentation compares with: peers, or our own bf16
     "decode, bf16": "peer",

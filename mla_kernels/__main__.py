@@ -1,4 +1,4 @@
-"""``python -m mla_kernels demo | device | check | compile | info``"""
+"""``python -m mla_kernels demo | device | build | check | compile | info``"""
 
 import argparse
 import importlib.metadata
@@ -13,6 +13,7 @@ from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compiler_version, write_artefacts
 
 VARIABLES = {
+    "MLA_KERNELS_BUNDLE": "bundles of compiled kernels to load with the package",
     "MLA_KERNELS_ASCEND_PYTHON": "python of the environment with triton-ascend and ascendnpu-ir",
     "MLA_KERNELS_CACHE": "folder of reports of compilations and of your tuned tiles",
     "MLA_KERNELS_CHECK_VALUES": "1: check values inside device tensors too (waits for the device)",
@@ -23,7 +24,8 @@ VARIABLES = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m mla_kernels", description="DeepSeek-style MLA and MoE kernels.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | device | check | compile | info")
+    every = "demo | device | build | check | compile | info"
+    commands = top.add_subparsers(dest="command", required=True, metavar=every)
     names = {
         "target": list(CHIPS),
         "kernel": list(launch.KERNELS),
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", add_help=False, help="a Hugging Face DeepSeek model with and without mla_kernels")
     commands.add_parser("device", add_help=False, help="parity and times beside other libraries on this machine's GPU")
+    commands.add_parser("build", add_help=False, help="compile what a model launches, for a device that is not here")
 
     every = commands.add_parser(
         "check", help="compile every kernel for every target; exit 1 if one fails, 2 if a compiler is missing"
@@ -153,8 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
         from mla_kernels.device import command
 
         return command.main(arguments[1:])
-    options = parser().parse_args(arguments)
     try:
+        if arguments[:1] == ["build"]:
+            from mla_kernels.bundling import command
+
+            return command.main(arguments[1:])
+        options = parser().parse_args(arguments)
         return options.run(options)
     except service.ToolchainMissing as missing:
         print(f"error: {missing}", file=sys.stderr)

@@ -242,7 +242,7 @@ class Kernel:
         elif kind == "npu":
             self.fn[(grid,)](*args, **self.constexprs(statics, tile))
         elif kind == "meta" and tile_lookup.recording():
-            return
+            tile_lookup.keep_launch(self, chip, args, statics, tile)
         else:
             raise NotImplementedError(f"{self.name}: no launch for tensors on {device}; cuda, npu and cpu have one")
 

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mla_kernels import tile_files
 from mla_kernels.placement import cpu_mode
@@ -78,6 +79,16 @@ class Problem:
         return self.kernel.name, self.dtype, tuple(self.statics.items()), tuple(self.sizes.items())
 
 
+class Launch(NamedTuple):
+    """What an op of ``meta`` tensors would have launched, but for the grid."""
+
+    kernel: "object"  # a launch.Kernel
+    chip: Chip
+    args: tuple
+    statics: Mapping
+    tile: Mapping[str, int]
+
+
 class Kept:
     """What a kernel's launches found: tiles by problem (:meth:`mla_kernels.launch.Kernel.tile_for`), and plans by what
     a launcher makes them from (:meth:`mla_kernels.launch.Kernel.keep`)."""
@@ -97,6 +108,7 @@ class _Forgetful(dict):
 _overrides: dict = {}  # kernel -> tile values
 _override_kept: dict = {}  # (kernel, what is overridden) -> Kept under it
 _recorded: list[list[Problem]] = []  # open recordings
+_launched: list[list[Launch]] = []  # open recordings of launches
 _told: set = set()  # misses and bad files that were logged
 _silent = contextvars.ContextVar("silent", default=False)
 
@@ -175,6 +187,24 @@ def record() -> Iterator[list[Problem]]:
         _recorded.remove(recording)
         for kernel, before in kept.items():
             kernel.kept = before
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """As :func:`record`; the list gets every :class:`Launch` of ``meta`` tensors. Empty it when it grows long."""
+    launches: list[Launch] = []
+    with record():
+        _launched.append(launches)
+        try:
+            yield launches
+        finally:
+            _launched.pop()
+
+
+def keep_launch(*launch) -> None:
+    """Add a launch, the fields of :class:`Launch`, to the open recordings."""
+    for launches in _launched:
+        launches.append(Launch(*launch))
 
 
 def recording() -> bool:

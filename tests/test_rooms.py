@@ -10,18 +10,20 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = {"gluon_launch", "gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
-TOOLS = {"", "__main__", "check", "demo", "device"}
+TOOLS = {"", "check", "demo", "device"}
 FLOORS = (
     ({"checks"}, {"invariance"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),
     ({"cpu"}, LAUNCH),
-    ({"latent"},),
+    ({"latent"}, {"bundle"}),
     ({"hopper"},),
     ({"attention"}, {"moe"}, {"hyper"}),
     ({"nn"},),
     ({"compat"},),
     (TOOLS,),
     ({"autotune"},),
+    ({"bundling"},),
+    ({"__main__"},),
 )
 """Rooms from the ground up. A room is a folder of the package, or files at its top that belong together."""
 

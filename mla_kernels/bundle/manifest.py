@@ -1,0 +1,82 @@
+"""The manifest of a bundle: what its kernels were compiled from, for what, by what."""
+
+import hashlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mla_kernels.language import triton
+
+NAME = "manifest.json"
+FOLDER = "kernels"
+FORMAT = 1
+"""Number of this form of manifest; another is refused."""
+
+
+class BundleRefused(ValueError):
+    """A bundle that cannot be used here. ``reasons`` says what differs, one a string."""
+
+    def __init__(self, path: Path, reasons: list[str]):
+        self.path, self.reasons = path, reasons
+        super().__init__(f"bundle {path} is refused: {'; '.join(reasons)}. Its kernels are compiled here at first use")
+
+
+def package_version() -> str:
+    """The installed version of this package; "" where it is not installed."""
+    try:
+        return version("mla_kernels")
+    except PackageNotFoundError:
+        return ""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def compiler_digest() -> str:
+    """Of Triton's compiler, byte for byte; takes most of a second, once a process (a launch needs it anyhow)."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # triton-ascend
+        from triton.compiler.compiler import triton_key
+
+    return digest(triton_key().encode())
+
+
+def compiler_settings() -> dict[str, str]:
+    """Environment variables that change what Triton compiles, as far as they are set."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    return dict(sorted(get_cache_invalidating_env_vars().items()))
+
+
+def triton_source(kernel) -> str:
+    """Triton's hash of a declared kernel's source, its helpers and the line where it stands."""
+    fn = getattr(kernel.fn, "loaded", kernel.fn)
+    return digest(fn.cache_key.encode())
+
+
+def triton_version() -> str:
+    return triton.__version__
+
+
+def write(folder: Path, manifest: dict) -> None:
+    half = folder / f".{NAME}.{os.getpid()}"
+    half.write_text(json.dumps(manifest, indent=1) + "\n")
+    half.replace(folder / NAME)
+
+
+def read(folder: Path) -> dict:
+    """The manifest of a bundle. BundleRefused where there is none, or none of this form."""
+    path = folder / NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise BundleRefused(folder, [f"{NAME} cannot be read ({error.strerror})"]) from error
+    except ValueError as error:
+        raise BundleRefused(folder, [f"{NAME} is no JSON ({error})"]) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise BundleRefused(folder, [f"{NAME} has format {found!r}, {FORMAT} is accepted"])
+    return manifest
