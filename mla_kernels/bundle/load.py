@@ -189,6 +189,8 @@ def _file_reasons(path: Path, said: dict) -> list[str]:
 def _device_reasons(found: dict, target) -> list[str]:
     """Why a bundle is not for the current device, whose name by Triton is ``target``."""
     wanted = found["target"]
+    if wanted["vendor"] == "ascend" and (reasons := manifest.ascend_reasons(found, target)):
+        return reasons
     if (target.backend, str(target.arch)) == (wanted["backend"], wanted["architecture"]):
         built = found["toolchain"]["digest"]
         if built != manifest.compiler_digest():

@@ -61,6 +61,16 @@ def triton_version() -> str:
     return triton.__version__
 
 
+def ascend_reasons(found: dict, target) -> list[str]:
+    """Why a bundle for Ascend is not for the NPU that triton-ascend calls ``target``."""
+    kinds = {"Ascend910_93": "ascend910c", "Ascend910B": "ascend910b", "Ascend950": "ascend950"}
+    chip = next((chip for prefix, chip in kinds.items() if str(target.arch).startswith(prefix)), None)
+    wanted = found["target"]
+    if target.backend == "npu" and chip == wanted["chip"]:
+        return []
+    return [f"it is for {wanted['part']} ({wanted['chip']}), this device is {target.backend} {target.arch}"]
+
+
 def write(folder: Path, manifest: dict) -> None:
     half = folder / f".{NAME}.{os.getpid()}"
     half.write_text(json.dumps(manifest, indent=1) + "\n")

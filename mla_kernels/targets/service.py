@@ -1,7 +1,8 @@
 """Worker processes that compile: one JSON job a line in, one JSON answer a line out.
 
-Two kinds of worker exist because both compilers are packages called ``triton``: ``gpu_worker.py`` runs under this
-Python, ``ascend_worker.py`` under the Python of an environment that holds triton-ascend and ascendnpu-ir.
+Kinds of workers exist because two compilers are packages called ``triton``: ``gpu_worker.py`` runs under this Python,
+``ascend_worker.py`` and ``lowering_worker.py`` (the same for bundles) under the Python of an environment that holds
+triton-ascend and ascendnpu-ir.
 """
 
 import functools
@@ -15,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
+KINDS = ("gpu", "ascend", "lowering")
 TIME_LIMIT = 240.0
 """Seconds that one compilation may take; a compiler that takes longer is stopped and the job fails."""
 
@@ -60,7 +62,7 @@ class Worker:
         self.lock = threading.Lock()
 
     def _start(self) -> None:
-        python = ascend_python() if self.kind == "ascend" else sys.executable
+        python = sys.executable if self.kind == "gpu" else ascend_python()
         environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
         self.process = subprocess.Popen(
             [python, str(HERE / f"{self.kind}_worker.py")],
@@ -105,7 +107,7 @@ class Pool:
     def __init__(self, size: int | None = None):
         self.size = size or max(1, os.cpu_count() or 1)
         self.threads = ThreadPoolExecutor(self.size)
-        self.workers = {kind: [Worker(kind) for _ in range(self.size)] for kind in ("gpu", "ascend")}
+        self.workers = {kind: [Worker(kind) for _ in range(self.size)] for kind in KINDS}
         self.free = {kind: queue.SimpleQueue() for kind in self.workers}
         for kind, workers in self.workers.items():
             for worker in workers:
