@@ -52,8 +52,9 @@ def launches(steps: Iterable[Step], chip: Chip, say=LOG.info) -> tuple[list[Want
     """What the steps launch on ``chip``, each once; and step -> reason for those that have no path there."""
 
     def specialise(found, launch, name):
-        signature, ones, attributes = specialisation(launch.kernel, launch.args)
-        constants = launch.kernel.constexprs(launch.statics, launch.tile) | ones
+        constants = launch.kernel.constexprs(launch.statics, launch.tile)
+        signature, ones, attributes = specialisation(launch.kernel, launch.args, constants)
+        constants |= ones
         key = launch.kernel.name, json.dumps([signature, constants, attributes], sort_keys=True)
         wanted = found.get(key)
         if wanted is None:
@@ -64,9 +65,17 @@ def launches(steps: Iterable[Step], chip: Chip, say=LOG.info) -> tuple[list[Want
     return collect(steps, chip, specialise, say)
 
 
-def specialisation(kernel, args: tuple) -> tuple[dict[str, str], dict[str, int], dict[str, list[int]]]:
-    """(types, arguments that are 1, positions by attribute) as triton-ascend's JIT finds them of ``args``."""
+def specialisation(
+    kernel, args: tuple, constants: dict
+) -> tuple[dict[str, str], dict[str, int], dict[str, list[int]]]:
+    """(types, arguments that are 1, positions by attribute) as triton-ascend's JIT finds them of ``args``.
+
+    It looks at constants, too, which changes no code, but the key that code is looked up by.
+    """
     signature, ones, divisible, equal = {}, {}, [], []
+    for position, value in enumerate(constants.values(), len(args)):
+        divisible += [position] if isinstance(value, int) and value % 16 == 0 else []
+        equal += [position] if type(value) is int and value == 1 else []
     for position, (parameter, value) in enumerate(zip(kernel.fn.params, args)):
         aligned = False
         if isinstance(value, torch.Tensor):
@@ -81,7 +90,7 @@ def specialisation(kernel, args: tuple) -> tuple[dict[str, str], dict[str, int],
         signature[parameter.name] = kind
         if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             divisible.append(position)
-    return signature, ones, {"tt.divisibility": divisible, "tt.equal_to": equal}
+    return signature, ones, {"tt.divisibility": sorted(divisible), "tt.equal_to": sorted(equal)}
 
 
 def compile_all(wanted: list[Wanted], chip: Chip, folder: Path, say) -> list[dict]:

@@ -2,8 +2,8 @@
 
 It needs CANN's compiler (``bishengir-compile`` and ``hivmc`` on PATH, or TRITON_NPU_COMPILER_PATH), torch with
 torch_npu, triton-ascend and mla_kernels in the versions of the manifest, and the device. triton-ascend compiles each
-kernel as its JIT would, but for the stages that the bundle holds, whose result is taken from there. The machine code and
-triton-ascend's own description of it are written under the key that triton-ascend looks it up by, so that
+kernel as its JIT would, but for the stages that the bundle holds, whose result is taken from there. The machine code
+and triton-ascend's own description of it are written under the key that triton-ascend looks it up by, so that
 ``mla_kernels.bundle.load`` gives it to triton-ascend's own runtime.
 
 A kernel that is finished is not compiled again.
@@ -11,7 +11,6 @@ A kernel that is finished is not compiled again.
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -57,8 +56,9 @@ def finish(folder: Path, say=print) -> dict:
 
 def _finish(entry: dict, folder: Path, target) -> tuple[str, dict]:
     """(key, files) of one kernel."""
-    from triton.backends.ascend import compiler as ascend
-    from triton.compiler import ASTSource
+    from triton.backends.ascend.compiler import AscendAttrsDescriptor
+    from triton.compiler.compiler import ASTSource, make_backend
+    from triton.runtime.cache import get_cache_manager
 
     name = f"{entry['kernel']}.ttadapter.mlir"
     text = (folder / manifest.FOLDER / entry["folder"] / name).read_bytes()
@@ -67,24 +67,25 @@ def _finish(entry: dict, folder: Path, target) -> tuple[str, dict]:
     attributes = {"arg_properties": entry["attributes"], "cls": "AscendAttrsDescriptor"}
     source = ASTSource(
         launch.KERNELS[entry["kernel"]].fn, entry["signature"], entry["constants"],
-        ascend.AscendAttrsDescriptor.from_dict(attributes),
+        AscendAttrsDescriptor.from_dict(attributes),
     )  # fmt: skip
-    before = ascend.ttir_to_linalg
-    ascend.ttir_to_linalg = lambda *arguments, **options: text.decode()
+    backend = make_backend(target)
+    stages = type(backend).add_stages.__globals__  # Triton loads its backends' files itself, beside the import of them
+    before, stages["ttir_to_linalg"] = stages["ttir_to_linalg"], lambda *arguments, **options: text.decode()
     try:
-        options = ascend.AscendBackend(target).parse_options({"debug": False})
+        options = backend.parse_options({"debug": False})
         compiled = triton.compile(source, target=target, options=options.__dict__)
     finally:
-        ascend.ttir_to_linalg = before
-    files = {}
-    for made in map(Path, compiled.metadata_group.values()):
-        if made.suffix in (".npubin", ".json"):
-            key, data = made.parent.name, made.read_bytes()
-            place = folder / manifest.FOLDER / key
-            place.mkdir(exist_ok=True)
-            shutil.copyfile(made, place / made.name)
-            files[made.name] = {"sha256": manifest.digest(data), "bytes": len(data)}
-    return key, files
+        stages["ttir_to_linalg"] = before
+    files, kept = {}, Path(get_cache_manager(compiled.hash).cache_dir)
+    place = folder / manifest.FOLDER / kept.name
+    place.mkdir(exist_ok=True)
+    for suffix in (".npubin", ".json"):
+        name = f"{source.name[:150]}{suffix}"  # as triton-ascend cuts it
+        data = (kept / name).read_bytes()
+        (place / name).write_bytes(data)
+        files[name] = {"sha256": manifest.digest(data), "bytes": len(data)}
+    return kept.name, files
 
 
 @contextlib.contextmanager

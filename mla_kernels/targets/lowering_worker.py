@@ -1,7 +1,7 @@
-"""Ascend compile worker for bundles: as ascend_worker.py, but that a job says what Triton's JIT found out of arguments.
+"""Ascend compile worker for bundles: as ascend_worker.py, but that a job says what Triton's JIT found of arguments.
 
-A job's ``attributes`` {"tt.divisibility": [positions], "tt.equal_to": [positions]} enters the IR as it does in a launch;
-the answer's ``seconds`` are those of the front end and of the open compiler.
+A job's ``attributes`` {"tt.divisibility": [positions], "tt.equal_to": [positions]} enter the IR as in a launch; the
+answer's ``seconds`` are those of the front end and of the open compiler.
 """
 
 import functools
