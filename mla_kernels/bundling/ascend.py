@@ -65,9 +65,7 @@ def launches(steps: Iterable[Step], chip: Chip, say=LOG.info) -> tuple[list[Want
     return collect(steps, chip, specialise, say)
 
 
-def specialisation(
-    kernel, args: tuple, constants: dict
-) -> tuple[dict[str, str], dict[str, int], dict[str, list[int]]]:
+def specialisation(kernel, args: tuple, constants: dict) -> tuple[dict[str, str], dict[str, int], dict[str, list[int]]]:
     """(types, arguments that are 1, positions by attribute) as triton-ascend's JIT finds them of ``args``.
 
     It looks at constants, too, which changes no code, but the key that code is looked up by.

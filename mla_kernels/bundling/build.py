@@ -87,12 +87,12 @@ def build(order: Order, folder: Path, *, jobs: int | None = None, say: Callable[
         Failed: Triton is missing or interprets, the folder is something else, or a kernel does not compile.
         mla_kernels.targets.service.ToolchainMissing: the compilers of Ascend are not installed.
     """
+    if folder.exists() and not (folder / manifest.NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise Failed(f"{folder} is there and is no bundle: name another folder, or an empty one")
     if not HAS_TRITON:
         raise Failed("the package triton is not installed: pip install triton")
     if INTERPRET:
         raise Failed("TRITON_INTERPRET is set, and nothing is compiled: unset it")
-    if folder.exists() and not (folder / manifest.NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise Failed(f"{folder} is there and is no bundle: name another folder, or an empty one")
     began = time.monotonic()
     chip, half = order.chip, folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)

@@ -1,7 +1,9 @@
 """``python -m tests.bundle.bundle_child BUNDLE JSON``: a model's calls over the stub driver, with a bundle loaded.
 
-JSON: ``model``, ``tp``, ``device``, ``steps`` {operation: [sizes]}, ``layers`` (tokens of steps and prompts, or none).
-Prints as JSON how long loading took, what Triton compiled, what the bundle gave, and the longest first call.
+JSON: ``model``, ``tp``, ``device``, ``steps`` {operation: [sizes]}, ``layers`` [tokens of steps and prompts],
+``outside`` (as steps: what the bundle does not hold).
+Prints as JSON how long loading took, what Triton compiled, what the bundle gave, and for each call that took kernels
+from it the seconds of the call for each of them.
 """
 
 import json
@@ -35,6 +37,15 @@ class Bare(Make):
         return torch.empty(4096, rope // 2), torch.empty(4096, rope // 2)
 
 
+def calls(g, steps, layers, make):
+    """Each call in turn; the tensors of one are freed before the next are made."""
+    for name, sizes in steps.items():
+        for size in sizes:
+            yield OPERATIONS[name].build(g, size, make).run
+    for tokens in layers:
+        yield from layer_calls(g, tokens, make)
+
+
 def layer_calls(g, tokens, make):
     """A decoding step of so many sequences, and a prompt of as many tokens, through one layer."""
     with torch.device("meta"):
@@ -59,7 +70,7 @@ def layer_calls(g, tokens, make):
 
 def main(path: str, told: dict) -> dict:
     logging.basicConfig(stream=sys.stderr)
-    compiled, slowest = [], 0.0
+    compiled, firsts = [], []
 
     def listener(*, src, cache_hit, **_):
         if not cache_hit:
@@ -71,17 +82,21 @@ def main(path: str, told: dict) -> dict:
     seconds = time.perf_counter() - began
     g, make = geometry(told["model"]).on(told["tp"]), Bare()
     with on_cpu("cuda", told["device"]), torch.no_grad():
-        calls = [OPERATIONS[name].build(g, size, make).run for name, sizes in told["steps"].items() for size in sizes]
-        for tokens in told.get("layers", ()):
-            calls += layer_calls(g, tokens, make)
-        for call in calls:
-            began = time.perf_counter()
+        for call in calls(g, told["steps"], told.get("layers", ()), make):
+            before, began = sum(loaded.found.values()), time.perf_counter()
             call()
-            slowest = max(slowest, time.perf_counter() - began)
-    return {
-        "load seconds": seconds, "compiled": compiled, "found": loaded.found, "missed": loaded.missed,
-        "slowest call": slowest,
-    }  # fmt: skip
+            launched = sum(loaded.found.values()) - before
+            if launched:
+                firsts.append((time.perf_counter() - began) / launched)
+            del call
+        said = {
+            "load seconds": seconds, "compiled": list(compiled), "found": dict(loaded.found),
+            "missed": dict(loaded.missed), "seconds a kernel": firsts,
+        }  # fmt: skip
+        compiled.clear()
+        for call in calls(g, told.get("outside", {}), (), make):
+            call()
+    return said | {"outside": {"compiled": compiled, "missed": loaded.missed}}
 
 
 if __name__ == "__main__":

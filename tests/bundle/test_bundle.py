@@ -1,0 +1,163 @@
+"""Bundles: built without their device, and then nothing is compiled over the stub driver; refused where they differ."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from mla_kernels.targets import service
+from tests.children import child_environment
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SMALL = ["--model", "deepseek-v3", "--tp", "8", "--batch", "2", "--tokens", "4", "--queries", "1"]
+SMALL += ["--contexts", "128", "--jobs", "1"]
+
+
+def child(command, **environment):
+    """What the child printed last, from JSON, and its other output."""
+    done = subprocess.run(
+        list(map(str, command)), env=child_environment(**environment), capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+
+
+def build(folder: Path, target: str, *only: str, arguments=SMALL) -> dict:
+    """The manifest of a bundle that the command built in a process of its own."""
+    chosen = ["--only", ",".join(only)] if only else []
+    done = subprocess.run(
+        [sys.executable, "-m", "mla_kernels", "build", *arguments, "--target", target, *chosen, "-o", str(folder)],
+        env=child_environment(), capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def over_stub(tmp_path_factory):
+    """Runs a child over the stub driver with an empty cache of Triton's."""
+    stub = tmp_path_factory.mktemp("stub")
+    source = HERE.parent / "launch" / "stub_libcuda.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(stub / "libcuda.so.1"), str(source)], check=True)
+
+    def run(*command, **environment):
+        settings = {"TRITON_LIBCUDA_PATH": str(stub), "LD_LIBRARY_PATH": str(stub)}
+        settings["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+        return child([sys.executable, "-m", *command], **settings, **environment)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """(folder, manifest) of a few kernels for an H100."""
+    folder = tmp_path_factory.mktemp("bundles") / "h100"
+    return folder, build(folder, "h100", "route", "merge_states")
+
+
+def test_the_manifest_says_what_was_compiled(bundle):
+    folder, found = bundle
+    assert found["target"]["part"] == "H100-SXM5-80GB" and found["target"]["vendor"] == "nvidia"
+    assert {"triton", "digest", "backend", "torch", "python"} <= found["toolchain"].keys()
+    assert {entry["kernel"] for entry in found["kernels"]} == {"route_kernel", "merge_states_kernel"}
+    assert found["sources"].keys() == {"route_kernel", "merge_states_kernel"}
+    for entry in found["kernels"]:
+        assert entry["signature"] and entry["constants"] and entry["tile"] and entry["options"]["num_warps"]
+        assert {Path(name).suffix for name in entry["files"]} == {".cubin", ".json"}
+        for name, said in entry["files"].items():
+            data = (folder / "kernels" / entry["key"] / name).read_bytes()
+            assert said == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def test_a_loaded_bundle_compiles_nothing_and_says_what_it_lacks(bundle, over_stub):
+    folder, found = bundle
+    told = {"model": "deepseek-v3", "tp": 8, "device": "h100"}
+    told["steps"] = {"route": [{"tokens": 1}, {"tokens": 4}], "merge_states": [{"tokens": t} for t in range(1, 5)]}
+    told["outside"] = {"merge_states": [{"tokens": 4096}]}
+    said, text = over_stub("tests.bundle.bundle_child", folder, json.dumps(told))
+    assert said["compiled"] == [] and said["missed"] == {}
+    assert sum(said["found"].values()) == len(found["kernels"])
+    assert said["load seconds"] < 1
+    assert said["outside"] == {"compiled": ["merge_states_kernel"], "missed": {"merge_states_kernel": 1}}
+    assert "merge_states_kernel: bundle" in text and "no code for these arguments" in text
+
+
+def test_refusals(bundle, over_stub):
+    """Each names what differs; the JIT compiles then, as the child checks."""
+    said, _ = over_stub("tests.bundle.refusals_child", bundle[0])
+    for name, (expected, message) in said["refused"].items():
+        assert expected in message, f"{name}: {message}"
+    assert len(said["refused"]) == 12
+    assert said["compiled after a bundle for another chip"] == ["route_kernel"]
+
+
+def test_ascend_to_the_last_open_stage_and_finished_by_a_stand_in(tmp_path):
+    """triton-ascend's own compiler writes the code, its own JIT finds it. What stands in for hivmc compiles nothing."""
+    folder = tmp_path / "910b"
+    found = build(folder, "910b", "route")
+    (entry,) = found["kernels"]
+    assert entry["key"] is None and set(entry["stages"]) == {
+        "route_kernel.ttadapter.mlir", "route_kernel.planned.mlir"
+    }  # fmt: skip
+    assert "hivm" in (folder / "kernels" / entry["folder"] / "route_kernel.planned.mlir").read_text()
+    python = service.ascend_python()
+    (compilers,) = Path(python).parents[1].glob("lib/python*/site-packages/ascendnpuir/bin")
+    path = os.pathsep.join([str(HERE), str(compilers), os.environ["PATH"]])
+    said, text = child(
+        [python, HERE / "ascend_child.py", sysconfig.get_path("purelib"), folder],
+        PATH=path, ASCEND_HOME_PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert said["compiled"] == [] and said["found"] == {"route_kernel": 1} and said["launched"] == 1, text
+    assert json.loads((folder / "manifest.json").read_text())["kernels"][0]["files"].keys() == {
+        "route_kernel.npubin", "route_kernel.json"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["mi300x", "910c", "950pr"])
+def test_other_targets(target, tmp_path):
+    found = build(tmp_path / "bundle", target, "mla_decode", "route")
+    assert {entry["kernel"] for entry in found["kernels"]} >= {"mla_decode_kernel", "route_kernel"}
+    if target == "mi300x":
+        assert {Path(name).suffix for name in found["kernels"][0]["files"]} == {".hsaco", ".json"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_deepseek_v3_on_eight(tmp_path, over_stub):
+    """The whole model for one target: under 40 MB, loaded in under a second, and a step compiles nothing."""
+    folder = tmp_path / "v3"
+    build(folder, "h100", arguments=["--model", "deepseek-v3", "--tp", "8", "--formats", "bf16,fp8_block"])
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < 40e6
+    tokens = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 48, 63, 64, 65, 100, 128, 129, 200, 255, 256, 320, 500, 512]
+    prompts = [768, 1000, 1999, 4096, 4097, 8191, 8192]
+    told = {"model": "deepseek-v3", "tp": 8, "device": "h100", "layers": [1, 3, 16, 37]}
+    told["steps"] = {
+        name: [{"tokens": count} for count in (*tokens, *prompts)]
+        for name in (
+            "fused_experts fp8_block", "fused_moe", "absorb_query", "expand_output", "norm_and_write", "write_latent",
+            "route", "merge_states",
+        )
+    }  # fmt: skip
+    told["steps"]["mla_decode"] = [
+        {"batch": batch, "queries": queries, "context": context, "pool": pool}
+        for batch in tokens
+        for queries in (1, 2)
+        for context in (4096, 4160, 40000)
+        for pool in (0, 1 << 14, (1 << 14) + 64)
+    ]
+    told["steps"]["mla_prefill"] = [
+        {"tokens": count, "sequences": sequences, "causal": 1}
+        for sequences in (1, 2, 5)
+        for count in (*tokens[3:], 1000, 1025)
+    ]
+    said, text = over_stub("tests.bundle.bundle_child", folder, json.dumps(told))
+    assert said["compiled"] == [] and said["missed"] == {}, text
+    assert said["load seconds"] < 1
