@@ -91,44 +91,47 @@ def specialisation(kernel, args: tuple, constants: dict) -> tuple[dict[str, str]
     return signature, ones, {"tt.divisibility": sorted(divisible), "tt.equal_to": sorted(equal)}
 
 
-def compile_all(wanted: list[Wanted], chip: Chip, folder: Path, say) -> list[dict]:
+def compile_all(wanted: list[Wanted], chip: Chip, folder: Path, jobs: int, say) -> list[dict]:
     """Entries of the manifest, in the order of ``wanted``, without keys: these are known where CANN is.
 
     Raises:
         Failed: the compiler refused a kernel. ToolchainMissing: triton-ascend or ascendnpu-ir is not installed.
     """
     toolchain()  # says what is missing
-    futures, entries = {}, [None] * len(wanted)
-    for index, one in enumerate(wanted):
-        name = manifest.digest(json.dumps([one.kernel.name, one.described], sort_keys=True).encode())[:32]
-        place = folder / manifest.FOLDER / name
-        place.mkdir(parents=True)
-        job = {
-            "action": "report", "source": one.kernel.source, "function": one.kernel.name, "language": "triton",
-            "signature": one.signature, "constexprs": one.constants, "vendor": chip.vendor,
-            "architecture": chip.architecture, "options": {}, "attributes": one.attributes,
-            "output": str(place / one.kernel.name),
-        }  # fmt: skip
-        futures[service.pool().submit("lowering", job)] = index, place
-    for done, future in enumerate(as_completed(futures), 1):
-        (index, place), answer = futures[future], future.result()
-        one = wanted[index]
-        if not answer["ok"]:
-            for other in futures:
-                other.cancel()
-            described = " ".join(f"{name}={value}" for name, value in one.tile.items())
-            raise Failed(f"{one.kernel.name} ({described}) for {chip.part}: {answer['reason']}")
-        stages = {}
-        for path in sorted(place.iterdir()):
-            data = path.read_bytes()
-            stages[path.name] = {"sha256": manifest.digest(data), "bytes": len(data)}
-        entries[index] = {
-            "kernel": one.kernel.name, "key": None, **one.described, "tile": one.tile, "used by": one.used_by,
-            "seconds": answer["seconds"], "memory": answer["memory"], "folder": place.name, "stages": stages,
-            "files": {},
-        }  # fmt: skip
-        if done % 25 == 0 or done == len(wanted):
-            say(f"{done} of {len(wanted)} kernels lowered")
+    pool, futures, entries = service.Pool(jobs), {}, [None] * len(wanted)
+    try:
+        for index, one in enumerate(wanted):
+            name = manifest.digest(json.dumps([one.kernel.name, one.described], sort_keys=True).encode())[:32]
+            place = folder / manifest.FOLDER / name
+            place.mkdir(parents=True)
+            job = {
+                "action": "report", "source": one.kernel.source, "function": one.kernel.name, "language": "triton",
+                "signature": one.signature, "constexprs": one.constants, "vendor": chip.vendor,
+                "architecture": chip.architecture, "options": {}, "attributes": one.attributes,
+                "output": str(place / one.kernel.name),
+            }  # fmt: skip
+            futures[pool.submit("lowering", job)] = index, place
+        for done, future in enumerate(as_completed(futures), 1):
+            (index, place), answer = futures[future], future.result()
+            one = wanted[index]
+            if not answer["ok"]:
+                for other in futures:
+                    other.cancel()
+                described = " ".join(f"{name}={value}" for name, value in one.tile.items())
+                raise Failed(f"{one.kernel.name} ({described}) for {chip.part}: {answer['reason']}")
+            stages = {}
+            for path in sorted(place.iterdir()):
+                data = path.read_bytes()
+                stages[path.name] = {"sha256": manifest.digest(data), "bytes": len(data)}
+            entries[index] = {
+                "kernel": one.kernel.name, "key": None, **one.described, "tile": one.tile, "used by": one.used_by,
+                "seconds": answer["seconds"], "memory": answer["memory"], "folder": place.name, "stages": stages,
+                "files": {},
+            }  # fmt: skip
+            if done % 25 == 0 or done == len(wanted):
+                say(f"{done} of {len(wanted)} kernels lowered")
+    finally:
+        pool.stop()
     shutil.copyfile(finish.__file__, folder / "finish.py")
     return entries
 

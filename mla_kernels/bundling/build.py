@@ -133,7 +133,7 @@ def _manifest(order: Order, half: Path, jobs: int, say) -> dict:
     else:
         wanted, refused = ascend.launches(chosen, chip)
         say(f"{len(wanted)} kernels to compile, as far as the open stages go")
-        kernels = ascend.compile_all(wanted, chip, half, say)
+        kernels = ascend.compile_all(wanted, chip, half, jobs, say)
         toolchain, backend, architecture = ascend.toolchain(), "npu", chip.architecture
     for name, reason in refused.items():
         say(f"left out: {name}: {reason}")
