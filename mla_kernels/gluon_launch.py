@@ -97,10 +97,10 @@ class GluonKernel(Kernel):
         Triton's launcher encodes their TMA descriptors at every launch.
         """
         if work and not args[0].is_meta:
-            args = self._described(args, statics)
+            args = self.described(args, statics)
         super().launch(chip, work, args, statics, tile)
 
-    def _described(self, args: tuple, statics: Mapping) -> list:
+    def described(self, args: tuple, statics: Mapping) -> list:
         """``args`` with Triton's descriptor for each tile."""
         from triton.experimental.gluon.language import NVMMASharedLayout
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

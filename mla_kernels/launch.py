@@ -189,6 +189,10 @@ class Kernel:
         """Constant arguments of the kernel, in its order."""
         return {name: tile[name] if name in self.tiles else statics[name] for name in self._constexprs}
 
+    def described(self, args: tuple, statics: Mapping) -> tuple | list:
+        """``args`` as Triton's JIT takes them."""
+        return args
+
     def programs(self, chip: Chip, work: int) -> int:
         """Grid size: one program an item on GPUs, a persistent grid of one program a core on Ascend."""
         if chip.is_gpu:

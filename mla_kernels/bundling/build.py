@@ -3,18 +3,18 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from mla_kernels.autotune import models
-from mla_kernels.autotune.problems import names_of
+from mla_kernels.autotune.problems import QUANTISED, names_of
 from mla_kernels.bundle import manifest
 from mla_kernels.bundling import ascend, gpu, launches, offline
 from mla_kernels.bundling.gpu import Failed
-from mla_kernels.bundling.steps import CACHES, PLAIN, QUANTISED_FORMATS, Limits, default_caches, steps
+from mla_kernels.bundling.steps import CACHES, PLAIN, Limits, default_caches, steps
 from mla_kernels.language import HAS_TRITON, INTERPRET
 from mla_kernels.launch import DTYPE_NAMES
 from mla_kernels.targets import devices
@@ -54,7 +54,7 @@ class Order:
             raise ValueError(f"dtype: got {self.dtype!r}, accepted are {', '.join(accepted)}")
         if type(self.tp) is not int or self.tp < 1:
             raise ValueError(f"tp: got {self.tp!r}, an integer from 1 is accepted")
-        for name, accepted in (("formats", (self.dtype, PLAIN, *QUANTISED_FORMATS)), ("caches", CACHES)):
+        for name, accepted in (("formats", (self.dtype, PLAIN, *QUANTISED)), ("caches", CACHES)):
             for value in getattr(self, name) or ():
                 if value not in accepted:
                     raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
@@ -176,7 +176,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
-def numbers(text: str | Iterable[int]) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     """The parts of "1,2" as integers; ValueError names one that is none."""
     found = []
     for part in names(text):

@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from mla_kernels.autotune.problems import QUANTISED
 from mla_kernels.bundling.build import Order, build, names, numbers
 from mla_kernels.bundling.gpu import Failed
-from mla_kernels.bundling.steps import CACHES, QUANTISED_FORMATS, Limits
+from mla_kernels.bundling.steps import CACHES, Limits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tp", type=int, default=1, metavar="N", help="devices that share the model (default 1)")
     made.add_argument("--dtype", default="bf16", metavar="D", help="of activations: bf16 (default), fp16, fp32")
     made.add_argument(
-        "--formats", type=names, metavar="F,F", help=f"of experts' weights: the dtype, {', '.join(QUANTISED_FORMATS)} "
+        "--formats", type=names, metavar="F,F", help=f"of experts' weights: the dtype, {', '.join(QUANTISED)} "
         "(default: the dtype and the model's published ones)",
     )  # fmt: skip
     made.add_argument("--caches", type=names, metavar="C,C", help=f"layouts of the latent cache: {', '.join(CACHES)}")

@@ -44,10 +44,10 @@ class Wanted:
 def collect(
     steps: Iterable[Step], chip: Chip, specialise: Callable, say: Callable[[str], None] = LOG.info
 ) -> tuple[list, dict[str, str]]:
-    """What ``specialise(launch, step's name, size)`` made of every launch, in order of appearance, and step -> reason
-    for those that have no path on ``chip``.
+    """What the steps launch, in order of appearance, and step -> reason for those that have no path on ``chip``.
 
-    ``specialise`` returns a key, and the thing to keep under it if the key is new; or None.
+    ``specialise(found, launch, step's name)`` enters a launch into ``found``, under a key of all that a compiler
+    compiles it anew for.
     """
     found: dict = {}
     refused: dict[str, str] = {}
@@ -80,8 +80,10 @@ def gpu_launches(steps: Iterable[Step], chip: Chip, say=LOG.info) -> tuple[list[
 
     def specialise(found, launch, name):
         kernel, constants = launch.kernel, launch.kernel.constexprs(launch.statics, launch.tile)
+        args = kernel.described(launch.args, launch.statics)
         asked.clear()
-        kernel.fn.warmup(*launch.args, grid=(1,), **constants, **kernel.options(launch.chip, launch.tile))
+        fn = getattr(kernel.fn, "loaded", kernel.fn)
+        fn.warmup(*args, grid=(1,), **constants, **kernel.options(launch.chip, launch.tile))
         ((key, data),) = asked
         wanted = found.get((kernel.name, key))
         if wanted is None:

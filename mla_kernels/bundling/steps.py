@@ -17,7 +17,7 @@ import torch
 
 from mla_kernels.autotune.making import PAGE, Make
 from mla_kernels.autotune.models import Geometry
-from mla_kernels.autotune.problems import OPERATIONS, QUANTISED
+from mla_kernels.autotune.problems import OPERATIONS
 from mla_kernels.bundling import layers
 
 PLAIN = "plain"
@@ -176,6 +176,3 @@ def _few(values: Iterable[int]) -> list[int]:
     """One or two of each class."""
     values = list(values)
     return [value for value in values if value <= 18 or value == values[-1]]
-
-
-QUANTISED_FORMATS = QUANTISED
