@@ -9,7 +9,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.attention.sparse.slots import entry_slots, prefill_rows, window_slots
-from mla_kernels.bundle.load import load_named
+from mla_kernels.bundle.loading import load_named
 from mla_kernels.hyper.form import HyperForm, StreamMix
 from mla_kernels.hyper.op import hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from mla_kernels.invariance import batch_invariant

@@ -5,7 +5,7 @@ of all that its code depends on; the answer now comes from the bundle first. So 
 have compiled, or compiles as ever.
 """
 
-from mla_kernels.bundle.load import Bundle, load, load_named
+from mla_kernels.bundle.loading import Bundle, load, load_named
 from mla_kernels.bundle.manifest import BundleRefused
 
 __all__ = ["Bundle", "BundleRefused", "load", "load_named"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mla_kernels import launch
 from mla_kernels.bundle import manifest
-from mla_kernels.bundle.load import family
+from mla_kernels.bundle.loading import family
 from mla_kernels.bundle.manifest import BundleRefused
 from mla_kernels.language import triton
 

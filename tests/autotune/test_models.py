@@ -12,7 +12,7 @@ V3 = {
     "model_type": "deepseek_v3", "hidden_size": 7168, "num_attention_heads": 128, "kv_lora_rank": 512,
     "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "q_lora_rank": 1536, "n_routed_experts": 256,
     "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid",
-    "norm_topk_prob": True, "topk_method": "noaux_tc",
+    "norm_topk_prob": True, "topk_method": "noaux_tc", "n_shared_experts": 1,
 }  # fmt: skip
 
 
