@@ -12,7 +12,7 @@ from mla_kernels.attention.paging import check_page_size
 from mla_kernels.checks import check_choice, check_int, check_tensor
 from mla_kernels.latent.indexer.cache import HEAD_DIMS, SCALE_BYTES, misplaced
 from mla_kernels.quant.fp8_block import decode_e4m3
-from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0
+from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0, exponents_of
 
 E4M3 = torch.float8_e4m3fn
 _BYTES = (torch.int8, torch.uint8)  # two e2m1 codes each
@@ -248,7 +248,7 @@ def _values(q, scales, form):
     """Queries as the kernels take them: codes, or bf16 values, of e2m1 the even columns in front of the odd ones."""
     if form == "fp8":
         return q.contiguous()
-    powers = decode_ue8m0(scales.contiguous().view(torch.uint8).unflatten(-1, (-1, 4)))  # [..., H, 4]
+    powers = decode_ue8m0(exponents_of(scales))  # [..., H, 4]
     if form == "mxfp8":
         values = decode_e4m3(q.contiguous().view(torch.uint8)).float().unflatten(-1, (-1, _GROUP))
         return (values * powers[..., : values.shape[-2], None]).flatten(-2).bfloat16()

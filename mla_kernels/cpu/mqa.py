@@ -4,7 +4,7 @@ are made values first."""
 import torch
 
 from mla_kernels.cpu import indexer
-from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0
+from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0, exponents_of
 
 _GROUP = 32  # columns that share an exponent
 
@@ -61,5 +61,5 @@ def dequantised(codes, scale, form):
         values = torch.stack((decode_e2m1(codes << 4), decode_e2m1(codes & 0xF0)), -1).flatten(1).float()
     else:
         values = indexer._decoded(codes)
-    powers = decode_ue8m0(scale.contiguous().view(torch.uint8).view(-1, 4))
+    powers = decode_ue8m0(exponents_of(scale))
     return values * powers[:, : -(-values.shape[1] // _GROUP)].repeat_interleave(_GROUP, 1)

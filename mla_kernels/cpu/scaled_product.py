@@ -5,7 +5,7 @@ import torch
 
 from mla_kernels.cpu.gemm import linear
 from mla_kernels.quant.fp8_block import decode_e4m3
-from mla_kernels.quant.mxfp4 import decode_ue8m0
+from mla_kernels.quant.mxfp4 import decode_ue8m0, exponents_of
 
 _ROWS = 512  # a multiple of the rows that share a scale
 
@@ -35,7 +35,7 @@ def scaled_product(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, ad
 def _values(codes, scales, gran_mn, gran_k):
     """fp32 [rows, K] of codes and their scales: fp32, or int32 of four exponents."""
     if scales.dtype == torch.int32:
-        scales = decode_ue8m0(scales.contiguous().view(torch.uint8).view(scales.shape[0], -1))
+        scales = decode_ue8m0(exponents_of(scales).flatten(1))
     rows, depth = codes.shape
     if gran_mn > 1:
         scales = scales.repeat_interleave(gran_mn, 0)[:rows]
