@@ -48,7 +48,7 @@ def get_theoretical_mk_alignment_for_contiguous_layout(
 
 
 def get_tma_aligned_size(x: int, element_size: int) -> int:
-    """``x`` elements, up to the next multiple of 16 bytes."""
+    """``x`` elements of ``element_size`` bytes, up to the next multiple of 16 bytes."""
     check_int("x", x, 0)
     check_int("element_size", element_size, 1, TMA_BYTES)
     step = TMA_BYTES // element_size
