@@ -93,6 +93,8 @@ PEERS = {
             "get_mn_major_tma_aligned_tensor": "(sf)",
             "get_mn_major_tma_aligned_packed_ue8m0_tensor": "(sf, psum_layout=None)",
             "pack_ue8m0_to_int": "(x)",
+            "get_num_sms": "()",
+            "set_num_sms": "(new_num_sms)",
             "get_mk_alignment_for_contiguous_layout": "()",
             "set_mk_alignment_for_contiguous_layout": "(new_value)",
             "get_theoretical_mk_alignment_for_contiguous_layout": "(expected_m=None, num_groups=None)",

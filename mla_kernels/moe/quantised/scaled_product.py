@@ -116,14 +116,19 @@ def scaled_product_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """GPUs take weights as the first operand; sums of scaled products need registers of their own."""
+    """GPUs take weights as the first operand; sums of scaled products need registers of their own. Where tiles of 128
+    columns are too few for the cores, or the sums and decoded codes too many for the registers, half of them."""
     rows = sizes["rows"] if statics["MODE"] != "contiguous" else statics["ALIGNMENT"]
     m = max(16, min(MOST_ROWS, 1 << (max(rows, 1) - 1).bit_length()))
     tile = {"BLOCK_M": m, "BLOCK_N": 128, "GROUP_M": 8, "FP8": int(chip.dot_e4m3), "SWAP": int(chip.is_gpu)}
     narrow = min(statics["GRAN_A"], statics["GRAN_B"]) < 128
     if not chip.is_gpu and statics["GRAN_N"] == 1:  # factors of rows and columns meet in UB, 48 bytes an element
         tile |= {"BLOCK_M": min(m, 32), "BLOCK_N": 64}
-    warps = 8 if tile["BLOCK_M"] == MOST_ROWS else 4
+    elif chip.is_gpu:
+        programs = _work(dtype, statics, sizes, tile).programs
+        if programs < 2 * chip.dot_cores or (chip.vendor == "amd" and not chip.dot_e4m3):
+            tile["BLOCK_N"] = 64
+    warps = 8 if tile["BLOCK_M"] * tile["BLOCK_N"] == MOST_ROWS * 128 else 4
     return tile | {"num_warps": warps, "num_stages": 2 if chip.vendor == "amd" else 4 if narrow else 3}
 
 
@@ -146,7 +151,7 @@ def _real_rows(statics, sizes):
 
 
 def _cost(dtype, statics, sizes):
-    rows, columns, depth = _real_rows(statics, sizes), sizes["columns"], sizes["depth"]
+    rows, columns, depth = _real_rows(statics, sizes), sizes["outputs"], sizes["depth"]
     scales = rows * depth // statics["GRAN_A"] * 4
     moved = rows * depth + sizes["groups"] * columns * depth + rows * columns * DTYPE_BYTES[statics["OUT"]]
     return Cost(flops=2.0 * rows * columns * depth, bytes=float(moved + scales))
@@ -155,7 +160,7 @@ def _cost(dtype, statics, sizes):
 def _work(dtype, statics, sizes, tile):
     m, n, depth = tile["BLOCK_M"], tile["BLOCK_N"], sizes["depth"]
     groups = 1 if statics["MODE"] == "contiguous" else sizes["groups"]
-    programs = groups * -(-_real_rows(statics, sizes) // (groups * m)) * -(-sizes["columns"] // n)
+    programs = groups * -(-_real_rows(statics, sizes) // (groups * m)) * -(-sizes["outputs"] // n)
     return Work(programs, 2.0 * m * n * depth, (m + n) * depth + m * n * DTYPE_BYTES[statics["OUT"]])
 
 
@@ -168,7 +173,7 @@ def _statics(mode, grans, add, even, alignment, packed_a, packed_b, out):
 
 
 def _case(name, mode, groups, rows, columns, depth, grans=(128, 128, 128), packed=False):
-    sizes = {"groups": groups, "rows": rows, "columns": columns, "depth": depth}
+    sizes = {"groups": groups, "rows": rows, "outputs": columns, "depth": depth}
     alignment = 128 if mode == "contiguous" else 0
     return Case(name, _statics(mode, grans, False, True, alignment, packed, packed, "bf16"), sizes, ("bf16",))
 
@@ -220,7 +225,8 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add):
     chip = chip_of(a.device)
     even = depth % min(grans[0], grans[2]) == 0
     statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out)
-    sizes = {"groups": groups, "rows": rows, "columns": columns, "depth": depth}
+    most = 1 << max(rows - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
+    sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
     row_tiles = -(-rows // tile["BLOCK_M"])
     work = row_tiles * (1 if mode == "contiguous" else groups) * -(-columns // tile["BLOCK_N"])
