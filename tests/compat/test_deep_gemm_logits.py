@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from mla_kernels.compat import deep_gemm
 from mla_kernels.latent.indexer.cache import IndexerCache
@@ -222,6 +223,18 @@ def test_the_same_bits_on_every_call(device, form):
     for _ in repeats(device):
         again = deep_gemm.fp8_fp4_paged_mqa_logits(*args, None, 192, clean_logits=True)
         assert torch.equal(first, again)
+
+
+def test_ops_keep_torchs_contracts(cpu_code):
+    q, k = torch.randn(3, 4, 64).bfloat16(), random_codes("mxfp4", 20, 64)
+    rows = torch.zeros(3, dtype=torch.int32), torch.full((3,), 9, dtype=torch.int32)
+    weights = torch.randn(3, 4)
+    operands = (q, k, random_words(20), "mxfp4", weights, *rows, torch.empty(3, 9), True, True)
+    opcheck(torch.ops.mla_kernels.mqa_logits.default, operands)
+    cache = torch.zeros(2, 16 * 36, dtype=torch.uint8)
+    table, limits = torch.zeros(3, 1, dtype=torch.int32), torch.full((3, 1), 9, dtype=torch.int32)
+    operands = (q[:, None], cache, "mxfp4", weights, table, limits, torch.empty(3, 16), True)
+    opcheck(torch.ops.mla_kernels.paged_mqa_logits.default, operands)
 
 
 def change(place, value):

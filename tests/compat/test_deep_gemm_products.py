@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from mla_kernels.compat import deep_gemm
 from mla_kernels.reference import block_scaled as reference
@@ -231,3 +232,12 @@ def test_refused_of_the_others(cpu_code):
         deep_gemm.tf32_hc_prenorm_gemm(torch.ones(2, 64), torch.ones(65, 64), torch.empty(2, 65), torch.empty(2))
     with pytest.raises(ValueError, match=r"sqr_sum: got shape \(2,\), \(3, 2\)"):
         deep_gemm.tf32_hc_prenorm_gemm(torch.ones(2, 64), torch.ones(4, 64), torch.empty(3, 2, 4), torch.empty(2), 3)
+
+
+def test_ops_keep_torchs_contracts(cpu_code):
+    """Schemas, fake tensors: what is written is said, and nothing is returned."""
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(1, 20, 256)), cast_blocks(torch.randn(1, 64, 256))
+    a, b = a.view(torch.uint8), b.view(torch.uint8)  # opcheck adds what it compares, which float8 does not know
+    operands = (a, a_scale, b, b_scale, torch.empty(1, 20, 64), None, "batched", [128, 128, 128], 0, False)
+    opcheck(torch.ops.mla_kernels.scaled_product.default, operands)
+    opcheck(torch.ops.mla_kernels.prenorm_product.default, (torch.randn(3, 64), torch.randn(4, 64)))
