@@ -259,7 +259,7 @@ def _check_values(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add
 
 
 scaled_product = define_op(
-    "scaled_product",
+    "scaled_product",  # no argument is called "mode": findings/torch_ops_with_an_argument_called_mode.sh
     "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor(a!) d, Tensor? layout, str kind, int[] grans, "
     "int alignment, bool add) -> ()",
     cpu=cpu.scaled_product,
