@@ -225,6 +225,17 @@ def test_the_same_bits_on_every_call(device, form):
         assert torch.equal(first, again)
 
 
+def test_compiled_whole(cpu_code):
+    q, cache, weights, table, _ = paged("mxfp4", 4, 64, 2, 64, LENGTHS)
+    limits = torch.tensor(LENGTHS, dtype=torch.int32)[:, None].repeat(1, 2)
+
+    def run(q, cache, weights, limits, table):
+        return deep_gemm.fp8_fp4_paged_mqa_logits(q, cache, weights, limits, table, None, 192, clean_logits=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, cache, weights, limits, table), run(q, cache, weights, limits, table))
+
+
 def test_ops_keep_torchs_contracts(cpu_code):
     q, k = torch.randn(3, 4, 64).bfloat16(), random_codes("mxfp4", 20, 64)
     rows = torch.zeros(3, dtype=torch.int32), torch.full((3,), 9, dtype=torch.int32)

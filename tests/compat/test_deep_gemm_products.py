@@ -234,6 +234,23 @@ def test_refused_of_the_others(cpu_code):
         deep_gemm.tf32_hc_prenorm_gemm(torch.ones(2, 64), torch.ones(4, 64), torch.empty(3, 2, 4), torch.empty(2), 3)
 
 
+def test_compiled_whole(cpu_code):
+    """torch.compile takes the functions in one graph, and what they write."""
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(20, 256)), cast_blocks(torch.randn(64, 256))
+    layout = torch.zeros(20, dtype=torch.int32)
+
+    def run(a, a_scale, b, b_scale):
+        c = torch.ones(20, 64)
+        deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), c, c)
+        d = torch.empty(20, 64)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b[None], b_scale[None]), d, layout)
+        return c, d
+
+    expected = run(a, a_scale, b, b_scale)
+    actual = torch.compile(run, fullgraph=True, backend="aot_eager")(a, a_scale, b, b_scale)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected))
+
+
 def test_ops_keep_torchs_contracts(cpu_code):
     """Schemas, fake tensors: what is written is said, and nothing is returned."""
     (a, a_scale), (b, b_scale) = cast_rows(torch.randn(1, 20, 256)), cast_blocks(torch.randn(1, 64, 256))
