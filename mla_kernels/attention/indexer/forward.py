@@ -243,9 +243,12 @@ INDEXER_LOGITS = Kernel(
 
 def as_multiplied(q):
     """Codes of queries, as bf16 where the matrix units do not take e4m3: made once a query, not once a tile of keys."""
-    if chip_of(q.device).dot_e4m3:
+    chip = chip_of(q.device)
+    if chip.dot_e4m3:
         return q
-    return bytes_to_fp16(q.contiguous().view(torch.uint8)).bfloat16()
+    if chip.is_gpu:
+        return q.bfloat16()
+    return bytes_to_fp16(q.contiguous().view(torch.uint8)).bfloat16()  # torch casts no float8 on every NPU
 
 
 def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, fill=True):
