@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import block_scaled as reference
@@ -76,6 +77,19 @@ def test_rows_in_the_keys_columns(device, form):
     check(deep_gemm.fp8_fp4_mqa_logits(q, kv, weights, starts, ends, 0, clean_logits=True), expected)
     if form == "fp8":
         check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends), expected)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "ascend950"])
+def test_chips_that_do_not_multiply_e4m3(target):
+    """Queries are made bf16 once; codes of keys are in the kernels."""
+    q, kv, weights, starts, ends, exact = ragged("fp8", 20, 64)
+    expected = reference.mqa_logits(*exact, weights.double(), starts, ends, 60)
+    rows, cache, paged_weights, table, values_of_pages = paged("fp8", 20, 64, 2, 64, LENGTHS)
+    limits = torch.tensor(LENGTHS, dtype=torch.int32)[:, None].repeat(1, 2)
+    with launch.on_cpu("interpret", target):
+        check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends, max_seqlen_k=60), expected)
+        logits = deep_gemm.fp8_paged_mqa_logits(rows[0], cache, paged_weights, limits, table, None, 192, True)
+    check(logits, expected_pages(values_of_pages, paged_weights, limits, 192))
 
 
 def test_a_row_is_cut_at_its_last_column(device):
