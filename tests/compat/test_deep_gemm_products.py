@@ -94,7 +94,7 @@ def grouped(groups, rows, columns, depth, packed=False):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("alignment", [128, 32])
+@pytest.mark.parametrize("alignment", [128, 32, 48])
 def test_contiguous(device, packed, alignment):
     """Groups of other rows than the alignment, one of them empty; padding in between holds NaN."""
     counts = [alignment + 3, 0, 20, alignment]

@@ -24,8 +24,6 @@ from mla_kernels.quant.decode import e2m1_values, ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
 
-FORMATS = ("fp8", "mxfp8", "mxfp4")
-
 
 @triton.jit
 def scaled_keys(codes, words, group, FORMAT: tl.constexpr, HIGH: tl.constexpr):

@@ -25,7 +25,6 @@ from mla_kernels.quant.decode import ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
 
-MODES = ("batched", "masked", "contiguous")
 MOST_ROWS = 64  # of a tile
 
 
@@ -118,7 +117,9 @@ def scaled_product_kernel(
 def _rule(chip, dtype, statics, sizes):
     """GPUs take weights as the first operand; sums of scaled products need registers of their own. Where tiles of 128
     columns are too few for the cores, or the sums and decoded codes too many for the registers, half of them."""
-    rows = sizes["rows"] if statics["MODE"] != "contiguous" else statics["ALIGNMENT"]
+    rows, alignment = sizes["rows"], statics["ALIGNMENT"]
+    if statics["MODE"] == "contiguous":
+        rows = alignment & -alignment  # the largest power of two that divides it
     m = max(16, min(MOST_ROWS, 1 << (max(rows, 1) - 1).bit_length()))
     tile = {"BLOCK_M": m, "BLOCK_N": 128, "GROUP_M": 8, "FP8": int(chip.dot_e4m3), "SWAP": int(chip.is_gpu)}
     narrow = min(statics["GRAN_A"], statics["GRAN_B"]) < 128
