@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.reference import block_scaled as reference
 from tests.compat.deep_gemm_problems import calc_diff, cast_blocks, cast_rows
@@ -57,6 +58,16 @@ def test_gemm(device, name):
     deep_gemm.fp8_gemm_nt(*on(device, (a, a_scale), (b, b_scale)), d, **options)
     check(d, exact)
     assert calc_diff(d, x @ w.T) < 1e-3  # DeepGEMM's own check, with what fp8 takes away
+
+
+@pytest.mark.parametrize("rows", [5, 37])
+@pytest.mark.parametrize("target", ["sm_80", "gfx942", "ascend950"])
+def test_chips_that_do_not_multiply_e4m3(target, rows):
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(rows, 256)), cast_blocks(torch.randn(72, 256))
+    d = poisoned(rows, 72)
+    with launch.on_cpu("interpret", target):
+        deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), d)
+    check(d, reference.scaled_product(a, a_scale, b, b_scale))
 
 
 @pytest.mark.parametrize("same", [True, False])
