@@ -41,9 +41,11 @@ from mla_kernels.compat.deep_gemm_products import (
 )
 
 fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked  # the older name, which SGLang calls
+fp8_fp4_gemm_nt = fp8_gemm_nt  # DeepGEMM has one function under both names
 
 __all__ = [
     "fp8_einsum",
+    "fp8_fp4_gemm_nt",
     "fp8_fp4_mqa_logits",
     "fp8_fp4_paged_mqa_logits",
     "fp8_gemm_nt",

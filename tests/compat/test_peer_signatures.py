@@ -71,6 +71,7 @@ PEERS = {
         deep_gemm,
         {
             "fp8_gemm_nt": f"(a, b, d, c=None, {PRODUCT}alpha=None, epilogue=None)",
+            "fp8_fp4_gemm_nt": f"(a, b, d, c=None, {PRODUCT}alpha=None, epilogue=None)",
             "m_grouped_fp8_gemm_nt_contiguous": f"(a, b, d, grouped_layout, {PRODUCT}use_psum_layout=False, "
             "ensure_zero_padding=True, expected_m_for_psum_layout=None, epilogue=None)",
             "m_grouped_fp8_gemm_nt_masked": MASKED,
