@@ -309,7 +309,7 @@ def _groups_of_rows(ends, rows, alignment):
     group = torch.searchsorted(ends, row, right=True, out_int32=True)  # the first that ends behind the row
     starts = torch.nn.functional.pad((ends[:-1] + alignment - 1) // alignment * alignment, (1, 1))
     starts[-1] = rows  # of no group
-    return torch.where(row >= starts[group], group, -1)
+    return torch.where(row >= starts.index_select(0, group), group, -1)
 
 
 def _multiply(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, c=None):
