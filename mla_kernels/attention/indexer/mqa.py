@@ -19,7 +19,7 @@ from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
-from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.decode import e2m1_values, ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
@@ -174,7 +174,17 @@ def _rule(chip, dtype, statics, sizes):
 
 
 def _memory(chip, dtype, statics, tile):
-    return logits_memory(chip, dtype, _as_logits(statics), tile)
+    """Keys that are decoded go through shared memory beside the queries on AMD, and through UB in fp32 on Ascend."""
+    memory = logits_memory(chip, dtype, _as_logits(statics), tile)
+    if statics["CODES"] or NO_MEMORY in memory.values():
+        return memory
+    keys = tile["BLOCK_N"] * statics["HEAD_DIM"]
+    if chip.vendor == "amd":
+        return {"shared": 2 * (keys + tile["BLOCK_H"] * statics["HEAD_DIM"]) + 1024}
+    if not chip.is_gpu:
+        gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
+        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 16 * gathered) * keys
+    return memory
 
 
 def _statics(heads, head_dim, page_size, form, compact, codes):

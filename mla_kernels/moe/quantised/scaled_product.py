@@ -152,11 +152,11 @@ def _memory(chip, dtype, statics, tile):
     late = statics["MODE"] == "contiguous" and statics["ALIGNMENT"] % m
     if (tile["FP8"] and (statics["HALVES"] or not chip.dot_e4m3)) or late:
         return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
-    operands = (m + n) * step
+    operands = (m * (1 + statics["HALVES"]) + n) * step
     if chip.is_gpu:
         held = operands if chip.dot_from_shared else 0
         return {"shared": max(operands * max(1, tile["num_stages"] - 1) + held, 4 * m * n)}
-    return {"L1": 2 * operands * 2, "L0C": m * n * 4}
+    return {"L1": 4 * (m + n) * step, "L0C": m * n * 4}
 
 
 def _real_rows(statics, sizes):
