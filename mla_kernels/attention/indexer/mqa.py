@@ -183,7 +183,7 @@ def _memory(chip, dtype, statics, tile):
         return {"shared": 2 * (keys + tile["BLOCK_H"] * statics["HEAD_DIM"]) + 1024}
     if not chip.is_gpu:
         gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
-        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 16 * gathered) * keys
+        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 20 * gathered) * keys
     return memory
 
 
