@@ -148,15 +148,16 @@ def _rule(chip, dtype, statics, sizes):
 
 
 def _memory(chip, dtype, statics, tile):
+    """Upper bounds fitted to what the compilers report."""
     m, n, step = tile["BLOCK_M"], tile["BLOCK_N"], min(statics["GRAN_A"], statics["GRAN_B"])
     late = statics["MODE"] == "contiguous" and statics["ALIGNMENT"] % m
     if (tile["FP8"] and (statics["HALVES"] or not chip.dot_e4m3)) or late:
         return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     operands = (m * (1 + statics["HALVES"]) + n) * step
     if chip.is_gpu:
-        held = operands if chip.dot_from_shared else 0
-        return {"shared": max(operands * max(1, tile["num_stages"] - 1) + held, 4 * m * n)}
-    return {"L1": 4 * (m + n) * step, "L0C": m * n * 4}
+        buffers = tile["num_stages"] - (chip.vendor == "nvidia" and not chip.dot_from_shared)
+        return {"shared": max(operands * max(1, buffers), 4 * m * n) + 1024}
+    return {"L1": 4 * (m + n) * step, "L0C": m * n * (8 if chip.memory["L0C"] > 128 << 10 else 4)}
 
 
 def _real_rows(statics, sizes):
