@@ -4,7 +4,7 @@
 # make it functional torch passes the op's arguments by keyword to a function of its own whose first parameter has that
 # name. Under any other name the same op compiles; so does one called "mode" that writes nothing.
 #
-# Seen on 2026-11-29, CPU, torch 2.15.0, backend aot_eager:
+# Seen on 2026-11-29, CPU, torch 2.13.0 and 2.15.0 (which this installs), backend aot_eager:
 #   kind, writes: compiles
 #   mode, writes: TypeError: redirect_to_mode.<locals>.impl() got multiple values for argument 'mode'
 #   mode, returns: compiles
