@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mla_kernels as mk
 from mla_kernels.attention.decode import forward as decode
 from mla_kernels.attention.sparse import forward as sparse
+from mla_kernels.catalogue import CALLS
+from mla_kernels.catalogue.calls import Call
 from tests.attention.problems import make
 from tests.attention.sparse_problems import make_decode
-from tests.catalogue import CALLS
-from tests.catalogue.calls import Call
 from tests.support import not_on
 from tests.test_public_api import SIGNATURES
 
@@ -33,6 +33,7 @@ WITHOUT_ROWS = {
     "copy_pages": "moves bytes",
     "prefill_rows": "its rows are those of packed sequences",
     "mla_prefill": "its rows are sequences: see test_sequences_of_a_prefill",
+    "mla_prefill of 128 + 64": "as above",
     "mla_prefill without causal and k_rope": "as above",
     "compress_windows": "its rows are sequences: see tests/latent/test_compress_windows.py",
     "write_windows": "as above",

@@ -3,7 +3,7 @@
 What holds for all ops (they are exported, compiled, checkpointed) is tested over this one list.
 """
 
-from tests.catalogue import attention, experts, hyper, latent  # noqa: F401  (they enter the ops)
-from tests.catalogue.calls import CALLS, rope_tables
+from mla_kernels.catalogue import attention, experts, hyper, latent  # noqa: F401  (they enter the ops)
+from mla_kernels.catalogue.calls import CALLS, rope_tables
 
 __all__ = ["CALLS", "rope_tables"]
