@@ -55,6 +55,8 @@ if mla_kernels.__version__ != "{version}":
         f"{{mla_kernels.__version__}} is installed: write it anew with python -m mla_kernels kernels-repo"
     )
 
+from mla_kernels.compat.kernels_attention import flash_attn_func, flash_attn_varlen_func  # noqa: E402, F401
+
 from . import layers  # noqa: E402
 '''
 LAYERS_FILE = '''"""What transformers' names stand for."""

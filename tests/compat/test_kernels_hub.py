@@ -17,11 +17,12 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.laguna.modeling_laguna import LagunaTopKRouter
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
+from transformers.utils.import_utils import is_kernels_available
 
 import mla_kernels
 from mla_kernels.__main__ import main
 from mla_kernels.agreement.compare import distance
-from mla_kernels.compat import kernels_hub, kernels_layers
+from mla_kernels.compat import kernels_attention, kernels_hub, kernels_layers
 from tests.children import child_environment
 
 pytestmark = pytest.mark.usefixtures("cpu_code", "offline")
@@ -71,6 +72,7 @@ def test_it_is_loaded_by_the_library(repository):
     (loaded,) = [one for one in kernels.get_loaded_kernels() if one.module is kernel]
     assert str(loaded.metadata.name) == "mla-kernels" and loaded.metadata.version == 1
     assert kernel.layers.MegaBlocksMoeMLP is kernels_layers.MegaBlocksMoeMLP
+    assert kernel.flash_attn_varlen_func is kernels_attention.flash_attn_varlen_func
 
 
 def test_it_carries_the_package(repository, tmp_path):
@@ -224,6 +226,89 @@ def test_what_takes_the_names():
     ]  # fmt: skip
     named = {cls for classes in found.values() for cls in classes}
     assert not [cls for cls in named if "Deepseek" in cls and not cls.endswith(("RMSNorm", "RMSNormFn"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention by the repository's name
+
+V3 = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
+    qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+    first_k_dense_replace=1, n_group=1, topk_group=1, max_position_embeddings=64, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+
+
+def test_a_latent_attention_model_attends_by_the_repositorys_name(repository, monkeypatch):
+    """Where transformers takes this version of kernels; elsewhere it names those that it takes."""
+    monkeypatch.setenv("LOCAL_KERNELS", f"mla/kernels={repository}")
+    model = filled(transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**V3)))
+    ids, mask = torch.randint(1, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0  # padding on the left
+    inputs, options = {"input_ids": ids, "attention_mask": mask}, {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        want, tokens = model(**inputs).logits, model.generate(**inputs, **options)
+    if not is_kernels_available():
+        with pytest.raises(ImportError, match=r"0\.18\.2 <= version < 0\.19\.0"):
+            model.set_attn_implementation("mla/kernels")
+        return
+    calls = []
+    run = kernels_attention.mla_prefill
+    monkeypatch.setattr(
+        kernels_attention, "mla_prefill", lambda *args, **more: calls.append(more) or run(*args, **more)
+    )
+    model.set_attn_implementation("mla/kernels")
+    with torch.no_grad():
+        got = model(**inputs).logits
+        assert len(calls) == 2 and all(call["causal"] for call in calls)
+        assert distance(got[mask.bool()], want[mask.bool()]) <= 84
+        assert torch.equal(model.generate(**inputs, **options), tokens)
+
+
+@pytest.mark.parametrize("values", [16, 24, 48])
+def test_attention_functions(values):
+    """The two say the same, and what torch's attention does; with gradients."""
+    q, k, v = torch.randn(2, 5, 3, 48), torch.randn(2, 7, 3, 48), torch.randn(2, 7, 3, values)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = kernels_attention.flash_attn_func(*leaves, causal=True, softmax_scale=0.2)
+    mask = torch.ones(5, 7, dtype=torch.bool).tril(2)
+    others = [x.clone().requires_grad_() for x in (q, k, v)]
+    heads = [x.transpose(1, 2) for x in others]
+    want = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.2).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+    grad = torch.randn_like(out)
+    for one, other in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(want, others, grad)):
+        torch.testing.assert_close(one, other)
+    starts = torch.tensor([0, 5, 10], dtype=torch.int32), torch.tensor([0, 7, 14], dtype=torch.int32)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    rows = kernels_attention.flash_attn_varlen_func(*flat, *starts, 5, torch.tensor(7), causal=True, softmax_scale=0.2)
+    assert torch.equal(rows, out.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p: flash_attn_varlen_func over mla_prefill does not take it"),
+        ({"window_size": (3, 0)}, "window_size"),
+        ({"softcap": 30.0, "s_aux": torch.zeros(3)}, "softcap, s_aux"),
+        ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes"),
+        ({"return_attn_probs": True}, "return_attn_probs"),
+    ],
+)
+def test_what_attention_does_not_take(more, said):
+    q = torch.randn(1, 4, 3, 32)
+    with pytest.raises(NotImplementedError, match=said):
+        kernels_attention.flash_attn_func(q, q, q, **more)
+
+
+def test_shapes_that_attention_does_not_take():
+    q = torch.randn(1, 4, 3, 32)
+    with pytest.raises(NotImplementedError, match="k: got 1 heads, accepted are as many as q has: 3"):
+        kernels_attention.flash_attn_func(q, q[:, :, :1], q[:, :, :1])
+    with pytest.raises(ValueError, match="q"):
+        kernels_attention.flash_attn_func(q[0], q, q)
+    with pytest.raises(NotImplementedError, match="v: got width 512"):
+        kernels_attention.flash_attn_func(q, q, torch.randn(1, 4, 3, 300))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
