@@ -162,9 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         return command.main(arguments[1:])
     if arguments[:1] == ["kernels-repo"]:
-        from mla_kernels.compat import kernels_hub
+        from mla_kernels import kernels_repo
 
-        return kernels_hub.main(arguments[1:])
+        return kernels_repo.main(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -20,6 +20,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKR
 from transformers.utils.import_utils import is_kernels_available
 
 import mla_kernels
+from mla_kernels import kernels_repo
 from mla_kernels.__main__ import main
 from mla_kernels.agreement.compare import distance
 from mla_kernels.compat import kernels_attention, kernels_hub, kernels_layers
@@ -40,7 +41,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    return kernels_hub.write(tmp_path_factory.mktemp("hub") / "repository")
+    return kernels_repo.write(tmp_path_factory.mktemp("hub") / "repository")
 
 
 def filled(module: nn.Module) -> nn.Module:
@@ -94,7 +95,7 @@ print(mla_kernels.__file__, mla_kernels.route(torch.randn(3, 8), 2)[1].shape)
 
 
 def test_another_version_of_the_package_is_named(tmp_path):
-    folder = kernels_hub.write(tmp_path / "old", version=3)
+    folder = kernels_repo.write(tmp_path / "old", version=3)
     init = folder / kernels_hub.VARIANT / "__init__.py"
     init.write_text(init.read_text().replace(mla_kernels.__version__, "0.0.9"))
     with pytest.raises(
@@ -131,7 +132,7 @@ def test_the_command(tmp_path, capsys):
 )
 def test_versions_of_the_repository(tmp_path, version, error, said):
     with pytest.raises(error, match=f"version: {said}"):
-        kernels_hub.write(tmp_path / "new", version=version)
+        kernels_repo.write(tmp_path / "new", version=version)
     assert not (tmp_path / "new").exists()
 
 
