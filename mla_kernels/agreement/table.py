@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,21 +33,17 @@ number)."""
 def compared(found: Mapping[str, Results]) -> list[Row]:
     """Rows of what backends gave: each result of each op, with the distance between every two backends that have it."""
     made = []
-    first = next(iter(found.values()), {})
-    for name in first:
+    for name in next(iter(found.values()), {}):
         op, _, dtype = name.partition("|")
-        for result in next(iter(results for backend in found if (results := found[backend][name])), {}):
-            by_backend = {backend: found[backend][name].get(result) for backend in found}
-            by_backend = {backend: tensor for backend, tensor in by_backend.items() if tensor is not None}
-            one = next(iter(by_backend.values()))
+        for result in dict.fromkeys(result for results in found.values() for result in results[name]):
+            have = {backend: results[name][result] for backend, results in found.items() if result in results[name]}
+            one = next(iter(have.values()))
+            pairs = itertools.combinations(have, 2)
             made.append(
                 {
                     "op": op, "inputs": dtype, "result": result, "dtype": str(one.dtype).removeprefix("torch."),
                     "exact": result in CALLS[op].exact, "values": one.numel(),
-                    "distances": {
-                        f"{a}|{b}": distance(by_backend[a], by_backend[b])
-                        for a, b in itertools.combinations(by_backend, 2)
-                    },
+                    "distances": {f"{a}|{b}": distance(have[a], have[b]) for a, b in pairs},
                 }
             )  # fmt: skip
     return made
@@ -69,9 +66,8 @@ def label(row: Row) -> str:
 
 def about(tokens: int, backends: Sequence[str]) -> dict:
     """Where and with what a run was made."""
-    names = ("torch", "triton")
     record = {"date": f"{date.today()}", "tokens": tokens, "machine": _cpu(), "backends": list(backends)}
-    record["versions"] = {name: importlib.metadata.version(name) for name in names}
+    record["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "triton") if find_spec(name)}
     if "npu-emulated" in backends:
         from mla_kernels.targets.compile import compiler_version
 
