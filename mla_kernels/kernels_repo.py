@@ -63,14 +63,16 @@ def write(folder: Path | str, *, version: int = 1) -> Path:
         ``folder`` as an absolute path.
 
     Raises:
-        TypeError: ``version`` is no integer. ValueError: it is below 1. FileExistsError: ``folder`` is a file, or holds
-        something else.
+        TypeError: ``version`` is no integer. ValueError: it is below 1, or ``folder`` holds the package that runs, or
+        lies in it. FileExistsError: ``folder`` is a file, or holds something else.
     """
     if not isinstance(version, int) or isinstance(version, bool):
         raise TypeError(f"version: got {type(version).__name__}, an integer is accepted")
     if version < 1:
         raise ValueError(f"version: got {version}, an integer of at least 1 is accepted")
-    folder = Path(folder).absolute()
+    folder, source = Path(folder).absolute(), Path(mla_kernels.__file__).parent
+    if source.is_relative_to(folder) or folder.is_relative_to(source):
+        raise ValueError(f"folder: got {folder}, the package that runs is {source}; one apart from it is accepted")
     if folder.exists() and not (folder.is_dir() and (is_repository(folder) or not any(folder.iterdir()))):
         raise FileExistsError(
             f"folder: got {folder}, which holds something else; a new or an empty folder is accepted, or one that "
@@ -80,15 +82,15 @@ def write(folder: Path | str, *, version: int = 1) -> Path:
     shutil.rmtree(variant, ignore_errors=True)
     package = variant / "package" / "mla_kernels"
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(mla_kernels.__file__).parent, package, ignore=ignored)
+    shutil.copytree(source, package, ignore=ignored)
     for name in APART:
         if not (package / name).exists():
             (place,) = importlib.util.find_spec(f"mla_kernels.{name}").submodule_search_locations
             shutil.copytree(place, package / name, ignore=ignored)
     files = sorted(path for path in package.rglob("*") if path.is_file())
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     metadata = {
-        "name": NAME, "id": f"_mla_kernels_universal_{source}", "version": version, "license": "Apache-2.0",
+        "name": NAME, "id": f"_mla_kernels_universal_{digest}", "version": version, "license": "Apache-2.0",
         "python-depends": ["einops"], "backend": {"type": "cpu"},
     }  # fmt: skip
     (variant / "__init__.py").write_text(INIT.format(version=mla_kernels.__version__))

@@ -12,7 +12,7 @@ import mla_kernels as mk
 from mla_kernels import launch
 from mla_kernels.__main__ import main
 from mla_kernels.agreement import command, compare, run, table
-from mla_kernels.catalogue import CALLS
+from mla_kernels.catalogue import EVERY
 from tests.support import not_on
 from tests.test_batch_invariance import functions
 
@@ -21,7 +21,7 @@ DTYPES = command.DEFAULT_DTYPES
 ELSEWHERE = {"convert_cache", "quantisation_error"}
 """Functions without a row, as the page says."""
 
-EXACT = run.rows([op for op, call in CALLS.items() if call.exact], DTYPES)
+EXACT = run.rows([op for op, call in EVERY.items() if call.exact], DTYPES)
 COMPOSED = "prefill_rows"
 
 
@@ -46,7 +46,7 @@ def page_rows():
 
 def check_exact(op, dtype, backend):
     want, got = run.results(op, dtype, "cpu"), run.results(op, dtype, backend)
-    for name in CALLS[op].exact:
+    for name in EVERY[op].exact:
         assert compare.differing(*(one[name].view(torch.uint8) for one in (want, got))) == 0, (name, dtype)
 
 
@@ -133,7 +133,7 @@ def test_the_page_has_a_row_for_every_function():
 
 def test_the_pages_rows_are_what_the_command_gives():
     """Its rows by the CPU code; "=" wherever equality is claimed; and nowhere more than the parity tests accept."""
-    wanted = run.rows(list(CALLS), DTYPES)
+    wanted = run.rows(list(EVERY), DTYPES)
     rows = table.compared({"cpu": {f"{op}|{dtype}": run.results(op, dtype, "cpu") for op, dtype in wanted}})
     known = page_rows()
     assert list(known) == list(rows_of(table.markdown(ABOUT, rows)))

@@ -33,7 +33,6 @@ WITHOUT_ROWS = {
     "copy_pages": "moves bytes",
     "prefill_rows": "its rows are those of packed sequences",
     "mla_prefill": "its rows are sequences: see test_sequences_of_a_prefill",
-    "mla_prefill of 128 + 64": "as above",
     "mla_prefill without causal and k_rope": "as above",
     "compress_windows": "its rows are sequences: see tests/latent/test_compress_windows.py",
     "write_windows": "as above",

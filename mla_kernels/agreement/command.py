@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mla_kernels.agreement import run, table
-from mla_kernels.catalogue import CALLS
+from mla_kernels.catalogue import EVERY
 from mla_kernels.targets import service
 from mla_kernels.targets.compile import compiler_version
 
@@ -15,7 +15,7 @@ DEFAULT_DTYPES = ("fp32", "bf16")
 
 def options() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m mla_kernels agree", description=__doc__)
-    made.add_argument("--op", nargs="+", action="extend", default=[], choices=CALLS, metavar="OP",
+    made.add_argument("--op", nargs="+", action="extend", default=[], choices=EVERY, metavar="OP",
                       help="of --list (default all)")  # fmt: skip
     made.add_argument(
         "--backend", nargs="+", action="extend", default=[], choices=run.BACKENDS, metavar="B",
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options()
     chosen = parser.parse_args(arguments)
     if chosen.list:
-        print("\n".join(CALLS))
+        print("\n".join(EVERY))
         return 0
     partial = chosen.op or chosen.backend or chosen.dtype or chosen.tokens != run.TOKENS
     if chosen.markdown and partial:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.replace(document, "")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    rows = run.rows(chosen.op or list(CALLS), chosen.dtype or DEFAULT_DTYPES)
+    rows = run.rows(chosen.op or list(EVERY), chosen.dtype or DEFAULT_DTYPES)
     try:
         if "npu-emulated" in backends:
             compiler_version("ascend")

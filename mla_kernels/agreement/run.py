@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from mla_kernels import hopper, launch
-from mla_kernels.catalogue import CALLS
+from mla_kernels.catalogue import EVERY
 from mla_kernels.catalogue.calls import Call
 from mla_kernels.targets import emulator
 from mla_kernels.targets.service import ToolchainMissing
@@ -56,7 +56,7 @@ def rows(ops: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
     """(op, dtype of its inputs) of each row; an op whose types are fixed has one, with its example's dtype."""
     found = []
     for op in ops:
-        call = CALLS[op]
+        call = EVERY[op]
         found += [(op, name) for name in dtypes] if call.elements else [(op, "")]
     return found
 
@@ -74,7 +74,7 @@ def results(op: str, dtype: str, backend: str, tokens: int = TOKENS) -> dict[str
     Raises:
         ToolchainMissing: ``npu-emulated`` without the Ascend compilers.
     """
-    call = CALLS[op]
+    call = EVERY[op]
     tensors = inputs(call, op, dtype, tokens)
     device = backend if backend in DEVICES else "cpu"
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -4,6 +4,7 @@ import torch
 
 import mla_kernels as mk
 from mla_kernels.catalogue.calls import (
+    FORMS,
     HEADS,
     LATENT,
     PAGE,
@@ -34,11 +35,6 @@ def _prefill(nope_dim, rope_dim, v_dim):
 @call("mla_prefill", "q k v k_rope", ("q", "k", "v", "k_rope"), elements="q k v k_rope", results="out lse")
 def _():
     return _prefill(32, 16, 16)
-
-
-@call("mla_prefill of 128 + 64", "q k v k_rope", ("q", "k", "v", "k_rope"), elements="q k v k_rope", results="out lse")
-def _():
-    return _prefill(128, 64, 128)
 
 
 @call("mla_prefill without causal and k_rope", "q", ("q", "k", "v"), elements="q k v", results="out lse")
@@ -99,11 +95,12 @@ _BATCH = {"q": {0: "tokens"}, "data": {0: "pages"}, "block_table": {0: "tokens"}
 enter("mla_decode", _BATCH, *_decode(None, LATENT), elements="q data", results="out lse")
 enter("mla_decode of fp8_v32", _BATCH, *_decode("fp8_v32"), results="out lse")
 enter("mla_decode of int8", _BATCH, *_decode("int8"), results="out lse")
-for _layout in (None, "fp8_v32", "int8"):  # forms that the kernels for Hopper carry
-    enter(
-        "mla_decode " + f"of {_layout} " * bool(_layout) + "in pages of 64", _BATCH, *_decode(_layout, page_size=64),
-        elements="" if _layout else "q data", results="out lse",
-    )  # fmt: skip
+
+# Forms that the kernels for Hopper carry
+enter("mla_prefill of 128 + 64", "", *_prefill(128, 64, 128), elements="q k v k_rope", results="out lse", among=FORMS)
+enter("mla_decode in pages of 64", "", *_decode(None, 128, 64), elements="q data", results="out lse", among=FORMS)
+enter("mla_decode of fp8_v32 in pages of 64", "", *_decode("fp8_v32", 128, 64), results="out lse", among=FORMS)
+enter("mla_decode of int8 in pages of 64", "", *_decode("int8", 128, 64), results="out lse", among=FORMS)
 
 
 def _sparse_decode(layout):

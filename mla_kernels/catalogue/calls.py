@@ -48,13 +48,15 @@ class Call:
 
 
 CALLS: dict[str, Call] = {}
+FORMS: dict[str, Call] = {}
+"""Further forms of the same functions, which are called and compared, but neither exported nor compiled."""
 
 
-def enter(name, sizes, run, example, leaves=(), *, elements="", results="", exact=""):
-    """``sizes`` as a string names the tensors whose axis 0 is the number of tokens; the last three are words."""
+def enter(name, sizes, run, example, leaves=(), *, elements="", results="", exact="", among=CALLS):
+    """``sizes`` as a string names the tensors whose axis 0 is the number of tokens; other strings are words, too."""
     axes = {key: {0: "tokens"} for key in sizes.split()} if isinstance(sizes, str) else sizes
     named = results if callable(results) else tuple(results.split())
-    CALLS[name] = Call(run, example, axes, leaves, tuple(elements.split()), named, tuple(exact.split()))
+    among[name] = Call(run, example, axes, leaves, tuple(elements.split()), named, tuple(exact.split()))
 
 
 def call(name, sizes, leaves=(), **more):

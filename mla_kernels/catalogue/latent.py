@@ -235,7 +235,7 @@ def _():
     return run, lambda n: {"q": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
 
 
-@call("quantise_indexer_query", "q weights", elements="q", results="codes weights", exact="codes")
+@call("quantise_indexer_query", "q weights", elements="q", results="codes weights", exact="codes weights")
 def _():
     return mk.quantise_indexer_query, lambda n: {"q": torch.randn(n, 4, 32), "weights": torch.randn(n, 4)}
 

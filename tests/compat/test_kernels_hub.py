@@ -120,6 +120,10 @@ def test_the_command(tmp_path, capsys):
             main(["kernels-repo", "-o", str(tmp_path / output)])
         assert said in capsys.readouterr().err
     assert (tmp_path / "other" / "file").read_text() == "mine"
+    for output in (Path(mla_kernels.__file__).parents[1], Path(mla_kernels.__file__).parent / "new"):
+        with pytest.raises(SystemExit):
+            main(["kernels-repo", "-o", str(output)])
+        assert "one apart from it is accepted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
