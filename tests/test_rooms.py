@@ -10,7 +10,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = {"gluon_launch", "gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
-TOOLS = {"", "check", "demo", "device"}
+TOOLS = {"", "agreement", "catalogue", "check", "demo", "device", "kernels_repo"}
 FLOORS = (
     ({"checks"}, {"invariance"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),
