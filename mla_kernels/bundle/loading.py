@@ -1,6 +1,7 @@
 """Take up a bundle: check it, and put it in front of Triton's cache."""
 
 import functools
+import importlib
 import logging
 import os
 from collections import Counter
@@ -16,6 +17,7 @@ from mla_kernels.language import HAS_TRITON, INTERPRET, triton
 
 LOG = logging.getLogger("mla_kernels.bundle")
 VARIABLE = "MLA_KERNELS_BUNDLE"
+MANAGER = "TRITON_CACHE_MANAGER"
 FAMILIES = {"nvidia": "CUDA", "amd": "ROCm", "ascend": "CANN"}
 
 
@@ -138,10 +140,12 @@ def _install(manager):
     if hasattr(triton, "knobs"):
         before, triton.knobs.cache.manager_class = triton.knobs.cache.manager_class, manager
         return before
-    if manager is None:  # triton-ascend reads a variable, and goes back to its own by name alone
+    module, _, name = os.environ.get(MANAGER, "").partition(":")  # which triton-ascend reads
+    before = getattr(importlib.import_module(module), name) if name else None
+    if manager is None:  # it goes back to its own by name alone
         manager = triton.runtime.cache.FileCacheManager
-    os.environ["TRITON_CACHE_MANAGER"] = f"{manager.__module__}:{manager.__name__}"
-    return None
+    os.environ[MANAGER] = f"{manager.__module__}:{manager.__name__}"
+    return before
 
 
 def _version_reasons(found: dict) -> list[str]:
