@@ -10,6 +10,7 @@ PrivateUse1, torch's place for such a device, can be renamed once and not back: 
 """
 
 import contextlib
+import functools
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ CPU = torch.device("cpu")
 # aten operators that a device treats otherwise than the CPU
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+MADE_BY_RESIZING = (
+    "arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace", "randperm", "range.step"
+)  # fmt: skip
 TO_THE_HOST = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 
 _installed: list = []  # the device's operators, for as long as they live
@@ -64,6 +68,14 @@ class NpuTensor(torch.Tensor):
 
     __array__ = numpy
 
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            grad = self.requires_grad
+            memo[id(self)] = torch.nn.Parameter(copied, grad) if is_parameter else copied.requires_grad_(grad)
+        return memo[id(self)]
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return _run(function, args, kwargs or {})
@@ -91,8 +103,8 @@ class _Module:
         return 0
 
     def set_device(self, device) -> None:
-        if torch.device(NAME, device if isinstance(device, int) else torch.device(device).index or 0).index:
-            raise RuntimeError(f"{device}: there is one emulated device, npu:0")
+        if device not in (0, NAME, f"{NAME}:0", torch.device(NAME), torch.device(NAME, 0)):
+            raise RuntimeError(f"{device}: there is one emulated device, {NAME}:0")
 
     def get_device_name(self, device=None) -> str:
         return self._name
@@ -138,7 +150,10 @@ def install(device: str = "910b") -> None:
     _setup_privateuseone_for_python_backend(NAME, _Module(name))
     every, aten = (torch.library.Library(space, "IMPL", "PrivateUse1") for space in ("_", "aten"))
     every.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs))  # what makes tensors of nothing
-    aten.impl("_copy_from", _copy_from)  # torch.tensor(..., device="npu") and lists as indices, where no fallback is asked
+    # torch.tensor(..., device="npu") and lists as indices end here, with no way to a fallback
+    aten.impl("_copy_from", _copy_from)
+    for name in MADE_BY_RESIZING:
+        aten.impl(name, functools.partial(_make, getattr(torch.ops.aten, name.partition(".")[0]), name))
     _installed.extend((every, aten))
 
 
@@ -198,11 +213,15 @@ def _run(function, args, kwargs):
     kwargs = dict(kwargs)
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if asked is not None:
+        if asked.type == NAME and asked.index:
+            raise RuntimeError(f"{asked}: there is one emulated device, {NAME}:0")
         kwargs["device"] = CPU
     raw_args, raw_kwargs = tree_map_only(NpuTensor, lambda tensor: tensor.raw, (args, kwargs))
     if name == "aten::histc" and not raw_args[0].is_floating_point():  # a device has it
         return NpuTensor(function(raw_args[0].float(), *raw_args[1:], **raw_kwargs).to(raw_args[0].dtype))
     result = function(*raw_args, **raw_kwargs)
+    if function._schema.is_mutable:
+        _check_sizes(name, args, kwargs)
     if name in TO_THE_HOST or asked == CPU:
         return result
     if name == "aten::copy_" and not isinstance(args[0], NpuTensor):
@@ -211,9 +230,24 @@ def _run(function, args, kwargs):
     return return_and_correct_aliasing(function, args, kwargs, result)
 
 
+def _make(packet, name, *args, **kwargs):
+    """A tensor of numbers alone, which torch would make by giving an empty one its size."""
+    overload = name.partition(".")[2] or "default"
+    return _run(getattr(packet, overload), args, kwargs)
+
+
 def _copy_from(source, target, non_blocking=False):
     target.raw.copy_(source)
     return target
+
+
+def _check_sizes(name, args, kwargs):
+    for tensor in tree_iter((args, kwargs)):
+        if isinstance(tensor, NpuTensor) and tensor.shape != tensor.raw.shape:
+            raise NotImplementedError(
+                f"{name}: resized a tensor from {list(tensor.shape)} to {list(tensor.raw.shape)}; one of the emulated "
+                "device keeps its size, and an out= argument must have the result's"
+            )
 
 
 def _check_devices(function, args, kwargs):
