@@ -70,7 +70,7 @@ def compile_native(ttadapter: str, cpu: str, optimise: bool = True) -> Native:
         stage = "emulator fusion"
         text = matmuls_to_loops(run_passes(text, FUSE))
         stage = "emulator bufferization"
-        text = copies_to_linalg(run_passes(text, BUFFERIZE))
+        text = products_to_vectors(copies_to_linalg(run_passes(text, BUFFERIZE)), cpu)
         stage = "emulator lowering"
         dialect = run_passes(text, LOWER)
         stage = "emulator llvm"
@@ -219,6 +219,71 @@ def copies_to_linalg(text: str) -> str:
     return re.sub(
         rf"memref\.copy {VALUE}, {VALUE} : {SHAPED} to {SHAPED}", r"linalg.copy ins(\1 : \3) outs(\2 : \4)", text
     )
+
+
+VECTORS = {"x86-64-v4": 32, "x86-64-v3": 16}
+"""Columns of a matrix product that are summed at a time, in 4 rows: as many sums as a machine's registers hold."""
+
+
+def products_to_vectors(text: str, cpu: str) -> str:
+    """Bufferised float products, which ``matmuls_to_loops`` made, as loops over blocks of the result, summed in
+    registers. LLVM leaves the sums in memory, and the columns of a narrow tile scalar.
+
+    Each element sums over k in order, as before. A product whose rows or columns do not fit stays as it is.
+    """
+    shape = r"memref<((?:\d+x)+)(\w+)>"
+    product = re.compile(
+        r'linalg\.generic \{indexing_maps = \[[^\]]*\], iterator_types = \[((?:"parallel", )?)"parallel", "reduction", '
+        rf'"parallel"\]\}} ins\({VALUE}, {VALUE} : {shape}, {shape}\) outs\({VALUE} : {shape}\) \{{\n(.*?)\n\s*\}}',
+        re.S,
+    )
+    found = iter(range(len(text)))
+    return product.sub(lambda match: _blocks(match, f"%product{next(found)}_", VECTORS.get(cpu, 8)), text)
+
+
+def _blocks(match: re.Match, q: str, widest: int) -> str:
+    batch, left, right, left_shape, left_kind, right_shape, right_kind, out, out_shape, kind, body = match.groups()
+    *lead, rows, columns = map(int, out_shape.split("x")[:-1])
+    length = int(left_shape.split("x")[-2])
+    across = next((width for width in (32, 16, 8, 4) if width <= widest and columns % width == 0), 0)
+    down = next(step for step in (4, 2, 1) if rows % step == 0)
+    if FUSED not in body or not across:
+        return match[0]
+    at, lines, vector = "", [], f"vector<{across}x{kind}>"
+    extents_of = {"l": rows, "n": columns, "k": length, "s": down, "w": across}
+    for name, value in {"0": 0, "1": 1, **extents_of, **({"b": lead[0]} if lead else {})}.items():
+        lines.append(f"{q}{name} = arith.constant {value} : index")
+    if lead:
+        lines.append(f"scf.for {q}g = {q}0 to {q}b step {q}1 {{")
+        at = f"{q}g, "
+    lines += [f"scf.for {q}i = {q}0 to {q}l step {q}s {{", f"scf.for {q}j = {q}0 to {q}n step {q}w {{"]
+    for r in range(down):
+        lines += [f"{q}r{r} = arith.constant {r} : index", f"{q}i{r} = arith.addi {q}i, {q}r{r} : index"]
+        lines.append(f"{q}o{r} = vector.load {out}[{at}{q}i{r}, {q}j] : memref<{out_shape}{kind}>, {vector}")
+    sums = ", ".join(f"{q}s{r} = {q}o{r}" for r in range(down))
+    types = ", ".join([vector] * down)
+    lines.append(f"{q}t:{down} = scf.for {q}x = {q}0 to {q}k step {q}1 iter_args({sums}) -> ({types}) {{")
+    given = f"vector<{across}x{right_kind}>"
+    lines.append(f"{q}v = vector.load {right}[{at}{q}x, {q}j] : memref<{right_shape}{right_kind}>, {given}")
+    factor = f"{q}v"
+    if right_kind != kind:
+        factor = f"{q}vw"
+        lines.append(f"{factor} = arith.extf {q}v : {given} to {vector}")
+    for r in range(down):
+        lines.append(f"{q}a{r} = memref.load {left}[{at}{q}i{r}, {q}x] : memref<{left_shape}{left_kind}>")
+        value = f"{q}a{r}"
+        if left_kind != kind:
+            value = f"{q}aw{r}"
+            lines.append(f"{value} = arith.extf {q}a{r} : {left_kind} to {kind}")
+        lines += [
+            f"{q}e{r} = vector.broadcast {value} : {kind} to {vector}",
+            f"{q}p{r} = arith.mulf {q}e{r}, {factor} {FUSED} : {vector}",
+            f"{q}q{r} = arith.addf {q}s{r}, {q}p{r} {FUSED} : {vector}",
+        ]
+    lines += [f"scf.yield {', '.join(f'{q}q{r}' for r in range(down))} : {types}", "}"]
+    for r in range(down):
+        lines.append(f"vector.store {q}t#{r}, {out}[{at}{q}i{r}, {q}j] : memref<{out_shape}{kind}>, {vector}")
+    return "\n".join([*lines, "}", "}", *(["}"] if lead else [])])
 
 
 def limit_unrolling(dialect: str) -> str:
