@@ -29,9 +29,11 @@ CPU = torch.device("cpu")
 # aten operators that a device treats otherwise than the CPU
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-MADE_BY_RESIZING = (
-    "arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace", "randperm", "range.step"
+MADE_OF_NUMBERS = (
+    "empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace",
+    "logspace", "randperm", "range.step",
 )  # fmt: skip
+"""The first two are where most others begin; those behind them begin with an empty tensor that they resize."""
 TO_THE_HOST = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 
 _installed: list = []  # the device's operators, for as long as they live
@@ -149,10 +151,9 @@ def install(device: str = "910b") -> None:
         raise service.ToolchainMissing("no gcc: the NPU emulator links what it compiles with it")
     _setup_privateuseone_for_python_backend(NAME, _Module(name))
     every, aten = (torch.library.Library(space, "IMPL", "PrivateUse1") for space in ("_", "aten"))
-    every.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs))  # what makes tensors of nothing
-    # torch.tensor(..., device="npu") and lists as indices end here, with no way to a fallback
-    aten.impl("_copy_from", _copy_from)
-    for name in MADE_BY_RESIZING:
+    every.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs))
+    aten.impl("_copy_from", _copy_from)  # torch.tensor(..., device="npu") ends here, where torch asks no fallback
+    for name in MADE_OF_NUMBERS:
         aten.impl(name, functools.partial(_make, getattr(torch.ops.aten, name.partition(".")[0]), name))
     _installed.extend((every, aten))
 
@@ -231,7 +232,7 @@ def _run(function, args, kwargs):
 
 
 def _make(packet, name, *args, **kwargs):
-    """A tensor of numbers alone, which torch would make by giving an empty one its size."""
+    """One of MADE_OF_NUMBERS."""
     overload = name.partition(".")[2] or "default"
     return _run(getattr(packet, overload), args, kwargs)
 
