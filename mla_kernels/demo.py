@@ -366,8 +366,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="timed runs of each side (default 2)")
     parser.add_argument(
         "--backend", choices=("cpu", EMULATED), default="cpu",
-        help=f"where mla_kernels runs: cpu (default), or {EMULATED}: once there and once on an Ascend NPU whose kernels "
-        "the emulator executes, one run each and no compile matrix",
+        help=f"where mla_kernels runs: cpu (default), or {EMULATED}: there and on an Ascend NPU whose kernels the "
+        "emulator executes, one run each and no compile matrix",
     )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a short prompt, for tests")
     parser.add_argument("--no-matrix", action="store_true", help="leave out the compile matrix")

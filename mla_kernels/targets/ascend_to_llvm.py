@@ -242,48 +242,47 @@ def products_to_vectors(text: str, cpu: str) -> str:
 
 
 def _blocks(match: re.Match, q: str, widest: int) -> str:
-    batch, left, right, left_shape, left_kind, right_shape, right_kind, out, out_shape, kind, body = match.groups()
-    *lead, rows, columns = map(int, out_shape.split("x")[:-1])
-    length = int(left_shape.split("x")[-2])
+    """One product [rows, length] x [length, columns] as loops; ``q`` begins the names of its values."""
+    left, right, left_shape, left_kind, right_shape, right_kind, out, out_shape, kind, body = match.groups()[1:]
+    *batch, rows, columns = map(int, out_shape.split("x")[:-1])
+    length = left_shape.split("x")[-2]
     across = next((width for width in (32, 16, 8, 4) if width <= widest and columns % width == 0), 0)
     down = next(step for step in (4, 2, 1) if rows % step == 0)
     if FUSED not in body or not across:
         return match[0]
-    at, lines, vector = "", [], f"vector<{across}x{kind}>"
-    extents_of = {"l": rows, "n": columns, "k": length, "s": down, "w": across}
-    for name, value in {"0": 0, "1": 1, **extents_of, **({"b": lead[0]} if lead else {})}.items():
-        lines.append(f"{q}{name} = arith.constant {value} : index")
-    if lead:
-        lines.append(f"scf.for {q}g = {q}0 to {q}b step {q}1 {{")
-        at = f"{q}g, "
-    lines += [f"scf.for {q}i = {q}0 to {q}l step {q}s {{", f"scf.for {q}j = {q}0 to {q}n step {q}w {{"]
-    for r in range(down):
-        lines += [f"{q}r{r} = arith.constant {r} : index", f"{q}i{r} = arith.addi {q}i, {q}r{r} : index"]
-        lines.append(f"{q}o{r} = vector.load {out}[{at}{q}i{r}, {q}j] : memref<{out_shape}{kind}>, {vector}")
-    sums = ", ".join(f"{q}s{r} = {q}o{r}" for r in range(down))
+    left_type, right_type, out_type = f"{left_shape}{left_kind}", f"{right_shape}{right_kind}", f"{out_shape}{kind}"
+    vector, given = f"vector<{across}x{kind}>", f"vector<{across}x{right_kind}>"
+    block, at = range(down), f"{q}g, " if batch else ""
+    counts = {"zero": 0, "one": 1, "rows": rows, "columns": columns, "length": length, "down": down, "across": across}
+    lines = [f"{q}{name} = arith.constant {n} : index" for name, n in (counts | {f"r{r}": r for r in block}).items()]
+    if batch:
+        lines.append(f"{q}batch = arith.constant {batch[0]} : index")
+        lines.append(f"scf.for {q}g = {q}zero to {q}batch step {q}one {{")
+    lines.append(f"scf.for {q}i = {q}zero to {q}rows step {q}down {{")
+    lines.append(f"scf.for {q}j = {q}zero to {q}columns step {q}across {{")
+    for r in block:
+        lines.append(f"{q}i{r} = arith.addi {q}i, {q}r{r} : index")
+        lines.append(f"{q}before{r} = vector.load {out}[{at}{q}i{r}, {q}j] : memref<{out_type}>, {vector}")
+    sums = ", ".join(f"{q}sum{r} = {q}before{r}" for r in block)
     types = ", ".join([vector] * down)
-    lines.append(f"{q}t:{down} = scf.for {q}x = {q}0 to {q}k step {q}1 iter_args({sums}) -> ({types}) {{")
-    given = f"vector<{across}x{right_kind}>"
-    lines.append(f"{q}v = vector.load {right}[{at}{q}x, {q}j] : memref<{right_shape}{right_kind}>, {given}")
-    factor = f"{q}v"
-    if right_kind != kind:
-        factor = f"{q}vw"
-        lines.append(f"{factor} = arith.extf {q}v : {given} to {vector}")
-    for r in range(down):
-        lines.append(f"{q}a{r} = memref.load {left}[{at}{q}i{r}, {q}x] : memref<{left_shape}{left_kind}>")
-        value = f"{q}a{r}"
+    lines.append(f"{q}all:{down} = scf.for {q}k = {q}zero to {q}length step {q}one iter_args({sums}) -> ({types}) {{")
+    lines.append(f"{q}b = vector.load {right}[{at}{q}k, {q}j] : memref<{right_type}>, {given}")
+    wide = right_kind != kind
+    if wide:
+        lines.append(f"{q}bw = arith.extf {q}b : {given} to {vector}")
+    for r in block:
+        lines.append(f"{q}a{r} = memref.load {left}[{at}{q}i{r}, {q}k] : memref<{left_type}>")
         if left_kind != kind:
-            value = f"{q}aw{r}"
-            lines.append(f"{value} = arith.extf {q}a{r} : {left_kind} to {kind}")
+            lines.append(f"{q}aw{r} = arith.extf {q}a{r} : {left_kind} to {kind}")
         lines += [
-            f"{q}e{r} = vector.broadcast {value} : {kind} to {vector}",
-            f"{q}p{r} = arith.mulf {q}e{r}, {factor} {FUSED} : {vector}",
-            f"{q}q{r} = arith.addf {q}s{r}, {q}p{r} {FUSED} : {vector}",
+            f"{q}av{r} = vector.broadcast {q}a{'w' * (left_kind != kind)}{r} : {kind} to {vector}",
+            f"{q}p{r} = arith.mulf {q}av{r}, {q}b{'w' * wide} {FUSED} : {vector}",
+            f"{q}next{r} = arith.addf {q}sum{r}, {q}p{r} {FUSED} : {vector}",
         ]
-    lines += [f"scf.yield {', '.join(f'{q}q{r}' for r in range(down))} : {types}", "}"]
-    for r in range(down):
-        lines.append(f"vector.store {q}t#{r}, {out}[{at}{q}i{r}, {q}j] : memref<{out_shape}{kind}>, {vector}")
-    return "\n".join([*lines, "}", "}", *(["}"] if lead else [])])
+    lines += [f"scf.yield {', '.join(f'{q}next{r}' for r in block)} : {types}", "}"]
+    for r in block:
+        lines.append(f"vector.store {q}all#{r}, {out}[{at}{q}i{r}, {q}j] : memref<{out_type}>, {vector}")
+    return "\n".join([*lines, "}", "}", *(["}"] if batch else [])])
 
 
 def limit_unrolling(dialect: str) -> str:

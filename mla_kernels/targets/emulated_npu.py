@@ -141,10 +141,11 @@ def install(device: str = "910b") -> None:
         if torch.npu.get_device_name() != name:
             raise ValueError(f"device {device!r}: this process has an emulated {torch.npu.get_device_name()} already")
         return
-    if torch._C._get_privateuse1_backend_name() != "privateuseone":
+    other = torch._C._get_privateuse1_backend_name()
+    if other != "privateuseone":
         raise RuntimeError(
-            f"install: torch has the device {torch._C._get_privateuse1_backend_name()!r} already; an emulated one needs "
-            "a process without it (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading torch_npu)"
+            f"install: torch has the device {other!r} already; an emulated one needs a process without it "
+            "(TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading torch_npu)"
         )
     service.ascend_python()
     if shutil.which("gcc") is None:
@@ -227,7 +228,7 @@ def _run(function, args, kwargs):
         return result
     if name == "aten::copy_" and not isinstance(args[0], NpuTensor):
         return args[0]
-    result = tree_map_only(torch.Tensor, lambda tensor: tensor if isinstance(tensor, NpuTensor) else NpuTensor(tensor), result)
+    result = tree_map_only(torch.Tensor, NpuTensor, result)
     return return_and_correct_aliasing(function, args, kwargs, result)
 
 

@@ -1,14 +1,12 @@
 """Whole models of transformers on an emulated ``npu`` device, run by tests/npu/test_npu_dispatch.py in a process of its
 own: the tokens of the CPU path, and every op of the library by its kernels in the emulator."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mla_kernels import demo, launch, tiles
+from mla_kernels import demo, tiles
 from mla_kernels.compat.transformers import enable
 from mla_kernels.targets import emulated_npu
 from tests.compat import models, test_transformers_v4
@@ -17,9 +15,7 @@ from tests.test_docs import TEXTS, code
 pytestmark = pytest.mark.device_process
 
 NEW, HYPER = 6, ("project", "finish")
-MOE = {
-    ("fused_moe", f"moe_{name}_kernel") for name in ("dispatch", "gate_up", "down", "combine")
-}
+MOE = {("fused_moe", f"moe_{name}_kernel") for name in ("dispatch", "gate_up", "down", "combine")}
 INDEXER = {("select_slots", f"{name}_kernel") for name in ("indexer_logits", "topk", "slots")}
 LITE = MOE | {("mla_prefill", "mla_prefill_kernel"), ("mla_decode", "mla_decode_kernel")}
 V32 = MOE | INDEXER | {(op, "sparse_mla_kernel") for op in ("sparse_mla_prefill", "sparse_mla_decode")}
@@ -93,11 +89,6 @@ def test_same_tokens_as_on_the_cpu(name, dtype):
     assert on_npu == on_cpu
     assert set(executed) == expected, "every op by its kernels, and no other"
     assert calls.seen == {(op, "npu") for op, _ in expected}, "no op of CPU tensors"
-
-
-def test_the_chip_and_its_tiles():
-    chip = launch.chip_of(torch.device("npu", 0))
-    assert (chip.name, chip.device) == ("ascend910b", "910b")
 
 
 def test_the_page_s_example():
