@@ -10,7 +10,7 @@ from mla_kernels import demo, tiles
 from mla_kernels.compat.transformers import enable
 from mla_kernels.targets import emulated_npu
 from tests.compat import models, test_transformers_v4
-from tests.test_docs import TEXTS, code
+from tests.test_docs import NPU_PAGE, TEXTS, code
 
 pytestmark = pytest.mark.device_process
 
@@ -91,8 +91,17 @@ def test_same_tokens_as_on_the_cpu(name, dtype):
     assert calls.seen == {(op, "npu") for op, _ in expected}, "no op of CPU tensors"
 
 
+def test_the_demo(capsys):
+    assert demo.main(["--backend", "npu-emulated", "--smoke", "--tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "Greedy text: identical (5 tokens" in printed
+    assert "prefill, 64 tokens" in printed and "Compile matrix" not in printed
+    for op, kernel in LITE:
+        assert f"{op} " in printed and f"{kernel} " in printed
+
+
 def test_the_page_s_example():
     names: dict = {}
     with tiles.silent():
-        exec(compile(code(TEXTS["emulated-npu.md"]), "emulated-npu.md", "exec"), names)
+        exec(compile(code(TEXTS[NPU_PAGE]), NPU_PAGE, "exec"), names)
     assert names["on_npu"].device.type == "npu" and len(names["executed"]) > 4
