@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from mla_kernels.targets import devices, service
 
@@ -150,12 +149,16 @@ def install(device: str = "910b") -> None:
     service.ascend_python()
     if shutil.which("gcc") is None:
         raise service.ToolchainMissing("no gcc: the NPU emulator links what it compiles with it")
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # torch calls it experimental
+
     _setup_privateuseone_for_python_backend(NAME, _Module(name))
     every, aten = (torch.library.Library(space, "IMPL", "PrivateUse1") for space in ("_", "aten"))
-    every.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs))
+    every.fallback(_make)
     aten.impl("_copy_from", _copy_from)  # torch.tensor(..., device="npu") ends here, where torch asks no fallback
-    for name in MADE_OF_NUMBERS:
-        aten.impl(name, functools.partial(_make, getattr(torch.ops.aten, name.partition(".")[0]), name))
+    for made in MADE_OF_NUMBERS:
+        packet, _, overload = made.partition(".")
+        function = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        aten.impl(made, functools.partial(_make, function))
     _installed.extend((every, aten))
 
 
@@ -196,11 +199,12 @@ def _own(function, args, kwargs):
     _running.append(function._schema.name.partition("::")[2])
     before = [sum(counts.values()) for counts in _recordings]
     try:
-        return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *args, **kwargs)
-    finally:
+        result = function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *args, **kwargs)
         if before == [sum(counts.values()) for counts in _recordings]:
             _count(None)
+    finally:
         _running.pop()
+    return result
 
 
 def _run(function, args, kwargs):
@@ -232,10 +236,9 @@ def _run(function, args, kwargs):
     return return_and_correct_aliasing(function, args, kwargs, result)
 
 
-def _make(packet, name, *args, **kwargs):
-    """One of MADE_OF_NUMBERS."""
-    overload = name.partition(".")[2] or "default"
-    return _run(getattr(packet, overload), args, kwargs)
+def _make(function, *args, **kwargs):
+    """An operator without tensors of the device: ``torch.zeros(3, device="npu")``."""
+    return _run(function, args, kwargs)
 
 
 def _copy_from(source, target, non_blocking=False):
@@ -244,6 +247,7 @@ def _copy_from(source, target, non_blocking=False):
 
 
 def _check_sizes(name, args, kwargs):
+    """Refuse what an operator has resized: the memory is, and the tensor of the device cannot be."""
     for tensor in tree_iter((args, kwargs)):
         if isinstance(tensor, NpuTensor) and tensor.shape != tensor.raw.shape:
             raise NotImplementedError(
