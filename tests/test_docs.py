@@ -27,7 +27,8 @@ PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.m
 TEXTS = {page: path.read_text() for page, path in PAGES.items()}
 KERNEL_PAGE = "writing-a-kernel.md"  # a test file of its own
 NPU_PAGE = "emulated-npu.md"  # run in tests/npu/model_cases.py, in a process with that device
-EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "tiles.md", KERNEL_PAGE, NPU_PAGE}
+EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "tiles.md"}
+EXAMPLES |= {KERNEL_PAGE, NPU_PAGE}
 SIZES = dict(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2, num_attention_heads=4)
 TINY_V2 = dict(
     vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
@@ -155,6 +156,12 @@ def test_drop_in(run):
     assert torch.equal(names["before"], names["after"]) and torch.equal(names["before"], names["same"])
     assert names["out"].shape == (2, 1, 16, 512) and names["lse"].shape == (2, 16, 1)
     assert names["kv_cache"].any() and finite(names["y"], names["z"])
+
+
+def test_hub_kernels(run):
+    names = run("hub-kernels.md")
+    layers = names["kernel"].layers
+    assert all(layer.mlp.forward.__func__ is layers.MegaBlocksMoeMLP.forward for layer in names["model"].model.layers)
 
 
 def test_tiles(run):
