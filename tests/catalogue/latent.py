@@ -132,7 +132,7 @@ def _():
     return run, example
 
 
-@call("scatter_indexer_keys", {"k": {0: "tokens"}, "slot_mapping": {0: "tokens"}})
+@call("scatter_indexer_keys", {"k": {0: "tokens"}, "slot_mapping": {0: "tokens"}, "data": {0: "pages"}})
 def _():
     def run(k, slot_mapping, data):
         data = data.clone()
