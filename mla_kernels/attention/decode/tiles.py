@@ -29,7 +29,7 @@ def rule(chip, dtype, statics, sizes):
     decoded from fp8, or of several pages.
     """
     tile, newest = widest(chip, dtype, statics, sizes), TRITON_VERSION >= (3, 9)
-    if chip.architecture != "90" or tile["BLOCK_H"] < 64 or statics["LATENT"] < 512:
+    if chip.generation != "90" or tile["BLOCK_H"] < 64 or statics["LATENT"] < 512:
         return tile
     if statics["ROPE"] == 0:
         return tile | ({"BLOCK_H": 32} if newest else {})
