@@ -22,7 +22,8 @@ from mla_kernels.tile_files import Entry, table_path
 from mla_kernels.tiles import Problem
 
 SHIPPED = (
-    "a100", "h100", "h200", "b200", "l40s", "rtx-4090", "rtx-5090", "mi300x", "mi355x", "910b", "910c", "950pr"
+    "a100", "h100", "h200", "b200", "l40s", "rtx-4090", "rtx-5090", "rtx-pro-6000", "gb10", "mi300x", "mi355x",
+    "910b", "910c", "950pr",
 )  # fmt: skip
 """Devices that have a table."""
 

@@ -1,11 +1,12 @@
-"""Lower bounds on the clocks of a loop on sm_80, sm_89 and sm_90, from its machine code: a model, not a measurement.
+"""Lower bounds on the clocks of a loop on NVIDIA chips but sm_100, from its machine code: a model, not a measurement.
 
 Each unit of an SM takes so many instructions, multiply-adds or bytes a clock. What one turn of the loop asks of a unit,
 over that rate, is the unit's bound. ``core`` is the busiest unit's: all units overlap perfectly. ``serial`` is the
 tensor cores' plus that of the busiest other unit: no overlap between the two. DRAM is left out.
 
 Rates: NVIDIA's white papers and the CUDA C++ Programming Guide's table of arithmetic throughput, recalled; what
-mma.sync reaches of wgmma's rate is a published measurement, recalled. Newer chips start their matrix products with
+mma.sync reaches of wgmma's rate is a published measurement, recalled. They are those of workstation cards: GeForce
+cards take products with sums in float32 at half the rate. sm_100, sm_103 and sm_110 start their matrix products with
 instructions that do not name the shape; there is no bound for them.
 
 Imports nothing of the package but the reader beside it, so that a compiler process can load it as a plain file.
@@ -19,7 +20,7 @@ _WARP_RATE = {  # warp instructions a clock and SM
     "issue": 4.0, "float": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5, "shuffle": 1.0,
 }  # fmt: skip
 _WGMMA_RATE = 2048.0  # 16-bit multiply-adds a clock and SM
-_MMA_SYNC_RATE = {"80": 1024.0, "89": 512.0, "90": 0.629 * _WGMMA_RATE}
+_MMA_SYNC_RATE = {"80": 1024.0, **dict.fromkeys(("86", "89", "120", "121"), 512.0), "90": 0.629 * _WGMMA_RATE}
 ARCHITECTURES = tuple(_MMA_SYNC_RATE)
 _SHARED_BYTES = 128.0  # shared memory a clock and SM
 _WGMMA = re.compile(r"([HQI])GMMA\.(\d+)x(\d+)x(\d+)")
