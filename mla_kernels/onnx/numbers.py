@@ -1,0 +1,172 @@
+"""Numbers of few bits as ONNX can compute them: it reads no bytes as floats (BitCast came with opset 26), so codes are
+looked up in tables and bytes put together by integers. All of it is exact.
+
+Tables are tensors of this module, which exporters keep as constants: a tensor made in a decomposition is detached in
+place, which torch.export refuses.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+_LEAST, _MOST = -149, 127  # exponents of fp32's powers of two, subnormal ones included
+
+
+class Tables(NamedTuple):
+    """2^-149 to 2^127, and the values of e4m3fn and e2m1 codes; fp32."""
+
+    powers: torch.Tensor
+    e4m3: torch.Tensor
+    e2m1: torch.Tensor
+
+
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E4M3_VALUES = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn).float()
+TABLES = Tables(
+    torch.exp2(torch.arange(_LEAST, _MOST + 1, dtype=torch.float64)).float(),
+    E4M3_VALUES,
+    torch.tensor([*_E2M1, *(-value for value in _E2M1)]),
+)
+_tables: ContextVar[Tables] = ContextVar("tables", default=TABLES)
+E4M3_MAX = 448.0
+_NAN = 0x7F
+
+_MIDDLES = (E4M3_VALUES[:126] + E4M3_VALUES[1:127]) / 2  # between magnitude codes c and c + 1
+_BELOW = torch.where(torch.arange(126) % 2 == 0, _MIDDLES, torch.nextafter(_MIDDLES, torch.zeros(())))
+"""Magnitudes above the c-th have a code above c: a tie goes to the even code, hence the next number below for odd c."""
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32, in which all forms compute: ONNX runtimes have few 16-bit operators on CPUs."""
+    return x.to(torch.float32)
+
+
+@contextlib.contextmanager
+def tables(*given: torch.Tensor) -> Iterator[None]:
+    """Within the block these tensors are the tables: the body of a Scan takes its tensors as arguments."""
+    token = _tables.set(Tables(*given))
+    try:
+        yield
+    finally:
+        _tables.reset(token)
+
+
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """fp32 2^exponents of int64 exponents from -149 to 127."""
+    return _tables.get().powers[exponents - _LEAST]
+
+
+def floor_log2(values: torch.Tensor) -> torch.Tensor:
+    """int64 floor(log2(values)) of positive normal fp32 values; the logarithm's own rounding is put right."""
+    guess = torch.log2(values).floor().to(torch.int64).clamp(-126, 127)
+    guess = guess - (values < power_of_two(guess)).to(torch.int64)
+    return guess + (values >= power_of_two((guess + 1).clamp(max=127))).to(torch.int64) * (guess < 127).to(torch.int64)
+
+
+def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3fn codes, uint8 or float8_e4m3fn."""
+    if codes.dtype == torch.float8_e4m3fn:
+        return codes.to(torch.float32)
+    return _tables.get().e4m3[codes.to(torch.int64)]
+
+
+def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """uint8 e4m3fn codes of fp32 values: to nearest even, at most 448, NaN is 0x7F. A search of seven comparisons."""
+    magnitude = values.abs().clamp(max=E4M3_MAX)
+    code = torch.zeros_like(values, dtype=torch.int64)
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        above = (code + step - 1).clamp(max=125)  # codes end at 126; a step beyond is not taken
+        code = code + step * ((magnitude > _BELOW[above]) & (code + step <= 126)).to(torch.int64)
+    minus = (values < 0) | ((values == 0) & (1.0 / values < 0))
+    return torch.where(values.isnan(), _NAN, code + 128 * minus.to(torch.int64)).to(torch.uint8)
+
+
+def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 values of int64 e2m1 codes from 0 to 15."""
+    return _tables.get().e2m1[codes]
+
+
+def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """fp32 values as e4m3fn holds them."""
+    clamped = values.clamp(-E4M3_MAX, E4M3_MAX)
+    exponent = floor_log2(clamped.abs().clamp(min=2.0**-6))
+    step = power_of_two(exponent - 3)
+    return torch.round(clamped / step) * step
+
+
+def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
+    """2^ceil(log2(max(amax / 448, 1e-4))), exactly; NaN where amax is not finite."""
+    least = (amax / E4M3_MAX).clamp(1e-4, 1e30)
+    exponent = floor_log2(least)
+    exponent = exponent + (least > power_of_two(exponent)).to(torch.int64)
+    return torch.where(amax.isfinite(), power_of_two(exponent), torch.nan)
+
+
+def e8m0(codes: torch.Tensor) -> torch.Tensor:
+    """fp32 2^(code - 127) of uint8 codes, NaN for 255."""
+    codes = codes.to(torch.int64)
+    return torch.where(codes == 255, torch.nan, power_of_two(codes.clamp(max=254) - 127))
+
+
+def floats_of_bytes(data: torch.Tensor) -> torch.Tensor:
+    """fp32 [..., n] of bytes [..., 4 n], the lowest first."""
+    b = data.unflatten(-1, (-1, 4)).to(torch.int64)
+    fraction = b[..., 0] + 256 * b[..., 1] + 65536 * (b[..., 2] % 128)
+    return _assembled(fraction, 2 * (b[..., 3] % 128) + b[..., 2] // 128, b[..., 3] // 128, 23)
+
+
+def bfloat16_of_bytes(data: torch.Tensor) -> torch.Tensor:
+    """fp32 values [..., n] of bfloat16 in bytes [..., 2 n], the lowest first."""
+    b = data.unflatten(-1, (-1, 2)).to(torch.int64)
+    return _assembled(b[..., 0] % 128, 2 * (b[..., 1] % 128) + b[..., 0] // 128, b[..., 1] // 128, 7)
+
+
+def _assembled(fraction, exponent, sign, bits):
+    """fp32 of its fields; ``bits`` of the fraction."""
+    whole = fraction + torch.where(exponent > 0, 1 << bits, 0)
+    value = whole.to(torch.float32) * power_of_two(exponent.clamp(1, 254) - 127 - bits)
+    special = torch.where(fraction == 0, torch.inf, torch.nan)
+    value = torch.where(exponent == 255, special, value)
+    return torch.where(sign == 1, -value, value)
+
+
+def bytes_of_floats(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 4 n] of fp32 [..., n]; NaN as 0x7FC00000."""
+    magnitude = values.abs()
+    finite, normal = magnitude.isfinite(), magnitude >= 2.0**-126
+    exponent = floor_log2(torch.where(finite & normal, magnitude, 1.0))
+    # by two powers: one alone would be beyond fp32 for the smallest and the largest magnitudes
+    scaled = torch.where(normal & finite, magnitude, 1.0) * power_of_two((-exponent).clamp(-126, 126))
+    scaled = scaled * power_of_two(-exponent - (-exponent).clamp(-126, 126))  # 1 to 2
+    fraction = ((scaled - 1.0) * 2.0**23).to(torch.int64)
+    small = (torch.where(normal | ~finite, 0.0, magnitude) * 2.0**126 * 2.0**23).to(torch.int64)
+    field = torch.where(normal, exponent + 127, 0)
+    fraction = torch.where(normal, fraction, small)
+    field = torch.where(finite, field, 255)
+    fraction = torch.where(finite, fraction, torch.where(values.isnan(), 1 << 22, 0))
+    minus = ((values < 0) | ((values == 0) & (1.0 / values < 0))).to(torch.int64)
+    parts = (
+        fraction % 256,
+        fraction // 256 % 256,
+        field % 2 * 128 + fraction // 65536,
+        minus * 128 + field // 2,
+    )
+    return torch.stack(parts, -1).flatten(-2).to(torch.uint8)
+
+
+def bytes_of_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 2 n] of fp32 [..., n], rounded to bfloat16."""
+    exact = bytes_of_floats(values.to(torch.bfloat16).to(torch.float32)).unflatten(-1, (-1, 4))
+    return exact[..., 2:].flatten(-2)
+
+
+def nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """int64 codes [rows, columns] of :func:`mla_kernels.quant.nibbles.pack_nibbles`'s bytes."""
+    packed = packed.to(torch.int64)
+    halves = torch.stack((packed % 16, packed // 16), 1)  # [rows, 2, bytes]
+    codes = halves.unflatten(2, (-1, 64)).transpose(1, 2).flatten(1)
+    rest = columns % 128
+    return codes if rest == 0 else torch.cat((codes[:, : columns - rest], codes[:, -rest:]), 1)
