@@ -1,10 +1,11 @@
 """translations and export: the library's ops for torch.onnx.export, and the whole way in one call."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.export import ExportedProgram, default_decompositions
+from torch.export import ExportedProgram
 
 from mla_kernels.checks import check_choice
 from mla_kernels.onnx.forms import COLLECTIVE, FORMS, GRADIENTS, OF_TORCH, WITHOUT_FORM
@@ -132,15 +133,16 @@ def export(
         if isinstance(model, torch.nn.Module):
             model = torch.export.export(model, args, kwargs, dynamic_shapes=_sizes(dynamic_shapes), strict=False)
         _refuse(model)
-        program, written = as_functional(model)
+        program, written = as_functional(model, {} if functions else ways.decompositions)
+        _check_sizes(model, program)
         options = {"verbose": False, **options}
         if functions:
             result = export_with_functions(program, ways.table, opset, dynamic_shapes, options)
         else:
-            decomposed = program.run_decompositions(default_decompositions() | ways.decompositions)
-            _check_sizes(program, decomposed)
-            names_of_axes = {"dynamic_shapes": dynamic_shapes}
-            result = torch.onnx.export(decomposed, dynamo=True, opset_version=opset, **names_of_axes, **options)
+            axes = {"dynamic_shapes": dynamic_shapes}  # for their names alone
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "# The axis name")  # two axes of one name are meant
+                result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
     outputs = result.model.graph.outputs
     for output, name in zip(outputs[len(outputs) - len(written) :], written):
         output.name = f"{name}_out"
@@ -182,9 +184,10 @@ def _refuse(program: ExportedProgram) -> None:
 
 def _check_sizes(before: ExportedProgram, after: ExportedProgram) -> None:
     """A traced size that a function asks for by ``len`` becomes a number without a word."""
-    for old, new in zip(before.graph.find_nodes(op="placeholder"), after.graph.find_nodes(op="placeholder")):
+    new = {node.name: node.meta["val"] for node in after.graph.find_nodes(op="placeholder")}  # and tables of forms
+    for old in before.graph.find_nodes(op="placeholder"):
         if not isinstance(old.meta["val"], torch.Tensor):
             continue
-        for axis, (was, now) in enumerate(zip(old.meta["val"].shape, new.meta["val"].shape)):
+        for axis, (was, now) in enumerate(zip(old.meta["val"].shape, new[old.name].shape)):
             if isinstance(was, torch.SymInt) and not isinstance(now, torch.SymInt):
                 raise RuntimeError(f"{old.name}: axis {axis} is dynamic, and a form fixed it to {now}")

@@ -70,20 +70,22 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     Raises:
         TypeError: it is no ExportedProgram.
     """
-    return as_functional(program)[0]
+    return as_functional(program, {})[0]
 
 
-def as_functional(program: ExportedProgram) -> tuple[ExportedProgram, list[str]]:
-    """:func:`functional`, and the names of what is written."""
+def as_functional(program: ExportedProgram, decompositions: dict) -> tuple[ExportedProgram, list[str]]:
+    """:func:`functional`, decomposed, and the names of what is written."""
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program: got {type(program).__name__}, a torch.export.ExportedProgram is accepted")
     module = copy.deepcopy(program.graph_module)
+    for old, new in zip(program.graph.nodes, module.graph.nodes):
+        new.name = old.name  # a copy of a node called input is called input_1
     for part in module.modules():
         if isinstance(part, torch.fx.GraphModule):
             _write_by_value(part.graph)
             part.recompile()
     new = _with(program, module, _of_results(program.graph_signature, module.graph))
-    return _writes_as_results(new.run_decompositions({}))
+    return _writes_as_results(new.run_decompositions(decompositions))
 
 
 def _write_by_value(graph: torch.fx.Graph) -> None:

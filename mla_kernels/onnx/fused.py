@@ -31,8 +31,8 @@ def _mixture(hidden, weights, ids, experts, attributes, operator, inputs):
     return (out * total).to(hidden.dtype)
 
 
-def _swiglu(name, clamp, limit, alpha, interleaved, weight_at):
-    """Attributes of the activation."""
+def _swiglu(name, clamp, limit, alpha, weight_at):
+    """Attributes of the activation; onnxruntime's CPU has gate and up in turns alone."""
     if weight_at != "output":
         raise NotImplementedError(
             f"{name}: got weight_at={weight_at!r} with fused experts, which weight their results: 'output' is accepted"
@@ -42,10 +42,17 @@ def _swiglu(name, clamp, limit, alpha, interleaved, weight_at):
             f"{name}: got clamp='post' with fused experts, which onnxruntime has on no CPU; none, pre and gpt_oss are "
             "accepted"
         )
-    own = {"activation_type": "swiglu", "swiglu_fusion": 1 if interleaved else 2, "activation_alpha": 1.0}
+    own = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0}
     if clamp == "gpt_oss":
         return {**own, "activation_alpha": alpha, "activation_beta": 1.0, "swiglu_limit": limit}
     return {**own, "activation_beta": 0.0} | ({"swiglu_limit": limit} if clamp == "pre" else {})
+
+
+def _in_turns(rows, interleaved):
+    """[E, 2I, ...] with gate and up in turns; of weights this is done once, when the model is loaded."""
+    if rows is None or interleaved:
+        return rows
+    return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def fused_moe(
@@ -53,8 +60,8 @@ def fused_moe(
     interleaved=False, weight_at="output", batch_invariant=False,
 ):  # fmt: skip
     """com.microsoft.MoE. Weights are 0 or positive, as routers give them."""
-    attributes = _swiglu("fused_moe", clamp, limit, alpha, interleaved, weight_at)
-    parts = (gate_up, gate_up_bias, down, down_bias)
+    attributes = _swiglu("fused_moe", clamp, limit, alpha, weight_at)
+    parts = (_in_turns(gate_up, interleaved), _in_turns(gate_up_bias, interleaved), down, down_bias)
     inputs = tuple(None if part is None else wide(part) for part in parts)
     return _mixture(hidden, weights, ids, gate_up.shape[0], attributes, "MoE", inputs)
 
@@ -69,8 +76,11 @@ def fused_experts(
         raise NotImplementedError(
             f"fused_experts: got format {format!r} with fused experts, for which onnxruntime's CPU experts take int8"
         )
-    attributes = _swiglu("fused_experts", clamp, limit, alpha, interleaved, weight_at)
+    attributes = _swiglu("fused_experts", clamp, limit, alpha, weight_at)
     attributes |= {"expert_weight_bits": 8, "weights_prepacked": 0}
+    gate_up, gate_up_scale, gate_up_bias = (
+        _in_turns(part, interleaved) for part in (gate_up, gate_up_scale, gate_up_bias)
+    )
     codes = [(part.to(torch.int32) + 128).to(torch.uint8) for part in (gate_up, down)]  # around 128
     biases = [None if part is None else wide(part) for part in (gate_up_bias, down_bias)]
     inputs = (codes[0], gate_up_scale, biases[0], codes[1], down_scale, biases[1])

@@ -34,10 +34,6 @@ _tables: ContextVar[Tables] = ContextVar("tables", default=TABLES)
 E4M3_MAX = 448.0
 _NAN = 0x7F
 
-_MIDDLES = (E4M3_VALUES[:126] + E4M3_VALUES[1:127]) / 2  # between magnitude codes c and c + 1
-_BELOW = torch.where(torch.arange(126) % 2 == 0, _MIDDLES, torch.nextafter(_MIDDLES, torch.zeros(())))
-"""Magnitudes above the c-th have a code above c: a tie goes to the even code, hence the next number below for odd c."""
-
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32, in which all forms compute: ONNX runtimes have few 16-bit operators on CPUs."""
@@ -74,14 +70,19 @@ def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
 
 
 def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """uint8 e4m3fn codes of fp32 values: to nearest even, at most 448, NaN is 0x7F. A search of seven comparisons."""
-    magnitude = values.abs().clamp(max=E4M3_MAX)
-    code = torch.zeros_like(values, dtype=torch.int64)
-    for step in (64, 32, 16, 8, 4, 2, 1):
-        above = (code + step - 1).clamp(max=125)  # codes end at 126; a step beyond is not taken
-        code = code + step * ((magnitude > _BELOW[above]) & (code + step <= 126)).to(torch.int64)
+    """uint8 e4m3fn codes of fp32 values: to nearest even, at most 448, NaN is 0x7F."""
+    exponent, eighths = _eighths(values.abs())
     minus = (values < 0) | ((values == 0) & (1.0 / values < 0))
-    return torch.where(values.isnan(), _NAN, code + 128 * minus.to(torch.int64)).to(torch.uint8)
+    # a sum of both fields: below 2^-6 eighths are below 8, and 16 of them are the next exponent's first code
+    code = 8 * (exponent + 6) + eighths.to(torch.int64) + 128 * minus.to(torch.int64)
+    return torch.where(values.isnan(), _NAN, code).to(torch.uint8)
+
+
+def _eighths(magnitude):
+    """Exponents from -6 and the nearest whole eighths of their powers of two, at most 448; NaN is 0."""
+    clamped = torch.where(magnitude.isnan(), 0.0, magnitude.clamp(max=E4M3_MAX))
+    exponent = floor_log2(clamped.clamp(min=2.0**-6))
+    return exponent, torch.round(clamped / power_of_two(exponent - 3))
 
 
 def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
@@ -91,10 +92,9 @@ def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
 
 def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """fp32 values as e4m3fn holds them."""
-    clamped = values.clamp(-E4M3_MAX, E4M3_MAX)
-    exponent = floor_log2(clamped.abs().clamp(min=2.0**-6))
-    step = power_of_two(exponent - 3)
-    return torch.round(clamped / step) * step
+    exponent, eighths = _eighths(values.abs())
+    rounded = torch.where(values < 0, -eighths, eighths) * power_of_two(exponent - 3)
+    return torch.where(values.isnan(), torch.nan, rounded)
 
 
 def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ DOMAIN = "mla_kernels"
 _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 
 
-def translation(op: torch._ops.OpOverload, form: Callable) -> Callable:
-    """What ``custom_translation_table`` calls for a node of ``op``."""
+def translation(op: torch._ops.OpOverload, form: Callable, inner: bool = False) -> Callable:
+    """What ``custom_translation_table`` calls for a node of ``op``. ``inner``: within a function of another op, which
+    is converted to its opset as a whole."""
     schema = op._schema
     name = schema.name.split("::")[1]
     numbers = itertools.count()
@@ -27,7 +28,7 @@ def translation(op: torch._ops.OpOverload, form: Callable) -> Callable:
     def translate(*args, **kwargs):
         values = _by_name(schema, args, kwargs)
         recorder = _recorder()
-        function = _function(form, values, recorder.opset.version)
+        function = _function(form, values, recorder.opset.version, inner)
         function.name = f"{name}_{next(numbers)}"
         recorder.functions[function.identifier()] = function
         inputs = [value for part in values.values() for value in _tensors(part)]
@@ -88,7 +89,7 @@ class _Form(torch.nn.Module):
 _TENSOR = object()
 
 
-def _function(form, values, opset):
+def _function(form, values, opset, inner):
     """An onnx_ir.Function of a form, for arguments like these."""
     import onnx_ir as ir
     from onnxscript import optimizer
@@ -103,8 +104,9 @@ def _function(form, values, opset):
     with torch.no_grad():
         program = torch.export.export(_Form(form, fixed).eval(), examples, dynamic_shapes=(shapes,))
     model = _exported(program, opset)
-    _convert(model, opset)  # and the bodies of loops are put in their places: a function carries no others
-    optimizer.optimize(model)
+    if not inner:
+        _convert(model, opset)  # and the bodies of loops are put in their places: a function carries no others
+        optimizer.optimize(model)
     graph = model.graph
     for value in list(graph.initializers.values()):  # a function has no initializers
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)])
@@ -170,7 +172,7 @@ def _registry(opset: int):
 
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for op, form in OF_TORCH.items():
-        registry.register_op(op, translation(op, form))
+        registry.register_op(op, translation(op, form, inner=True))
     return registry
 
 
