@@ -18,9 +18,8 @@ DOMAIN = "mla_kernels"
 _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 
 
-def translation(op: torch._ops.OpOverload, form: Callable, inner: bool = False) -> Callable:
-    """What ``custom_translation_table`` calls for a node of ``op``. ``inner``: within a function of another op, which
-    is converted to its opset as a whole."""
+def translation(op: torch._ops.OpOverload, form: Callable) -> Callable:
+    """What ``custom_translation_table`` calls for a node of ``op``."""
     schema = op._schema
     name = schema.name.split("::")[1]
     numbers = itertools.count()
@@ -28,7 +27,7 @@ def translation(op: torch._ops.OpOverload, form: Callable, inner: bool = False) 
     def translate(*args, **kwargs):
         values = _by_name(schema, args, kwargs)
         recorder = _recorder()
-        function = _function(form, values, recorder.opset.version, inner)
+        function = _function(form, values, recorder.opset.version)
         function.name = f"{name}_{next(numbers)}"
         recorder.functions[function.identifier()] = function
         inputs = [value for part in values.values() for value in _tensors(part)]
@@ -89,7 +88,7 @@ class _Form(torch.nn.Module):
 _TENSOR = object()
 
 
-def _function(form, values, opset, inner):
+def _function(form, values, opset):
     """An onnx_ir.Function of a form, for arguments like these."""
     import onnx_ir as ir
     from onnxscript import optimizer
@@ -104,9 +103,7 @@ def _function(form, values, opset, inner):
     with torch.no_grad():
         program = torch.export.export(_Form(form, fixed).eval(), examples, dynamic_shapes=(shapes,))
     model = _exported(program, opset)
-    if not inner:
-        _convert(model, opset)  # and the bodies of loops are put in their places: a function carries no others
-        optimizer.optimize(model)
+    optimizer.optimize(model)  # and the bodies of loops are put in their places: a function carries no others
     graph = model.graph
     for value in list(graph.initializers.values()):  # a function has no initializers
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)])
@@ -159,7 +156,8 @@ def export_with_functions(program: ExportedProgram, table: dict, opset: int, sha
     result = _core.export(program, registry=registry, optimize=False, opset_version=None, **options)
     kept = dict(result.model.functions)
     result.model.functions.clear()
-    _convert(result.model, opset)
+    for graph in (result.model.graph, *(function.graph for function in kept.values())):
+        _convert(graph, opset)
     result.model.functions.update(kept)
     if shapes is not None:
         result._rename_dynamic_axes(shapes)
@@ -172,7 +170,7 @@ def _registry(opset: int):
 
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for op, form in OF_TORCH.items():
-        registry.register_op(op, translation(op, form, inner=True))
+        registry.register_op(op, translation(op, form))
     return registry
 
 
@@ -186,10 +184,12 @@ def _exported(program, opset):
         _core.current_tracer = recorder
 
 
-def _convert(model, opset):
+def _convert(graph, opset):
+    """A graph without functions to this opset, in place."""
+    import onnx_ir as ir
     from onnxscript import version_converter
 
-    version_converter.convert_version(model, opset, fallback=True)
+    version_converter.convert_version(ir.Model(graph, ir_version=10), opset, fallback=True)
 
 
 def _recorder():

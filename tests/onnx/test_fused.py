@@ -1,5 +1,7 @@
 """Fused operators of onnxruntime in place of forms, beside the library's ops; and what they refuse."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -27,23 +29,6 @@ class Call(torch.nn.Module):
         return self.function(*tensors)
 
 
-def compare(function, example, dynamic, fused, operator, accepted=1e-5):
-    """``function`` of ``example(tokens)`` in onnxruntime, with one node of ``operator``, beside torch."""
-    given = example(TOKENS)
-    model = mk.onnx.export(Call(function).eval(), given, dynamic_shapes=(dynamic,), fused=fused)
-    assert [node.op_type for node in model.model.graph].count(operator) == 1
-    runtime = session(model)
-    for tokens in (TOKENS, *OTHERS, 1):
-        given = example(tokens)
-        results = run(runtime, given)
-        wanted = function(*given)
-        for got, want in zip(results, wanted if isinstance(wanted, tuple) else (wanted,)):
-            if want.dtype.is_floating_point:
-                assert_close(got, want.double(), accepted=accepted)
-            else:
-                assert got.equal(want)
-
-
 def weights():
     torch.manual_seed(0)
     return torch.randn(EXPERTS, 2 * INNER, HIDDEN) * 0.1, torch.randn(EXPERTS, HIDDEN, INNER) * 0.1
@@ -56,72 +41,88 @@ def slots(tokens):
     return torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K), ids
 
 
-_TOKENS = ({0: "tokens"}, {0: "tokens"}, {0: "tokens"})
-
-
-@pytest.mark.parametrize(
-    "activation",
-    [mk.Activation(), mk.Activation("pre", 0.7), mk.Activation("gpt_oss", 0.7, interleaved=True)],
-    ids=lambda activation: activation.clamp,
-)
-def test_experts(activation):
+def of_moe(**options):
     gate_up, down = weights()
-
-    def call(hidden, factors, ids):
-        return mk.fused_moe(hidden, gate_up, down, factors, ids, activation=activation)
-
-    compare(call, slots, _TOKENS, "experts", "MoE")
+    return lambda hidden, factors, ids: mk.fused_moe(hidden, gate_up, down, factors, ids, **options)
 
 
-def test_int8_experts():
+def of_int8():
     coded = mk.ExpertWeights.quantise(*weights(), "int8")
-
-    def call(hidden, factors, ids):
-        return mk.fused_experts(hidden, coded, factors, ids)
-
-    compare(call, slots, _TOKENS, "experts", "QMoE")
+    return lambda hidden, factors, ids: mk.fused_experts(hidden, coded, factors, ids)
 
 
-@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
-def test_router(groups):
-    torch.manual_seed(0)
-    bias = torch.randn(16)
-
-    def call(logits):
-        return mk.route(logits, 3, bias=bias, num_groups=groups[0], top_k_groups=groups[1], routed_scale=2.5)
-
-    compare(call, lambda n: (torch.randn(n, 16),), ({0: "tokens"},), "router", "MoEGroupRouter")
+def of_router(num_groups, top_k_groups):
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    options = {"bias": bias, "num_groups": num_groups, "top_k_groups": top_k_groups, "routed_scale": 2.5}
+    return lambda logits: mk.route(logits, 3, **options)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_decode(causal):
-    def example(n):
-        torch.manual_seed(n)
-        table, lengths = torch.randperm(4 * n).view(n, 4).int(), torch.randint(0, 17, (n,), dtype=torch.int32)
-        return torch.randn(n, 2, 3, 48), torch.randn(4 * n, 4, 48), table, lengths, torch.randn(3)
-
+def of_decode(causal):
     def call(q, data, table, lengths, sink):
         cache = mk.LatentCache(data, 32)
         return mk.mla_decode(q, cache, table, lengths, softmax_scale=0.2, causal=causal, sink=sink)
 
-    dynamic = ({0: "batch"}, {0: "pages"}, {0: "batch"}, {0: "batch"}, None)
-    compare(call, example, dynamic, "attention", "Attention")
+    return call
 
 
-def test_prefill():
-    def example(n):
-        torch.manual_seed(n)
-        bounds = torch.tensor([0, n // 2, n], dtype=torch.int32)
-        return torch.randn(n, 3, 48), torch.randn(n, 3, 32), torch.randn(n, 3, 16), torch.randn(n, 16), bounds
+def paged(n):
+    table, lengths = torch.randperm(4 * n).view(n, 4).int(), torch.randint(0, 17, (n,), dtype=torch.int32)
+    return torch.randn(n, 2, 3, 48), torch.randn(4 * n, 4, 48), table, lengths, torch.randn(3)
 
-    def call(q, k, v, k_rope, bounds):
-        longest = q.shape[0]
-        return mk.mla_prefill(
-            q, k, v, bounds, bounds, k_rope=k_rope, softmax_scale=0.2, max_seqlen_q=longest, max_seqlen_k=longest
-        )
 
-    tokens = {0: "tokens"}
-    compare(call, example, (tokens, tokens, tokens, tokens, None), "attention", "Attention")
+def prefill(q, k, v, k_rope, bounds):
+    longest = {"max_seqlen_q": q.shape[0], "max_seqlen_k": q.shape[0]}
+    return mk.mla_prefill(q, k, v, bounds, bounds, k_rope=k_rope, softmax_scale=0.2, **longest)
+
+
+def packed(n):
+    bounds = torch.tensor([0, n // 2, n], dtype=torch.int32)
+    return torch.randn(n, 3, 48), torch.randn(n, 3, 32), torch.randn(n, 3, 16), torch.randn(n, 16), bounds
+
+
+SIZE = {0: torch.export.Dim.DYNAMIC}
+GPT_OSS = mk.Activation("gpt_oss", 0.7, interleaved=True)
+CALLS = {  # (function, example of n, dynamic sizes, node)
+    "experts": (of_moe(), slots, (SIZE,) * 3, "MoE"),
+    "experts with a clamp": (of_moe(activation=mk.Activation("pre", 0.7)), slots, (SIZE,) * 3, "MoE"),
+    "experts of gpt_oss": (of_moe(activation=GPT_OSS), slots, (SIZE,) * 3, "MoE"),
+    "int8 experts": (of_int8(), slots, (SIZE,) * 3, "QMoE"),
+    "router": (of_router(1, 1), lambda n: (torch.randn(n, 16),), (SIZE,), "MoEGroupRouter"),
+    "router with groups": (of_router(4, 2), lambda n: (torch.randn(n, 16),), (SIZE,), "MoEGroupRouter"),
+    "causal decode": (of_decode(True), paged, (SIZE,) * 4 + (None,), "Attention"),
+    "decode": (of_decode(False), paged, (SIZE,) * 4 + (None,), "Attention"),
+    "prefill": (prefill, packed, (SIZE,) * 4 + (None,), "Attention"),
+}
+
+
+class Calls(torch.nn.Module):
+    def forward(self, given):
+        return [function(*tensors) for (function, *_), tensors in zip(CALLS.values(), given)]
+
+
+def examples(tokens):
+    torch.manual_seed(tokens)
+    return [example(tokens) for _, example, *_ in CALLS.values()]
+
+
+def test_fused_operators_beside_the_ops():
+    dynamic = ([sizes for _, _, sizes, _ in CALLS.values()],)
+    model = mk.onnx.export(Calls(), (examples(TOKENS),), dynamic_shapes=dynamic, fused=("attention", "experts", "router"))
+    assert model.model.opset_imports == {"": 23, "com.microsoft": 1}
+    nodes = Counter(node.op_type for node in model.model.graph)
+    wanted = Counter(node for *_, node in CALLS.values())
+    assert {node: nodes[node] for node in wanted} == wanted
+    runtime = session(model)
+    for tokens in (TOKENS, *OTHERS, 1):
+        given = examples(tokens)
+        got = iter(run(runtime, [tensor for tensors in given for tensor in tensors]))
+        for name, result in zip(CALLS, Calls()(given)):
+            for want in result if isinstance(result, tuple) else (result,):
+                if want.dtype.is_floating_point:
+                    assert_close(next(got), want.double())
+                else:
+                    assert next(got).equal(want), name
+        assert not list(got)
 
 
 def test_what_fused_experts_do_not_compute():

@@ -47,16 +47,21 @@ def step(table, first, count):
     return positions, slots, table, torch.tensor([first + count], dtype=torch.int32)
 
 
+FUSED = {"fused": ("attention", "experts")}
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("sizes", "fused"),
+    ("sizes", "options"),
     [
-        pytest.param(SMALL, (), id="small"),
-        pytest.param(SMALL, ("attention", "experts"), id="small-fused"),
-        pytest.param(LITE, (), id="lite", marks=pytest.mark.slow),
-        pytest.param(LITE, ("attention", "experts"), id="lite-fused", marks=pytest.mark.slow),
+        pytest.param(SMALL, {"functions": True}, id="small-functions"),
+        pytest.param(SMALL, {}, id="small", marks=SLOW),
+        pytest.param(LITE, {}, id="lite", marks=SLOW),
+        pytest.param(LITE, {"functions": True}, id="lite-functions", marks=SLOW),
+        pytest.param(LITE, FUSED, id="lite-fused", marks=SLOW),
     ],
 )
-def test_token_by_token(sizes, fused, tmp_path):
+def test_token_by_token(sizes, options, tmp_path):
     torch.manual_seed(0)
     layer = DecoderLayer(**sizes).eval().requires_grad_(False)
     table = torch.randperm(PAGES, dtype=torch.int32)[None]
@@ -66,8 +71,11 @@ def test_token_by_token(sizes, fused, tmp_path):
     with launch.on_cpu("torch"):
         program = mla_kernels.onnx.export(
             layer, (hidden[:, :5], *step(table, 0, 5), data.clone()),
-            dynamic_shapes=(tokens, tokens, tokens, None, None, None), fused=fused, output_names=["result", "cache"],
+            dynamic_shapes=(tokens, tokens, tokens, None, None, None), **options,
         )  # fmt: skip
+        called = {node.op_type.rsplit("_", 1)[0] for node in program.model.graph if node.domain == "mla_kernels"}
+        every = {"mla_prolog", "mla_decode", "expand_output", "route", "fused_moe"}
+        assert called == (every if "functions" in options else set())
         program.save(tmp_path / "layer.onnx", external_data=True)
         session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
         names = [value.name for value in session.get_inputs()]
