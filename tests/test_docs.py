@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))}
 TEXTS = {page: path.read_text() for page, path in PAGES.items()}
 KERNEL_PAGE = "writing-a-kernel.md"  # a test file of its own
-EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "tiles.md", KERNEL_PAGE}
+EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "tiles.md", "onnx.md", KERNEL_PAGE}
 SIZES = dict(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2, num_attention_heads=4)
 TINY_V2 = dict(
     vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
@@ -158,6 +158,12 @@ def test_drop_in(run):
 
 def test_tiles(run):
     assert run("tiles.md")["y"].shape == (100, 256)
+
+
+def test_onnx(run):
+    names = run("onnx.md")
+    assert [value.name for value in names["session"].get_outputs()][1:] == ["data_out"]
+    assert names["difference"] < 1e-5 and names["written"].any()
 
 
 def test_writing_a_kernel(tmp_path):

@@ -1,7 +1,8 @@
 """translations and export: the library's ops for torch.onnx.export, and the whole way in one call."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,20 +134,35 @@ def export(
         if isinstance(model, torch.nn.Module):
             model = torch.export.export(model, args, kwargs, dynamic_shapes=_sizes(dynamic_shapes), strict=False)
         _refuse(model)
-        program, written = as_functional(model, {} if functions else ways.decompositions)
-        _check_sizes(model, program)
+        program, written = as_functional(model)
         options = {"verbose": False, **options}
         if functions:
             result = export_with_functions(program, ways.table, opset, dynamic_shapes, options)
         else:
             axes = {"dynamic_shapes": dynamic_shapes}  # for their names alone
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _known_to_torch(ways.decompositions):
                 warnings.filterwarnings("ignore", "# The axis name")  # two axes of one name are meant
                 result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
+        _check_sizes(model, result.exported_program)
     outputs = result.model.graph.outputs
     for output, name in zip(outputs[len(outputs) - len(written) :], written):
         output.name = f"{name}_out"
     return result
+
+
+@contextlib.contextmanager
+def _known_to_torch(decompositions: dict[Callable, Callable]) -> Iterator[None]:
+    """Within the block torch's exporter, which decomposes what it does not know, takes these, too: so the graph of the
+    forms is traced once, and not by ``run_decompositions`` and then again."""
+    known = torch._decomp.decomposition_table
+    before = {op: known[op] for op in decompositions if op in known}
+    known.update(decompositions)
+    try:
+        yield
+    finally:
+        for op in decompositions:
+            del known[op]
+        known.update(before)
 
 
 def _opset(version: int | None, fused: tuple[str, ...]) -> int:

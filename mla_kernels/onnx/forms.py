@@ -36,7 +36,9 @@ WITHOUT_FORM = {
 """Public functions without a form in ONNX, and the reason."""
 
 GRADIENTS = "a step of training or of a gradient; export under torch.no_grad()"
-COLLECTIVE = "it exchanges tensors between the ranks of a process group, which ONNX does not know; export one rank's ops"
+COLLECTIVE = (
+    "it exchanges tensors between the ranks of a process group, which ONNX does not know; export one rank's ops"
+)
 
 
 def searchsorted(sorted_sequence, self, *, out_int32=False, right=False, side=None, sorter=None):

@@ -70,13 +70,15 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     Raises:
         TypeError: it is no ExportedProgram.
     """
-    return as_functional(program, {})[0]
+    return as_functional(program)[0]
 
 
-def as_functional(program: ExportedProgram, decompositions: dict) -> tuple[ExportedProgram, list[str]]:
-    """:func:`functional`, decomposed, and the names of what is written."""
+def as_functional(program: ExportedProgram) -> tuple[ExportedProgram, list[str]]:
+    """:func:`functional`, and the names of what is written."""
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program: got {type(program).__name__}, a torch.export.ExportedProgram is accepted")
+    if not _writes(program.graph_module):
+        return program, []
     module = copy.deepcopy(program.graph_module)
     for old, new in zip(program.graph.nodes, module.graph.nodes):
         new.name = old.name  # a copy of a node called input is called input_1
@@ -85,7 +87,13 @@ def as_functional(program: ExportedProgram, decompositions: dict) -> tuple[Expor
             _write_by_value(part.graph)
             part.recompile()
     new = _with(program, module, _of_results(program.graph_signature, module.graph))
-    return _writes_as_results(new.run_decompositions(decompositions))
+    return _writes_as_results(new.run_decompositions({}))
+
+
+def _writes(module: torch.fx.GraphModule) -> bool:
+    graphs = (part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule))
+    targets = (node.target for graph in graphs for node in graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def _write_by_value(graph: torch.fx.Graph) -> None:

@@ -4,9 +4,7 @@ from mla_kernels.onnx.numbers import wide
 from mla_kernels.reference import hyper as reference
 
 
-def hyper_pre(
-    streams, fn, base, scale, norm_weight, mix, iterations, eps, norm_eps, magnitude, batch_invariant=False
-):
+def hyper_pre(streams, fn, base, scale, norm_weight, mix, iterations, eps, norm_eps, magnitude, batch_invariant=False):
     form = reference.HyperForm(mix, iterations, eps, norm_eps, magnitude)
     collapsed, post, comb = reference.hyper_pre(wide(streams), fn, base, scale, form=form, norm_weight=norm_weight)
     comb = post.new_zeros(post.shape[0], 0, 0) if comb is None else comb

@@ -1,4 +1,4 @@
-"""What writes latent caches, and what stands around latent attention, in ONNX. What writes returns the new cache last."""
+"""What writes latent caches and what stands around latent attention, in ONNX. What writes returns the new cache last."""
 
 import torch
 
@@ -82,9 +82,7 @@ def mla_prolog(
     return absorb_query(q, w_uk, cos, sin, positions, rope), q_latent, new
 
 
-def write_kv(
-    kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps=1e-6, batch_invariant=False
-):
+def write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps=1e-6, batch_invariant=False):
     rows = rotate_last(_normed(kv, norm_weight, eps), table_rows(cos, positions), table_rows(sin, positions))
     return write_rows(rows, rows[:, :0], slot_mapping, cache, layout, kv.shape[1])
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's windows and lists of slots in ONNX: all entries that new tokens could complete, then those that they do.
+"""DeepSeek-V4's windows and lists of slots in ONNX: all entries that new tokens could complete, and which are.
 
 Symbols: T tokens, B sequences, D width of an entry, W of a token's row (D, or 2 D with overlap), N entries.
 """

@@ -49,7 +49,7 @@ def test_writes_are_results():
     model = mk.onnx.export(Writer(), given, dynamic_shapes=({0: "n"}, {0: "n"}, {0: "pages"}))
     names = [value.name for value in model.model.graph.outputs]
     assert names[2:] == ["calls_out", "data_out"]
-    source, target, data = given
+    _, target, data = given
     written = data.clone()
     written[5], written[4] = data[0], data[1]
     total, returned, calls, out = run(session(model), given)

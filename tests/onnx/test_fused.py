@@ -107,7 +107,9 @@ def examples(tokens):
 
 def test_fused_operators_beside_the_ops():
     dynamic = ([sizes for _, _, sizes, _ in CALLS.values()],)
-    model = mk.onnx.export(Calls(), (examples(TOKENS),), dynamic_shapes=dynamic, fused=("attention", "experts", "router"))
+    model = mk.onnx.export(
+        Calls(), (examples(TOKENS),), dynamic_shapes=dynamic, fused=("attention", "experts", "router")
+    )
     assert model.model.opset_imports == {"": 23, "com.microsoft": 1}
     nodes = Counter(node.op_type for node in model.model.graph)
     wanted = Counter(node for *_, node in CALLS.values())

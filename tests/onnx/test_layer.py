@@ -1,4 +1,4 @@
-"""A decoder layer exported whole: a prompt and then token after token in onnxruntime, its cache handed on, beside torch."""
+"""A decoder layer exported whole: a prompt, then token by token in onnxruntime, its cache handed on, beside torch."""
 
 import numpy as np
 import onnxruntime
