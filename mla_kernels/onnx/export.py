@@ -136,18 +136,33 @@ def export(
         _refuse(model)
         program, written = as_functional(model)
         options = {"verbose": False, **options}
-        if functions:
-            result = export_with_functions(program, ways.table, opset, dynamic_shapes, options)
-        else:
-            axes = {"dynamic_shapes": dynamic_shapes}  # for their names alone
-            with warnings.catch_warnings(), _known_to_torch(ways.decompositions):
-                warnings.filterwarnings("ignore", "# The axis name")  # two axes of one name are meant
-                result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
+        with warnings.catch_warnings(), _own_errors():
+            warnings.filterwarnings("ignore", "# The axis name")  # two axes of one name are meant
+            if functions:
+                result = export_with_functions(program, ways.table, opset, dynamic_shapes, options)
+            else:
+                axes = {"dynamic_shapes": dynamic_shapes}  # for their names alone
+                with _known_to_torch(ways.decompositions):
+                    result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
         _check_sizes(model, result.exported_program)
     outputs = result.model.graph.outputs
     for output, name in zip(outputs[len(outputs) - len(written) :], written):
         output.name = f"{name}_out"
     return result
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """What a form refuses, not the ConversionError that torch makes of it."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, NotImplementedError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What writes latent caches and what stands around latent attention, in ONNX. What writes returns the new cache last."""
+"""What writes latent caches and what stands around attention, in ONNX. What writes returns the new cache last."""
 
 import torch
 
