@@ -10,7 +10,7 @@ from torch._higher_order_ops.scan import scan_op
 
 from mla_kernels.onnx.caches import quantise_int8
 from mla_kernels.onnx.numbers import (
-    TABLES,
+    all_tables,
     decode_e2m1,
     decode_e4m3,
     e8m0,
@@ -35,17 +35,17 @@ def _over_experts(x, mine, factors, experts, product, activation, biases, weight
     kept = [bias for bias in biases if bias is not None]
     numbers = torch.arange(experts[0][0].shape[0])
     of_each = [numbers, *experts[0], *experts[1], *kept]
-    of_codes = [table.clone() for table in TABLES]  # a constant is no argument of a Scan, what is computed is
+    of_codes = [table.clone() for table in all_tables()]  # a constant is no argument of a Scan, what is computed is
+    kinds = len(of_codes)
     of_all = [*of_codes, x, *counted] if factors is None else [*of_codes, x, factors, *counted]
 
     def body(total, expert, *parts):
         weights, shared = list(parts[: first + second]), list(parts[first + second :])
         gate_up_bias, down_bias = (None if bias is None else wide(shared.pop(0)) for bias in biases)
-        of_codes, rows = shared[: len(TABLES)], shared[len(TABLES)]
-        shared = shared[len(TABLES) + 1 :]
+        given, rows, shared = shared[:kinds], shared[kinds], shared[kinds + 1 :]
         factor = None if factors is None else shared.pop(0)
         times = count(expert, *shared)
-        with tables(*of_codes):
+        with tables(*given):
             both = product(rows, weights[:first], factor if weight_at == "input" else None)
             both = both if gate_up_bias is None else both + gate_up_bias
             inner = apply_activation(both, *activation)

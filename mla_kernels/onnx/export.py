@@ -145,6 +145,7 @@ def export(
                 with _known_to_torch(ways.decompositions):
                     result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
         _check_sizes(model, result.exported_program)
+        _forget_symbols(model)
     outputs = result.model.graph.outputs
     for output, name in zip(outputs[len(outputs) - len(written) :], written):
         output.name = f"{name}_out"
@@ -163,6 +164,16 @@ def _own_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+
+
+def _forget_symbols(program: ExportedProgram) -> None:
+    """Take back the names of sizes that torch's exporter made up last and left with the program, whose next export
+    would miss them: every second one of the same program failed (torch 2.15)."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            mode.shape_env.pending_fresh_unbacked_symbols.clear()
+            return
 
 
 @contextlib.contextmanager

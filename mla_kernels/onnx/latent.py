@@ -3,19 +3,15 @@
 import torch
 
 from mla_kernels.onnx.caches import put, slot_values, write_rows
-from mla_kernels.onnx.numbers import wide
+from mla_kernels.onnx.numbers import rms_norm, wide
 from mla_kernels.reference import heads as heads_reference
-from mla_kernels.reference.latent import apply_rope, rms_norm
+from mla_kernels.reference.latent import apply_rope
 from mla_kernels.reference.windows import rotate_last
 
 
 def table_rows(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """fp32 rows of a table of cosines or sines."""
     return wide(table).index_select(0, positions.to(torch.int64))
-
-
-def _normed(x, weight, eps):
-    return rms_norm(wide(x), wide(weight), eps=eps)
 
 
 def _product(x, weight):
@@ -27,7 +23,7 @@ def write_latent(
     kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps=1e-6,
     batch_invariant=False,
 ):  # fmt: skip
-    latent = _normed(kv_a[:, :latent_dim], norm_weight, eps)
+    latent = rms_norm(kv_a[:, :latent_dim], norm_weight, eps)
     angles = table_rows(cos, positions), table_rows(sin, positions)
     key = apply_rope(wide(kv_a[:, latent_dim:]), *angles, rope=rope)
     return write_rows(latent, key, slot_mapping, cache, layout, latent_dim)
@@ -46,7 +42,7 @@ def norm_and_write(
     batch_invariant=False,
 ):  # fmt: skip
     new = write_latent(kv_a, kv_norm, cos, sin, positions, slot_mapping, cache, layout, latent_dim, rope, eps)
-    return _normed(q_a, q_norm, eps).to(q_a.dtype), new
+    return rms_norm(q_a, q_norm, eps).to(q_a.dtype), new
 
 
 def absorb_query(q, w_uk, cos, sin, positions, rope, batch_invariant=False):
@@ -83,7 +79,7 @@ def mla_prolog(
 
 
 def write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps=1e-6, batch_invariant=False):
-    rows = rotate_last(_normed(kv, norm_weight, eps), table_rows(cos, positions), table_rows(sin, positions))
+    rows = rotate_last(rms_norm(kv, norm_weight, eps), table_rows(cos, positions), table_rows(sin, positions))
     return write_rows(rows, rows[:, :0], slot_mapping, cache, layout, kv.shape[1])
 
 
@@ -91,7 +87,7 @@ def write_kv_with_latent(
     q_a, q_norm, kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps=1e-6, batch_invariant=False
 ):
     new = write_kv(kv, norm_weight, cos, sin, positions, slot_mapping, cache, layout, eps)
-    return _normed(q_a, q_norm, eps).to(q_a.dtype), new
+    return rms_norm(q_a, q_norm, eps).to(q_a.dtype), new
 
 
 def gather_tokens(cache, layout, latent_dim, slots, dtype):

@@ -2,7 +2,7 @@
 looked up in tables and bytes put together by integers. All of it is exact.
 
 Tables are tensors of this module, which exporters keep as constants: a tensor made in a decomposition is detached in
-place, which torch.export refuses.
+place, which torch.export refuses. torch 2.13 and older lose constants there, so that graphs make the tables themselves.
 """
 
 import contextlib
@@ -23,16 +23,32 @@ class Tables(NamedTuple):
     e2m1: torch.Tensor
 
 
-_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-E4M3_VALUES = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn).float()
-TABLES = Tables(
-    torch.exp2(torch.arange(_LEAST, _MOST + 1, dtype=torch.float64)).float(),
-    E4M3_VALUES,
-    torch.tensor([*_E2M1, *(-value for value in _E2M1)]),
-)
-_tables: ContextVar[Tables] = ContextVar("tables", default=TABLES)
+def _powers():
+    return torch.exp2(torch.arange(_LEAST, _MOST + 1, dtype=torch.float32))
+
+
+def _small_floats(bits, fraction, bias):
+    """Values of codes of ``bits`` bits: a sign, an exponent and ``fraction`` bits behind it; none is special."""
+    code, half, steps = torch.arange(1 << bits), 1 << (bits - 1), 1 << fraction
+    exponent = code % half // steps
+    whole = code % steps + steps * (exponent > 0).to(torch.int64)
+    values = whole.to(torch.float32) * _powers()[exponent.clamp(min=1) - bias - fraction - _LEAST]
+    return torch.where(code >= half, -values, values)
+
+
+def _e4m3():
+    return torch.where(torch.arange(256) % 128 == _NAN, torch.nan, _small_floats(8, 3, 7))
+
+
+def _e2m1():
+    return _small_floats(4, 1, 1)
+
+
 E4M3_MAX = 448.0
 _NAN = 0x7F
+_made = (_powers, _e4m3, _e2m1)
+_kept = Tables(*(make() for make in _made)) if torch.__version__ >= (2, 15) else None
+_tables: ContextVar[Tables | None] = ContextVar("tables", default=_kept)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -50,9 +66,27 @@ def tables(*given: torch.Tensor) -> Iterator[None]:
         _tables.reset(token)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """fp32 x / sqrt(mean(x^2) + eps) * weight. Not by a square: of 16-bit x onnxscript would make RMSNormalization of
+    it at opset 23, with two dtypes, which onnxruntime 1.32 refuses."""
+    values = wide(x)
+    return values * torch.rsqrt((values * values).mean(-1, keepdim=True) + eps) * wide(weight)
+
+
+def _table(place: int) -> torch.Tensor:
+    """One of those that are given, or of this module, or made."""
+    given = _tables.get()
+    return _made[place]() if given is None else given[place]
+
+
+def all_tables() -> list[torch.Tensor]:
+    """What :func:`tables` takes."""
+    return [_table(place) for place in range(len(_made))]
+
+
 def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """fp32 2^exponents of int64 exponents from -149 to 127."""
-    return _tables.get().powers[exponents - _LEAST]
+    return _table(0)[exponents - _LEAST]
 
 
 def floor_log2(values: torch.Tensor) -> torch.Tensor:
@@ -66,7 +100,7 @@ def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
     """fp32 values of e4m3fn codes, uint8 or float8_e4m3fn."""
     if codes.dtype == torch.float8_e4m3fn:
         return codes.to(torch.float32)
-    return _tables.get().e4m3[codes.to(torch.int64)]
+    return _table(1)[codes.to(torch.int64)]
 
 
 def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -87,7 +121,7 @@ def _eighths(magnitude):
 
 def decode_e2m1(codes: torch.Tensor) -> torch.Tensor:
     """fp32 values of int64 e2m1 codes from 0 to 15."""
-    return _tables.get().e2m1[codes]
+    return _table(2)[codes]
 
 
 def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:

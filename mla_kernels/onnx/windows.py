@@ -6,8 +6,7 @@ Symbols: T tokens, B sequences, D width of an entry, W of a token's row (D, or 2
 import torch
 
 from mla_kernels.onnx.caches import put, write_indexer_rows, write_rows
-from mla_kernels.onnx.numbers import wide
-from mla_kernels.reference.latent import rms_norm
+from mla_kernels.onnx.numbers import rms_norm, wide
 from mla_kernels.reference.windows import rotate_last
 
 _SLOTS = (1 << 31) - 1  # slots are int32 numbers
@@ -67,7 +66,7 @@ def _entries(kv, gate, position_bias, norm_weight, cos, sin, index, starts, over
     weights = torch.softmax(gates, 1)
     mean = (weights * torch.where(missing, 0.0, values)).sum(1)
     angles = wide(cos).index_select(0, starts), wide(sin).index_select(0, starts)
-    return rotate_last(rms_norm(mean, wide(norm_weight), eps=eps), *angles)
+    return rotate_last(rms_norm(mean, norm_weight, eps), *angles)
 
 
 def _places(rows, index, overlap):
