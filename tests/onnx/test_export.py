@@ -58,9 +58,11 @@ def test_writes_are_results():
     assert not given[2].equal(written)  # the caller's tensor is as it was
 
 
-def test_a_functional_program_stays_runnable():
+def test_a_program_exports_again_and_stays_runnable():
     given = pages()
     program = torch.export.export(Writer(), given)
+    for _ in range(2):
+        assert len(mk.onnx.export(program, optimize=False).model.graph.outputs) == 4
     (total, returned), (calls, out) = mk.onnx.functional(program).module()(*given)
     assert out.equal(returned) and calls.item() == 1 and total.dim() == 0
     assert not any("mla_kernels_onnx" in str(node.target) for node in program.graph.nodes)  # the given one is as it was
@@ -104,6 +106,9 @@ def test_refusals():
     refused(NotImplementedError, "balance_loss: has no form in ONNX: a loss of training", mk.balance_loss, logits, ids)
     refused(NotImplementedError, "route: got batch_invariant=True",
             lambda logits: mk.route(logits, 2, batch_invariant=True), logits)  # fmt: skip
+    together = torch.ops._c10d_functional.all_reduce
+    refused(NotImplementedError, "_c10d_functional::all_reduce: has no form in ONNX: .*process group",
+            lambda x: together(x, "sum", "0"), logits)  # fmt: skip
     refused(ValueError, "opset_version: got 17, 18 or more is accepted", route, logits, opset_version=17)
     refused(ValueError, "opset_version: got 22, 23 or more is accepted with fused attention", route, logits,
             opset_version=22, fused="attention")  # fmt: skip
