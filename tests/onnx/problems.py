@@ -4,7 +4,7 @@ import onnxruntime
 import torch
 from torch.utils import _pytree as pytree
 
-from tests.catalogue import CALLS
+from mla_kernels.catalogue import CALLS
 
 TOKENS, OTHERS = 11, (2, 17)
 _KINDS = {torch.bfloat16: (torch.int16, 16), torch.float8_e4m3fn: (torch.uint8, 17)}  # as NumPy holds it, ONNX's number

@@ -6,10 +6,10 @@ import torch
 import mla_kernels as mk
 from mla_kernels import launch
 from mla_kernels.attention.decode.forward import NO_WINDOW
+from mla_kernels.catalogue.calls import rope_tables
 from mla_kernels.onnx import numbers
 from mla_kernels.onnx.forms import FORMS
 from mla_kernels.reference import latent, quant
-from tests.catalogue.calls import rope_tables
 from tests.support import assert_close
 
 

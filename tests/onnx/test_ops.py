@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 import mla_kernels
 import mla_kernels.onnx
 from mla_kernels import launch
+from mla_kernels.catalogue import CALLS
 from mla_kernels.onnx.forms import FORMS
-from tests.catalogue import CALLS
 from tests.onnx.problems import OTHERS, TOKENS, Ops, examples, run, session, shapes
 from tests.support import EPSILON
 
