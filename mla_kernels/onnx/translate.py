@@ -4,7 +4,6 @@ The function's body is the op's form, exported by torch's own exporter for the s
 that knows no ``mla_kernels`` puts the body in the node's place; one that has the op itself finds it by name.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -22,13 +21,16 @@ def translation(op: torch._ops.OpOverload, form: Callable) -> Callable:
     """What ``custom_translation_table`` calls for a node of ``op``."""
     schema = op._schema
     name = schema.name.split("::")[1]
-    numbers = itertools.count()
+    made: dict = {}  # what a call is like -> its function, for all layers of a model
 
     def translate(*args, **kwargs):
         values = _by_name(schema, args, kwargs)
         recorder = _recorder()
-        function = _function(form, values, recorder.opset.version)
-        function.name = f"{name}_{next(numbers)}"
+        key = recorder.opset.version, tuple((argument, _likeness(part)) for argument, part in values.items())
+        if key not in made:
+            made[key] = _function(form, values, recorder.opset.version)
+            made[key].name = f"{name}_{len(made) - 1}"
+        function = made[key]
         recorder.functions[function.identifier()] = function
         inputs = [value for part in values.values() for value in _tensors(part)]
         return _call(recorder, function, inputs)
@@ -54,6 +56,13 @@ def _by_name(schema, args, kwargs) -> dict:
         if argument.name == "dtype" and isinstance(values.get("dtype"), int):
             values["dtype"] = _torch_dtype(values["dtype"])
     return values
+
+
+def _likeness(part):
+    """What an argument has in common with those of calls of one function."""
+    if isinstance(part, list):
+        return tuple(_likeness(value) for value in part)
+    return (str(part.dtype), str(part.shape)) if _tensors(part) else part
 
 
 def _tensors(part) -> list:
@@ -135,7 +144,7 @@ class _Sizes:
     def __call__(self, text: str | None) -> int:
         import sympy
 
-        expression = sympy.sympify(str(text))
+        expression = sympy.sympify(text or f"unnamed{len(self.known)}")
         names = sorted(str(symbol) for symbol in expression.free_symbols)
         for name in names:
             self.known.setdefault(name, _PRIMES[len(self.known)])

@@ -95,6 +95,17 @@ def test_functions_are_valid_models(tmp_path):
     assert np.array(saved.functions[0].opset_import[0].version) == 23
 
 
+def test_calls_alike_share_a_function():
+    def thrice(logits):
+        first, second = mk.route(logits, 2), mk.route(logits + 1.0, 2)
+        return first[0] + second[0] + mk.route(logits, 2, renormalize=False)[0]
+
+    logits = torch.randn(5, 8)
+    model = mk.onnx.export(Call(thrice).eval(), (logits,), dynamic_shapes=(({0: "tokens"},),), functions=True)
+    assert sorted(function.name for function in model.model.functions.values()) == ["route_0", "route_1"]
+    assert torch.allclose(run(session(model), (logits,))[0], thrice(logits))
+
+
 def test_refusals():
     logits, ids = torch.randn(4, 8), torch.zeros(4, 2, dtype=torch.int32)
 
