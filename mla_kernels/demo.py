@@ -1,7 +1,8 @@
 """``python -m mla_kernels demo``: one Hugging Face DeepSeek model, with transformers' own code and over mla_kernels.
 
 The same text from both, how fast each was, what their caches hold, and what every target's compiler makes of the
-kernels behind it. Needs ``pip install 'mla_kernels[transformers]'``.
+kernels behind it. With ``--backend npu-emulated`` mla_kernels also runs on an emulated Ascend NPU. Needs
+``pip install 'mla_kernels[transformers]'``.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mla_kernels import check, launch
-from mla_kernels.targets import service
+from mla_kernels import check, launch, tiles
+from mla_kernels.targets import emulated_npu, service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_many, compiler_version
 
@@ -157,6 +158,49 @@ def compare(model, ids: torch.Tensor, tokens: int, rounds: int, progress) -> tup
     return theirs, ours
 
 
+def run_emulated(model, ids: torch.Tensor, tokens: int, progress):
+    """transformers and mla_kernels on the CPU, then mla_kernels on the emulated NPU, to which the model moves.
+
+    Returns the three sides and what the NPU executed: (op, kernel) -> launches.
+    """
+    from mla_kernels.compat.transformers import disable, enable
+
+    sides = Side("transformers, cpu"), Side("mla_kernels, cpu"), Side(f"mla_kernels, {EMULATED}")
+    task = progress.add_task("", total=len(sides))
+    with torch.no_grad():
+        for side, switch in zip(sides, (disable, enable, enable)):
+            progress.update(task, description=side.name)
+            switch(model)
+            if side is sides[-1]:
+                model.to("npu")
+                ids = ids.to("npu")
+            with emulated_npu.record() as executed, tiles.silent():
+                generate(model, ids, tokens, side)
+            progress.advance(task)
+    progress.remove_task(task)
+    return sides, executed
+
+
+def emulated_tables(sides, executed, prompt_tokens: int):
+    """What each side took, and the kernels that the emulator executed."""
+    from rich import box
+    from rich.table import Table
+
+    times = Table(title="Seconds; the emulator's are none of an NPU's", box=box.SIMPLE_HEAD)
+    times.add_column("")
+    for side in sides:
+        times.add_column(side.name, justify="right")
+    times.add_row(f"prefill, {prompt_tokens} tokens", *(f"{side.prefill[0]:.2f}" for side in sides))
+    if sides[0].steps:
+        times.add_row("a decoded token (median)", *(f"{statistics.median(side.steps):.3f}" for side in sides))
+    kernels = Table(title="Executed by the NPU emulator", box=box.SIMPLE_HEAD)
+    for name in ("op", "kernel", "launches"):
+        kernels.add_column(name, justify="right" if name == "launches" else "left")
+    for (op, kernel), count in sorted(executed.items(), key=str):
+        kernels.add_row(op or "-", kernel or "none", f"{count:,}")
+    return times, kernels
+
+
 def speed_table(theirs: Side, ours: Side, prompt_tokens: int):
     """Tokens a second of both, and the ratios of their times."""
     from rich import box
@@ -203,6 +247,7 @@ def cache_table(theirs: Side, ours: Side, config):
     return made
 
 
+EMULATED = "npu-emulated"
 OF_THE_MODEL = (
     "write_latent_kernel", "mla_prefill_kernel", "mla_decode_kernel", "merge_splits_kernel", "route_kernel",
     "moe_dispatch_kernel", "moe_inverse_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel",
@@ -268,7 +313,7 @@ def machine() -> str:
 
 
 def compare_texts(options, console, progress) -> bool:
-    """Generate with both implementations and print texts, speed and caches; whether the texts are the same."""
+    """Generate with every side and print texts, times and caches, or kernels; whether the texts are the same."""
     from rich.markup import escape
 
     task = progress.add_task("loading the model" if options.model else "drawing the weights", total=None)
@@ -288,13 +333,21 @@ def compare_texts(options, console, progress) -> bool:
     console.print(f"[bold]Model[/]    {about}; {parameters / 1e6:,.0f} M parameters, {options.dtype}")
     console.print(f"[bold]Machine[/]  {escape(machine())}")
     console.print(f"[bold]Prompt[/]   {ids.shape[1]} tokens: {escape(text[:90])}...")
-    theirs, ours = compare(model, ids, options.tokens, options.rounds, progress)
-    for side in (theirs, ours):
+    if options.backend == EMULATED:
+        sides, executed = run_emulated(model, ids, options.tokens, progress)
+    else:
+        sides = compare(model, ids, options.tokens, options.rounds, progress)
+    theirs, ours = sides[0], sides[-1]
+    for side in sides:
         console.print(f"[bold]{escape(side.name)}[/] wrote {escape(ascii(tokenizer.decode(side.tokens)))}")
-    equal = theirs.tokens == ours.tokens
+    equal = all(side.tokens == theirs.tokens for side in sides)
     same = sum(a == b for a, b in zip(theirs.tokens, ours.tokens))
     verdict = "[bold green]identical[/]" if equal else f"[bold red]different[/], {same} of {len(ours.tokens)} equal"
     console.print(f"Greedy text: {verdict} ({options.tokens} tokens, {len(set(ours.tokens))} different ones)")
+    if options.backend == EMULATED:
+        for table in emulated_tables(sides, executed, ids.shape[1]):
+            console.print(table)
+        return equal
     console.print(speed_table(theirs, ours, ids.shape[1]))
     console.print(
         f"[dim]{options.rounds} runs of each, turn by turn, on this machine. Prefill goes through mla_prefill here.[/]"
@@ -311,6 +364,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="default fp32, the one held to equality")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="timed runs of each side (default 2)")
+    parser.add_argument(
+        "--backend", choices=("cpu", EMULATED), default="cpu",
+        help=f"where mla_kernels runs: cpu (default), or {EMULATED}: there and on an Ascend NPU whose kernels the "
+        "emulator executes, one run each and no compile matrix",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a short prompt, for tests")
     parser.add_argument("--no-matrix", action="store_true", help="leave out the compile matrix")
     options = parser.parse_args(arguments)
@@ -323,8 +381,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo: 0, or 1 if the texts differ in fp32 or a kernel fails to compile, or 2 if a package is missing or
-    of a version that is not supported."""
+    """Run the demo: 0, or 1 if the texts differ in fp32 or a kernel fails to compile, or 2 if something that it needs
+    is missing or of a version that is not supported."""
     options = parse(arguments)
     missing = [name for name in ("rich", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
@@ -337,6 +395,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:  # a version that is not supported
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.backend == EMULATED:
+        try:
+            emulated_npu.install()
+        except RuntimeError as error:  # no Ascend compilers, or another device under PrivateUse1
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -347,6 +411,6 @@ def main(arguments: list[str] | None = None) -> int:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress, launch.on_cpu("torch"):
         equal = compare_texts(options, console, progress)
-        good = options.no_matrix or compile_matrix(console, progress)
+        good = options.no_matrix or options.backend == EMULATED or compile_matrix(console, progress)
     console.print(f"{time.monotonic() - begin:.0f} s in all")
     return int(not good or (options.dtype == "fp32" and not equal))

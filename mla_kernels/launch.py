@@ -18,6 +18,7 @@ from mla_kernels.language import HAS_TRITON
 from mla_kernels.placement import CPU, chip_of, cpu_mode, on_cpu
 from mla_kernels.quant.cache_layout import QUANTISED
 from mla_kernels.targets.chips import Chip
+from mla_kernels.targets.emulated_npu import NpuTensor, memory
 from mla_kernels.targets.source import code_of, python_function, standalone
 from mla_kernels.tiles import GPU_OPTIONS, KERNELS
 
@@ -238,6 +239,11 @@ class Kernel:
         elif kind == "cpu" and cpu_mode() == "npu-emulated":
             from mla_kernels.targets import emulator
 
+            emulator.launch(self, chip, grid, args, self.constexprs(statics, tile))
+        elif isinstance(first, NpuTensor):
+            from mla_kernels.targets import emulator
+
+            args = memory(self.name, dict(zip(self.arguments, args)))
             emulator.launch(self, chip, grid, args, self.constexprs(statics, tile))
         elif kind == "npu":
             self.fn[(grid,)](*args, **self.constexprs(statics, tile))

@@ -98,6 +98,12 @@ def test_a_missing_toolchain_is_said_plainly(capsys, monkeypatch, compiled):
     assert {request.chip.is_gpu for request in compiled} == {True}
 
 
+def test_an_emulated_npu_needs_the_ascend_compilers(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_KERNELS_ASCEND_PYTHON", str(tmp_path / "python"))
+    assert demo.main([*SMOKE, "--backend", "npu-emulated"]) == 2
+    assert "error: no Ascend toolchain at" in capsys.readouterr().err
+
+
 def test_own_checkpoint_and_prompt(tmp_path, capsys, monkeypatch):
     model = demo.build_model(demo.SMOKE, torch.float32, seed=1)
     model.save_pretrained(tmp_path / "model")

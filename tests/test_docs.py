@@ -26,9 +26,9 @@ DOCS = ROOT / "docs"
 PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))}
 TEXTS = {page: path.read_text() for page, path in PAGES.items()}
 KERNEL_PAGE = "writing-a-kernel.md"  # a test file of its own
-EXAMPLES = {
-    "README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "onnx.md", "tiles.md", KERNEL_PAGE
-}  # fmt: skip
+NPU_PAGE = "emulated-npu.md"  # run in tests/npu/model_cases.py, in a process with that device
+EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "onnx.md", "tiles.md"}
+EXAMPLES |= {KERNEL_PAGE, NPU_PAGE}
 SIZES = dict(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2, num_attention_heads=4)
 TINY_V2 = dict(
     vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,

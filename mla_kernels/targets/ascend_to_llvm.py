@@ -70,7 +70,7 @@ def compile_native(ttadapter: str, cpu: str, optimise: bool = True) -> Native:
         stage = "emulator fusion"
         text = matmuls_to_loops(run_passes(text, FUSE))
         stage = "emulator bufferization"
-        text = copies_to_linalg(run_passes(text, BUFFERIZE))
+        text = products_to_vectors(copies_to_linalg(run_passes(text, BUFFERIZE)), cpu)
         stage = "emulator lowering"
         dialect = run_passes(text, LOWER)
         stage = "emulator llvm"
@@ -219,6 +219,70 @@ def copies_to_linalg(text: str) -> str:
     return re.sub(
         rf"memref\.copy {VALUE}, {VALUE} : {SHAPED} to {SHAPED}", r"linalg.copy ins(\1 : \3) outs(\2 : \4)", text
     )
+
+
+VECTORS = {"x86-64-v4": 32, "x86-64-v3": 16}
+"""Columns of a matrix product that are summed at a time, in 4 rows: as many sums as a machine's registers hold."""
+
+
+def products_to_vectors(text: str, cpu: str) -> str:
+    """Bufferised float products, which ``matmuls_to_loops`` made, as loops over blocks of the result, summed in
+    registers. LLVM leaves the sums in memory, and the columns of a narrow tile scalar.
+
+    Each element sums over k in order, as before. A product whose rows or columns do not fit stays as it is.
+    """
+    shape = r"memref<((?:\d+x)+)(\w+)>"
+    product = re.compile(
+        r'linalg\.generic \{indexing_maps = \[[^\]]*\], iterator_types = \[((?:"parallel", )?)"parallel", "reduction", '
+        rf'"parallel"\]\}} ins\({VALUE}, {VALUE} : {shape}, {shape}\) outs\({VALUE} : {shape}\) \{{\n(.*?)\n\s*\}}',
+        re.S,
+    )
+    found = iter(range(len(text)))
+    return product.sub(lambda match: _blocks(match, f"%product{next(found)}_", VECTORS.get(cpu, 8)), text)
+
+
+def _blocks(match: re.Match, q: str, widest: int) -> str:
+    """One product [rows, length] x [length, columns] as loops; ``q`` begins the names of its values."""
+    left, right, left_shape, left_kind, right_shape, right_kind, out, out_shape, kind, body = match.groups()[1:]
+    *batch, rows, columns = map(int, out_shape.split("x")[:-1])
+    length = left_shape.split("x")[-2]
+    across = next((width for width in (32, 16, 8, 4) if width <= widest and columns % width == 0), 0)
+    down = next(step for step in (4, 2, 1) if rows % step == 0)
+    if FUSED not in body or not across:
+        return match[0]
+    left_type, right_type, out_type = f"{left_shape}{left_kind}", f"{right_shape}{right_kind}", f"{out_shape}{kind}"
+    vector, given = f"vector<{across}x{kind}>", f"vector<{across}x{right_kind}>"
+    block, at = range(down), f"{q}g, " if batch else ""
+    counts = {"zero": 0, "one": 1, "rows": rows, "columns": columns, "length": length, "down": down, "across": across}
+    lines = [f"{q}{name} = arith.constant {n} : index" for name, n in (counts | {f"r{r}": r for r in block}).items()]
+    if batch:
+        lines.append(f"{q}batch = arith.constant {batch[0]} : index")
+        lines.append(f"scf.for {q}g = {q}zero to {q}batch step {q}one {{")
+    lines.append(f"scf.for {q}i = {q}zero to {q}rows step {q}down {{")
+    lines.append(f"scf.for {q}j = {q}zero to {q}columns step {q}across {{")
+    for r in block:
+        lines.append(f"{q}i{r} = arith.addi {q}i, {q}r{r} : index")
+        lines.append(f"{q}before{r} = vector.load {out}[{at}{q}i{r}, {q}j] : memref<{out_type}>, {vector}")
+    sums = ", ".join(f"{q}sum{r} = {q}before{r}" for r in block)
+    types = ", ".join([vector] * down)
+    lines.append(f"{q}all:{down} = scf.for {q}k = {q}zero to {q}length step {q}one iter_args({sums}) -> ({types}) {{")
+    lines.append(f"{q}b = vector.load {right}[{at}{q}k, {q}j] : memref<{right_type}>, {given}")
+    wide = right_kind != kind
+    if wide:
+        lines.append(f"{q}bw = arith.extf {q}b : {given} to {vector}")
+    for r in block:
+        lines.append(f"{q}a{r} = memref.load {left}[{at}{q}i{r}, {q}k] : memref<{left_type}>")
+        if left_kind != kind:
+            lines.append(f"{q}aw{r} = arith.extf {q}a{r} : {left_kind} to {kind}")
+        lines += [
+            f"{q}av{r} = vector.broadcast {q}a{'w' * (left_kind != kind)}{r} : {kind} to {vector}",
+            f"{q}p{r} = arith.mulf {q}av{r}, {q}b{'w' * wide} {FUSED} : {vector}",
+            f"{q}next{r} = arith.addf {q}sum{r}, {q}p{r} {FUSED} : {vector}",
+        ]
+    lines += [f"scf.yield {', '.join(f'{q}next{r}' for r in block)} : {types}", "}"]
+    for r in block:
+        lines.append(f"vector.store {q}all#{r}, {out}[{at}{q}i{r}, {q}j] : memref<{out_type}>, {vector}")
+    return "\n".join([*lines, "}", "}", *(["}"] if batch else [])])
 
 
 def limit_unrolling(dialect: str) -> str:

@@ -16,8 +16,8 @@ def _new_memory_is_poisoned():
 
 
 IDS = {
-    "some": lambda ids: ids.masked_fill(torch.rand(ids.shape) < 0.4, -1),
-    "most": lambda ids: ids.masked_fill(torch.rand(ids.shape) < 0.9, 2**31 - 1),
+    "some": lambda ids: ids.masked_fill(torch.rand(ids.shape, device=ids.device) < 0.4, -1),
+    "most": lambda ids: ids.masked_fill(torch.rand(ids.shape, device=ids.device) < 0.9, 2**31 - 1),
     "all": lambda ids: torch.full_like(ids, -1),
     "none": lambda ids: ids,
 }
