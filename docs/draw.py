@@ -29,7 +29,7 @@ FLOORS = (  # from the ground up, as tests/test_rooms.py holds them
     ("hopper", "Gluon kernels that ops launch on Hopper"),
     ("attention, moe, hyper", "the ops"),
     ("nn", "modules with Hugging Face's weight names"),
-    ("compat", "other libraries' signatures"),
+    ("compat, onnx", "other libraries' signatures; ops in ONNX"),
     ("check, demo, device", "commands; device stands in bench/gpu"),
     ("autotune", "the tuner and the tables' tools"),
     ("bundling", "builds bundles"),

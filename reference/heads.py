@@ -32,8 +32,8 @@ def rotate_heads(
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm_eps is not None:
         values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + norm_eps)
-    known = (positions >= 0) & (positions < len(cos))
-    place = positions.long().clamp(0, len(cos) - 1)
+    known = (positions >= 0) & (positions < cos.shape[0])
+    place = positions.long().clamp(0, cos.shape[0] - 1)
     cos, sin = rearrange(cos[place], "t d -> t 1 d"), rearrange(sin[place], "t d -> t 1 d")
     options = {"rope_dim": rope_dim, "rope_first": rope_first}
     if not inverse:

@@ -14,7 +14,7 @@ def permute(hidden: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
 
     hidden [T, H], dispatched from `dispatch(ids, E)`.
     """
-    has_expert = torch.arange(len(dispatched.tokens), device=hidden.device) < dispatched.offsets[-1]
+    has_expert = torch.arange(dispatched.tokens.shape[0], device=hidden.device) < dispatched.offsets[-1]
     return torch.where(has_expert[:, None], hidden[dispatched.tokens.long()], 0.0)
 
 
@@ -27,7 +27,7 @@ def unpermute(
     token. A pair without an expert adds 0, and its row is not read.
     """
     if weights is None:
-        weights = torch.ones(len(rows) // top_k, top_k, dtype=rows.dtype, device=rows.device)
+        weights = torch.ones(rows.shape[0] // top_k, top_k, dtype=rows.dtype, device=rows.device)
     row_of = rearrange(dispatched.inverse.long(), "(token slot) -> token slot", slot=weights.shape[1])
     present = (row_of < dispatched.offsets[-1])[:, :, None]
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32

@@ -116,12 +116,12 @@ def hash_route(
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring {scoring!r}: must be one of {SCORINGS}")
-    known = (token_ids >= 0) & (token_ids < len(table))
+    known = (token_ids >= 0) & (token_ids < table.shape[0])
     ids = table[torch.where(known, token_ids, 0).long()].long()
     found = known[:, None] & (ids >= 0) & (ids < logits.shape[1])
     ids = ids.masked_fill(~found, 0)
     scores = score(logits, scoring)
-    found &= ~(logits.isnan() | scores.isnan()).gather(1, ids)
+    found = found & ~(logits.isnan() | scores.isnan()).gather(1, ids)
     return _weighted(scores, ids, found, renormalize, routed_scale, num_shared)
 
 
@@ -144,8 +144,8 @@ def _weighted(scores, ids, found, renormalize, routed_scale, num_shared):
     weights, ids = weights * routed_scale, ids.masked_fill(~found, -1).to(torch.int32)
     shared = torch.arange(num_shared, dtype=torch.int32, device=ids.device) + scores.shape[1]
     return (
-        torch.cat([weights, weights.new_ones(len(ids), num_shared)], dim=1),
-        torch.cat([ids, shared.expand(len(ids), -1)], dim=1),
+        torch.cat([weights, weights.new_ones(ids.shape[0], num_shared)], dim=1),
+        torch.cat([ids, shared.expand(ids.shape[0], -1)], dim=1),
     )
 
 

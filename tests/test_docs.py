@@ -27,7 +27,7 @@ PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.m
 TEXTS = {page: path.read_text() for page, path in PAGES.items()}
 KERNEL_PAGE = "writing-a-kernel.md"  # a test file of its own
 NPU_PAGE = "emulated-npu.md"  # run in tests/npu/model_cases.py, in a process with that device
-EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "tiles.md"}
+EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "onnx.md", "tiles.md"}
 EXAMPLES |= {KERNEL_PAGE, NPU_PAGE}
 SIZES = dict(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2, num_attention_heads=4)
 TINY_V2 = dict(
@@ -166,6 +166,12 @@ def test_hub_kernels(run):
 
 def test_tiles(run):
     assert run("tiles.md")["y"].shape == (100, 256)
+
+
+def test_onnx(run):
+    names = run("onnx.md")
+    assert [value.name for value in names["session"].get_outputs()][1:] == ["data_out"]
+    assert names["difference"] < 1e-5 and names["written"].any()
 
 
 def test_writing_a_kernel(tmp_path):

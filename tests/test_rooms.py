@@ -19,7 +19,7 @@ FLOORS = (
     ({"hopper"},),
     ({"attention"}, {"moe"}, {"hyper"}),
     ({"nn"},),
-    ({"compat"},),
+    ({"compat"}, {"onnx"}),
     (TOOLS,),
     ({"autotune"},),
     ({"bundling"},),
