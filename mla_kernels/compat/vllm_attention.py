@@ -219,20 +219,12 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
             seq_lens=common.seq_lens,
             slot_mapping=common.slot_mapping,
             block_table=common.block_table_tensor,
-            req_id_per_token=self._rows_of(common),
+            req_id_per_token=common.token_to_req_indices(self.rows),
             block_size=self.kv_cache_spec.block_size,
             topk_tokens=self.topk_tokens,
             num_decodes=common.num_reqs,
             num_decode_tokens=common.num_actual_tokens,
         )
-
-    def _rows_of(self, common) -> torch.Tensor:
-        if common.query_start_loc.device.type != "cpu":
-            return common.token_to_req_indices(self.rows)
-        tokens = torch.arange(common.num_actual_tokens)
-        found = torch.searchsorted(common.query_start_loc[1:].long(), tokens, right=True)
-        self.rows[: len(tokens)] = found.clamp_(max=common.num_reqs - 1)
-        return self.rows[: len(tokens)]
 
 
 class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
@@ -290,18 +282,14 @@ def _joined(q) -> torch.Tensor:
 
 def _slots(picks: torch.Tensor, metadata: SparseMetadata) -> torch.Tensor:
     """Positions within each token's sequence [tokens, top_k] -> cache slots; -1 stays."""
-    size, rows = metadata.block_size, metadata.req_id_per_token[: len(picks)]
-    if picks.is_cuda:
-        return triton_convert_req_index_to_global_index(
-            rows,
-            metadata.block_table,
-            picks,
-            BLOCK_SIZE=size,
-            NUM_TOPK_TOKENS=picks.shape[1],
-            BLOCK_N=min(128, picks.shape[1] & -picks.shape[1]),
-        )
-    blocks = metadata.block_table[rows.long()].gather(1, (picks.clamp(min=0) // size).long())
-    return torch.where(picks < 0, -1, blocks * size + picks % size).int()
+    return triton_convert_req_index_to_global_index(
+        metadata.req_id_per_token[: len(picks)],
+        metadata.block_table,
+        picks,
+        BLOCK_SIZE=metadata.block_size,
+        NUM_TOPK_TOKENS=picks.shape[1],
+        BLOCK_N=min(128, picks.shape[1] & -picks.shape[1]),
+    )
 
 
 def _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.heads import rotate_heads
+from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
-from mla_kernels.latent.heads import rotate_indexer_query, write_indexer_key
+from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.write import write_latent
 
