@@ -2,6 +2,7 @@
 
 from mla_kernels import versions  # noqa: F401  first, for it refuses what the rest would fail on
 from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.indexer import mqa  # noqa: F401  kernels of compat.deep_gemm, here and below
 from mla_kernels.attention.indexer.op import indexer_logits, paged_indexer_logits
 from mla_kernels.attention.indexer.select import select_keys, select_slots
 from mla_kernels.attention.indexer.topk import indexer_topk
@@ -9,6 +10,7 @@ from mla_kernels.attention.merge import merge_states
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode, sparse_mla_prefill
 from mla_kernels.attention.sparse.slots import entry_slots, prefill_rows, window_slots
+from mla_kernels.hyper import prenorm  # noqa: F401
 from mla_kernels.hyper.form import HyperForm, StreamMix
 from mla_kernels.hyper.op import hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from mla_kernels.invariance import batch_invariant
@@ -36,6 +38,7 @@ from mla_kernels.moe.experts.activation import Activation, Clamp
 from mla_kernels.moe.experts.fused import fused_moe
 from mla_kernels.moe.experts.parts import expert_ffn
 from mla_kernels.moe.parallel.expert_parallel import ExpertParallel
+from mla_kernels.moe.quantised import scaled_product  # noqa: F401
 from mla_kernels.moe.quantised.error import WeightError, quantisation_error
 from mla_kernels.moe.quantised.fused_experts import fused_experts
 from mla_kernels.moe.quantised.weights import ExpertWeights, WeightFormat

@@ -65,6 +65,11 @@ def decode_e2m1(upper: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_left_shift_(5).bitwise_and_(-0x7200).view(torch.float16).mul_(2.0**14)
 
 
+def exponents_of(words: torch.Tensor) -> torch.Tensor:
+    """int32 [..., 4]: the bytes of int32 words [...], lowest first, where each is an exponent (ue8m0)."""
+    return torch.stack([(words >> shift) & 0xFF for shift in (0, 8, 16, 24)], -1)
+
+
 def decode_ue8m0(scales: torch.Tensor) -> torch.Tensor:
     """fp32 powers of two of bytes."""
     powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from mla_kernels.compat import flash_mla, sglang, vllm
+from mla_kernels.compat import deep_gemm, flash_mla, sglang, vllm
 
 EXPERTS = "(hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=None, use_fp8_w8a8=False, "
 EXPERTS += "use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, w1_scale=None, "
@@ -17,6 +17,9 @@ BIASED = "(hidden_states, gating_output, correction_bias, topk, renormalize, num
 BIASED += "num_fused_shared_experts=0, routed_scaling_factor=None, apply_routed_scaling_factor_on_output=False)"
 LENGTHS = "cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv"
 ATTENTION = "dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False, is_varlen=True)"
+
+PRODUCT = "recipe=None, recipe_a=None, recipe_b=None, compiled_dims='nk', disable_ue8m0_cast=False, "
+MASKED = f"(a, b, d, masked_m, expected_m, {PRODUCT}epilogue=None)"
 
 PEERS = {
     "vLLM 0.33.0": (
@@ -64,6 +67,37 @@ PEERS = {
             "flash_attn_varlen_kvpacked_func": f"(q, kv, {LENGTHS}, head_dim_qk, {ATTENTION}",
         },
     ),
+    "DeepGEMM 2.8.1, the copy in vLLM 0.33.0, by position": (
+        deep_gemm,
+        {
+            "fp8_gemm_nt": f"(a, b, d, c=None, {PRODUCT}alpha=None, epilogue=None)",
+            "m_grouped_fp8_gemm_nt_contiguous": f"(a, b, d, grouped_layout, {PRODUCT}use_psum_layout=False, "
+            "ensure_zero_padding=True, expected_m_for_psum_layout=None, epilogue=None)",
+            "m_grouped_fp8_gemm_nt_masked": MASKED,
+            "fp8_m_grouped_gemm_nt_masked": MASKED,  # SGLang 0.5.23 and older DeepGEMM
+            "fp8_einsum": "(expr, a, b, d, c=None, recipe=(1, 128, 128), epilogue=None, use_128x4_sfd_layout=False)",
+            "fp8_fp4_mqa_logits": "(q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k, "
+            "schedule_meta=None)",
+            "fp8_fp4_paged_mqa_logits": "(q, kv_cache, weights, context_lens, block_table, schedule_meta, "
+            "max_context_len, indices=None)",
+            # not in 2.8.1; as in DeepGEMM's repository and, but for names and clean_logits=False, sgl-deep-gemm
+            "fp8_mqa_logits": "(q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits=True, "
+            "max_seqlen_k=0)",
+            "fp8_paged_mqa_logits": "(q, kv_cache, weights, context_lens, block_table, schedule_meta, "
+            "max_context_len, clean_logits=False, indices=None)",
+            "get_paged_mqa_logits_metadata": "(context_lens, block_kv, num_sms, indices=None)",
+            "tf32_hc_prenorm_gemm": "(a, b, d, sqr_sum, num_splits=None)",
+            "transform_sf_into_required_layout": "(sf, mn, k, recipe, num_groups=None, is_sfa=None, "
+            "disable_ue8m0_cast=False, psum_layout=None)",
+            "get_tma_aligned_size": "(x, element_size)",
+            "get_mn_major_tma_aligned_tensor": "(sf)",
+            "get_mn_major_tma_aligned_packed_ue8m0_tensor": "(sf, psum_layout=None)",
+            "pack_ue8m0_to_int": "(x)",
+            "get_mk_alignment_for_contiguous_layout": "()",
+            "set_mk_alignment_for_contiguous_layout": "(new_value)",
+            "get_theoretical_mk_alignment_for_contiguous_layout": "(expected_m=None, num_groups=None)",
+        },
+    ),
 }
 
 KEYWORDS = {
@@ -75,9 +109,11 @@ KEYWORDS = {
         "descale_k": None,
     },
     "flash_mla_sparse_fwd": {"indexer_topk": 0, "out": None, "use_legacy": False, "return_log2_lse": None},
+    "fp8_fp4_mqa_logits": {"clean_logits": False, "logits_dtype": None},
+    "fp8_fp4_paged_mqa_logits": {"clean_logits": False, "logits_dtype": None},
 }
-"""name -> default of what the copies of FlashMLA in vLLM 0.33.0 and sgl-flash-mla 1.0.0 and its commit 02fe0d0 add, in
-orders of their own."""
+"""name -> default of what copies add, in orders of their own: those of FlashMLA in vLLM 0.33.0 and sgl-flash-mla 1.0.0
+and its commit 02fe0d0, and sgl-deep-gemm 0.2.3.post2."""
 
 
 def bare(function, without: tuple[str, ...] = ()) -> str:
@@ -88,15 +124,15 @@ def bare(function, without: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize("release", PEERS)
 def test_signatures(release):
     module, expected = PEERS[release]
-    extra = KEYWORDS if module is flash_mla else {}
-    names = {name: bare(getattr(module, name), tuple(extra.get(name, ()))) for name in expected}
+    names = {name: bare(getattr(module, name), tuple(KEYWORDS.get(name, ()))) for name in expected}
     assert names == expected
     assert set(module.__all__) - {"FlashMLASchedMeta"} == set(expected)
 
 
 @pytest.mark.parametrize("function", KEYWORDS)
-def test_keywords_of_flash_mlas_copies(function):
-    parameters = inspect.signature(getattr(flash_mla, function)).parameters
+def test_keywords_of_copies(function):
+    module = flash_mla if hasattr(flash_mla, function) else deep_gemm
+    parameters = inspect.signature(getattr(module, function)).parameters
     keywords = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert keywords == KEYWORDS[function]
 

@@ -254,15 +254,17 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
 
 
 def launch_paged_logits(
-    q, data, head_dim, weights, block_table, seq_lens, limits=None, batch_invariant=False, fill=True
+    q, data, head_dim, weights, block_table, seq_lens, limits=None, batch_invariant=False, fill=True, out=None
 ):
-    """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`."""
+    """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`. ``out``: rows
+    [B S_q, at most capacity] to write."""
     sequences, tokens, heads, width = q.shape
     page_size, parts, pages = page_size_of(data, head_dim), launched_parts(data, head_dim), data.shape[0]
     q, weights = q.reshape(sequences * tokens, heads, width), weights.reshape(sequences * tokens, heads)
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
-    capacity = block_table.shape[1] * page_size
-    out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
+    if out is None:
+        capacity = block_table.shape[1] * page_size
+        out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
     shape = heads, width, page_size, parts is not None, fill, limits is not None, q.dtype == E4M3
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
@@ -271,7 +273,7 @@ def launch_paged_logits(
         q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
         32 if batch_invariant else tokens,
     )  # fmt: skip
-    return out.view(sequences, tokens, capacity)
+    return out.view(sequences, tokens, out.shape[1])
 
 
 def launch_indexer_logits(
