@@ -4,11 +4,12 @@ Classes in the form that vLLM 0.33 asks for; :mod:`mla_kernels.compat.vllm_plugi
 vLLM. Caches are vLLM's: ``[blocks, block_size, 576]`` in the model's dtype, and for sparse attention also
 ``fp8_ds_mla``, 656 bytes a token, which is ``fp8_v32`` here.
 
-- :class:`DenseBackend`: decoding by ``mla_decode``, up to the speculative tokens of a step a sequence; prefill is
-  vLLM's (``forward_mha`` of its common class, with the prefill kernels that it finds).
+- :class:`DenseBackend`: decoding by ``mla_decode``, of one or several speculative tokens a sequence; prefill goes
+  through vLLM's common class to the prefill backend that it chooses, or to
+- :class:`PrefillBackend`: ``mla_prefill``, which needs no padded values, for new tokens and for chunks of context.
 - :class:`SparseBackend`: prefill and decoding by ``sparse_mla_decode`` over the indices of the indexer.
 
-Both run in CUDA graphs of uniform decode batches, with any number of heads that tensor parallelism leaves, and
+The first and the last run in CUDA graphs of uniform decode batches, with any number of heads that tensor parallelism leaves, and
 with ``VLLM_BATCH_INVARIANT``. What is not supported is told to vLLM's selector, whose error shows it: context
 parallelism (PCP, DCP), sinks, sliding windows, non-causal blocks in sparse attention, other cache dtypes.
 
@@ -38,9 +39,11 @@ from vllm.v1.attention.backend import (
     MLAAttentionImpl,
     MultipleOf,
 )
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.mla.sparse_utils import triton_convert_req_index_to_global_index
 
 from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat.vllm import concat_and_cache_mla
 from mla_kernels.latent.cache import CacheLayout, LatentCache
@@ -124,6 +127,48 @@ class DenseImpl(MLACommonImpl[MLACommonMetadata]):
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False):
         _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
+
+
+class PrefillBackend(MLAPrefillBackend):
+    """``MLA_KERNELS`` among vLLM's prefill backends of latent attention; any chip and any widths of heads."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "MLA_KERNELS"
+
+    @classmethod
+    def supports_compute_capability(cls, device_capability) -> bool:
+        return device_capability is not None and tuple(device_capability) >= LEAST_CAPABILITY
+
+    def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
+        """q, k [tokens, heads, 192], v [tokens, heads, 128] -> [tokens, heads, 128], and lse [heads, tokens] if asked."""
+        if out is not None or output_scale is not None:
+            raise NotImplementedError("out, output_scale: got a tensor, None is accepted")
+        starts, longest = self._prefill_metadata.query_start_loc, self._prefill_metadata.max_query_len
+        result, lse = self._attend(q, k, v, starts, starts, longest, longest, causal=True)
+        return (result, lse) if return_softmax_lse else result
+
+    def run_prefill_context_chunk(self, chunk, q, k, v, out=None):
+        """The same of new tokens over a chunk of cached ones: ([tokens, heads, 128], lse [heads, tokens])."""
+        if out is not None:
+            raise NotImplementedError("out: got a tensor, None is accepted")
+        queries, keys = chunk.query_start_loc, chunk.cu_seq_lens
+        return self._attend(q, k, v, queries, keys, chunk.max_query_len, chunk.max_seq_len, causal=False)
+
+    def _attend(self, q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+        out, lse = mla_prefill(
+            q,
+            k,
+            v,
+            starts_q.int(),
+            starts_k.int(),
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            softmax_scale=self.scale,
+            causal=causal,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
+        return out, lse.T.contiguous()
 
 
 class SparseBackend(_Common, AttentionBackend):

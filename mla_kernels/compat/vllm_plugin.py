@@ -1,8 +1,9 @@
 """The plugin of vLLM: latent attention and DeepSeek-V3.2's sparse attention by this library, on chips that have none.
 
-vLLM calls :func:`register` in each of its processes, through the entry point ``vllm.general_plugins``. It adds two
-attention backends that can be asked for by name on every CUDA or ROCm chip, ``--attention-backend MLA_KERNELS`` and
-``MLA_KERNELS_SPARSE`` (:mod:`mla_kernels.compat.vllm_attention`). On CUDA chips where vLLM has no kernels for sparse
+vLLM calls :func:`register` in each of its processes, through the entry point ``vllm.general_plugins``. It adds
+backends that can be asked for by name on every CUDA or ROCm chip (:mod:`mla_kernels.compat.vllm_attention`):
+``--attention-backend MLA_KERNELS``, ``--attention-backend MLA_KERNELS_SPARSE``, and for prefill
+``--attention-config.mla_prefill_backend MLA_KERNELS``. On CUDA chips where vLLM has no kernels for sparse
 latent attention at all (A100, L40S, RTX 4090, Jetson Thor), it also
 
 - puts the sparse backend in the place of ``FLASHMLA_SPARSE``, whose kernels run on capabilities 9 and 10 alone, so that
@@ -33,6 +34,7 @@ BACKENDS = {
     DENSE: "mla_kernels.compat.vllm_attention.DenseBackend",
     SPARSE: "mla_kernels.compat.vllm_attention.SparseBackend",
 }
+PREFILL = "mla_kernels.compat.vllm_attention.PrefillBackend"
 IN_PLACE = "mla_kernels.compat.vllm_attention.SparseInPlaceOfFlashMLA"
 NATIVE = (9, 10, 12)
 """Major capabilities for which vLLM 0.33 has kernels of its own for sparse latent attention and its indexer."""
@@ -54,11 +56,14 @@ def register() -> None:
         )
         return
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     for name, path in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             register_backend(name, path)
+    if DENSE not in MLAPrefillBackendEnum.__members__:
+        register_mla_prefill_backend(DENSE, PREFILL)
     if not current_platform.is_cuda():
         return
     capability = current_platform.get_device_capability()

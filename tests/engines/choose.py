@@ -3,7 +3,9 @@
 vLLM keeps what it found out about the platform, so that every capability needs a process of its own.
 """
 
+import functools
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -45,9 +47,15 @@ def choose(asked: dict) -> str:
     return f"{backend.__module__}.{backend.__qualname__}"
 
 
+def _on_cpu(make, *args, device=None, **others):
+    return make(*args, device="cpu" if device == "cuda" else device, **others)
+
+
 def main() -> None:
     capability = tuple(map(int, sys.argv[1].split(".")))
+    logging.basicConfig(level=logging.INFO)
     pretend(*capability)
+    torch.empty = functools.partial(_on_cpu, torch.empty)  # CUTLASS's backend takes workspace when it is imported
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=CORES)
     torch.cuda.current_device = lambda: 0
     from vllm.plugins import load_general_plugins

@@ -12,6 +12,7 @@ def pretend(major: int, minor: int, device: str = "cpu") -> None:
 
     class Pretended(CudaPlatformBase):
         device_type = device
+        dispatch_key = device.upper()  # of the operators that vLLM registers
 
         @classmethod
         def get_device_capability(cls, device_id=0):
