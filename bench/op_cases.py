@@ -244,6 +244,17 @@ def _(make: Make, tokens: int) -> Run:
     return run
 
 
+@op("scatter_indexer_keys", *TOKENS)
+def _(make: Make, tokens: int) -> Run:
+    cache, slots, rows = make.keys(tokens), make.order(tokens), make.normal(tokens, INDEX_WIDTH)
+
+    def run():
+        mk.scatter_indexer_keys(rows, slots, cache)
+        return (cache.data,)
+
+    return run
+
+
 @op("copy_pages", {"pages": 1}, {"pages": 64})
 def _(make: Make, pages: int) -> Run:
     cache, order = make.cache(2 * pages * PAGE), make.order(2 * pages)

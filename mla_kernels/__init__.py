@@ -21,6 +21,7 @@ from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.latent.indexer.query import quantise_indexer_query
+from mla_kernels.latent.indexer.scatter import scatter_indexer_keys
 from mla_kernels.latent.prolog import PrologWeights, mla_prolog, norm_and_write
 from mla_kernels.latent.tools.convert import convert_cache
 from mla_kernels.latent.tools.copy import copy_pages
@@ -100,6 +101,7 @@ __all__ = [
     "rotate_heads",
     "rotate_indexer_query",
     "route",
+    "scatter_indexer_keys",
     "scatter_tokens",
     "select_keys",
     "select_slots",

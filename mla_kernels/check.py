@@ -13,7 +13,7 @@ from pathlib import Path
 from mla_kernels import tiles
 from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import CHIPS
-from mla_kernels.targets.compile import Request, compile_many, compiler_version
+from mla_kernels.targets.compile import Request, compile_many, compiler_of, compiler_version
 from mla_kernels.targets.report import Report
 from mla_kernels.targets.service import ToolchainMissing
 from mla_kernels.targets.source import python_function
@@ -188,7 +188,7 @@ def absent(wanted: Iterable[Request]) -> dict[str, ToolchainMissing]:
     found = {}
     for target in dict.fromkeys(request.chip.name for request in wanted):
         try:
-            compiler_version(_kind(target))
+            compiler_of(CHIPS[target])
         except ToolchainMissing as missing:
             found[target] = missing
     return found

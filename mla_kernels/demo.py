@@ -211,10 +211,11 @@ OF_THE_MODEL = (
 
 
 def compile_matrix(console, progress) -> bool:
-    """Print what every target's compiler makes of the model's kernels; whether all of them may be launched."""
+    """Print what the compilers make of the model's kernels for a target of each generation; whether all of them may be
+    launched."""
     targets, missing = [], []
     for kind, names in (
-        ("gpu", [chip.name for chip in CHIPS.values() if chip.is_gpu]),
+        ("gpu", [chip.name for chip in CHIPS.values() if chip.is_gpu and chip.architecture == chip.generation]),
         ("ascend", [chip.name for chip in CHIPS.values() if not chip.is_gpu]),
     ):
         try:

@@ -126,6 +126,26 @@ def write_indexer_key(
             page[offset] = row
 
 
+def scatter_indexer_keys(k: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
+    """Finished keys k [T, d] into their slots of `cache`, in place: as they are, or as e4m3 codes of one scale each,
+    2 ^ ceil(log2(max(amax, 1e-4) / 448)). What is not a slot writes nothing."""
+    width = k.shape[-1]
+    quantised = cache.dtype == torch.uint8
+    page_size = cache.shape[1] // (width + 4) if quantised else cache.shape[1]
+    for row, slot in zip(k, slot_mapping.tolist()):
+        if not 0 <= slot < cache.shape[0] * page_size:
+            continue
+        page, offset = cache[slot // page_size], slot % page_size
+        if quantised:
+            row = row.to(_wide(row))
+            scale = 2.0 ** (row.abs().amax().double().clamp_min(1e-4) / 448).log2().ceil()
+            page[offset * width : (offset + 1) * width] = encode_e4m3(row / scale)
+            start = page_size * width + offset * 4
+            page[start : start + 4] = scale.float()[None].view(torch.uint8)
+        else:
+            page[offset] = row
+
+
 def dequantise_keys(cache: torch.Tensor, *, head_dim: int = 128, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values [pages, page_size, d] of an indexer cache in any layout, in `dtype`: fp32 or fp64."""
     if cache.dtype != torch.uint8:

@@ -40,7 +40,8 @@ WITHOUT_ROWS = {
 
 WITHOUT_KEYWORD = {
     "align_blocks", "convert_cache", "copy_pages", "dispatch", "entry_slots", "expert_load", "gather_tokens",
-    "indexer_topk", "permute", "prefill_rows", "quantisation_error", "quantise_indexer_query", "scatter_tokens",
+    "indexer_topk", "permute", "prefill_rows", "quantisation_error", "quantise_indexer_query", "scatter_indexer_keys",
+    "scatter_tokens",
     "update_bias", "window_slots", "balance_loss",
 }  # fmt: skip
 """They move, count, choose or scale exactly, or (the last) add over a batch."""

@@ -64,9 +64,10 @@ def test_prints_texts_speeds_caches_and_matrix(capsys, compiled):
     assert printed.count(f"{latent} ") >= 2, "transformers caches latents too"
     assert "Compile matrix" in printed
     assert {request.kernel.name for request in compiled} == set(demo.OF_THE_MODEL) <= set(KERNELS)
-    assert {request.chip.name for request in compiled} == set(CHIPS)
+    targets = {name for name, chip in CHIPS.items() if chip.architecture == chip.generation}
+    assert {request.chip.name for request in compiled} == targets and len(targets) == 10
     assert {request.dtype for request in compiled} == {"bf16"}
-    assert len(compiled) == len(demo.OF_THE_MODEL) * len(CHIPS), "one case a kernel"
+    assert len(compiled) == len(demo.OF_THE_MODEL) * len(targets), "one case a kernel"
 
 
 def test_different_tokens_fail_in_fp32_only(capsys, monkeypatch):

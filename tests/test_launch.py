@@ -126,8 +126,8 @@ def test_on_cpu_refuses_unknown_modes_and_targets():
 
 
 def test_nvidia_devices_between_the_listed_ones_take_limits_that_hold():
-    assert nvidia_chip(8, 6).name == "sm_89"  # 99 KiB, as on sm_86
+    assert nvidia_chip(8, 7).name == "sm_86"  # no fp8 products, as on sm_87
     assert nvidia_chip(8, 0).name == "sm_80"
-    assert nvidia_chip(10, 3).name == "sm_100"
+    assert nvidia_chip(10, 3).name == "sm_103"
     with pytest.raises(NotImplementedError, match=r"7\.5"):
         nvidia_chip(7, 5)

@@ -65,6 +65,7 @@ SIGNATURES = {
     "batch_invariant=None)",
     "route": "(logits, top_k, *, bias=None, scoring='sigmoid', num_groups=1, top_k_groups=1, group_rank=None, "
     "group_fill=None, renormalize=True, routed_scale=1.0, num_shared=0, batch_invariant=None)",
+    "scatter_indexer_keys": "(k, slot_mapping, cache)",
     "scatter_tokens": "(latent, rope, slot_mapping, cache)",
     "select_keys": "(q, k, weights, starts, ends, top_k, *, k_scale=None, batch_invariant=None)",
     "select_slots": "(q, cache, weights, block_table, seq_lens, top_k, *, limits=None, batch_invariant=None)",

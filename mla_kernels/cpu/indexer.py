@@ -12,6 +12,8 @@ from mla_kernels.cpu.latent import decode_e4m3
 _MAX_LANES = 1 << 22  # values of a row block held at once, 16 MiB of fp32
 _MAX_KEYS = 2048  # keys made fp32 at once
 _KEY_STEP = 256  # of these, a block of tokens takes whole steps
+_LEAST_AMAX = 448 * 2.0**-13  # no scale is chosen below that of this largest magnitude,
+_LEAST_KEY = 1e-4  # or of this one where keys are stored as they come
 
 
 def indexer_topk(
@@ -209,8 +211,13 @@ def write_indexer_key(
     store_keys(transformed(rows, *angles, rope_dim, rope, rope_first, hadamard), slot_mapping, cache)
 
 
-def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
-    """Finished keys [T, d] fp32, rounded or quantised, into their slots; those of slot -1 nowhere."""
+def scatter_keys(k: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
+    """k [T, d] as it is, or quantised as :func:`mla_kernels.scatter_indexer_keys` says, into the slots."""
+    store_keys(k.float() if cache.dtype == torch.uint8 else k, slot_mapping, cache, _LEAST_KEY)
+
+
+def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor, least: float = _LEAST_AMAX) -> None:
+    """Finished keys [T, d], rounded or quantised, into their slots; those of slot -1 nowhere."""
     width, slots = rows.shape[1], slot_mapping.long()
     written = slots >= 0
     rows, slots = rows[written], slots[written]
@@ -219,7 +226,7 @@ def store_keys(rows: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tens
     if cache.dtype != torch.uint8:
         cache[page, offset] = rows.to(cache.dtype)
         return
-    codes, scale = _quantised(rows)
+    codes, scale = _quantised(rows, least)
     cache[:, : page_size * width].unflatten(1, (page_size, width))[page, offset] = codes
     cache[:, page_size * width :].view(torch.float32)[page, offset] = scale
 
@@ -250,10 +257,11 @@ def quantise_query(q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor
     return codes.view(torch.float8_e4m3fn), weights * scale
 
 
-def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 bytes [..., d] and power-of-two scales [...]; rows with NaN or infinities have scale NaN and codes 0x7F."""
+def _quantised(rows: torch.Tensor, least: float = _LEAST_AMAX) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 bytes [..., d] and power-of-two scales [...], those of a largest magnitude of ``least`` or more; rows with
+    NaN or infinities have scale NaN and codes 0x7F."""
     amax = rows.abs().amax(-1)
-    mantissa, exponent = torch.frexp((amax / 448).clamp_min(1e-4))
+    mantissa, exponent = torch.frexp(amax.clamp_min(least) / 448)
     scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
     scale = scale.masked_fill(~amax.isfinite(), float("nan"))
     values = rows / scale.unsqueeze(-1)

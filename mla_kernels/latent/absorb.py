@@ -273,7 +273,7 @@ ABSORB_QUERY = Kernel(
 
 def _expand_rule(chip, dtype, statics, sizes):
     tokens, columns, depth = _tile(chip, dtype, sizes["tokens"], statics["LATENT"], sizes["values"])
-    newest = chip.architecture in ("90", "100") and TRITON_VERSION >= (3, 9)
+    newest = chip.generation in ("90", "100") and TRITON_VERSION >= (3, 9)
     spills = newest and tokens * columns <= 1024  # with a third stage
     return {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_R": depth, "num_warps": 4, "num_stages": 2 if spills else 3}
 

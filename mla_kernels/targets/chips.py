@@ -6,6 +6,10 @@ Kernels and launchers ask here and never test a device name. Sizes are bytes, ra
 import functools
 from dataclasses import dataclass, field, replace
 
+from mla_kernels.language import HAS_TRITON, TRITON_VERSION, triton
+
+_GENERATIONS = {"86": "89", "103": "100", "110": "100", "121": "120"}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -35,6 +39,7 @@ class Chip:
     core_programs: int = 0
     device: str = ""  # the part's name in :data:`mla_kernels.targets.devices.DEVICES`
     capacity: int = 0  # GiB of device memory that the part is sold with
+    readable_since: tuple[int, int] = (3, 6)  # the first Triton whose tools compile its code and read it back
 
     @functools.cached_property
     def is_gpu(self) -> bool:
@@ -45,19 +50,25 @@ class Chip:
         return {"nvidia": 32, "amd": 64, "ascend": 0}[self.vendor]
 
     @property
+    def generation(self) -> str:
+        """The architecture whose matrix instructions these are: what rules of tiles ask for. sm_86 has sm_89's but for
+        fp8, sm_103 and sm_110 have sm_100's, sm_121 has sm_120's; any other has its own."""
+        return _GENERATIONS.get(self.architecture, self.architecture)
+
+    @property
     def dot_from_shared(self) -> bool:
         """Whether tensor cores read 16-bit operands from shared memory (wgmma, tcgen05) instead of registers."""
-        return self.architecture in ("90", "100")
+        return self.generation in ("90", "100")
 
     @property
     def tensor_memory(self) -> bool:
         """Whether sums, and operands that were computed, lie in a memory of the tensor cores' own (tcgen05)."""
-        return self.architecture == "100"
+        return self.generation == "100"
 
     @property
     def dot_e4m3(self) -> bool:
         """Whether the matrix units multiply e4m3 (OCP "fn"; gfx942 has AMD's own "fnuz" kind only)."""
-        return self.architecture in ("89", "90", "100", "120", "gfx950")
+        return self.architecture != "86" and self.generation in ("89", "90", "100", "120", "gfx950")
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Programs of so many registers a thread, shared bytes and warps that fit one core of a GPU at a time."""
@@ -73,7 +84,7 @@ class Chip:
         return min(by_memory, by_registers, by_threads, self.core_programs)
 
 
-def _nvidia(name, part, shared_kib, threads, sms, bandwidth, l2_mib, bf16, fp32, source):
+def _nvidia(name, part, shared_kib, threads, sms, bandwidth, l2_mib, bf16, fp32, source, programs=0, readable=(3, 6)):
     return Chip(
         name=name,
         vendor="nvidia",
@@ -90,7 +101,8 @@ def _nvidia(name, part, shared_kib, threads, sms, bandwidth, l2_mib, bf16, fp32,
         core_registers=65536,
         core_shared=(shared_kib + 1) * 1024,
         core_threads=threads,
-        core_programs=threads // 64,
+        core_programs=programs or threads // 64,
+        readable_since=readable,
     )
 
 
@@ -133,13 +145,14 @@ def _ascend(name, part, architecture, ub_kib, l0c_kib, cube, vector, bandwidth, 
     )
 
 
-_CUDA_GUIDE = "CUDA C++ Programming Guide, compute capabilities (shared memory); data sheet (rates)"
+_CUDA_GUIDE = "CUDA C++ Programming Guide, compute capabilities (shared memory, threads); data sheet (rates)"
 _AMD_GUIDE = "CDNA white paper and data sheet; the last-level cache is the Infinity Cache"
 _ASCEND_TOOL = "sizes, cores: bishengir-opt --hacc-append-device-spec for this target; rates: public figures, recalled"
 
 _PARTS = {  # target -> name and GiB of the part that stands for it
-    "sm_80": ("a100", 80), "sm_89": ("l40s", 48), "sm_90": ("h100", 80), "sm_100": ("b200", 180),
-    "sm_120": ("rtx-5090", 32), "gfx942": ("mi300x", 192), "gfx950": ("mi355x", 288),
+    "sm_80": ("a100", 80), "sm_86": ("a40", 48), "sm_89": ("l40s", 48), "sm_90": ("h100", 80), "sm_100": ("b200", 180),
+    "sm_103": ("b300", 288), "sm_110": ("thor", 128), "sm_120": ("rtx-5090", 32), "sm_121": ("gb10", 128),
+    "gfx942": ("mi300x", 192), "gfx950": ("mi355x", 288),
     "ascend910b": ("910b", 64), "ascend910c": ("910c", 64), "ascend950": ("950pr", 128),
 }  # fmt: skip
 
@@ -147,10 +160,14 @@ CHIPS: dict[str, Chip] = {
     chip.name: replace(chip, device=_PARTS[chip.name][0], capacity=_PARTS[chip.name][1])
     for chip in (
         _nvidia("sm_80", "A100-SXM4-80GB", 163, 2048, 108, 2.039e12, 40, 312e12, 19.5e12, _CUDA_GUIDE),
+        _nvidia("sm_86", "A40", 99, 1536, 84, 0.696e12, 6, 149.7e12, 37.4e12, _CUDA_GUIDE, programs=16),
         _nvidia("sm_89", "L40S", 99, 1536, 142, 0.864e12, 96, 362e12, 91.6e12, _CUDA_GUIDE),
         _nvidia("sm_90", "H100-SXM5-80GB", 227, 2048, 132, 3.35e12, 50, 989e12, 66.9e12, _CUDA_GUIDE),
         _nvidia("sm_100", "B200", 227, 2048, 148, 8.0e12, 126, 2250e12, 80e12, _CUDA_GUIDE),
+        _nvidia("sm_103", "B300", 227, 2048, 148, 8.0e12, 126, 2250e12, 80e12, _CUDA_GUIDE, readable=(3, 7)),
+        _nvidia("sm_110", "Jetson AGX Thor", 227, 1536, 20, 0.273e12, 32, 129e12, 8.1e12, _CUDA_GUIDE, readable=(3, 7)),
         _nvidia("sm_120", "RTX 5090", 99, 1536, 170, 1.792e12, 96, 209e12, 104.8e12, _CUDA_GUIDE),
+        _nvidia("sm_121", "GB10", 99, 1536, 48, 0.273e12, 24, 125e12, 31e12, _CUDA_GUIDE, readable=(3, 7)),
         _amd("gfx942", "MI300X", 64, 304, 5.3e12, 256, 1307e12, 163.4e12, _AMD_GUIDE),
         _amd("gfx950", "MI355X", 160, 256, 8.0e12, 256, 2517e12, 157.3e12, _AMD_GUIDE),
         _ascend("ascend910b", "910B3", "Ascend910B3", 192, 128, 20, 40, 1.6e12, 313e12, 78e12, _ASCEND_TOOL),
@@ -171,8 +188,18 @@ def chip(name: str) -> Chip:
 
 def nvidia_chip(major: int, minor: int) -> Chip:
     """The entry whose limits hold for an NVIDIA device of this compute capability."""
-    names = {(8, 0): "sm_80", 8: "sm_89", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}
-    name = names.get((major, minor)) or names.get(major)
+    if (major, minor) == (10, 1):
+        raise NotImplementedError(
+            "compute capability 10.1: Triton compiles for this chip as 11.0, its number in CUDA 13"
+        )
+    if major == 11 and HAS_TRITON and TRITON_VERSION < (3, 7):
+        raise NotImplementedError(
+            f"compute capability {major}.{minor}: Triton 3.7 or newer is needed, whose ptxas knows it; installed is "
+            f"Triton {triton.__version__}"
+        )
+    exact = {(8, 0): "sm_80", (8, 9): "sm_89", (10, 3): "sm_103", (12, 1): "sm_121"}
+    nearest = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_110", 12: "sm_120"}
+    name = exact.get((major, minor)) or nearest.get(major)
     if name is None:
         raise NotImplementedError(f"compute capability {major}.{minor}: sm_80 or newer is needed")
     return CHIPS[name]

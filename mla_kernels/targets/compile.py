@@ -11,7 +11,7 @@ from concurrent.futures import TimeoutError, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from mla_kernels.language import HAS_TRITON, triton
+from mla_kernels.language import HAS_TRITON, TRITON_VERSION, triton
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.report import Report
@@ -68,6 +68,7 @@ def compile_many(
             reason = request.kernel.unsupported[request.chip.name]
             finish(index, {"ok": False, "reason": reason, "unsupported": True})
             continue
+        compiler_of(request.chip)
         kind, job = _job(request)
         key = _key(kind, job)
         kept = _kept(key)
@@ -97,7 +98,7 @@ def write_artefacts(request: Request, prefix: Path) -> Report:
     if request.chip.name in request.kernel.unsupported:
         return compile_many([request])[0]
     kind, job = _job(request)
-    _key(kind, job)  # says which toolchain is missing
+    compiler_of(request.chip)  # says which toolchain is missing
     prefix.parent.mkdir(parents=True, exist_ok=True)
     answer = service.pool().submit(kind, job | {"output": str(prefix.absolute())}).result()
     return _report(request, answer)
@@ -121,6 +122,24 @@ def compiler_version(kind: str) -> str:
             f"{python} has not {' and '.join(_ASCEND_PACKAGES)}: {done.stderr.strip()[-200:]}"
         )
     return done.stdout.strip()
+
+
+def compiler_of(chip: Chip) -> str:
+    """:func:`compiler_version` of the compilers that build for ``chip``; ToolchainMissing also where they are too old
+    for it."""
+    version = compiler_version("gpu" if chip.is_gpu else "ascend")
+    if chip.is_gpu and chip.readable_since > TRITON_VERSION:
+        needed = ".".join(map(str, chip.readable_since))
+        raise service.ToolchainMissing(
+            f"no toolchain for {chip.name}: Triton {needed} or newer is needed, whose ptxas and cuobjdump know it; "
+            f"installed is {version}"
+        )
+    return version
+
+
+def buildable(chip: Chip) -> bool:
+    """Whether the installed GPU compilers are new enough for ``chip``; an Ascend chip's are in another environment."""
+    return not chip.is_gpu or (HAS_TRITON and chip.readable_since <= TRITON_VERSION)
 
 
 @functools.cache

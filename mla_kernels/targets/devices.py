@@ -17,10 +17,14 @@ from mla_kernels.targets.chips import CHIPS, Chip
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "a100": ("NVIDIA A100-SXM4-80GB", "NVIDIA A800-SXM4-80GB"),
+    "a40": ("NVIDIA A40",),
     "l40s": ("NVIDIA L40S",),
     "h100": ("NVIDIA H100 80GB HBM3", "NVIDIA H800"),
     "b200": ("NVIDIA B200", "NVIDIA GB200"),
-    "rtx-5090": ("NVIDIA GeForce RTX 5090",),
+    "b300": ("NVIDIA B300 SXM6 AC", "NVIDIA B300", "NVIDIA GB300"),
+    "thor": ("NVIDIA Thor",),
+    "rtx-5090": ("NVIDIA GeForce RTX 5090", "NVIDIA GeForce RTX 5090 D"),
+    "gb10": ("NVIDIA GB10",),
     "mi300x": ("AMD Instinct MI300X", "AMD Instinct MI300X OAM"),
     "mi355x": ("AMD Instinct MI355X",),
     "910b": ("Ascend910B3",),
@@ -41,12 +45,31 @@ def _device(target: str, device: str, part: str, names: tuple[str, ...], cores: 
 
 _MORE = (
     _device(
-        "sm_80", "a100-40gb", "A100-SXM4-40GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 108,
+        "sm_80", "a100-40gb", "A100-SXM4-40GB",
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A800 40GB PCIe", "NVIDIA A800 40GB Active"), 108,
         bandwidth=1.555e12, capacity=40,
     ),
     _device(
         "sm_80", "a100-pcie", "A100-PCIE-80GB", ("NVIDIA A100 80GB PCIe", "NVIDIA A800 80GB PCIe"), 108,
         bandwidth=1.935e12,
+    ),
+    _device(
+        "sm_86", "a10", "A10", ("NVIDIA A10",), 72, bandwidth=0.600e12, bf16=125e12, fp32=31.2e12, capacity=24,
+    ),
+    _device(
+        "sm_86", "a10g", "A10G", ("NVIDIA A10G",), 80, bandwidth=0.600e12, bf16=70e12, fp32=31.5e12, capacity=24,
+    ),
+    _device(
+        "sm_86", "rtx-a6000", "RTX A6000", ("NVIDIA RTX A6000",), 84, bandwidth=0.768e12, bf16=154.8e12, fp32=38.7e12,
+        capacity=48,
+    ),
+    _device(
+        "sm_86", "rtx-3090", "RTX 3090", ("NVIDIA GeForce RTX 3090",), 82, bandwidth=0.936e12, bf16=71e12,
+        fp32=35.6e12, capacity=24,
+    ),
+    _device(
+        "sm_86", "rtx-3090-ti", "RTX 3090 Ti", ("NVIDIA GeForce RTX 3090 Ti",), 84, bandwidth=1.008e12, bf16=80e12,
+        fp32=40e12, capacity=24,
     ),
     _device(
         "sm_89", "l40", "L40", ("NVIDIA L40",), 142, bandwidth=0.864e12, bf16=181e12, fp32=90.5e12, capacity=48,
@@ -60,10 +83,19 @@ _MORE = (
         bf16=165e12, fp32=82.6e12, capacity=24,
     ),
     _device(
+        "sm_89", "rtx-4090-d", "RTX 4090 D", ("NVIDIA GeForce RTX 4090 D",), 114, bandwidth=1.008e12,
+        l2_bytes=72 << 20, bf16=147e12, fp32=73.5e12, capacity=24,
+    ),
+    _device(
+        "sm_89", "rtx-6000-ada", "RTX 6000 Ada", ("NVIDIA RTX 6000 Ada Generation",), 142, bandwidth=0.960e12,
+        fp32=91.1e12,
+    ),
+    _device(
         "sm_89", "l20", "L20", ("NVIDIA L20",), 92, bandwidth=0.864e12, bf16=119.5e12, fp32=59.8e12, capacity=48,
     ),
     _device(
-        "sm_90", "h100-pcie", "H100-PCIe-80GB", ("NVIDIA H100 PCIe",), 114, bandwidth=2.0e12, bf16=756e12, fp32=51e12,
+        "sm_90", "h100-pcie", "H100-PCIe-80GB", ("NVIDIA H100 PCIe", "NVIDIA H800 PCIe"), 114, bandwidth=2.0e12,
+        bf16=756e12, fp32=51e12,
     ),
     _device(
         "sm_90", "h100-nvl", "H100-NVL-94GB", ("NVIDIA H100 NVL",), 132, bandwidth=3.9e12, bf16=835e12, fp32=60e12,
@@ -82,11 +114,16 @@ _MORE = (
         capacity=96,
     ),
     _device(
-        "sm_100", "b300", "B300", ("NVIDIA B300 SXM6 AC", "NVIDIA GB300"), 148, bandwidth=8.0e12, capacity=288,
+        "sm_90", "h20-3e", "H20-141GB", ("NVIDIA H20-3e",), 78, bandwidth=4.8e12, l2_bytes=60 << 20, bf16=148e12,
+        fp32=44e12, capacity=141,
     ),
     _device(
-        "sm_100", "thor", "Jetson AGX Thor", ("NVIDIA Thor",), 20, bandwidth=0.273e12, l2_bytes=32 << 20,
-        bf16=129e12, fp32=8.1e12, capacity=128,
+        "sm_120", "rtx-5080", "RTX 5080", ("NVIDIA GeForce RTX 5080",), 84, bandwidth=0.960e12, l2_bytes=64 << 20,
+        bf16=113e12, fp32=56.3e12, capacity=16,
+    ),
+    _device(
+        "sm_120", "rtx-pro-5000", "RTX PRO 5000 Blackwell", ("NVIDIA RTX PRO 5000 Blackwell",), 110,
+        bandwidth=1.344e12, bf16=294e12, fp32=73.7e12, capacity=48,
     ),
     _device(
         "sm_120", "rtx-pro-6000", "RTX PRO 6000 Blackwell",
@@ -95,10 +132,6 @@ _MORE = (
             "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
         ),
         188, bandwidth=1.792e12, l2_bytes=128 << 20, bf16=504e12, fp32=126e12, capacity=96,
-    ),
-    _device(
-        "sm_120", "gb10", "GB10", ("NVIDIA GB10",), 48, bandwidth=0.273e12, l2_bytes=24 << 20, bf16=125e12,
-        fp32=31e12, capacity=128,
     ),
     _device("gfx942", "mi325x", "MI325X", ("AMD Instinct MI325X",), 304, bandwidth=6.0e12, capacity=256),
     _device(
@@ -161,17 +194,19 @@ def _same_size(chip: Chip, memory: int) -> bool:
 
 @functools.cache
 def relatives(chip: Chip) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(devices of its vendor, architecture, cores and memory size; the others of its architecture, nearest first)."""
+    """(devices of its vendor, architecture, cores and memory size; the others of its architecture, nearest first, and
+    behind them those of its generation)."""
     alike, family = [], []
     for other in DEVICES.values():
-        if other.device == chip.device or other.name != chip.name:
+        if other.device == chip.device or other.generation != chip.generation:
             continue
-        equal = other.dot_cores == chip.dot_cores and _same_size(other, chip.capacity << 30)
+        equal = other.name == chip.name
+        equal = equal and other.dot_cores == chip.dot_cores and _same_size(other, chip.capacity << 30)
         (alike if equal else family).append(other)
 
-    def distance(other: Chip) -> float:
+    def distance(other: Chip) -> tuple[bool, float]:
         figures = ((other.dot_cores, chip.dot_cores), (other.bandwidth, chip.bandwidth))
-        return sum(abs(math.log2(theirs / ours)) for theirs, ours in figures)
+        return other.name != chip.name, sum(abs(math.log2(theirs / ours)) for theirs, ours in figures)
 
     ordered = sorted(alike, key=distance), sorted(family, key=distance)
     return tuple(c.device for c in ordered[0]), tuple(c.device for c in ordered[1])

@@ -132,6 +132,20 @@ def _():
     return run, example
 
 
+@call("scatter_indexer_keys", {"k": {0: "tokens"}, "slot_mapping": {0: "tokens"}})
+def _():
+    def run(k, slot_mapping, data):
+        data = data.clone()
+        mk.scatter_indexer_keys(k, slot_mapping, mk.IndexerCache(data, 32))
+        return data
+
+    def example(n):
+        data = mk.IndexerCache.allocate(2 * n, PAGE, head_dim=32, layout="fp8").data
+        return {"k": torch.randn(n, 32), "slot_mapping": _slots(n)["slot_mapping"], "data": data}
+
+    return run, example
+
+
 def _write_kv(layout, width):
     def run(kv, norm_weight, cos, sin, positions, slot_mapping, data):
         data = data.clone()

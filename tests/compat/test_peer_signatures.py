@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from mla_kernels.compat import deep_gemm, flash_mla, sglang, vllm
+from mla_kernels.compat import deep_gemm, flash_mla, sglang, vllm, vllm_ops
 
 EXPERTS = "(hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=None, use_fp8_w8a8=False, "
 EXPERTS += "use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, w1_scale=None, "
@@ -16,6 +16,7 @@ GROUPED += "scoring_func='softmax')"
 BIASED = "(hidden_states, gating_output, correction_bias, topk, renormalize, num_expert_group=None, topk_group=None, "
 BIASED += "num_fused_shared_experts=0, routed_scaling_factor=None, apply_routed_scaling_factor_on_output=False)"
 LENGTHS = "cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv"
+PLACES = "slot_mapping, position_ids, cos_sin_cache"
 ATTENTION = "dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False, is_varlen=True)"
 
 PRODUCT = "recipe=None, recipe_a=None, recipe_b=None, compiled_dims='nk', disable_ue8m0_cast=False, "
@@ -35,6 +36,37 @@ PEERS = {
             "scoring_func='softmax', routed_scaling_factor=1.0, e_score_correction_bias=None)",
             "moe_align_block_size": "(topk_ids, block_size, num_experts, expert_map=None, pad_sorted_ids=False, "
             "ignore_invalid_experts=False, return_scatter_idx=False)",
+        },
+    ),
+    "vLLM 0.33.0, its own ops": (  # vllm/_custom_ops.py; persistent_topk and below: schemas of torch.ops._C
+        vllm_ops,
+        {
+            "top_k_per_row_prefill": "(logits, cu_seqlen_ks, cu_seqlen_ke, raw_topk_indices, num_rows, stride0, "
+            "stride1, topk_tokens)",
+            "top_k_per_row_decode": "(logits, next_n, seq_lens, raw_topk_indices, num_rows, stride0, stride1, "
+            "topk_tokens)",
+            "indexer_k_quant_and_cache": "(k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype)",
+            "cp_gather_indexer_k_quant_cache": "(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens)",
+            "concat_and_cache_mla": "(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, skip_scale=False)",
+            "concat_and_cache_mla_rope_fused": "(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, "
+            "kv_cache, kv_cache_dtype, kv_cache_scale)",
+            "concat_mla_q": "(ql_nope, q_pe, q_out)",
+            "gather_and_maybe_dequant_cache": "(src_cache, dst, block_table, cu_seq_lens, token_to_seq, num_tokens, "
+            "kv_cache_dtype, scale, seq_starts=None)",
+            "cp_gather_cache": "(src_cache, dst, block_table, cu_seq_lens, batch_size, seq_starts=None)",
+            "cp_gather_and_upconvert_fp8_kv_cache": "(src_cache, dst, block_table, workspace_starts, batch_size, "
+            "seq_starts=None, host_cache=None, host_row_ids=None, device_row_ids=None)",
+            "cp_gather_and_upconvert_nvfp4_kv_cache": "(src_cache, dst, block_table, workspace_starts, batch_size)",
+            "persistent_topk": "(logits, lengths, output, workspace, k, max_seq_len)",
+            "cooperative_topk": "(logits, lengths, output, workspace, k, max_seq_len)",
+            "fused_deepseek_v4_kv_rope_insert": f"(kv, k_cache, {PLACES}, cache_block_size, fp8_scale=None, "
+            "kv_mxfp8=False)",
+            "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert": f"(q_in, kv, k_cache, {PLACES}, q_head_padded, eps, "
+            "cache_block_size, apply_q_norm=True, kv_mxfp8=False, apply_q_rope=True, is_q_interleaved=False)",
+            "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert": f"(q, kv, k_cache, {PLACES}, eps, "
+            "cache_block_size, apply_q_norm=True)",
+            "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert": f"(q, kv, q_fp8, k_cache, {PLACES}, "
+            "fp8_scale, q_fp8_scale_inv, eps, cache_block_size, apply_q_norm=True)",
         },
     ),
     "SGLang 0.5.23": (

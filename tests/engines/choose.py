@@ -9,13 +9,9 @@ import logging
 import sys
 from types import SimpleNamespace
 
-from tests.engines.conftest import load_driver
+import torch
 
-load_driver()
-
-import torch  # noqa: E402
-
-from tests.engines.pretended import CORES, pretend  # noqa: E402
+from tests.engines.pretended import CORES, pretend
 
 ASKED = {
     "sparse": {"use_sparse": True},

@@ -1,18 +1,43 @@
-"""vLLM's CUDA platform with a capability that it is told, over CPU tensors. Import after ``conftest.load_driver``."""
+"""vLLM's CUDA platform without a GPU: a driver that knows no device, and a capability that is told.
 
-import vllm.platforms as platforms
-from vllm.platforms.cuda import CudaPlatformBase
-from vllm.platforms.interface import DeviceCapability
+To be imported before anything else of vLLM.
+"""
 
+import ctypes
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+FUNCTIONS = ("cuInit", "cuGetProcAddress_v2", "cuPointerGetAttribute", "cuTensorMapEncodeTiled")
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CORES = 108
 
+os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-def pretend(major: int, minor: int, device: str = "cpu") -> None:
-    """Make ``vllm.platforms.current_platform`` a CUDA chip of that capability, whose tensors live on ``device``."""
+
+def load_driver() -> None:
+    """Load a ``libcuda.so.1``, so that vLLM's extension finds the four functions that it names."""
+    folder = Path(tempfile.mkdtemp())
+    source, library = folder / "no_device.c", folder / "libcuda.so.1"
+    source.write_text("".join(f"int {name}(void) {{ return {NO_DEVICE}; }}\n" for name in FUNCTIONS))
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+load_driver()
+
+import vllm.platforms as platforms  # noqa: E402
+from vllm.platforms.cuda import CudaPlatformBase  # noqa: E402
+from vllm.platforms.interface import DeviceCapability  # noqa: E402
+
+
+def pretend(major: int, minor: int) -> None:
+    """Make ``vllm.platforms.current_platform`` a CUDA chip of that capability, whose tensors are CPU tensors."""
 
     class Pretended(CudaPlatformBase):
-        device_type = device
-        dispatch_key = device.upper()  # of the operators that vLLM registers
+        device_type = "cpu"
+        dispatch_key = "CPU"  # of the operators that vLLM registers
 
         @classmethod
         def get_device_capability(cls, device_id=0):
@@ -29,5 +54,9 @@ def pretend(major: int, minor: int, device: str = "cpu") -> None:
         @classmethod
         def num_compute_units(cls, device_id=0):
             return CORES
+
+        @classmethod
+        def is_pin_memory_available(cls):
+            return False
 
     platforms._current_platform = Pretended()

@@ -1,6 +1,6 @@
 """A small DeepSeek-V3.2 or V3 in vLLM's own code for CUDA, on CPU tensors, driven step by step as its scheduler would.
 
-Import after ``conftest.load_driver``. vLLM keeps one configuration and one process group a process.
+vLLM keeps one configuration and one process group a process.
 """
 
 import json
@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-
-from tests.engines.pretended import pretend
 
 PAGE, PAGES, TOP_K, WIDEST = 64, 24, 64, 512
 SHAPE = {
@@ -47,7 +45,6 @@ class Engine:
     """vLLM's model with its caches and metadata builders: what a worker holds."""
 
     def __init__(self, shape, weights, cache_dtype="auto", speculative=0, **attention):
-        pretend(8, 0)
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()

@@ -11,9 +11,11 @@ from mla_kernels import __main__ as command
 from mla_kernels import check, launch, tiles
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import Case, Cost, Kernel, Work
+from mla_kernels.targets import compile as compile_module
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compiler_version
 from mla_kernels.targets.report import Report
+from mla_kernels.targets.service import ToolchainMissing
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def report(target="sm_90", kernel="k", dtype="bf16", case="one", **fields):
 
 
 def test_requests_of_the_whole_matrix_and_of_parts():
-    assert len(check.requests()) == 10 * (3 + 1)
+    assert len(check.requests()) == len(CHIPS) * (3 + 1) == 56
     assert len(check.requests(targets=["sm_90", "ascend950"], dtypes=["bf16", "fp16"])) == 4
     assert [request.case for request in check.requests(targets=["sm_80"], cases=["case two"])] == ["case two"]
     assert check.requests(kernels=["other"]) == []
@@ -192,7 +194,9 @@ def test_without_the_ascend_toolchain_the_rest_is_compiled(monkeypatch, capsys, 
     monkeypatch.setenv("MLA_KERNELS_ASCEND_PYTHON", "/nowhere/python")
     compiler_version.cache_clear()
     saved = tmp_path / "reports.json"
-    assert command.main(["check", "--kernel", "check_for_test_kernel", "--json", str(saved)]) == 2
+    known = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950"]  # to every Triton
+    targets = [*known, "ascend910b", "ascend910c", "ascend950"]
+    assert command.main(["check", "--target", *targets, "--json", str(saved)]) == 2
     printed = capsys.readouterr()
     row = next(line for line in printed.out.splitlines() if line.split()[:1] == ["one"])
     assert row.count("%") == 6 and row.count("none") == 1 and printed.out.count("triton-ascend") == 3 * 2
@@ -212,6 +216,18 @@ def test_without_the_ascend_toolchain_the_rest_is_compiled(monkeypatch, capsys, 
     assert command.main(["check", "--markdown", str(page)]) == 2
     assert page.read_text() == f"{check.MATRIX_START}\n{check.MATRIX_END}\n"
     compiler_version.cache_clear()
+
+
+def test_targets_that_an_old_triton_does_not_know_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(compile_module, "TRITON_VERSION", (3, 6))
+    said = "no toolchain for sm_110: Triton 3.7 or newer is needed"
+    assert command.main(["check", "--target", "sm_110"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert command.main(["check", "--target", "sm_80", "sm_110", "--dtype", "bf16"]) == 2
+    printed = capsys.readouterr()
+    assert "1 ok, 0 failed" in printed.err and "Not checked: sm_110" in printed.err and "no Triton" in printed.out
+    with pytest.raises(ToolchainMissing, match=said):
+        check.run(targets=["sm_110"])
 
 
 def test_declared_cases_warn_of_no_tiles(caplog, tmp_path):

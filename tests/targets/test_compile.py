@@ -10,7 +10,14 @@ from mla_kernels.launch import KERNELS, Case, Cost, Kernel, Work, chip_of, on_cp
 from mla_kernels.targets import compile as compile_module
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
-from mla_kernels.targets.compile import Request, compile_kernel, compile_many, compiler_version, write_artefacts
+from mla_kernels.targets.compile import (
+    Request,
+    buildable,
+    compile_kernel,
+    compile_many,
+    compiler_version,
+    write_artefacts,
+)
 
 SLOW = pytest.mark.slow
 WIDTH = tl.constexpr(64)
@@ -102,9 +109,10 @@ def default(kernel, target, dtype="bf16", **changes):
 
 def test_a_dot_compiles_for_every_target_and_uses_its_tensor_units():
     seen = []
-    reports = compile_many([default(DOT, name) for name in CHIPS], seen.append)
-    assert [report.target for report in reports] == list(CHIPS)
-    assert sorted(r.target for r in seen) == sorted(CHIPS)
+    targets = [name for name, chip in CHIPS.items() if buildable(chip)]
+    reports = compile_many([default(DOT, name) for name in targets], seen.append)
+    assert [report.target for report in reports] == targets
+    assert sorted(r.target for r in seen) == sorted(targets)
     for report in reports:
         assert report.ok and report.problem == "", report.problem
         assert report.tensor_instructions > 0

@@ -42,8 +42,13 @@ def test_names():
         ("NVIDIA H100 80GB HBM3", "sm_90", 132, 85028896768, "h100"),
         ("NVIDIA A800-SXM4-80GB", "sm_80", 108, 80 << 30, "a100"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "sm_120", 188, 96 << 30, "rtx-pro-6000"),
-        ("NVIDIA GB10", "sm_120", 48, 120 << 30, "gb10"),
-        ("NVIDIA B300 SXM6 AC", "sm_100", 148, 275 << 30, "b300"),
+        ("NVIDIA GB10", "sm_121", 48, 120 << 30, "gb10"),
+        ("NVIDIA B300 SXM6 AC", "sm_103", 148, 275 << 30, "b300"),
+        ("NVIDIA Thor", "sm_110", 20, 122 << 30, "thor"),
+        ("NVIDIA A800 80GB PCIe", "sm_80", 108, 80 << 30, "a100-pcie"),
+        ("NVIDIA L20", "sm_89", 92, 48 << 30, "l20"),
+        ("NVIDIA H20", "sm_90", 78, 96 << 30, "h20"),
+        ("NVIDIA GeForce RTX 4090", "sm_89", 128, 24 << 30, "rtx-4090"),
         ("AMD Instinct MI300X", "gfx942", 304, 206 << 30, "mi300x"),
         ("Ascend910B3", "ascend910b", 0, 0, "910b"),
     ],
@@ -59,7 +64,7 @@ def test_an_unknown_name_takes_figures_by_cores_and_memory():
 
 
 def test_an_unknown_part_has_its_own_cores():
-    chip = find("NVIDIA A10G", "sm_89", 80, 24 << 30)
+    chip = find("NVIDIA L30", "sm_89", 80, 24 << 30)
     assert (chip.dot_cores, chip.vector_cores, chip.capacity) == (80, 80, 24)
     assert chip.flops["bf16"] == pytest.approx(CHIPS["sm_89"].flops["bf16"] * 80 / 142)
     assert relatives(chip)[0] == () and relatives(chip)[1][0] in ("l4", "l20", "rtx-4090", "l40s", "l40")
@@ -70,6 +75,13 @@ def test_relatives_are_of_one_architecture_and_nearest_first():
     alike, family = relatives(DEVICES["h200"])
     assert alike == ("h200-nvl",) and family[-1] == "h100-pcie" and "h20" in family
     assert all(DEVICES[name].name == "sm_90" for name in (*alike, *family))
+
+
+def test_a_target_without_tables_takes_its_generation_s():
+    """Behind the parts of its own architecture."""
+    assert relatives(DEVICES["b300"]) == ((), ("b200", "thor"))
+    targets = [DEVICES[name].name for name in relatives(DEVICES["a10"])[1]]
+    assert targets == sorted(targets) and set(targets) == {"sm_86", "sm_89"}
 
 
 def _cuda(monkeypatch, name, capability, cores, memory, hip=None, architecture=""):
@@ -94,8 +106,10 @@ def test_a_tensor_s_chip_has_its_device_s_figures(monkeypatch):
     assert chip.name == "sm_90" and chip.bandwidth == 4.8e12 and chip.device == "h200"
     _cuda(monkeypatch, "NVIDIA GeForce RTX 4090", (8, 9), 128, 24 << 30)
     assert launch.chip_of(torch.device("cuda", 0)) is DEVICES["rtx-4090"]
-    _cuda(monkeypatch, "NVIDIA A10G", (8, 6), 80, 24 << 30)
-    assert launch.chip_of(torch.device("cuda", 0)).name == "sm_89"  # the target whose limits hold
+    _cuda(monkeypatch, "NVIDIA A16", (8, 6), 10, 16 << 30)
+    assert launch.chip_of(torch.device("cuda", 0)).name == "sm_86"
+    _cuda(monkeypatch, "Orin", (8, 7), 16, 64 << 30)
+    assert launch.chip_of(torch.device("cuda", 0)).name == "sm_86"  # the target whose limits hold
     _cuda(monkeypatch, "AMD Instinct MI325X", (9, 4), 304, 256 << 30, "6.4", "gfx942")
     assert launch.chip_of(torch.device("cuda", 0)) is DEVICES["mi325x"]
     _cuda(monkeypatch, "AMD Instinct MI210", (9, 0), 104, 64 << 30, "6.4", "gfx90a")

@@ -93,7 +93,7 @@ def _amd(chip, dtype, statics, rows):
 
 def _nvidia(chip, dtype, statics, rows):
     layout = statics["LAYOUT"]
-    hopper, newer = chip.architecture == "90", int(chip.architecture) >= 90
+    hopper, newer = chip.generation == "90", int(chip.generation) >= 90
     roomy = chip.memory["shared"] >= 160 << 10
     if dtype == "fp32":
         return {"BLOCK_H": 16, "BLOCK_N": 16}
@@ -134,8 +134,8 @@ def memory(chip, dtype, statics, tile):
     if chip.vendor == "amd":
         keys = max(block_h, block_n) * latent * size + (stages - 1) * block_n * rope * size
         return {"shared": keys + split_value + misfit}
-    architecture = int(chip.architecture)
-    warp_groups = block_h >= 64 and tile["num_warps"] >= 4 and 90 <= architecture < 120 and dtype != "fp32"
+    generation = int(chip.generation)
+    warp_groups = block_h >= 64 and tile["num_warps"] >= 4 and 90 <= generation < 120 and dtype != "fp32"
     if layout != "plain":
         # the decoded tile (for fp8 one of each product's operands outside wgmma), what was read ahead, the rotated keys
         scales = block_n * 4 * (latent // 128 if layout == "fp8_v32" else 1)
@@ -146,5 +146,5 @@ def memory(chip, dtype, statics, tile):
     if stages == 1 or not warp_groups:
         keys = k + block_n * latent * size if stages == 1 else (stages - 1) * k
         return {"shared": q + keys + p + split_value + misfit}
-    copy = block_n * latent * size + 2048 if architecture >= 100 else 0  # out of tensor memory and back
+    copy = block_n * latent * size + 2048 if generation >= 100 else 0  # out of tensor memory and back
     return {"shared": q + stages * k + copy + split_value + misfit}

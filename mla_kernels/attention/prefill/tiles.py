@@ -43,12 +43,12 @@ def forward_memory(chip, dtype, statics, tile):
         return {"shared": max(part, (stages - 1) * keys + p) + misfit}
     if not chip.dot_from_shared:
         return {"shared": max(q, stages * keys + 2 * p) + misfit}
-    return {"shared": q + stages * keys + (1024 if chip.architecture == "100" else 0) + misfit}
+    return {"shared": q + stages * keys + (1024 if chip.generation == "100" else 0) + misfit}
 
 
 def key_gradient_rule(chip, dtype, statics, sizes):
     tile = _gradient_rule(chip, dtype, statics)
-    if chip.architecture == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are wide or Triton is 3.9
+    if chip.generation == "90" and tile["BLOCK_N"] == 128:  # 32 queries spill where keys are wide or Triton is 3.9
         newest = TRITON_VERSION >= (3, 9)
         tile |= {"BLOCK_M": 16} if statics["REST"] or newest else {}
         tile |= {"num_stages": 3} if statics["REST"] and newest else {}
@@ -103,5 +103,5 @@ def _gradient_memory(chip, dtype, statics, tile, fixed, streamed, gradient):
         return {"shared": max(fixed, streamed) * widest * size + (stages - 1) * streamed * row + misfit}
     if not chip.dot_from_shared:
         return {"shared": (fixed + max(stages - 1, 1) * streamed) * row + pairs * size + misfit}
-    copies = stages + 1 if chip.architecture == "100" else stages
+    copies = stages + 1 if chip.generation == "100" else stages
     return {"shared": (fixed + copies * streamed) * row + pairs * size * (copies - stages) + misfit}

@@ -16,14 +16,14 @@ def forward_rule(chip, dtype, statics, sizes):
     if layout != "plain" and dtype != "bf16":
         raise NotImplementedError(f"sparse attention: {layout} caches are read as bf16, not as {dtype}")
     tile = decode_tiles.widest(chip, dtype, _as_decode(statics), {"queries": 1, "heads": heads})
-    if layout in ("fp8_v32", "fp8_v4") and chip.architecture == "90":  # gathers need registers for their addresses
+    if layout in ("fp8_v32", "fp8_v4") and chip.generation == "90":  # gathers need registers for their addresses
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-    if chip.architecture == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"]:
+    if chip.generation == "90" and tile["BLOCK_H"] >= 32 and not statics["ROPE"]:
         if TRITON_VERSION >= (3, 9):
             tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
         elif layout == "int8":
             tile["BLOCK_N"] = 32  # Triton 3.7 spills at 64
-    if chip.architecture == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:
+    if chip.generation == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:
         tile["num_stages"] = 3  # with 2 a decode step spills in its loop
     if layout == "fp8_v4" and chip.is_gpu and tile["BLOCK_H"] < 64:  # 32 picks spill, on NVIDIA 16 in one stage, too
         tile |= {"BLOCK_N": 16, "num_stages": 2 if chip.vendor == "nvidia" else 1}
@@ -35,15 +35,15 @@ def pair_rule(chip, dtype, statics, sizes):
     tile = forward_rule(chip, dtype, statics, sizes)
     if chip.vendor == "ascend" and statics["LAYOUT"] == "int8" and chip.memory["UB"] < 240 << 10:
         tile["BLOCK_N"] = 16  # 32 picks overflow UB by half a KB
-    if chip.architecture == "80" and statics["LAYOUT"] == "fp8_v4" and (3, 7) <= TRITON_VERSION < (3, 9):
+    if chip.generation == "80" and statics["LAYOUT"] == "fp8_v4" and (3, 7) <= TRITON_VERSION < (3, 9):
         tile["num_stages"] = 1  # two spill with Triton 3.7
     wide = statics["WIDE"] or statics["EXTRA_WIDE"]
     one_product = statics["LAYOUT"] == "plain" and not statics["ROPE"]
-    if chip.architecture == "90" and one_product and (wide or tile["BLOCK_H"] == 32):
+    if chip.generation == "90" and one_product and (wide or tile["BLOCK_H"] == 32):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)  # 64 spill
-    if chip.architecture == "120" and wide and dtype == "fp32":
+    if chip.generation == "120" and wide and dtype == "fp32":
         tile["num_stages"] = 1  # two spill
-    if chip.architecture == "100" and tile["BLOCK_H"] == 64 and not statics["ROPE"]:
+    if chip.generation == "100" and tile["BLOCK_H"] == 64 and not statics["ROPE"]:
         tile["BLOCK_H"] = 32  # 64 rows spill
     return tile
 
@@ -71,15 +71,15 @@ def query_gradient_rule(chip, dtype, statics, sizes):
     """The tile that Triton's version keeps in registers."""
     tile, hopper, newest = (
         _gradient_rule(chip, dtype, statics, sizes),
-        chip.architecture == "90",
+        chip.generation == "90",
         TRITON_VERSION >= (3, 9),
     )
-    halves = newest and chip.architecture in ("90", "100", "120")
+    halves = newest and chip.generation in ("90", "100", "120")
     if chip.vendor == "amd" and dtype == "fp32":
         tile |= {"VALUE_TILES": 4, "num_stages": 2}
     elif chip.vendor == "nvidia" and dtype == "fp32":
         tile |= {"BLOCK_H": 8, "VALUE_TILES": 2 if halves else 1}
-        tile |= {"BLOCK_H": 4, "BLOCK_N": 32} if newest and chip.architecture == "89" else {}
+        tile |= {"BLOCK_H": 4, "BLOCK_N": 32} if newest and chip.generation == "89" else {}
     elif chip.dot_from_shared and sizes["heads"] > 32:
         tile |= {"BLOCK_H": 32 if hopper and newest else 64, "BLOCK_N": 16 if hopper else 32}
     return tile
