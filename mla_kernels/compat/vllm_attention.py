@@ -9,7 +9,7 @@ vLLM. Caches are vLLM's: ``[blocks, block_size, 576]`` in the model's dtype, and
 - :class:`PrefillBackend`: ``mla_prefill``, which needs no padded values, for new tokens and for chunks of context.
 - :class:`SparseBackend`: prefill and decoding by ``sparse_mla_decode`` over the indices of the indexer.
 
-The first and the last run in CUDA graphs of uniform decode batches, with any number of heads that tensor parallelism leaves, and
+Decoding runs in CUDA graphs of uniform batches, with any number of heads that tensor parallelism leaves; all of it
 with ``VLLM_BATCH_INVARIANT``. What is not supported is told to vLLM's selector, whose error shows it: context
 parallelism (PCP, DCP), sinks, sliding windows, non-causal blocks in sparse attention, other cache dtypes.
 
@@ -141,7 +141,7 @@ class PrefillBackend(MLAPrefillBackend):
         return device_capability is not None and tuple(device_capability) >= LEAST_CAPABILITY
 
     def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
-        """q, k [tokens, heads, 192], v [tokens, heads, 128] -> [tokens, heads, 128], and lse [heads, tokens] if asked."""
+        """q, k [tokens, heads, 192], v [tokens, heads, 128] -> [tokens, heads, 128]; if asked, lse [heads, tokens]."""
         if out is not None or output_scale is not None:
             raise NotImplementedError("out, output_scale: got a tensor, None is accepted")
         starts, longest = self._prefill_metadata.query_start_loc, self._prefill_metadata.max_query_len
@@ -249,9 +249,7 @@ class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.topk_tokens = vllm_config.model_config.hf_text_config.index_topk
         # graphs replay with the addresses that they were captured with
-        self.rows = torch.zeros(
-            vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32, device=device
-        )
+        self.rows = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32, device=device)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
         common = common_attn_metadata
@@ -304,7 +302,7 @@ class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         """q [tokens, heads, 576] or its two parts -> (out [tokens, heads, 512], lse [tokens, heads])."""
         q = _joined(q)
-        tokens, heads, _ = q.shape
+        tokens = q.shape[0]
         layout = CacheLayout.FP8_V32 if self.kv_cache_dtype == PACKED else None
         cache = LatentCache(kv_c_and_k_pe_cache, self.kv_lora_rank, layout)
         picks = self.topk_indices_buffer[:tokens, : attn_metadata.topk_tokens]

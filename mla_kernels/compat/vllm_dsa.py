@@ -15,6 +15,7 @@ from mla_kernels.latent.indexer.key import write_indexer_key
 from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.write import write_latent
 
+CACHES = ("auto", "bfloat16", "float16", "fp8_ds_mla")
 _TABLES = WeakTensorKeyDictionary()  # vLLM's [positions, cos and sin] in the model's dtype -> float32 tables
 
 
@@ -38,10 +39,9 @@ def fused_norm_rope(
         raise NotImplementedError(
             "indexer_cache_shuffled, index_k_out: got a shuffled cache or a buffer for index keys, neither is accepted"
         )
-    if mla_kv_cache is not None and mla_kv_cache_dtype not in ("auto", "bfloat16", "float16", "fp8_ds_mla"):
-        raise NotImplementedError(
-            f"mla_kv_cache_dtype: got {mla_kv_cache_dtype!r}, 'auto', 'bfloat16', 'float16' and 'fp8_ds_mla' are accepted"
-        )
+    if mla_kv_cache is not None and mla_kv_cache_dtype not in CACHES:
+        accepted = ", ".join(map(repr, CACHES))
+        raise NotImplementedError(f"mla_kv_cache_dtype: got {mla_kv_cache_dtype!r}, accepted: {accepted}")
     if has_indexer:
         topk_indices_buffer[: positions.shape[0]] = -1
     if mla_kv_cache is not None:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in vLLM's own model code, attention and prefill by name over this library's, beside transformers' model."""
+"""DeepSeek-V3 in vLLM's own model code, attention over this library's by name, beside transformers'."""
 
 import pytest
 import torch

@@ -12,11 +12,12 @@ import torch
 
 PAGE, PAGES, TOP_K, WIDEST = 64, 24, 64, 512
 SHAPE = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "first_k_dense_replace": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "moe_intermediate_size": 128, "n_group": 1, "topk_group": 1, "vocab_size": 512, "max_position_embeddings": WIDEST,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "first_k_dense_replace": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128, "n_group": 1, "topk_group": 1,
+    "vocab_size": 512, "max_position_embeddings": WIDEST, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ class Engine:
 
 
 def serve(engine, prompts, pages, cached, schedule):
-    """Run prompts, of which ``cached`` tokens are in the cache already, as ``schedule`` says: steps of [(prompt, tokens)].
+    """Run prompts, of which ``cached`` tokens are cached already, as ``schedule`` says: steps of [(prompt, tokens)].
 
     Returns a list of (logits [tokens, vocabulary], {layer: picks [tokens, top_k]}), of the tokens that were run.
     """
