@@ -17,10 +17,12 @@ from mla_kernels.compat.deep_gemm_layout import (
     get_mk_alignment_for_contiguous_layout,
     get_mn_major_tma_aligned_packed_ue8m0_tensor,
     get_mn_major_tma_aligned_tensor,
+    get_num_sms,
     get_theoretical_mk_alignment_for_contiguous_layout,
     get_tma_aligned_size,
     pack_ue8m0_to_int,
     set_mk_alignment_for_contiguous_layout,
+    set_num_sms,
     transform_sf_into_required_layout,
 )
 from mla_kernels.compat.deep_gemm_logits import (
@@ -39,9 +41,11 @@ from mla_kernels.compat.deep_gemm_products import (
 )
 
 fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked  # the older name, which SGLang calls
+fp8_fp4_gemm_nt = fp8_gemm_nt  # DeepGEMM has one function under both names
 
 __all__ = [
     "fp8_einsum",
+    "fp8_fp4_gemm_nt",
     "fp8_fp4_mqa_logits",
     "fp8_fp4_paged_mqa_logits",
     "fp8_gemm_nt",
@@ -51,6 +55,7 @@ __all__ = [
     "get_mk_alignment_for_contiguous_layout",
     "get_mn_major_tma_aligned_packed_ue8m0_tensor",
     "get_mn_major_tma_aligned_tensor",
+    "get_num_sms",
     "get_paged_mqa_logits_metadata",
     "get_theoretical_mk_alignment_for_contiguous_layout",
     "get_tma_aligned_size",
@@ -58,6 +63,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_masked",
     "pack_ue8m0_to_int",
     "set_mk_alignment_for_contiguous_layout",
+    "set_num_sms",
     "tf32_hc_prenorm_gemm",
     "transform_sf_into_required_layout",
 ]

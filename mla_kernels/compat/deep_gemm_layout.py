@@ -11,14 +11,35 @@ TMA_BYTES = 16
 PACKED = 4  # exponents in an int32
 
 
-class _Alignment:
-    rows = 128
+class _Kept:
+    rows = 128  # to which groups are aligned
+    sms: int | None = None
+
+
+def get_num_sms() -> int:
+    """Multiprocessors of the current CUDA device, or what :func:`set_num_sms` said.
+
+    Raises:
+        RuntimeError: there is no CUDA device.
+    """
+    if _Kept.sms is not None:
+        return _Kept.sms
+    if not torch.cuda.is_available():
+        raise RuntimeError("get_num_sms: no CUDA device is there to ask, and set_num_sms said nothing")
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def set_num_sms(new_num_sms: int) -> None:
+    """Let :func:`get_num_sms` give ``new_num_sms`` from now on, in this process; callers size schedules by it. Kernels
+    here are not confined to so many."""
+    check_int("new_num_sms", new_num_sms, 1)
+    _Kept.sms = new_num_sms
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:
     """Rows to which groups are aligned in the contiguous layout: 128, or what
     :func:`set_mk_alignment_for_contiguous_layout` said."""
-    return _Alignment.rows
+    return _Kept.rows
 
 
 def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
@@ -30,7 +51,7 @@ def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
     check_int("new_value", new_value, 16)
     if new_value % 16:
         raise ValueError(f"new_value: got {new_value}, multiples of 16 are accepted")
-    _Alignment.rows = new_value
+    _Kept.rows = new_value
 
 
 def get_theoretical_mk_alignment_for_contiguous_layout(

@@ -61,7 +61,8 @@ def fp8_fp4_mqa_logits(
     Args:
         q: (codes, scales). float8_e4m3fn [T, H, D] and None, the scales being in ``weights``; float8_e4m3fn and int32
             [T, H], four exponents (ue8m0) of 32 columns each; or int8 [T, H, D / 2], two e2m1 codes a byte (the even
-            column in the low nibble), and int32 [T, H]. H 1 to 256, D 32, 64, 128 or 256 (with int32 at most 128).
+            column in the low nibble), and int32 [T, H]. H 1 to 256; D 32, 64, 128 or 256, with int32
+            at most 128, with e2m1 64 or 128.
         kv: (codes, scales) of the keys: [S, D] of q's dtype (int8: [S, D / 2]), and float32 [S], or int32 [S] where q's
             are int32.
         weights: [T, H] float32, or bfloat16 with int32 scales.

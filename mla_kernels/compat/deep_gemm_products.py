@@ -10,6 +10,7 @@ import torch
 
 from mla_kernels.checks import check_int, check_no_grad, check_tensor
 from mla_kernels.compat.deep_gemm_layout import check_scale, get_mk_alignment_for_contiguous_layout
+from mla_kernels.compat.torch_npu_parts import same
 from mla_kernels.hyper.prenorm import prenorm_product
 from mla_kernels.moe.quantised.scaled_product import scaled_product
 
@@ -308,16 +309,12 @@ def _groups_of_rows(ends, rows, alignment):
     group = torch.searchsorted(ends, row, right=True, out_int32=True)  # the first that ends behind the row
     starts = torch.nn.functional.pad((ends[:-1] + alignment - 1) // alignment * alignment, (1, 1))
     starts[-1] = rows  # of no group
-    return torch.where(row >= starts[group], group, -1)
+    return torch.where(row >= starts.index_select(0, group), group, -1)
 
 
 def _multiply(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, c=None):
     if d.numel() == 0:
         return
-    if c is not None and not _same_place(c, d):
+    if c is not None and not same(c, d):
         d.copy_(c)
     scaled_product(a, a_scale, b, b_scale, d, layout, mode, list(grans), alignment, c is not None)
-
-
-def _same_place(c, d):
-    return c is d or (c.data_ptr() == d.data_ptr() and c.stride() == d.stride())

@@ -66,6 +66,15 @@ def test_alignment():
     assert [deep_gemm.get_tma_aligned_size(5, size) for size in (4, 2, 1)] == [8, 8, 16]
 
 
+def test_multiprocessors(monkeypatch):
+    monkeypatch.setattr(deep_gemm_layout._Kept, "sms", None)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="get_num_sms: no CUDA device"):
+            deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(100)
+    assert deep_gemm.get_num_sms() == 100
+
+
 def test_refused():
     ones = torch.ones(5, 3)
     for call, error, words in (

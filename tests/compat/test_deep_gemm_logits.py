@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
+from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import block_scaled as reference
@@ -75,6 +77,19 @@ def test_rows_in_the_keys_columns(device, form):
     check(deep_gemm.fp8_fp4_mqa_logits(q, kv, weights, starts, ends, 0, clean_logits=True), expected)
     if form == "fp8":
         check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends), expected)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "ascend950"])
+def test_chips_that_do_not_multiply_e4m3(target):
+    """Queries are made bf16 once; codes of keys are in the kernels."""
+    q, kv, weights, starts, ends, exact = ragged("fp8", 20, 64)
+    expected = reference.mqa_logits(*exact, weights.double(), starts, ends, 60)
+    rows, cache, paged_weights, table, values_of_pages = paged("fp8", 20, 64, 2, 64, LENGTHS)
+    limits = torch.tensor(LENGTHS, dtype=torch.int32)[:, None].repeat(1, 2)
+    with launch.on_cpu("interpret", target):
+        check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends, max_seqlen_k=60), expected)
+        logits = deep_gemm.fp8_paged_mqa_logits(rows[0], cache, paged_weights, limits, table, None, 192, True)
+    check(logits, expected_pages(values_of_pages, paged_weights, limits, 192))
 
 
 def test_a_row_is_cut_at_its_last_column(device):
@@ -222,6 +237,29 @@ def test_the_same_bits_on_every_call(device, form):
     for _ in repeats(device):
         again = deep_gemm.fp8_fp4_paged_mqa_logits(*args, None, 192, clean_logits=True)
         assert torch.equal(first, again)
+
+
+def test_compiled_whole(cpu_code):
+    q, cache, weights, table, _ = paged("mxfp4", 4, 64, 2, 64, LENGTHS)
+    limits = torch.tensor(LENGTHS, dtype=torch.int32)[:, None].repeat(1, 2)
+
+    def run(q, cache, weights, limits, table):
+        return deep_gemm.fp8_fp4_paged_mqa_logits(q, cache, weights, limits, table, None, 192, clean_logits=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, cache, weights, limits, table), run(q, cache, weights, limits, table))
+
+
+def test_ops_keep_torchs_contracts(cpu_code):
+    q, k = torch.randn(3, 4, 64).bfloat16(), random_codes("mxfp4", 20, 64)
+    rows = torch.zeros(3, dtype=torch.int32), torch.full((3,), 9, dtype=torch.int32)
+    weights = torch.randn(3, 4)
+    operands = (q, k, random_words(20), "mxfp4", weights, *rows, torch.empty(3, 9), True, True)
+    opcheck(torch.ops.mla_kernels.mqa_logits.default, operands)
+    cache = torch.zeros(2, 16 * 36, dtype=torch.uint8)
+    table, limits = torch.zeros(3, 1, dtype=torch.int32), torch.full((3, 1), 9, dtype=torch.int32)
+    operands = (q[:, None], cache, "mxfp4", weights, table, limits, torch.empty(3, 16), True)
+    opcheck(torch.ops.mla_kernels.paged_mqa_logits.default, operands)
 
 
 def change(place, value):

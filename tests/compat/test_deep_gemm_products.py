@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
+from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.reference import block_scaled as reference
 from tests.compat.deep_gemm_problems import calc_diff, cast_blocks, cast_rows
@@ -58,6 +60,16 @@ def test_gemm(device, name):
     assert calc_diff(d, x @ w.T) < 1e-3  # DeepGEMM's own check, with what fp8 takes away
 
 
+@pytest.mark.parametrize("rows", [5, 37])
+@pytest.mark.parametrize("target", ["sm_80", "gfx942", "ascend950"])
+def test_chips_that_do_not_multiply_e4m3(target, rows):
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(rows, 256)), cast_blocks(torch.randn(72, 256))
+    d = poisoned(rows, 72)
+    with launch.on_cpu("interpret", target):
+        deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), d)
+    check(d, reference.scaled_product(a, a_scale, b, b_scale))
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_gemm_adds(device, same):
     x, w, c = torch.randn(20, 256), torch.randn(64, 256), torch.randn(20, 64)
@@ -93,7 +105,7 @@ def grouped(groups, rows, columns, depth, packed=False):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("alignment", [128, 32])
+@pytest.mark.parametrize("alignment", [128, 32, 48])
 def test_contiguous(device, packed, alignment):
     """Groups of other rows than the alignment, one of them empty; padding in between holds NaN."""
     counts = [alignment + 3, 0, 20, alignment]
@@ -231,3 +243,29 @@ def test_refused_of_the_others(cpu_code):
         deep_gemm.tf32_hc_prenorm_gemm(torch.ones(2, 64), torch.ones(65, 64), torch.empty(2, 65), torch.empty(2))
     with pytest.raises(ValueError, match=r"sqr_sum: got shape \(2,\), \(3, 2\)"):
         deep_gemm.tf32_hc_prenorm_gemm(torch.ones(2, 64), torch.ones(4, 64), torch.empty(3, 2, 4), torch.empty(2), 3)
+
+
+def test_compiled_whole(cpu_code):
+    """torch.compile takes the functions in one graph, and what they write."""
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(20, 256)), cast_blocks(torch.randn(64, 256))
+    layout = torch.zeros(20, dtype=torch.int32)
+
+    def run(a, a_scale, b, b_scale):
+        c = torch.ones(20, 64)
+        deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), c, c)
+        d = torch.empty(20, 64)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b[None], b_scale[None]), d, layout)
+        return c, d
+
+    expected = run(a, a_scale, b, b_scale)
+    actual = torch.compile(run, fullgraph=True, backend="aot_eager")(a, a_scale, b, b_scale)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected))
+
+
+def test_ops_keep_torchs_contracts(cpu_code):
+    """Schemas, fake tensors: what is written is said, and nothing is returned."""
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(1, 20, 256)), cast_blocks(torch.randn(1, 64, 256))
+    a, b = a.view(torch.uint8), b.view(torch.uint8)  # opcheck adds what it compares, which float8 does not know
+    operands = (a, a_scale, b, b_scale, torch.empty(1, 20, 64), None, "batched", [128, 128, 128], 0, False)
+    opcheck(torch.ops.mla_kernels.scaled_product.default, operands)
+    opcheck(torch.ops.mla_kernels.prenorm_product.default, (torch.randn(3, 64), torch.randn(4, 64)))

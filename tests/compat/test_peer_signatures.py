@@ -103,6 +103,7 @@ PEERS = {
         deep_gemm,
         {
             "fp8_gemm_nt": f"(a, b, d, c=None, {PRODUCT}alpha=None, epilogue=None)",
+            "fp8_fp4_gemm_nt": f"(a, b, d, c=None, {PRODUCT}alpha=None, epilogue=None)",
             "m_grouped_fp8_gemm_nt_contiguous": f"(a, b, d, grouped_layout, {PRODUCT}use_psum_layout=False, "
             "ensure_zero_padding=True, expected_m_for_psum_layout=None, epilogue=None)",
             "m_grouped_fp8_gemm_nt_masked": MASKED,
@@ -125,6 +126,8 @@ PEERS = {
             "get_mn_major_tma_aligned_tensor": "(sf)",
             "get_mn_major_tma_aligned_packed_ue8m0_tensor": "(sf, psum_layout=None)",
             "pack_ue8m0_to_int": "(x)",
+            "get_num_sms": "()",
+            "set_num_sms": "(new_num_sms)",
             "get_mk_alignment_for_contiguous_layout": "()",
             "set_mk_alignment_for_contiguous_layout": "(new_value)",
             "get_theoretical_mk_alignment_for_contiguous_layout": "(expected_m=None, num_groups=None)",

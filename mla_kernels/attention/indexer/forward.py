@@ -12,6 +12,7 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
 E4M3 = torch.float8_e4m3fn
@@ -240,9 +241,20 @@ INDEXER_LOGITS = Kernel(
 )
 
 
+def as_multiplied(q):
+    """Codes of queries, as bf16 where the matrix units do not take e4m3: made once a query, not once a tile of keys."""
+    chip = chip_of(q.device)
+    if chip.dot_e4m3:
+        return q
+    if chip.is_gpu:
+        return q.bfloat16()
+    return bytes_to_fp16(q.contiguous().view(torch.uint8)).bfloat16()  # torch casts no float8 on every NPU
+
+
 def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, fill=True):
     """q [T, H, d] against keys in rows -> [T, S]; without ``fill``, tiles outside every range stay as allocated."""
     tokens, heads, width = q.shape
+    q = as_multiplied(q) if q.dtype == E4M3 else q
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()
     out = torch.empty((tokens, k.shape[0]), dtype=torch.float32, device=q.device)
     fp8 = k_scale is not None
@@ -259,6 +271,7 @@ def launch_paged_logits(
     """q [B, S_q, H, d] against cached keys -> [B, S_q, capacity]; ``fill`` as in :func:`launch_logits`. ``out``: rows
     [B S_q, at most capacity] to write."""
     sequences, tokens, heads, width = q.shape
+    q = as_multiplied(q) if q.dtype == E4M3 else q
     page_size, parts, pages = page_size_of(data, head_dim), launched_parts(data, head_dim), data.shape[0]
     q, weights = q.reshape(sequences * tokens, heads, width), weights.reshape(sequences * tokens, heads)
     q = q if q.stride()[1] == width or heads == 1 else q.contiguous()

@@ -12,19 +12,17 @@ in the low nibble.
 
 import torch
 
-from mla_kernels.attention.indexer.forward import E4M3, launch_paged_logits, load_codes
+from mla_kernels.attention.indexer.forward import E4M3, as_multiplied, launch_paged_logits, load_codes
 from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
-from mla_kernels.launch import Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.decode import e2m1_values, ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.shim import define_op
-
-FORMATS = ("fp8", "mxfp8", "mxfp4")
 
 
 @triton.jit
@@ -41,6 +39,7 @@ def mqa_logits_kernel(
     q_stride, weights_stride, page_stride, key_stride, scale_stride, table_stride, out_stride,
     tokens, keys, columns, num_pages, token_tiles, key_tiles, work,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, COMPACT: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once; those that a token
@@ -48,7 +47,8 @@ def mqa_logits_kernel(
 
     Item: (sequence * token_tiles + token tile) * key_tiles + key tile. PAGE_SIZE 0: one sequence, keys in rows, seen
     from ``starts`` to ``ends``; else the first ``ends`` of each token. COMPACT: column 0 is a token's first key.
-    Queries are e4m3 codes (FORMAT "fp8") or bf16 values, with "mxfp4" of the even columns, then of the odd ones.
+    Queries are e4m3 codes (CODES, with FORMAT "fp8" alone) or bf16 values, with "mxfp4" those of the even columns in
+    front. E4M3: codes are multiplied as they are, else as fp16.
     """
     HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     WIDTH: tl.constexpr = HEAD_DIM // 2 if FORMAT == "mxfp4" else HEAD_DIM  # bytes of a key's codes
@@ -92,8 +92,11 @@ def mqa_logits_kernel(
                     scale_rows = page.to(tl.int64) * scale_stride + offset
             tile = rows[:, None] + column[None, :]
             scale = tl.load(scale_ptr + scale_place + scale_rows, mask=exists, other=0)  # [BLOCK_N], fp32 or words
-            if FORMAT == "fp8":
+            if CODES:
                 k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
+            elif FORMAT == "fp8":
+                codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
+                k = decode_e4m3(codes).to(tl.float32).to(tl.bfloat16)
             else:
                 GROUP: tl.constexpr = 16 if FORMAT == "mxfp4" else 32  # of these columns share an exponent
                 codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
@@ -108,7 +111,7 @@ def mqa_logits_kernel(
                     real = head < HEADS - part * BLOCK_H
                     place_of_heads = part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
                     w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)  # [BLOCK_H]
-                    if FORMAT == "fp8":
+                    if CODES:
                         q_heads = load_codes(q, place_of_heads, real, True, E4M3)  # [BLOCK_H, HEAD_DIM]
                     else:
                         q_heads = tl.load(q + place_of_heads, mask=real[:, None], other=0.0)  # [BLOCK_H, WIDTH]
@@ -143,7 +146,7 @@ def _key_bytes(statics):
 def _cost(dtype, statics, sizes):
     sequences, tokens, keys = sizes["sequences"], sizes["tokens"], sizes["keys"]
     width, heads = statics["HEAD_DIM"], statics["HEADS"]
-    query = heads * (width * (1 if statics["FORMAT"] == "fp8" else 2) + 4)
+    query = heads * (width * (1 if statics["CODES"] else 2) + 4)
     return Cost(
         flops=2.0 * sequences * tokens * keys * heads * (width + 1),
         bytes=sequences * (keys * _key_bytes(statics) + tokens * (query + 4 * keys)),
@@ -160,27 +163,40 @@ def _work(dtype, statics, sizes, tile):
 
 def _as_logits(statics):
     """What the rule and the memory of :mod:`.tiles` ask for."""
-    return statics | {"CODES": statics["FORMAT"] == "fp8", "FP8": True}
+    return statics | {"FP8": True}
 
 
 def _rule(chip, dtype, statics, sizes):
     tile = logits_rule(chip, dtype, _as_logits(statics), sizes)
-    if not chip.is_gpu and statics["FORMAT"] != "fp8":  # decoded tiles in fp32 share UB with their codes
+    if not chip.is_gpu and not statics["CODES"]:  # decoded tiles in fp32 share UB with their codes
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 64)
     return tile
 
 
 def _memory(chip, dtype, statics, tile):
-    return logits_memory(chip, dtype, _as_logits(statics), tile)
+    """Keys that are decoded go through shared memory beside the queries on AMD, and through UB in fp32 on Ascend."""
+    memory = logits_memory(chip, dtype, _as_logits(statics), tile)
+    if statics["CODES"] or NO_MEMORY in memory.values():
+        return memory
+    keys = tile["BLOCK_N"] * statics["HEAD_DIM"]
+    if chip.vendor == "amd":
+        return {"shared": 2 * (keys + tile["BLOCK_H"] * statics["HEAD_DIM"]) + 1024}
+    if not chip.is_gpu:
+        gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
+        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 20 * gathered) * keys
+    return memory
 
 
-def _statics(heads, head_dim, page_size, form, compact):
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FORMAT": form, "COMPACT": compact}
+def _statics(heads, head_dim, page_size, form, compact, codes):
+    return {
+        "HEADS": heads, "HEAD_DIM": head_dim, "PAGE_SIZE": page_size, "FORMAT": form, "COMPACT": compact,
+        "CODES": codes,
+    }  # fmt: skip
 
 
-def _case(name, heads, form, *, sequences=1, tokens=4096, keys=32768, page=0):
+def _case(name, heads, form, *, sequences=1, tokens=4096, keys=32768, page=0, codes=False):
     sizes = {"sequences": sequences, "tokens": tokens, "keys": keys}
-    return Case(name, _statics(heads, 128, page, form, page == 0), sizes, ("bf16",))
+    return Case(name, _statics(heads, 128, page, form, page == 0, codes), sizes, ("bf16",))
 
 
 MQA_LOGITS = Kernel(
@@ -199,7 +215,7 @@ MQA_LOGITS = Kernel(
         "out_stride": "i32:16",
         **dict.fromkeys(("tokens", "keys", "columns", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
     },
-    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FORMAT", "COMPACT"),
+    statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FORMAT", "COMPACT", "CODES"),
     tiles={
         "BLOCK_T": (8, 16, 32, 64),
         "BLOCK_H": (16, 32, 64),
@@ -213,6 +229,7 @@ MQA_LOGITS = Kernel(
     cost=_cost,
     work=_work,
     cases=(
+        _case("v32_prefill_codes", 64, "fp8", codes=True),
         _case("v32_prefill_fp8", 64, "fp8"),
         _case("v4_prefill_mxfp8", 64, "mxfp8"),
         _case("v4_prefill_mxfp4", 64, "mxfp4"),
@@ -221,7 +238,7 @@ MQA_LOGITS = Kernel(
     ),
     uses_dot=True,
     types={
-        "Q": lambda dtype, statics: "i8" if statics["FORMAT"] == "fp8" else dtype,
+        "Q": lambda dtype, statics: "i8" if statics["CODES"] else dtype,
         "S": lambda dtype, statics: "fp32" if statics["FORMAT"] == "fp8" else "i32",
     },
 )
@@ -247,7 +264,8 @@ def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean
     if clean:
         out.fill_(float("-inf"))
     tokens, heads, width = q.shape
-    statics = _statics(heads, width, 0, form, compact)
+    q = as_multiplied(q) if form == "fp8" else q
+    statics = _statics(heads, width, 0, form, compact, q.dtype == E4M3)
     shape = 1, tokens, k.shape[0], 0
     _launch(q, k, k_scale, weights, starts, ends, ends, out, (0, k.stride(0), 0, 0), shape, statics)
 
@@ -268,7 +286,7 @@ def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
     strides = cache.stride(0), key_bytes, words.stride(0), block_table.stride(0)
     scale = words[:, page_size * key_bytes // SCALE_BYTES :]
     shape = sequences, tokens, out.shape[1], cache.shape[0]
-    statics = _statics(heads, width, page_size, form, False)
+    statics = _statics(heads, width, page_size, form, False, False)
     ends = limits.reshape(-1)
     _launch(q.flatten(0, 1), cache, scale, weights, ends, ends, block_table, out, strides, shape, statics)
 

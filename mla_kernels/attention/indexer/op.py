@@ -168,7 +168,7 @@ def indexer_logits(
     Queries as codes, ``q[t, h] = e4m3(code) * q_scale[t, h]``, are what DeepSeek's own code multiplies: both operands
     as codes, in float32 sums, the scale of a key after the sum over heads, that of a query within its weight. Codes are
     of e4m3 "fn" (bias 7) on every chip. Where the matrix units take these (sm_89, sm_90, sm_100, sm_120, gfx950) they
-    are multiplied as they are, elsewhere (sm_80, gfx942 with its own kind, Ascend) as float16, which holds every code.
+    are multiplied as they are, elsewhere (sm_80, gfx942 with its own kind, Ascend) as bfloat16, which holds every code.
     Products are exact either way; Hopper keeps a sum of float8 products in about 14 bits. The codes of NaN, 0x7F and
     0xFF, are for keys and queries whose scale is NaN, too; with a finite one they count as NaN or as +-480.
 

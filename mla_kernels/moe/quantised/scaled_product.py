@@ -10,7 +10,8 @@ MODE "batched": all rows of all groups. "masked": the first layout[g] rows of ea
 "contiguous": a and d have one group; row r is multiplied by b[layout[r]], and becomes 0 where layout[r] is no group.
 Rows of different groups never share ALIGNMENT rows, of which the first names the group of all.
 
-Where the matrix units take e4m3 they multiply codes; elsewhere codes are read as fp16, which holds them all.
+Where the matrix units take e4m3 they multiply codes; elsewhere codes are read as fp16, which holds them all: those of b
+in each tile, and those of a, which each tile of columns reads, once in front where there are many rows.
 """
 
 import torch
@@ -23,17 +24,18 @@ from mla_kernels.moe.quantised.eight_bit import e4m3_pointer
 from mla_kernels.moe.quantised.parts import by_columns, by_rows, empty_sum, multiply, upright
 from mla_kernels.quant.decode import ue8m0_values
 from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 from mla_kernels.shim import define_op
 
-MODES = ("batched", "masked", "contiguous")
 MOST_ROWS = 64  # of a tile
+FEW_ROWS = 16  # up to which making fp16 of a is not worth a launch
 
 
 @triton.jit
-def load_codes(rows, k, mask, depth, FP8: tl.constexpr, EVEN_K: tl.constexpr):
-    """A tile of codes as a product takes them, 0 outside; ``mask`` is [rows, 1], k [1, STEP]."""
-    codes = tl.load(rows + k, mask=mask if EVEN_K else mask & (k < depth), other=0.0)
-    return codes if FP8 else decode_e4m3(codes)
+def load_operand(rows, k, mask, depth, DECODE: tl.constexpr, EVEN_K: tl.constexpr):
+    """A tile of an operand as a product takes it, 0 outside; ``mask`` is [rows, 1], k [1, STEP]. DECODE: of bytes."""
+    values = tl.load(rows + k, mask=mask if EVEN_K else mask & (k < depth), other=0.0)
+    return decode_e4m3(values) if DECODE else values
 
 
 @triton.jit
@@ -53,9 +55,10 @@ def scaled_product_kernel(
     groups, rows, columns, depth, row_tiles, work,
     MODE: tl.constexpr, GRAN_A: tl.constexpr, GRAN_N: tl.constexpr, GRAN_B: tl.constexpr, ADD: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGNMENT: tl.constexpr, PACKED_A: tl.constexpr, PACKED_B: tl.constexpr, OUT: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_M, BLOCK_N] of the results an item. ADD: to what stands there."""
+    """A tile [BLOCK_M, BLOCK_N] of the results an item. ADD: to what stands there. HALVES: a is fp16, not codes."""
     STEP: tl.constexpr = GRAN_A if GRAN_A < GRAN_B else GRAN_B
     m = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, STEP)[None, :]
@@ -84,7 +87,11 @@ def scaled_product_kernel(
         out = d + tl.cast(own, tl.int64) * d_group + tl.cast(first, tl.int64) * d_row
         out = out + m[:, None] * d_row + n[None, :]
         if live:
-            a_rows = e4m3_pointer(a, FP8) + tl.cast(own, tl.int64) * a_group + tl.cast(first, tl.int64) * a_row
+            a_rows = (
+                (a if HALVES else e4m3_pointer(a, FP8))
+                + tl.cast(own, tl.int64) * a_group
+                + tl.cast(first, tl.int64) * a_row
+            )
             a_rows = a_rows + m[:, None] * a_row
             a_scales = a_scale + tl.cast(own, tl.int64) * sa_group + tl.cast(first, tl.int64) * sa_row + m * sa_row
             b_rows = e4m3_pointer(b, FP8) + tl.cast(group, tl.int64) * b_group
@@ -94,8 +101,8 @@ def scaled_product_kernel(
             total = empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32)
             for block in range(0, tl.cdiv(depth, STEP)):
                 k = block * STEP + lane
-                x = load_codes(a_rows, k, inside[:, None], depth, FP8, EVEN_K)  # [BLOCK_M, STEP]
-                w = load_codes(b_rows, k, known[:, None], depth, FP8, EVEN_K)  # [BLOCK_N, STEP]
+                x = load_operand(a_rows, k, inside[:, None], depth, not (FP8 or HALVES), EVEN_K)  # [BLOCK_M, STEP]
+                w = load_operand(b_rows, k, known[:, None], depth, not FP8, EVEN_K)  # [BLOCK_N, STEP]
                 x_scale = load_scale(a_scales, block // (GRAN_A // STEP), sa_block, inside, PACKED_A)  # [BLOCK_M]
                 part = multiply(x, w, tl.zeros_like(total), SWAP)
                 if GRAN_N == 1:
@@ -116,27 +123,41 @@ def scaled_product_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """GPUs take weights as the first operand; sums of scaled products need registers of their own."""
-    rows = sizes["rows"] if statics["MODE"] != "contiguous" else statics["ALIGNMENT"]
+    """GPUs take weights as the first operand; sums of scaled products need registers of their own. Where tiles of 128
+    columns are too few for the cores, or the sums and decoded codes too many for the registers, half of them."""
+    rows, alignment = sizes["rows"], statics["ALIGNMENT"]
+    if statics["MODE"] == "contiguous":
+        rows = alignment & -alignment  # the largest power of two that divides it
     m = max(16, min(MOST_ROWS, 1 << (max(rows, 1) - 1).bit_length()))
-    tile = {"BLOCK_M": m, "BLOCK_N": 128, "GROUP_M": 8, "FP8": int(chip.dot_e4m3), "SWAP": int(chip.is_gpu)}
+    tile = {
+        "BLOCK_M": m,
+        "BLOCK_N": 128,
+        "GROUP_M": 8,
+        "FP8": int(chip.dot_e4m3 and not statics["HALVES"]),
+        "SWAP": int(chip.is_gpu),
+    }
     narrow = min(statics["GRAN_A"], statics["GRAN_B"]) < 128
     if not chip.is_gpu and statics["GRAN_N"] == 1:  # factors of rows and columns meet in UB, 48 bytes an element
         tile |= {"BLOCK_M": min(m, 32), "BLOCK_N": 64}
-    warps = 8 if tile["BLOCK_M"] == MOST_ROWS else 4
+    elif chip.is_gpu:
+        programs = _work(dtype, statics, sizes, tile).programs
+        if programs < 2 * chip.dot_cores or (chip.vendor == "amd" and not chip.dot_e4m3):
+            tile["BLOCK_N"] = 64
+    warps = 8 if tile["BLOCK_M"] * tile["BLOCK_N"] == MOST_ROWS * 128 else 4
     return tile | {"num_warps": warps, "num_stages": 2 if chip.vendor == "amd" else 4 if narrow else 3}
 
 
 def _memory(chip, dtype, statics, tile):
+    """Upper bounds fitted to what the compilers report."""
     m, n, step = tile["BLOCK_M"], tile["BLOCK_N"], min(statics["GRAN_A"], statics["GRAN_B"])
     late = statics["MODE"] == "contiguous" and statics["ALIGNMENT"] % m
-    if (tile["FP8"] and not chip.dot_e4m3) or late:
+    if (tile["FP8"] and (statics["HALVES"] or not chip.dot_e4m3)) or late:
         return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
-    operands = (m + n) * step
+    operands = (m * (1 + statics["HALVES"]) + n) * step
     if chip.is_gpu:
-        held = operands if chip.dot_from_shared else 0
-        return {"shared": max(operands * max(1, tile["num_stages"] - 1) + held, 4 * m * n)}
-    return {"L1": 2 * operands * 2, "L0C": m * n * 4}
+        buffers = tile["num_stages"] - (chip.vendor == "nvidia" and not chip.dot_from_shared)
+        return {"shared": max(operands * max(1, buffers), 4 * m * n) + 1024}
+    return {"L1": 4 * (m + n) * step, "L0C": m * n * (8 if chip.memory["L0C"] > 128 << 10 else 4)}
 
 
 def _real_rows(statics, sizes):
@@ -146,7 +167,7 @@ def _real_rows(statics, sizes):
 
 
 def _cost(dtype, statics, sizes):
-    rows, columns, depth = _real_rows(statics, sizes), sizes["columns"], sizes["depth"]
+    rows, columns, depth = _real_rows(statics, sizes), sizes["outputs"], sizes["depth"]
     scales = rows * depth // statics["GRAN_A"] * 4
     moved = rows * depth + sizes["groups"] * columns * depth + rows * columns * DTYPE_BYTES[statics["OUT"]]
     return Cost(flops=2.0 * rows * columns * depth, bytes=float(moved + scales))
@@ -155,28 +176,28 @@ def _cost(dtype, statics, sizes):
 def _work(dtype, statics, sizes, tile):
     m, n, depth = tile["BLOCK_M"], tile["BLOCK_N"], sizes["depth"]
     groups = 1 if statics["MODE"] == "contiguous" else sizes["groups"]
-    programs = groups * -(-_real_rows(statics, sizes) // (groups * m)) * -(-sizes["columns"] // n)
+    programs = groups * -(-_real_rows(statics, sizes) // (groups * m)) * -(-sizes["outputs"] // n)
     return Work(programs, 2.0 * m * n * depth, (m + n) * depth + m * n * DTYPE_BYTES[statics["OUT"]])
 
 
-def _statics(mode, grans, add, even, alignment, packed_a, packed_b, out):
+def _statics(mode, grans, add, even, alignment, packed_a, packed_b, out, halves=False):
     gran_a, gran_n, gran_b = grans
     return {
         "MODE": mode, "GRAN_A": gran_a, "GRAN_N": gran_n, "GRAN_B": gran_b, "ADD": add, "EVEN_K": even,
-        "ALIGNMENT": alignment, "PACKED_A": packed_a, "PACKED_B": packed_b, "OUT": out,
+        "ALIGNMENT": alignment, "PACKED_A": packed_a, "PACKED_B": packed_b, "OUT": out, "HALVES": halves,
     }  # fmt: skip
 
 
-def _case(name, mode, groups, rows, columns, depth, grans=(128, 128, 128), packed=False):
-    sizes = {"groups": groups, "rows": rows, "columns": columns, "depth": depth}
+def _case(name, mode, groups, rows, columns, depth, grans=(128, 128, 128), packed=False, halves=False):
+    sizes = {"groups": groups, "rows": rows, "outputs": columns, "depth": depth}
     alignment = 128 if mode == "contiguous" else 0
-    return Case(name, _statics(mode, grans, False, True, alignment, packed, packed, "bf16"), sizes, ("bf16",))
+    return Case(name, _statics(mode, grans, False, True, alignment, packed, packed, "bf16", halves), sizes, ("bf16",))
 
 
 SCALED_PRODUCT = Kernel(
     scaled_product_kernel,
     arguments={
-        "a": "*i8", "a_scale": "*A", "b": "*i8", "b_scale": "*B", "d": "*O", "layout": "*i32",
+        "a": "*X", "a_scale": "*A", "b": "*i8", "b_scale": "*B", "d": "*O", "layout": "*i32",
         **dict.fromkeys(("a_group", "a_row"), "i32:16"), **dict.fromkeys(("sa_group", "sa_row", "sa_block"), "i32"),
         **dict.fromkeys(("b_group", "b_row"), "i32:16"), **dict.fromkeys(("sb_group", "sb_row", "sb_block"), "i32"),
         **dict.fromkeys(("d_group", "d_row"), "i32:16"),
@@ -198,6 +219,7 @@ SCALED_PRODUCT = Kernel(
     work=_work,
     cases=(
         _case("v3_qkv", "batched", 1, 4096, 2112, 7168),
+        _case("v3_qkv_halves", "batched", 1, 4096, 2112, 7168, halves=True),
         _case("v3_qkv_16", "batched", 1, 16, 2112, 7168),
         _case("v3_masked", "masked", 32, 128, 4096, 7168),
         _case("v3_contiguous", "contiguous", 32, 8192, 4096, 7168),
@@ -207,6 +229,7 @@ SCALED_PRODUCT = Kernel(
     ),
     uses_dot=True,
     types={
+        "X": lambda dtype, statics: "fp16" if statics["HALVES"] else "i8",
         "A": lambda dtype, statics: "i32" if statics["PACKED_A"] else "fp32",
         "B": lambda dtype, statics: "i32" if statics["PACKED_B"] else "fp32",
     },
@@ -218,14 +241,20 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add):
     packed = a_scale.dtype == torch.int32, b_scale.dtype == torch.int32
     out = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[d.dtype]
     chip = chip_of(a.device)
+    halves = not chip.dot_e4m3 and rows > FEW_ROWS and mode != "masked"  # masked rows are mostly not there
+    if halves:  # torch casts no float8 on every NPU
+        a = a.view(torch.float8_e4m3fn).half() if chip.is_gpu else bytes_to_fp16(a.contiguous().view(torch.uint8))
+    else:
+        a = a.view(torch.int8)
     even = depth % min(grans[0], grans[2]) == 0
-    statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out)
-    sizes = {"groups": groups, "rows": rows, "columns": columns, "depth": depth}
+    statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out, halves)
+    most = 1 << max(rows - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
+    sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
     row_tiles = -(-rows // tile["BLOCK_M"])
     work = row_tiles * (1 if mode == "contiguous" else groups) * -(-columns // tile["BLOCK_N"])
     args = (
-        a.view(torch.int8), a_scale, b.view(torch.int8), b_scale, d, b_scale.view(torch.int32) if layout is None else
+        a, a_scale, b.view(torch.int8), b_scale, d, b_scale.view(torch.int32) if layout is None else
         layout, *a.stride()[:2], *a_scale.stride(), *b.stride()[:2], *b_scale.stride(), *d.stride()[:2],
         groups, rows, columns, depth, row_tiles, work,
     )  # fmt: skip
@@ -253,8 +282,8 @@ def _check_values(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add
 
 
 scaled_product = define_op(
-    "scaled_product",
-    "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor(a!) d, Tensor? layout, str mode, int[] grans, "
+    "scaled_product",  # no argument is called "mode": findings/torch_ops_with_an_argument_called_mode.sh
+    "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor(a!) d, Tensor? layout, str kind, int[] grans, "
     "int alignment, bool add) -> ()",
     cpu=cpu.scaled_product,
     device=_launch,
