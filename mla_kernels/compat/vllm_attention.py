@@ -63,10 +63,6 @@ class _Common:
         return [MultipleOf(16)]
 
     @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return [576]
-
-    @classmethod
     def supports_compute_capability(cls, capability) -> bool:
         return tuple(capability) >= LEAST_CAPABILITY
 
@@ -79,6 +75,10 @@ class DenseBackend(_Common, MLACommonBackend):
     """``MLA_KERNELS``: latent attention, dense."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = PLAIN
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [320, 576]  # latents of 256 and 512, and 64 rotated
 
     @staticmethod
     def get_name() -> str:
@@ -175,6 +175,10 @@ class SparseBackend(_Common, AttentionBackend):
     """``MLA_KERNELS_SPARSE``: latent attention over the indexer's picks, DeepSeek-V3.2's and GLM-5's."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = [*PLAIN, PACKED]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [576]
 
     @staticmethod
     def get_name() -> str:
