@@ -1,4 +1,4 @@
-"""``python -m mla_kernels demo | device | check | compile | info``"""
+"""``python -m mla_kernels demo | device | agree | check | compile | kernels-repo | info``"""
 
 import argparse
 import importlib.metadata
@@ -23,7 +23,9 @@ VARIABLES = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m mla_kernels", description="DeepSeek-style MLA and MoE kernels.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | device | check | compile | info")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="demo | device | agree | check | compile | kernels-repo | info"
+    )
     names = {
         "target": list(CHIPS),
         "kernel": list(launch.KERNELS),
@@ -33,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", add_help=False, help="a Hugging Face DeepSeek model with and without mla_kernels")
     commands.add_parser("device", add_help=False, help="parity and times beside other libraries on this machine's GPU")
+    commands.add_parser("agree", add_help=False, help="by how much ops differ between what runs them, in ulps")
+    commands.add_parser("kernels-repo", add_help=False, help="write a kernel repository of Hugging Face's kernels")
 
     every = commands.add_parser(
         "check", help="compile every kernel for every target; exit 1 if one fails, 2 if a compiler is missing"
@@ -153,6 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
         from mla_kernels.device import command
 
         return command.main(arguments[1:])
+    if arguments[:1] == ["agree"]:
+        from mla_kernels.agreement import command
+
+        return command.main(arguments[1:])
+    if arguments[:1] == ["kernels-repo"]:
+        from mla_kernels import kernels_repo
+
+        return kernels_repo.main(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mla_kernels as mk
 from mla_kernels.attention.decode import forward as decode
 from mla_kernels.attention.sparse import forward as sparse
+from mla_kernels.catalogue import CALLS
+from mla_kernels.catalogue.calls import Call
 from tests.attention.problems import make
 from tests.attention.sparse_problems import make_decode
-from tests.catalogue import CALLS
-from tests.catalogue.calls import Call
 from tests.support import not_on
 from tests.test_public_api import SIGNATURES
 

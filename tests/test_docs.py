@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))}
 TEXTS = {page: path.read_text() for page, path in PAGES.items()}
 KERNEL_PAGE = "writing-a-kernel.md"  # a test file of its own
-EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "tiles.md", KERNEL_PAGE}
+EXAMPLES = {"README.md", "guide.md", "checkpoints.md", "drop-in.md", "hub-kernels.md", "tiles.md", KERNEL_PAGE}
 SIZES = dict(hidden_size=256, moe_intermediate_size=128, num_experts_per_tok=2, num_attention_heads=4)
 TINY_V2 = dict(
     vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
@@ -154,6 +154,12 @@ def test_drop_in(run):
     assert torch.equal(names["before"], names["after"]) and torch.equal(names["before"], names["same"])
     assert names["out"].shape == (2, 1, 16, 512) and names["lse"].shape == (2, 16, 1)
     assert names["kv_cache"].any() and finite(names["y"], names["z"])
+
+
+def test_hub_kernels(run):
+    names = run("hub-kernels.md")
+    layers = names["kernel"].layers
+    assert all(layer.mlp.forward.__func__ is layers.MegaBlocksMoeMLP.forward for layer in names["model"].model.layers)
 
 
 def test_tiles(run):

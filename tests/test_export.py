@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import mla_kernels
 from mla_kernels import launch
-from tests.catalogue import CALLS
+from mla_kernels.catalogue import CALLS
 
 TOKENS, OTHERS = 11, (2, 17, 40)  # no other axis has the size that is traced, or torch takes them for one
 WITHOUT_TRACING = {"convert_cache", "quantisation_error"}

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = {"gluon_launch", "gpu_launch", "launch", "placement", "shim", "tile_files", "tiles"}
-TOOLS = {"", "__main__", "check", "demo", "device"}
+TOOLS = {"", "__main__", "agreement", "catalogue", "check", "demo", "device", "kernels_repo"}
 FLOORS = (
     ({"checks"}, {"invariance"}, {"language", "versions"}),
     ({"quant"}, {"targets"}, {"reference"}),

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mla_kernels import launch, nn
-from tests.catalogue import CALLS, rope_tables
+from mla_kernels.catalogue import CALLS, rope_tables
 
 WITH_GRADIENTS = [name for name, call in CALLS.items() if call.leaves]
 

@@ -3,6 +3,8 @@
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
 right here. Other arithmetic on bfloat16, of which it would make nonsense, is refused: kernels compute in float32.
+Products are summed in float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside
+other rows.
 
 It also does much that a launch of small tiles spends most of its time on, and that changes no result: it replaces the
 language's functions anew in every call of a device function, by a search through all of their modules; it looks for
@@ -76,10 +78,13 @@ def _correct_bfloat16() -> None:
         return cast(self, source, target)
 
     def create_dot(self, a, b, accumulator, *precision):
-        if a.dtype.scalar == tl.bfloat16:
-            product = np.matmul(bf16_to_fp32(a.data), bf16_to_fp32(b.data))
-            return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
-        return dot(self, a, b, accumulator, *precision)
+        if not accumulator.dtype.scalar.is_floating():
+            return dot(self, a, b, accumulator, *precision)
+        a, b = (TensorHandle(bf16_to_fp32(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        nothing = TensorHandle(np.zeros(accumulator.data.shape), tl.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = dot(self, a, b, nothing, *precision).data
+            return TensorHandle(product.astype(accumulator.data.dtype) + accumulator.data, accumulator.dtype.scalar)
 
     convert = InterpreterBuilder.create_fp_to_fp
 

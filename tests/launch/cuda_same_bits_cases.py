@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mla_kernels
-from tests.catalogue import CALLS
+from mla_kernels.catalogue import CALLS
 from tests.launch.cuda_cases import BF16, I32, table
 from tests.launch.cuda_recorder import choose, record
 from tests.test_batch_invariance import WITHOUT_ROWS

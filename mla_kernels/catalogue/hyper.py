@@ -3,7 +3,7 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import HIDDEN, call
+from mla_kernels.catalogue.calls import HIDDEN, call
 
 STREAMS = 3
 _IDENTITY = mk.HyperForm("identity")
@@ -25,12 +25,20 @@ def _written(n):
     return {"streams": torch.randn(n, STREAMS, HIDDEN), "out": torch.randn(n, HIDDEN), "post": post, "comb": comb}
 
 
-@call("hyper_pre", "streams", ("streams", "fn", "base", "scale", "norm_weight"))
+@call(
+    "hyper_pre",
+    "streams",
+    ("streams", "fn", "base", "scale", "norm_weight"),
+    elements="streams",
+    results="collapsed post comb",
+)
 def _():
     return mk.hyper_pre, _read
 
 
-@call("hyper_post", "streams out post comb", ("streams", "out", "post", "comb"))
+@call(
+    "hyper_post", "streams out post comb", ("streams", "out", "post", "comb"), elements="streams out", results="streams"
+)
 def _():
     return mk.hyper_post, _written
 
@@ -39,12 +47,17 @@ def _():
     "hyper_post_pre",
     "streams out post comb",
     ("streams", "out", "post", "comb", "fn", "base", "scale", "norm_weight"),
+    elements="streams out",
+    results="streams collapsed post comb",
 )
 def _():
     return mk.hyper_post_pre, lambda n: _read(n) | _written(n)
 
 
-@call("hyper_post_pre without comb", "streams out post", ("streams", "out", "post", "fn", "base", "scale"))
+@call(
+    "hyper_post_pre without comb", "streams out post", ("streams", "out", "post", "fn", "base", "scale"),
+    elements="streams out", results="streams collapsed post",
+)  # fmt: skip
 def _():
     def run(streams, out, post, fn, base, scale):
         results = mk.hyper_post_pre(streams, out, post, None, fn, base, scale, form=_IDENTITY)
@@ -58,12 +71,12 @@ def _():
     return run, example
 
 
-@call("hyper_head", "streams", ("streams", "fn", "base", "scale"))
+@call("hyper_head", "streams", ("streams", "fn", "base", "scale"), elements="streams", results="collapsed")
 def _():
     return mk.hyper_head, lambda n: {"streams": torch.randn(n, STREAMS, HIDDEN), **_weights(STREAMS, 1)}
 
 
-@call("hyper_head of the mean", "streams", ("streams",))
+@call("hyper_head of the mean", "streams", ("streams",), elements="streams", results="collapsed")
 def _():
     return (
         lambda streams: mk.hyper_head(streams, collapse="mean"),

@@ -3,25 +3,41 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import HEADS, LATENT, PAGE, ROPE, TABLE, bounds, call, enter, latent_data, latent_widths
+from mla_kernels.catalogue.calls import (
+    FORMS,
+    HEADS,
+    LATENT,
+    PAGE,
+    ROPE,
+    TABLE,
+    bounds,
+    call,
+    enter,
+    latent_data,
+    latent_widths,
+)
 
 
-@call("mla_prefill", "q k v k_rope", ("q", "k", "v", "k_rope"))
-def _():
+def _prefill(nope_dim, rope_dim, v_dim):
     def run(q, k, v, k_rope, cu_seqlens):
         longest = q.shape[0]
         sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": 0.2}
         return mk.mla_prefill(q, k, v, cu_seqlens, cu_seqlens, k_rope=k_rope, **sizes)
 
     def example(n):
-        q, k = torch.randn(n, HEADS, 48), torch.randn(n, HEADS, 32)
-        v, k_rope = torch.randn(n, HEADS, 16), torch.randn(n, 16)
+        q, k = torch.randn(n, HEADS, nope_dim + rope_dim), torch.randn(n, HEADS, nope_dim)
+        v, k_rope = torch.randn(n, HEADS, v_dim), torch.randn(n, rope_dim)
         return {"q": q, "k": k, "v": v, "k_rope": k_rope, "cu_seqlens": bounds(n // 2, n - n // 2)}
 
     return run, example
 
 
-@call("mla_prefill without causal and k_rope", "q", ("q", "k", "v"))
+@call("mla_prefill", "q k v k_rope", ("q", "k", "v", "k_rope"), elements="q k v k_rope", results="out lse")
+def _():
+    return _prefill(32, 16, 16)
+
+
+@call("mla_prefill without causal and k_rope", "q", ("q", "k", "v"), elements="q k v", results="out lse")
 def _():
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k):
         sizes = {"max_seqlen_q": q.shape[0], "max_seqlen_k": k.shape[0], "softmax_scale": 0.2}
@@ -34,7 +50,9 @@ def _():
     return run, example
 
 
-@call("sparse_mla_prefill", "q kv indices topk_length", ("q", "kv", "sink"))
+@call(
+    "sparse_mla_prefill", "q kv indices topk_length", ("q", "kv", "sink"), elements="q kv", results="out lse max_logits"
+)
 def _():
     def run(q, kv, indices, topk_length, sink):
         options = {"softmax_scale": 0.2, "latent_dim": LATENT, "topk_length": topk_length, "sink": sink}
@@ -49,20 +67,23 @@ def _():
     return run, example
 
 
-@call("merge_states", {"outs": {1: "tokens"}, "lses": {1: "tokens"}}, ("outs", "lses"))
+@call(
+    "merge_states", {"outs": {1: "tokens"}, "lses": {1: "tokens"}}, ("outs", "lses"), elements="outs", results="out lse"
+)
 def _():
     return mk.merge_states, lambda n: {"outs": torch.randn(3, n, 8), "lses": torch.randn(3, n)}
 
 
-def _decode(layout):
+def _decode(layout, latent_dim=128, page_size=PAGE):
     def run(q, data, block_table, seq_lens, sink):
-        cache = mk.LatentCache(data, q.shape[3] - ROPE, layout)
+        cache = mk.LatentCache(data, latent_dim, layout)
         return mk.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.2, window=9, sink=sink)
 
     def example(n):
-        data = latent_data(n * TABLE, layout)
-        q = torch.randn(n, 2, HEADS, (128 if layout else LATENT) + ROPE).bfloat16()
-        table = torch.randperm(n * TABLE, dtype=torch.int32).view(n, TABLE)
+        pages = -(-TABLE * PAGE // page_size)
+        data = latent_data(n * pages, layout, page_size, latent_dim)
+        q = torch.randn(n, 2, HEADS, latent_dim + ROPE).bfloat16()
+        table = torch.randperm(n * pages, dtype=torch.int32).view(n, pages)
         lengths = torch.randint(1, TABLE * PAGE + 1, (n,), dtype=torch.int32)
         lengths[-1] = 0
         return {"q": q, "data": data, "block_table": table, "seq_lens": lengths, "sink": torch.randn(HEADS)}
@@ -71,9 +92,15 @@ def _decode(layout):
 
 
 _BATCH = {"q": {0: "tokens"}, "data": {0: "pages"}, "block_table": {0: "tokens"}, "seq_lens": {0: "tokens"}}
-enter("mla_decode", _BATCH, *_decode(None))
-enter("mla_decode of fp8_v32", _BATCH, *_decode("fp8_v32"))
-enter("mla_decode of int8", _BATCH, *_decode("int8"))
+enter("mla_decode", _BATCH, *_decode(None, LATENT), elements="q data", results="out lse")
+enter("mla_decode of fp8_v32", _BATCH, *_decode("fp8_v32"), results="out lse")
+enter("mla_decode of int8", _BATCH, *_decode("int8"), results="out lse")
+
+# Forms that the kernels for Hopper carry
+enter("mla_prefill of 128 + 64", "", *_prefill(128, 64, 128), elements="q k v k_rope", results="out lse", among=FORMS)
+enter("mla_decode in pages of 64", "", *_decode(None, 128, 64), elements="q data", results="out lse", among=FORMS)
+enter("mla_decode of fp8_v32 in pages of 64", "", *_decode("fp8_v32", 128, 64), results="out lse", among=FORMS)
+enter("mla_decode of int8 in pages of 64", "", *_decode("int8", 128, 64), results="out lse", among=FORMS)
 
 
 def _sparse_decode(layout):
@@ -94,8 +121,8 @@ def _sparse_decode(layout):
 
 
 _PICKED = {"q": {0: "tokens"}, "data": {0: "pages"}, "indices": {0: "tokens"}}
-enter("sparse_mla_decode", _PICKED, *_sparse_decode("fp8_v32"))
-enter("sparse_mla_decode of fp8_v4", _PICKED, *_sparse_decode("fp8_v4"))
+enter("sparse_mla_decode", _PICKED, *_sparse_decode("fp8_v32"), results="out lse")
+enter("sparse_mla_decode of fp8_v4", _PICKED, *_sparse_decode("fp8_v4"), results="out lse")
 
 
 _LISTS = {"block_table": {0: "tokens"}, "seq_lens": {0: "tokens"}}
@@ -106,18 +133,18 @@ def _table(n):
     return {"block_table": table, "seq_lens": torch.randint(0, TABLE * PAGE + 1, (n,), dtype=torch.int32)}
 
 
-@call("window_slots", _LISTS)
+@call("window_slots", _LISTS, results="slots", exact="slots")
 def _():
     return lambda **tensors: mk.window_slots(**tensors, queries=2, window=7, page_size=PAGE), _table
 
 
-@call("entry_slots", _LISTS)
+@call("entry_slots", _LISTS, results="slots", exact="slots")
 def _():
     sizes = {"queries": 2, "ratio": 2, "page_size": PAGE, "max_entries": TABLE * PAGE // 2}
     return lambda **tensors: mk.entry_slots(**tensors, **sizes), _table
 
 
-@call("prefill_rows", {"picks": {0: "tokens"}})
+@call("prefill_rows", {"picks": {0: "tokens"}}, results="rows", exact="rows")
 def _():
     def run(cu_seqlens, picks):
         return mk.prefill_rows(cu_seqlens, tokens=picks.shape[0], window=3, picks=picks)
@@ -132,7 +159,7 @@ def _index_range(n):
     return {"starts": torch.zeros(n, dtype=torch.int32), "ends": torch.arange(1, n + 1, dtype=torch.int32)}
 
 
-@call("indexer_logits", "q k weights starts ends")
+@call("indexer_logits", "q k weights starts ends", elements="q k", results="logits")
 def _():
     def example(n):
         return {"q": torch.randn(n, 4, 32), "k": torch.randn(n, 32), "weights": torch.randn(n, 4), **_index_range(n)}
@@ -140,7 +167,7 @@ def _():
     return mk.indexer_logits, example
 
 
-@call("select_keys", "q k weights starts ends k_scale")
+@call("select_keys", "q k weights starts ends k_scale", results="keys")
 def _():
     def run(q, k, weights, starts, ends, k_scale):
         return mk.select_keys(q, k, weights, starts, ends, 3, k_scale=k_scale)
@@ -153,7 +180,7 @@ def _():
     return run, example
 
 
-@call("indexer_topk", "logits starts ends")
+@call("indexer_topk", "logits starts ends", results="keys", exact="keys")
 def _():
     def run(logits, starts, ends):
         return mk.indexer_topk(logits, 3, starts=starts, ends=ends)
@@ -186,11 +213,17 @@ for _layout in ("bf16", "fp8"):
         f"paged_indexer_logits of {_layout}",
         _axes,
         *_paged_index(lambda *args: mk.paged_indexer_logits(*args), _layout),
+        results="logits",
     )
-    enter(f"select_slots of {_layout}", _axes, *_paged_index(lambda *args: mk.select_slots(*args, 3), _layout))
+    enter(
+        f"select_slots of {_layout}",
+        _axes,
+        *_paged_index(lambda *args: mk.select_slots(*args, 3), _layout),
+        results="slots",
+    )
 
 
-@call("select_slots of fp8 by codes", _axes)
+@call("select_slots of fp8 by codes", _axes, results="slots")
 def _():
     def run(q, **tensors):
         return _paged_index(lambda *args: mk.select_slots(*args, 3), "fp8")[0](q.to(torch.float8_e4m3fn), **tensors)
@@ -198,7 +231,7 @@ def _():
     return run, _paged_index(None, "fp8")[1]
 
 
-@call("select_slots with limits", {**_axes, "limits": {0: "tokens"}})
+@call("select_slots with limits", {**_axes, "limits": {0: "tokens"}}, results="slots")
 def _():
     def run(limits, **tensors):
         def within(*args):

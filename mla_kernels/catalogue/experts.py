@@ -3,7 +3,7 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import EXPERTS, HIDDEN, INNER, TOP_K, bounds, call, enter, ids_of
+from mla_kernels.catalogue.calls import EXPERTS, HIDDEN, INNER, TOP_K, bounds, call, enter, ids_of
 
 
 def _experts(dtype=torch.float32, hidden=HIDDEN, inner=INNER):
@@ -23,12 +23,16 @@ def _fused(**options):
 
 
 _LEAVES = ("hidden", "gate_up", "down", "weights")
-enter("fused_moe", _LAYER, *_fused(), _LEAVES)
-enter("fused_moe that computes again", _LAYER, *_fused(recompute=True), _LEAVES)
-enter("fused_moe weighted at the input", _LAYER, *_fused(weight_at="input"), _LEAVES)
+_TYPED = {"elements": "hidden gate_up down", "results": "out"}
+enter("fused_moe", _LAYER, *_fused(), _LEAVES, **_TYPED)
+enter("fused_moe that computes again", _LAYER, *_fused(recompute=True), _LEAVES, **_TYPED)
+enter("fused_moe weighted at the input", _LAYER, *_fused(weight_at="input"), _LEAVES, **_TYPED)
 
 
-@call("fused_moe with biases and a clamp", _LAYER, (*_LEAVES, "gate_up_bias", "down_bias"))
+@call(
+    "fused_moe with biases and a clamp", _LAYER, (*_LEAVES, "gate_up_bias", "down_bias"),
+    elements="hidden gate_up down gate_up_bias down_bias", results="out",
+)  # fmt: skip
 def _():
     activation = mk.Activation("gpt_oss", 0.8, interleaved=True)
 
@@ -43,7 +47,9 @@ def _():
 
 
 def _quantised(form):
-    codes = mk.ExpertWeights.quantise(*_experts(torch.bfloat16, 128, 128).values(), form)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        codes = mk.ExpertWeights.quantise(*_experts(torch.bfloat16, 128, 128).values(), form)
 
     def run(hidden, weights, ids):
         return mk.fused_experts(hidden, codes.to(hidden.device), weights, ids)
@@ -55,10 +61,10 @@ def _quantised(form):
 
 
 for _form in ("plain", "int8", "int8_w8a8", "int4", "mxfp4", "fp8_block"):
-    enter(f"fused_experts of {_form}", _LAYER, *_quantised(_form))
+    enter(f"fused_experts of {_form}", _LAYER, *_quantised(_form), results="out")
 
 
-@call("expert_ffn and combine", _LAYER)
+@call("expert_ffn and combine", _LAYER, **_TYPED)
 def _():
     def run(hidden, gate_up, down, weights, ids):
         dispatched = mk.dispatch(ids, EXPERTS)
@@ -67,12 +73,12 @@ def _():
     return run, _layer
 
 
-@call("dispatch", "ids")
+@call("dispatch", "ids", results="order tokens inverse offsets", exact="order tokens inverse offsets")
 def _():
     return lambda ids: tuple(mk.dispatch(ids, EXPERTS)), lambda n: {"ids": ids_of(n)}
 
 
-@call("permute", "hidden ids", ("hidden",))
+@call("permute", "hidden ids", ("hidden",), elements="hidden", results="rows", exact="rows")
 def _():
     def run(hidden, ids):
         return mk.permute(hidden, mk.dispatch(ids, EXPERTS))
@@ -80,7 +86,7 @@ def _():
     return run, lambda n: {"hidden": torch.randn(n, HIDDEN), "ids": ids_of(n)}
 
 
-@call("unpermute", "hidden weights ids", ("hidden", "weights"))
+@call("unpermute", "hidden weights ids", ("hidden", "weights"), elements="hidden", results="weighted sums")
 def _():
     def run(hidden, weights, ids):
         dispatched = mk.dispatch(ids, EXPERTS)
@@ -90,12 +96,12 @@ def _():
     return run, lambda n: {"hidden": torch.randn(n, HIDDEN), "weights": torch.rand(n, TOP_K), "ids": ids_of(n)}
 
 
-@call("align_blocks", "ids")
+@call("align_blocks", "ids", results="order experts total", exact="order experts total")
 def _():
     return lambda ids: mk.align_blocks(ids, EXPERTS, 4), lambda n: {"ids": ids_of(n)}
 
 
-@call("expert_load and update_bias", "ids")
+@call("expert_load and update_bias", "ids", results="bias load", exact="bias load")
 def _():
     def run(ids, bias):
         bias, load = bias.clone(), mk.expert_load(ids, EXPERTS)
@@ -105,7 +111,7 @@ def _():
     return run, lambda n: {"ids": ids_of(n), "bias": torch.randn(EXPERTS)}
 
 
-@call("route", "logits", ("logits",))
+@call("route", "logits", ("logits",), elements="logits", results="weights ids")
 def _():
     def run(logits, bias):
         return mk.route(logits, 3, bias=bias, num_groups=4, top_k_groups=2, routed_scale=2.5, num_shared=1)
@@ -113,7 +119,7 @@ def _():
     return run, lambda n: {"logits": torch.randn(n, 16), "bias": torch.randn(16)}
 
 
-@call("hash_route", "logits token_ids", ("logits",))
+@call("hash_route", "logits token_ids", ("logits",), elements="logits", results="weights ids", exact="ids")
 def _():
     def example(n):
         table = torch.rand(13, 16).argsort(1)[:, :3].contiguous()
@@ -122,7 +128,7 @@ def _():
     return mk.hash_route, example
 
 
-@call("balance_loss", "logits ids", ("logits",))
+@call("balance_loss", "logits ids", ("logits",), elements="logits", results="of_all of_sequences")
 def _():
     def run(logits, ids, cu_seqlens):
         return mk.balance_loss(logits, ids), mk.balance_loss(logits, ids, cu_seqlens=cu_seqlens, scoring="softmax")

@@ -3,15 +3,17 @@
 import torch
 
 import mla_kernels as mk
-from tests.catalogue.calls import (
+from mla_kernels.catalogue.calls import (
     HEADS,
     HIDDEN,
     LATENT,
     PAGE,
     ROPE,
     bounds,
+    cache_parts,
     call,
     enter,
+    indexer_parts,
     latent_data,
     latent_widths,
     rope_tables,
@@ -27,7 +29,7 @@ def _slots(n):
 _WRITTEN = {"positions": {0: "tokens"}, "slot_mapping": {0: "tokens"}, "data": {0: "pages"}}
 
 
-@call("write_latent", {"kv_a": {0: "tokens"}, **_WRITTEN})
+@call("write_latent", {"kv_a": {0: "tokens"}, **_WRITTEN}, results=cache_parts(128, "int8"))
 def _():
     def run(kv_a, norm_weight, cos, sin, positions, slot_mapping, data):
         data = data.clone()
@@ -43,7 +45,10 @@ def _():
     return run, example
 
 
-@call("compress_latent", {"hidden": {0: "tokens"}, **_WRITTEN})
+@call(
+    "compress_latent", {"hidden": {0: "tokens"}, **_WRITTEN},
+    elements="hidden weight norm_weight data", results="cache",
+)  # fmt: skip
 def _():
     def run(hidden, weight, norm_weight, cos, sin, positions, slot_mapping, data):
         data = data.clone()
@@ -59,7 +64,10 @@ def _():
     return run, example
 
 
-@call("norm_and_write", {"q_a": {0: "tokens"}, "kv_a": {0: "tokens"}, **_WRITTEN})
+@call(
+    "norm_and_write", {"q_a": {0: "tokens"}, "kv_a": {0: "tokens"}, **_WRITTEN},
+    elements="q_a q_norm kv_a kv_norm data", results="q cache",
+)  # fmt: skip
 def _():
     def run(q_a, q_norm, kv_a, kv_norm, cos, sin, positions, slot_mapping, data):
         data = data.clone()
@@ -75,7 +83,10 @@ def _():
     return run, example
 
 
-@call("mla_prolog", {"hidden": {0: "tokens"}, **_WRITTEN})
+@call(
+    "mla_prolog", {"hidden": {0: "tokens"}, **_WRITTEN},
+    elements="hidden down kv_norm q_up w_uk q_norm data", results="q q_latent cache",
+)  # fmt: skip
 def _():
     def run(hidden, down, kv_norm, q_up, w_uk, q_norm, cos, sin, positions, slot_mapping, data):
         data = data.clone()
@@ -98,7 +109,7 @@ def _():
     return run, example
 
 
-@call("absorb_query", "q positions")
+@call("absorb_query", "q positions", elements="q w_uk", results="q")
 def _():
     def run(q, w_uk, cos, sin, positions):
         return mk.absorb_query(q, w_uk, cos, sin, positions, rope="interleaved")
@@ -110,12 +121,12 @@ def _():
     return run, example
 
 
-@call("expand_output", "out")
+@call("expand_output", "out", elements="out w_uv", results="out")
 def _():
     return mk.expand_output, lambda n: {"out": torch.randn(n, HEADS, LATENT), "w_uv": torch.randn(HEADS, 20, LATENT)}
 
 
-@call("write_indexer_key", {"k": {0: "tokens"}, **_WRITTEN})
+@call("write_indexer_key", {"k": {0: "tokens"}, **_WRITTEN}, elements="k", results=indexer_parts(32))
 def _():
     def run(k, norm_weight, norm_bias, cos, sin, positions, slot_mapping, data):
         data = data.clone()
@@ -161,11 +172,14 @@ def _write_kv(layout, width):
 
 
 _KV = {"kv": {0: "tokens"}, **_WRITTEN}
-enter("write_kv", _KV, *_write_kv(None, 64))
-enter("write_kv of fp8_v4", _KV, *_write_kv("fp8_v4", 256))
+enter("write_kv", _KV, *_write_kv(None, 64), elements="kv data", results="cache")
+enter("write_kv of fp8_v4", _KV, *_write_kv("fp8_v4", 256), results=cache_parts(256, "fp8_v4"))
 
 
-@call("write_kv with q_a", {"kv": {0: "tokens"}, "q_a": {0: "tokens"}, **_WRITTEN})
+@call(
+    "write_kv with q_a", {"kv": {0: "tokens"}, "q_a": {0: "tokens"}, **_WRITTEN},
+    elements="kv q_a data", results="q_latent cache",
+)  # fmt: skip
 def _():
     def run(kv, norm_weight, cos, sin, positions, slot_mapping, q_a, q_norm, data):
         data = data.clone()
@@ -182,7 +196,7 @@ def _():
     return run, example
 
 
-@call("write_windows", "kv gate")
+@call("write_windows", "kv gate", elements="kv gate state", results=indexer_parts(32, "state"))
 def _():
     def run(
         kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, block_table, data
@@ -208,7 +222,10 @@ def _():
     return run, example
 
 
-@call("compress_windows", {"kv": {0: "rows"}, "gate": {0: "rows"}}, ("kv", "gate", "position_bias", "norm_weight"))
+@call(
+    "compress_windows", {"kv": {0: "rows"}, "gate": {0: "rows"}}, ("kv", "gate", "position_bias", "norm_weight"),
+    elements="kv gate", results="entries cu_seqlens", exact="cu_seqlens",
+)  # fmt: skip
 def _():
     def run(kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens):
         return mk.compress_windows(
@@ -224,7 +241,7 @@ def _windows(tokens):
     return {"kv": kv, "gate": gate, "position_bias": torch.randn(4, 64), "norm_weight": torch.rand(32), **rope_tables()}
 
 
-@call("rotate_indexer_query", "q positions")
+@call("rotate_indexer_query", "q positions", elements="q", results="q")
 def _():
     def run(q, cos, sin, positions):
         return mk.rotate_indexer_query(q, cos, sin, positions, rope_dim=ROPE, rope="half", hadamard=True)
@@ -232,12 +249,12 @@ def _():
     return run, lambda n: {"q": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
 
 
-@call("quantise_indexer_query", "q weights")
+@call("quantise_indexer_query", "q weights", elements="q", results="codes weights", exact="codes weights")
 def _():
     return mk.quantise_indexer_query, lambda n: {"q": torch.randn(n, 4, 32), "weights": torch.randn(n, 4)}
 
 
-@call("rotate_heads", "x positions", leaves=("x",))
+@call("rotate_heads", "x positions", leaves=("x",), elements="x", results="x")
 def _():
     def run(x, cos, sin, positions):
         return mk.rotate_heads(x, cos, sin, positions, rope_dim=ROPE, norm_eps=1e-6)
@@ -245,7 +262,10 @@ def _():
     return run, lambda n: {"x": torch.randn(n, 4, 32), **rope_tables(), "positions": torch.randint(0, 128, (n,))}
 
 
-@call("copy_pages", {"data": {0: "pages"}, "source": {0: "tokens"}, "target": {0: "tokens"}})
+@call(
+    "copy_pages", {"data": {0: "pages"}, "source": {0: "tokens"}, "target": {0: "tokens"}},
+    elements="data", results="cache", exact="cache",
+)  # fmt: skip
 def _():
     def run(data, source, target):
         data = data.clone()
@@ -284,7 +304,8 @@ def _scatter(layout):
 
 _GATHERED = {"data": {0: "pages"}, "slots": {0: "tokens"}}
 _SCATTERED = {"data": {0: "pages"}, **{key: {0: "tokens"} for key in ("latent", "rope", "slots")}}
-enter("gather_tokens", _GATHERED, *_gather("fp8_v32"))
-enter("gather_tokens of fp8_v4", _GATHERED, *_gather("fp8_v4"))
-enter("scatter_tokens", _SCATTERED, *_scatter("fp8_v32"))
-enter("scatter_tokens of fp8_v4", _SCATTERED, *_scatter("fp8_v4"))
+enter("gather_tokens", _GATHERED, *_gather("fp8_v32"), results="tokens", exact="tokens")
+enter("gather_tokens of fp8_v4", _GATHERED, *_gather("fp8_v4"), results="tokens", exact="tokens")
+_STORED = "codes scales rope"
+enter("scatter_tokens", _SCATTERED, *_scatter("fp8_v32"), results=cache_parts(128, "fp8_v32"), exact=_STORED)
+enter("scatter_tokens of fp8_v4", _SCATTERED, *_scatter("fp8_v4"), results=cache_parts(256, "fp8_v4"), exact=_STORED)
