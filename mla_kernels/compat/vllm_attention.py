@@ -1,0 +1,345 @@
+"""vLLM's attention backends over this library's ops: latent attention over a paged cache, and over the indexer's picks.
+
+Classes in the form that vLLM 0.33 asks for; :mod:`mla_kernels.compat.vllm_plugin` registers them. The module imports
+vLLM. Caches are vLLM's: ``[blocks, block_size, 576]`` in the model's dtype, and for sparse attention also
+``fp8_ds_mla``, 656 bytes a token, which is ``fp8_v32`` here.
+
+- :class:`DenseBackend`: decoding by ``mla_decode``, of one or several speculative tokens a sequence; prefill goes
+  through vLLM's common class to the prefill backend that it chooses, or to
+- :class:`PrefillBackend`: ``mla_prefill``, which needs no padded values, for new tokens and for chunks of context.
+- :class:`SparseBackend`: prefill and decoding by ``sparse_mla_decode`` over the indices of the indexer.
+
+Decoding runs in CUDA graphs of uniform batches, with any number of heads that tensor parallelism leaves; all of it
+with ``VLLM_BATCH_INVARIANT``. What is not supported is told to vLLM's selector, whose error shows it: context
+parallelism (PCP, DCP), sinks, sliding windows, non-causal blocks in sparse attention, other cache dtypes.
+
+Source: vLLM 0.33.0, ``vllm/v1/attention/backend.py``, ``vllm/model_executor/layers/attention/mla_attention.py``,
+``vllm/v1/attention/backends/mla/``.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import vllm.envs as envs
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonBackend,
+    MLACommonImpl,
+    MLACommonMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+from vllm.model_executor.layers.attention.sparse_mla_attention import SharedTopkIndicesBuffer
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MLAAttentionImpl,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+from vllm.v1.attention.backends.mla.sparse_utils import triton_convert_req_index_to_global_index
+
+from mla_kernels.attention.decode.op import mla_decode
+from mla_kernels.attention.prefill.op import mla_prefill
+from mla_kernels.attention.sparse.op import sparse_mla_decode
+from mla_kernels.compat.vllm import concat_and_cache_mla
+from mla_kernels.latent.cache import CacheLayout, LatentCache
+
+PLAIN = ["auto", "float16", "bfloat16"]
+PACKED = "fp8_ds_mla"
+LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
+
+
+class _Common:
+    """What both backends say of themselves."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        return tuple(capability) >= LEAST_CAPABILITY
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+
+class DenseBackend(_Common, MLACommonBackend):
+    """``MLA_KERNELS``: latent attention, dense."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = PLAIN
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [320, 576]  # latents of 256 and 512, and 64 rotated
+
+    @staticmethod
+    def get_name() -> str:
+        return "MLA_KERNELS"
+
+    @staticmethod
+    def get_impl_cls() -> type["DenseImpl"]:
+        return DenseImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["DenseBuilder"]:
+        return DenseBuilder
+
+
+class DenseBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+
+
+class DenseImpl(MLACommonImpl[MLACommonMetadata]):
+    can_return_lse_for_decode = True
+    supports_pcp = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False
+
+    def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
+        """q [tokens, heads, 576] or its two parts -> (out [tokens, heads, 512], lse [tokens, heads])."""
+        q = _joined(q)
+        table, seq_lens = attn_metadata.decode.block_table, attn_metadata.decode.seq_lens
+        tokens, heads, width = q.shape
+        sequences = seq_lens.shape[0]
+        if sequences == 0 or tokens % sequences:
+            raise ValueError(f"q: got {tokens} decode tokens of {sequences} sequences, as many for each are accepted")
+        out, lse = mla_decode(
+            q.view(sequences, tokens // sequences, heads, width),
+            LatentCache(kv_c_and_k_pe_cache, self.kv_lora_rank),
+            table,
+            seq_lens,
+            softmax_scale=self.scale,
+            causal=bool(attn_metadata.causal),
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
+        return out.view(tokens, heads, -1), lse.view(tokens, heads)
+
+    def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False):
+        _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
+
+
+class PrefillBackend(MLAPrefillBackend):
+    """``MLA_KERNELS`` among vLLM's prefill backends of latent attention; any chip and any widths of heads."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "MLA_KERNELS"
+
+    @classmethod
+    def supports_compute_capability(cls, device_capability) -> bool:
+        return device_capability is not None and tuple(device_capability) >= LEAST_CAPABILITY
+
+    def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
+        """q, k [tokens, heads, 192], v [tokens, heads, 128] -> [tokens, heads, 128]; if asked, lse [heads, tokens]."""
+        if out is not None or output_scale is not None:
+            raise NotImplementedError("out, output_scale: got a tensor, None is accepted")
+        starts, longest = self._prefill_metadata.query_start_loc, self._prefill_metadata.max_query_len
+        result, lse = self._attend(q, k, v, starts, starts, longest, longest, causal=True)
+        return (result, lse) if return_softmax_lse else result
+
+    def run_prefill_context_chunk(self, chunk, q, k, v, out=None):
+        """The same of new tokens over a chunk of cached ones: ([tokens, heads, 128], lse [heads, tokens])."""
+        if out is not None:
+            raise NotImplementedError("out: got a tensor, None is accepted")
+        queries, keys = chunk.query_start_loc, chunk.cu_seq_lens
+        return self._attend(q, k, v, queries, keys, chunk.max_query_len, chunk.max_seq_len, causal=False)
+
+    def _attend(self, q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+        out, lse = mla_prefill(
+            q,
+            k,
+            v,
+            starts_q.int(),
+            starts_k.int(),
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            softmax_scale=self.scale,
+            causal=causal,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
+        return out, lse.T.contiguous()
+
+
+class SparseBackend(_Common, AttentionBackend):
+    """``MLA_KERNELS_SPARSE``: latent attention over the indexer's picks, DeepSeek-V3.2's and GLM-5's."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*PLAIN, PACKED]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [576]
+
+    @staticmethod
+    def get_name() -> str:
+        return "MLA_KERNELS_SPARSE"
+
+    @staticmethod
+    def get_impl_cls() -> type["SparseImpl"]:
+        return SparseImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SparseBuilder"]:
+        return SparseBuilder
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_sparse(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_combination(
+        cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix,
+        device_capability,
+    ) -> str | None:  # fmt: skip
+        if kv_cache_dtype in (*PLAIN, None) or dtype == torch.bfloat16:
+            return None
+        return f"a kv_cache_dtype of {kv_cache_dtype} is read as bfloat16, the model's dtype is {dtype}"
+
+
+class SparseInPlaceOfFlashMLA(SparseBackend):
+    """The same under FlashMLA's name, by which vLLM knows that ``fp8`` means ``fp8_ds_mla``."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*PLAIN, PACKED, "fp8"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "FLASHMLA_SPARSE"
+
+
+@dataclass
+class SparseMetadata(AttentionMetadata):
+    """Of a batch. Every token goes the way of decoding: causality is in its picks.
+
+    ``req_id_per_token`` [tokens] int32 is each token's row of ``block_table`` [requests, blocks].
+    """
+
+    num_reqs: int
+    max_query_len: int
+    max_seq_len: int
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    req_id_per_token: torch.Tensor
+    block_size: int
+    topk_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    num_prefills: int = 0
+    prefill_max_seq_len: int = 0
+    prefill: None = None
+
+
+class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.topk_tokens = vllm_config.model_config.hf_text_config.index_topk
+        # graphs replay with the addresses that they were captured with
+        self.rows = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32, device=device)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
+        common = common_attn_metadata
+        return SparseMetadata(
+            num_reqs=common.num_reqs,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            slot_mapping=common.slot_mapping,
+            block_table=common.block_table_tensor,
+            req_id_per_token=common.token_to_req_indices(self.rows),
+            block_size=self.kv_cache_spec.block_size,
+            topk_tokens=self.topk_tokens,
+            num_decodes=common.num_reqs,
+            num_decode_tokens=common.num_actual_tokens,
+        )
+
+
+class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
+    is_sparse = True
+    supports_dense_mha_prefill = False
+    can_return_lse_for_decode = True
+    supports_pcp = False
+
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+        logits_soft_cap, attn_type, kv_sharing_target_layer_name, *, kv_lora_rank, indexer=None,
+        topk_indices_buffer=None, **others,
+    ) -> None:  # fmt: skip
+        given = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise NotImplementedError(f"{name}: got {value!r}, None is accepted")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"attn_type: got {attn_type!r}, {AttentionType.DECODER!r} is accepted")
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale, self.kv_lora_rank, self.kv_cache_dtype = float(scale), kv_lora_rank, kv_cache_dtype
+        self.init_topk_indices_buffer(indexer, topk_indices_buffer)
+
+    def record_logical_topk_ready(self) -> None:
+        """Nothing waits for it: picks are read on the stream that made them."""
+
+    def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
+        """q [tokens, heads, 576] or its two parts -> (out [tokens, heads, 512], lse [tokens, heads])."""
+        q = _joined(q)
+        tokens = q.shape[0]
+        layout = CacheLayout.FP8_V32 if self.kv_cache_dtype == PACKED else None
+        cache = LatentCache(kv_c_and_k_pe_cache, self.kv_lora_rank, layout)
+        picks = self.topk_indices_buffer[:tokens, : attn_metadata.topk_tokens]
+        out, lse = sparse_mla_decode(
+            q[:, None],
+            cache,
+            _slots(picks, attn_metadata)[:, None],
+            softmax_scale=self.scale,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
+        return out[:, 0], lse[:, 0]
+
+    def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False):
+        _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
+
+
+def _joined(q) -> torch.Tensor:
+    return torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+
+
+def _slots(picks: torch.Tensor, metadata: SparseMetadata) -> torch.Tensor:
+    """Positions within each token's sequence [tokens, top_k] -> cache slots; -1 stays."""
+    return triton_convert_req_index_to_global_index(
+        metadata.req_id_per_token[: len(picks)],
+        metadata.block_table,
+        picks,
+        BLOCK_SIZE=metadata.block_size,
+        NUM_TOPK_TOKENS=picks.shape[1],
+        BLOCK_N=min(128, picks.shape[1] & -picks.shape[1]),
+    )
+
+
+def _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale) -> None:
+    if kv_cache.numel():  # vLLM binds caches after the first, empty pass
+        slots = slot_mapping.flatten()
+        concat_and_cache_mla(kv_c_normed, k_pe.squeeze(1), kv_cache, slots, kv_cache_dtype, k_scale, skip_scale)

@@ -1,0 +1,109 @@
+"""Two functions of vLLM's model of DeepSeek-V3.2, for chips whose Triton has no float8 (capability below 8.9).
+
+Names and arguments are those of vLLM 0.33's ``vllm.models.deepseek_v32.common.kernels``, whose Triton kernels store
+e4m3 and so do not compile for an A100 or RTX 3090. Here e4m3 is made by integer arithmetic.
+:mod:`mla_kernels.compat.vllm_plugin` puts them in their place.
+"""
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
+from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.latent.indexer.key import write_indexer_key
+from mla_kernels.latent.indexer.query import quantise_indexer_query
+from mla_kernels.latent.write import write_latent
+
+CACHES = ("auto", "bfloat16", "float16", "fp8_ds_mla")
+_TABLES = WeakTensorKeyDictionary()  # vLLM's [positions, cos and sin] in the model's dtype -> float32 tables
+
+
+def fused_norm_rope(
+    positions, q_c, q_rms_norm_w, q_rms_eps, kv_c, kv_rms_norm_w, kv_rms_eps, k_pe, k_rope_cos_sin_cache, index_k,
+    index_k_layer_norm_w, index_k_layer_norm_bias, index_k_layer_norm_eps, index_k_rope_cos_sin_cache,
+    topk_indices_buffer, slot_mapping=None, indexer_slot_mapping=None, indexer_k_cache=None,
+    indexer_cache_shuffled=False, mla_kv_cache=None, mla_kv_cache_dtype="auto", mla_k_scale=None, has_indexer=True,
+    index_rope_interleave=False, q_c_out=None, kv_c_out=None, k_pe_out=None, index_k_out=None, skip_scale=False,
+):  # fmt: skip
+    """Normalised ``q_c``; latents, rotated keys and index keys are written to their caches, the picks are cleared.
+
+    ``kv_c_out`` and ``k_pe_out`` are left as they are: prefill over expanded keys reads them alone, which this
+    library's sparse backend does not have.
+
+    Raises:
+        NotImplementedError: a shuffled index cache, index keys to be returned (context parallelism), or a cache in
+            another dtype than the model's or ``fp8_ds_mla``. Nothing was written then.
+    """
+    if indexer_cache_shuffled or index_k_out is not None:
+        raise NotImplementedError(
+            "indexer_cache_shuffled, index_k_out: got a shuffled cache or a buffer for index keys, neither is accepted"
+        )
+    if mla_kv_cache is not None and mla_kv_cache_dtype not in CACHES:
+        accepted = ", ".join(map(repr, CACHES))
+        raise NotImplementedError(f"mla_kv_cache_dtype: got {mla_kv_cache_dtype!r}, accepted: {accepted}")
+    if has_indexer:
+        topk_indices_buffer[: positions.shape[0]] = -1
+    if mla_kv_cache is not None:
+        layout = CacheLayout.FP8_V32 if mla_kv_cache_dtype == "fp8_ds_mla" else None
+        write_latent(
+            torch.cat([kv_c, k_pe], -1),
+            kv_rms_norm_w,
+            *_tables(k_rope_cos_sin_cache),
+            positions,
+            slot_mapping,
+            LatentCache(mla_kv_cache, kv_c.shape[1], layout),
+            rope="interleaved",
+            eps=kv_rms_eps,
+        )
+    if has_indexer and indexer_k_cache is not None:
+        pages = indexer_k_cache.view(torch.uint8)
+        write_indexer_key(
+            index_k,
+            index_k_layer_norm_w,
+            index_k_layer_norm_bias,
+            *_tables(index_k_rope_cos_sin_cache),
+            positions,
+            slot_mapping if indexer_slot_mapping is None else indexer_slot_mapping,
+            IndexerCache(pages.as_strided((pages.shape[0], pages[0].numel()), (pages.stride(0), 1)), index_k.shape[1]),
+            rope_dim=index_k_rope_cos_sin_cache.shape[1],
+            rope="interleaved" if index_rope_interleave else "half",
+            eps=index_k_layer_norm_eps,
+        )
+    normed = torch.nn.functional.rms_norm(q_c, q_c.shape[1:], q_rms_norm_w, q_rms_eps)
+    return normed if q_c_out is None else q_c_out.copy_(normed)
+
+
+def fused_q(
+    positions, q_pe, q_pe_cos_sin_cache, index_q, index_q_cos_sin_cache, ql_nope, q_scale, index_weights,
+    index_weights_softmax_scale, index_weights_head_scale, has_indexer=True, index_rope_interleave=False,
+    quantize_mqa=True,
+):  # fmt: skip
+    """(index queries as e4m3 codes, their weights with all scales, rotated ``q_pe``); None, None without an indexer.
+
+    Raises:
+        NotImplementedError: ``quantize_mqa``.
+    """
+    if quantize_mqa:
+        raise NotImplementedError("quantize_mqa: got True, attention takes queries in the model's dtype alone")
+    rope_dim = q_pe.shape[2]
+    rotated = rotate_heads(q_pe, *_tables(q_pe_cos_sin_cache), positions, rope_dim=rope_dim, rope="interleaved")
+    if not has_indexer:
+        return None, None, rotated
+    turned = rotate_indexer_query(
+        index_q,
+        *_tables(index_q_cos_sin_cache),
+        positions,
+        rope_dim=index_q_cos_sin_cache.shape[1],
+        rope="interleaved" if index_rope_interleave else "half",
+    )
+    factor = index_weights_softmax_scale * index_weights_head_scale
+    codes, weights = quantise_indexer_query(turned, index_weights.float() * factor)
+    return codes, weights, rotated
+
+
+def _tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's cosines and sines, side by side, as two float32 tables, made once."""
+    if both not in _TABLES:
+        _TABLES[both] = tuple(part.float().contiguous() for part in both.chunk(2, dim=1))
+    return _TABLES[both]

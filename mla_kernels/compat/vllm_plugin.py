@@ -1,0 +1,105 @@
+"""The plugin of vLLM: latent attention and DeepSeek-V3.2's sparse attention by this library, on chips that have none.
+
+vLLM calls :func:`register` in each of its processes, through the entry point ``vllm.general_plugins``. It adds
+backends that can be asked for by name on every CUDA or ROCm chip (:mod:`mla_kernels.compat.vllm_attention`):
+``--attention-backend MLA_KERNELS``, ``--attention-backend MLA_KERNELS_SPARSE``, and for prefill
+``--attention-config.mla_prefill_backend MLA_KERNELS``. On CUDA chips where vLLM has no kernels for sparse
+latent attention at all (A100, L40S, RTX 4090, Jetson Thor), it also
+
+- puts the sparse backend in the place of ``FLASHMLA_SPARSE``, whose kernels run on capabilities 9 and 10 alone, so that
+  vLLM's own choice ends with it instead of "No valid attention backend found";
+- offers :mod:`mla_kernels.compat.deep_gemm` as the module ``deep_gemm``, from which vLLM's indexer takes its logits,
+  unless a package of that name is installed;
+- below capability 8.9, where Triton has no float8, puts :mod:`mla_kernels.compat.vllm_dsa` in the place of the two
+  Triton kernels around the indexer.
+
+On chips with native kernels (capabilities 9, 10 and 12) nothing else changes. vLLM versions that this was not tried
+with are refused in the log, and nothing is registered.
+
+Source: vLLM 0.33.0, ``vllm/plugins``, ``vllm/v1/attention/backends/registry.py``, ``vllm/platforms/cuda.py``.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import sys
+
+TRIED = ("0.33.0",)
+"""Versions of vLLM that the backends were run with."""
+
+DENSE, SPARSE = "MLA_KERNELS", "MLA_KERNELS_SPARSE"
+BACKENDS = {
+    DENSE: "mla_kernels.compat.vllm_attention.DenseBackend",
+    SPARSE: "mla_kernels.compat.vllm_attention.SparseBackend",
+}
+PREFILL = "mla_kernels.compat.vllm_attention.PrefillBackend"
+IN_PLACE = "mla_kernels.compat.vllm_attention.SparseInPlaceOfFlashMLA"
+NATIVE = (9, 10, 12)
+"""Major capabilities for which vLLM 0.33 has kernels of its own for sparse latent attention and its indexer."""
+
+logger = logging.getLogger("vllm.mla_kernels")  # below "vllm", whose handlers show it
+
+
+def register() -> None:
+    """Register the backends with vLLM. May be called any number of times.
+
+    What it did, or why it did nothing, is logged.
+    """
+    version = importlib.metadata.version("vllm")
+    if version.partition("+")[0] not in TRIED:
+        logger.warning(
+            "mla_kernels: vLLM %s is installed, the plugin was tried with %s alone; nothing was registered",
+            version,
+            ", ".join(TRIED),
+        )
+        return
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    for name, path in BACKENDS.items():
+        if name not in AttentionBackendEnum.__members__:
+            register_backend(name, path)
+    if DENSE not in MLAPrefillBackendEnum.__members__:
+        register_mla_prefill_backend(DENSE, PREFILL)
+    if not current_platform.is_cuda():
+        return
+    capability = current_platform.get_device_capability()
+    if capability is None or capability.major in NATIVE:
+        return
+    register_backend(AttentionBackendEnum.FLASHMLA_SPARSE, IN_PLACE)
+    done = ["sparse latent attention (in the place of FLASHMLA_SPARSE)"]
+    if _offer_deep_gemm():
+        done.append("the indexer's logits (as deep_gemm)")
+    if tuple(capability) < (8, 9):
+        _replace_dsa_kernels()
+        done.append("the kernels around the indexer")
+    logger.info(
+        "mla_kernels: vLLM has no sparse latent attention for capability %d.%d; mla_kernels serves %s",
+        *capability,
+        ", ".join(done),
+    )
+
+
+def _offer_deep_gemm() -> bool:
+    """Whether ``deep_gemm`` is this library's module."""
+    module = importlib.import_module("mla_kernels.compat.deep_gemm")
+    if importlib.util.find_spec("deep_gemm") is None:
+        sys.modules["deep_gemm"] = module
+    return sys.modules.get("deep_gemm") is module
+
+
+def _replace_dsa_kernels() -> None:
+    """Put this library's two functions where vLLM's model of DeepSeek-V3.2 takes its Triton kernels from."""
+    ours = importlib.import_module("mla_kernels.compat.vllm_dsa")
+    kernels = importlib.import_module("vllm.models.deepseek_v32.common.kernels")
+    users = [kernels, *filter(None, [sys.modules.get("vllm.models.deepseek_v32.attention")])]
+    for name in ("fused_norm_rope", "fused_q"):
+        replacement = getattr(ours, name)
+        wanted, given = (list(inspect.signature(f).parameters) for f in (getattr(kernels, name), replacement))
+        if wanted != given:
+            raise ImportError(f"vLLM's {name} takes {', '.join(wanted)}; {', '.join(given)} is accepted")
+        for user in users:
+            setattr(user, name, replacement)

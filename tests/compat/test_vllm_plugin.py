@@ -1,0 +1,97 @@
+"""What of vLLM's plugin needs no vLLM; tests/engines has the rest, inside vLLM's own package."""
+
+import importlib.metadata
+import inspect
+import sys
+
+import pytest
+import torch
+
+from mla_kernels.compat import vllm_dsa, vllm_plugin
+from mla_kernels.reference import heads, indexer, latent
+
+TOKENS, HEADS, INDEX_HEADS, PAGES, PAGE = 5, 3, 4, 3, 64
+pytestmark = pytest.mark.usefixtures("cpu_code")
+
+
+@pytest.mark.parametrize("version", ["0.32.1", "0.33.1", "0.34.0rc1"])
+def test_other_versions_are_named_and_nothing_is_registered(monkeypatch, caplog, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"vllm": version}[name])
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it fails
+    vllm_plugin.register()
+    assert f"vLLM {version} is installed, the plugin was tried with 0.33.0 alone" in caplog.text
+
+
+def test_vllm_finds_the_plugin():
+    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="mla_kernels")
+    assert found.load() is vllm_plugin.register
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_norm_rope_and_caches_are_those_of_the_references(interleaved):
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    both = draw(40, 64)
+    positions, slots = torch.arange(TOKENS) * 3, torch.tensor([7, -1, 130, 64, 65])
+    q_c, kv_c, k_pe, index_k = draw(TOKENS, 96), draw(TOKENS, 512), draw(TOKENS, 64), draw(TOKENS, 128)
+    q_norm, kv_norm, scale, shift = draw(96), draw(512), torch.randn(128), torch.randn(128)
+    cache = torch.zeros(PAGES, PAGE, 656, dtype=torch.uint8)
+    keys = torch.zeros(PAGES, PAGE, 132, dtype=torch.uint8)
+    picks = torch.zeros(8, 16, dtype=torch.int32)
+    normed = vllm_dsa.fused_norm_rope(
+        positions, q_c, q_norm, 1e-6, kv_c, kv_norm, 1e-6, k_pe, both, index_k, scale, shift, 1e-6, both, picks,
+        slot_mapping=slots, indexer_k_cache=keys, mla_kv_cache=cache, mla_kv_cache_dtype="fp8_ds_mla",
+        index_rope_interleave=interleaved,
+    )  # fmt: skip
+    cos, sin = (part.float() for part in both.chunk(2, 1))
+    want, want_keys = torch.zeros_like(cache), torch.zeros_like(keys)
+    latent.write_latent(
+        torch.cat([kv_c, k_pe], 1), kv_norm, cos, sin, positions, slots, want, latent_dim=512, rope="interleaved",
+        layout="fp8_v32",
+    )  # fmt: skip
+    indexer.write_indexer_key(
+        index_k, scale, shift, cos, sin, positions, slots, want_keys.view(PAGES, -1), rope_dim=64,
+        rope="interleaved" if interleaved else "half",
+    )  # fmt: skip
+    torch.testing.assert_close(normed, latent.rms_norm(q_c, q_norm))
+    assert (cache == want).float().mean() > 0.999 and (keys == want_keys).float().mean() > 0.999
+    assert (picks[:TOKENS] == -1).all() and (picks[TOKENS:] == 0).all()
+
+
+def test_queries_are_those_of_the_references():
+    torch.manual_seed(0)
+    both = torch.randn(40, 64, dtype=torch.bfloat16)
+    positions = torch.arange(TOKENS) * 3
+    q_pe, index_q = torch.randn(TOKENS, HEADS, 64).bfloat16(), torch.randn(TOKENS, INDEX_HEADS, 128).bfloat16()
+    weights, nope = torch.randn(TOKENS, INDEX_HEADS).bfloat16(), torch.randn(TOKENS, HEADS, 512).bfloat16()
+    one = torch.ones(1)
+    codes, factors, rotated = vllm_dsa.fused_q(
+        positions, q_pe, both, index_q, both, nope, one, weights, 0.5, 0.25, quantize_mqa=False
+    )
+    cos, sin = (part.float() for part in both.chunk(2, 1))
+    torch.testing.assert_close(rotated, heads.rotate_heads(q_pe, cos, sin, positions, rope_dim=64))
+    turned = indexer.rotate_indexer_query(index_q, cos, sin, positions, rope_dim=64, rope="half")
+    want, want_factors = indexer.quantise_indexer_query(turned, weights.float() * 0.125)
+    assert (codes.view(torch.uint8) == want.view(torch.uint8)).float().mean() > 0.999
+    torch.testing.assert_close(factors, want_factors)
+    assert vllm_dsa.fused_q(
+        positions, q_pe, both, None, None, nope, one, None, 0, 0, has_indexer=False, quantize_mqa=False
+    )[:2] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"indexer_cache_shuffled": True}, "neither is accepted"),
+        ({"mla_kv_cache": torch.zeros(1, 64, 576), "mla_kv_cache_dtype": "nvfp4_ds_mla"}, "nvfp4_ds_mla"),
+    ],
+)
+def test_other_caches_are_refused(given, message):
+    taken = list(inspect.signature(vllm_dsa.fused_norm_rope).parameters)[:15]
+    with pytest.raises(NotImplementedError, match=message):
+        vllm_dsa.fused_norm_rope(*[None] * len(taken), **given)
+
+
+def test_queries_in_float8_are_refused():
+    with pytest.raises(NotImplementedError, match="quantize_mqa"):
+        vllm_dsa.fused_q(*[None] * 10)

@@ -1,0 +1,94 @@
+"""DeepSeek-V3.2 in vLLM's own model code over this library's kernels, beside transformers' model.
+
+vLLM's indexer scores in float8, transformers' in the model's dtype, and both keep the best 64 of up to 150 tokens: the
+judge attends to the picks that vLLM's side made, which are held against its own scores apart.
+"""
+
+import pytest
+import torch
+import vllm._custom_ops as cuda_ops
+
+from mla_kernels.compat import vllm_ops
+from tests.engines import tiny
+
+LENGTHS = (150, 90, 140)
+PAGES = ([3, 7, 1], [2, 9], [3, 11, 5])  # the third begins with the first's page, and finds its 64 tokens cached
+CACHED = (0, 0, 64)
+WHOLE = [[(0, 150)], [(1, 90)], [(2, 76)]]
+MIXED = [
+    [(0, 100)],
+    [(0, 1), (1, 60)],
+    [(0, 1), (1, 1), (2, 40)],
+    [(0, 1), (1, 1), (2, 1)],
+    [(0, 47), (1, 28), (2, 35)],
+]
+THREE = [[(0, 120), (1, 60), (2, 46)], [(0, 3), (1, 3), (2, 3)], [(0, 2), (1, 3), (2, 1)], [(0, 25), (1, 24), (2, 26)]]
+TWO = [[(0, 120), (1, 60), (2, 46)], [(0, 2), (1, 2), (2, 2)], [(0, 1), (1, 2), (2, 1)], [(0, 27), (1, 26), (2, 27)]]
+SCHEDULES = {"whole": (WHOLE, 0), "mixed": (MIXED, 0), "two at a time": (TWO, 1), "three at a time": (THREE, 2)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ops():
+    """vLLM's CUDA functions are this library's of the same names: there is no CUDA here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cp_gather_indexer_k_quant_cache", "top_k_per_row_prefill", "top_k_per_row_decode"):
+            patch.setattr(cuda_ops, name, getattr(vllm_ops, name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return tiny.judge(tiny.V32)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    torch.manual_seed(1)
+    first, second, third = (torch.randint(0, 512, (length,)).tolist() for length in LENGTHS)
+    return [first, second, first[: CACHED[2]] + third[CACHED[2] :]]
+
+
+def answers(judge, prompt, picks):
+    """(logits where each layer attends to ``picks``, the part of them that transformers' own scores choose, too)."""
+    shared = []
+    with pytest.MonkeyPatch.context() as patch:
+        for index, layer in enumerate(judge.model.layers):
+            chosen = picks[f"model.layers.{index}.self_attn.attn"]
+            tokens = torch.arange(len(prompt), dtype=torch.int32)[:, None]
+            seen = torch.arange(tiny.TOP_K, dtype=torch.int32).expand(len(prompt) - len(chosen), -1)  # all, if few
+            chosen = torch.cat([torch.where(seen > tokens[: len(seen)], -1, seen), chosen])
+            chosen = torch.where(chosen < 0, tokens, chosen)[None]  # the token itself is among them, or no pick
+
+            def forward(*args, score=layer.self_attn.indexer.forward, chosen=chosen, **others):
+                own = score(*args, **others)
+                hits = (chosen[0, :, :, None] == own[0, :, None]).any(-1)
+                shared.append(hits[tiny.TOP_K :].float().mean())
+                return chosen
+
+            patch.setattr(layer.self_attn.indexer, "forward", forward)
+        with torch.no_grad():
+            logits = judge(torch.tensor([prompt])).logits[0]
+    return logits, torch.stack(shared).mean()
+
+
+@pytest.mark.parametrize("cache_dtype, error", [("auto", 0.03), ("fp8_ds_mla", 0.08)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_logits_are_those_of_transformers(judge, prompts, cache_dtype, error, schedule):
+    steps, speculative = SCHEDULES[schedule]
+    engine = tiny.Engine(tiny.V32, judge.state_dict(), cache_dtype, speculative)
+    for prompt, cached, (logits, picks) in zip(
+        prompts, CACHED, tiny.serve(engine, prompts, PAGES, CACHED, steps), strict=True
+    ):
+        want, shared = answers(judge, prompt, picks)
+        worst = (logits - want[cached:]).abs().max() / want.abs().max()
+        assert worst < error and shared > 0.9, (worst, shared)
+
+
+def test_metadata_keeps_its_addresses(judge):
+    """A captured graph reads the tensors of the builder's first call."""
+    engine = tiny.Engine(tiny.V32, judge.state_dict())
+    name = next(name for name, layer in engine.layers.items() if hasattr(layer, "impl"))
+    with engine.current():
+        first, second = (engine.metadata([([1], [5], 3), ([2], [6], n)])[0][name] for n in (4, 9))
+    assert first.req_id_per_token.data_ptr() == second.req_id_per_token.data_ptr()
+    assert second.req_id_per_token.tolist() == [0, 1] and second.num_decode_tokens == 2
