@@ -154,13 +154,15 @@ def indexer_values(cache: torch.Tensor, head_dim: int, block_table: torch.Tensor
     return keys, known.repeat_interleave(page_size, 1)
 
 
-def write_indexer_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+def write_indexer_rows(
+    rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor, smallest: float = 1e-4
+) -> torch.Tensor:
     """The indexer's cache with fp32 keys [T, d] in slots [T], rounded or quantised once."""
     pages, width = cache.shape[0], rows.shape[1]
     page_size = indexer_page_size(cache, width)
     if cache.dtype != torch.uint8:
         return put(rows, slots, cache.reshape(pages * page_size, width)).reshape(pages, page_size, width)
-    scale = power_of_two_scale(rows.abs().amax(1, keepdim=True))
+    scale = power_of_two_scale(rows.abs().amax(1, keepdim=True), smallest)
     codes = cache[:, : page_size * width].reshape(pages * page_size, width)
     scales = cache[:, page_size * width :].reshape(pages * page_size, _INDEXER_SCALE)
     codes = put(encode_e4m3(rows / scale), slots, codes).reshape(pages, -1)

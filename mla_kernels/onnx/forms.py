@@ -15,7 +15,7 @@ _MODULES = {
     hyper: ("hyper_pre", "hyper_post", "hyper_post_pre", "hyper_head"),
     indexer: (
         "indexer_logits", "paged_indexer_logits", "indexer_topk", "select_keys", "select_slots", "write_indexer_key",
-        "rotate_indexer_query", "quantise_indexer_query",
+        "scatter_indexer_keys", "rotate_indexer_query", "quantise_indexer_query",
     ),
     latent: (
         "write_latent", "compress_latent", "norm_and_write", "absorb_query", "expand_output", "mla_prolog", "write_kv",

@@ -81,6 +81,11 @@ def write_indexer_key(
     return write_indexer_rows(hadamard_transform(rows) if hadamard else rows, slot_mapping, cache)
 
 
+def scatter_indexer_keys(k, slot_mapping, cache):
+    """Of magnitudes below 1e-4 the scale is that of 1e-4."""
+    return write_indexer_rows(wide(k), slot_mapping, cache, 1e-4 / 448)
+
+
 def rotate_indexer_query(
     q, cos, sin, positions, rope_dim, rope, rope_first=True, hadamard=False, batch_invariant=False
 ):

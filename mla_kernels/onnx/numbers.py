@@ -131,9 +131,9 @@ def round_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values.isnan(), torch.nan, rounded)
 
 
-def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
-    """2^ceil(log2(max(amax / 448, 1e-4))), exactly; NaN where amax is not finite."""
-    least = (amax / E4M3_MAX).clamp(1e-4, 1e38)
+def power_of_two_scale(amax: torch.Tensor, smallest: float = 1e-4) -> torch.Tensor:
+    """2^ceil(log2(max(amax / 448, smallest))), exactly; NaN where amax is not finite."""
+    least = (amax / E4M3_MAX).clamp(smallest, 1e38)
     exponent = floor_log2(least)
     exponent = exponent + (least > power_of_two(exponent)).to(torch.int64)
     return torch.where(amax.isfinite(), power_of_two(exponent), torch.nan)
