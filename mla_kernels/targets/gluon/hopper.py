@@ -379,11 +379,11 @@ def _check_product(a, b, acc, me: Partition) -> None:
 
 
 def _multiply(x: np.ndarray, y: np.ndarray, dtype) -> np.ndarray:
-    if dtype.is_int():
-        return (x.astype(np.float64) @ y.astype(np.float64)).astype(np.int32)
+    """Summed in float64 and rounded once: in float32 NumPy gives a row other bits beside others, on some processors."""
     if dtype.name == "fp32":  # tensor cores read 19 bits of it
         x, y = ((np.ascontiguousarray(z).view(np.uint32) & 0xFFFFE000).view(np.float32) for z in (x, y))
-    return x @ y
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (x.astype(np.float64) @ y.astype(np.float64)).astype(np.int32 if dtype.is_int() else np.float32)
 
 
 @_op("hopper")
