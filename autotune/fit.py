@@ -18,6 +18,7 @@ import torch
 
 from mla_kernels.autotune import moe_model
 from mla_kernels.autotune.measured import Candidates, Point, halves, problem_terms, read_points
+from mla_kernels.checks import output_file
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.devices import device
 
@@ -118,7 +119,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("fit", help="fit the model of grouped products to a file of measured winners")
     parser.add_argument("--measured", type=Path, required=True, metavar="FILE.csv", help="measured winners to fit to")
     parser.add_argument("--device", help="fit to the rows of this device (default: the one with the most rows)")
-    parser.add_argument("--output", type=Path, default=moe_model.CONSTANTS, help="where the constants go")
+    parser.add_argument("--output", type=output_file, default=moe_model.CONSTANTS, help="where the constants go")
     parser.set_defaults(run=run)
 
 

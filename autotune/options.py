@@ -46,7 +46,7 @@ def assignment(text: str) -> tuple[str, int | str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"{text!r}: accepted is NAME=VALUE, as in tokens=64")
-    return name, int(value) if value.lstrip("-").isdigit() else value
+    return name, int(value) if value.lstrip("-").isdecimal() else value
 
 
 def versions(chip: Chip) -> dict[str, str]:

@@ -12,13 +12,13 @@ import json
 import math
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 from op_cases import OPS, Make
 from op_child import Timer, about
 
 import mla_kernels
+from mla_kernels.checks import output_file
 
 SAMPLE_SECONDS = 0.02
 """A sample has as many calls as take about this long."""
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--only", default=",".join(COSTED), metavar="NAMES", help="comma-separated; default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every time")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
     if unknown := set(names) - set(COSTED):

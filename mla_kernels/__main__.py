@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mla_kernels import check, launch, tiles
+from mla_kernels.checks import output_file
 from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compiler_version, write_artefacts
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--markdown", nargs="?", const="-", default="", metavar="FILE",
         help="print the support matrix, or rewrite it in FILE between its markers",
     )  # fmt: skip
-    every.add_argument("--json", type=Path, metavar="FILE", help="write every report")
+    every.add_argument("--json", type=output_file, metavar="FILE", help="write every report")
     every.set_defaults(run=run_check)
 
     one = commands.add_parser("compile", help="compile one kernel and keep what the compiler made")
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def tile_value(text: str) -> tuple[str, int]:
     """NAME=VALUE of --tile."""
     name, equals, value = text.partition("=")
-    if not equals or not value.isdigit():
+    if not equals or not value.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: accepted is NAME=VALUE with an integer, as in BLOCK_N=64")
     return name, int(value)
 
@@ -81,6 +82,11 @@ def run_check(options) -> int:
     partial = options.target or options.kernel or options.dtype or options.case
     if partial and options.markdown not in ("", "-"):
         options.error("--markdown FILE writes the whole matrix: it takes no --target, --kernel, --dtype or --case")
+    if options.markdown not in ("", "-"):
+        try:
+            check.replace_matrix(Path(options.markdown).read_text(), "")
+        except (OSError, ValueError) as error:
+            options.error(f"--markdown: {error}")
     wanted = check.requests(options.target, options.kernel, options.dtype, options.case)
     if not wanted:
         options.error("no declared kernel has this combination of --kernel, --case and --dtype")
@@ -102,6 +108,8 @@ def run_compile(options) -> int:
             options.error(f"--tile {name}: {kernel.name} has {', '.join(kernel.tiles)}")
         tile[name] = value
     words = re.sub(r"[^\w.-]+", "_", case.name)
+    if options.output.exists() and not options.output.is_dir():
+        options.error(f"--output {options.output}: this is no folder")
     prefix = options.output / f"{kernel.name}.{options.dtype}.{words}.{chip.name}"
     report = write_artefacts(Request(kernel, chip, options.dtype, case.statics, tile, case.name), prefix)
     print(f"{report.target} {report.label}: {report.problem or 'ok'}")

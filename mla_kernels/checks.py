@@ -1,4 +1,7 @@
-"""Argument checks of the public functions: each error names the argument, what came, and what is accepted."""
+"""Argument checks of public functions and commands: an error names the argument, what came, and what is accepted."""
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -99,3 +102,13 @@ def check_range(name: str, value: torch.Tensor, low: int, high: int, meaning: st
 def readable(values: torch.Tensor) -> bool:
     """Whether to look at what a tensor holds: on a CPU, where nothing waits for it, and not while tracing."""
     return values.device.type == "cpu" and type(values) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def output_file(text: str) -> Path:
+    """A file that a command writes when it is done, for argparse: refused before it begins where that cannot be."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, a file is accepted")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    return path

@@ -70,6 +70,10 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
+class Unusable(ValueError):
+    """A checkpoint that the demo cannot run."""
+
+
 @dataclass
 class Side:
     """What one implementation did: its tokens, its times in seconds, and its cache of the last run."""
@@ -107,8 +111,12 @@ def load_model(path: str, dtype: torch.dtype):
     """A local checkpoint and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:  # a file is missing, or of something else
+        raise Unusable(f"--model: {path} cannot be loaded: {error}") from error
+    return model.eval(), tokenizer
 
 
 def generate(model, ids: torch.Tensor, tokens: int, side: Side) -> None:
@@ -327,13 +335,12 @@ def compare_texts(options, console, progress) -> bool:
         size = "a tiny DeepSeek-V2 model" if options.smoke else "DeepSeek-V2-Lite at full width, 3 of its 27 layers"
         about = f"{size}, seeded weights (so the text is noise), bytes as tokens, seed {options.seed}"
     progress.remove_task(task)
-    text = options.prompt.read_text() if options.prompt else PROMPT
-    ids = torch.tensor([tokenizer.encode(text)])
+    ids = torch.tensor([tokenizer.encode(options.text)])
     ids = ids[:, :64] if options.smoke else ids
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"[bold]Model[/]    {about}; {parameters / 1e6:,.0f} M parameters, {options.dtype}")
     console.print(f"[bold]Machine[/]  {escape(machine())}")
-    console.print(f"[bold]Prompt[/]   {ids.shape[1]} tokens: {escape(text[:90])}...")
+    console.print(f"[bold]Prompt[/]   {ids.shape[1]} tokens: {escape(options.text[:90])}...")
     if options.backend == EMULATED:
         sides, executed = run_emulated(model, ids, options.tokens, progress)
     else:
@@ -376,8 +383,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("tokens", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: got {getattr(options, name)}, at least 1 is accepted")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error(f"--seed: got {options.seed}, an integer from -2^63 to 2^64 - 1 is accepted")
+    if options.model is not None and not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model: {options.model} is no folder with a config.json")
     if options.prompt is not None and not options.prompt.is_file():
         parser.error(f"--prompt: {options.prompt} is no file")
+    try:
+        options.text = PROMPT if options.prompt is None else options.prompt.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--prompt: {options.prompt} is no text in UTF-8: {error}")
     return options
 
 
@@ -411,7 +426,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.width = 132
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress, launch.on_cpu("torch"):
-        equal = compare_texts(options, console, progress)
+        try:
+            equal = compare_texts(options, console, progress)
+        except Unusable as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         good = options.no_matrix or options.backend == EMULATED or compile_matrix(console, progress)
     console.print(f"{time.monotonic() - begin:.0f} s in all")
     return int(not good or (options.dtype == "fp32" and not equal))

@@ -267,6 +267,9 @@ def test_a_broken_claim_is_exit_status_1_and_a_page_is_rewritten(here, tmp_path,
         (["--backend", "cpu"], "--backend: at least two are compared"),
         (["--backend", "cpu", "npu"], "--backend npu: torch sees no such device here"),
         (["--tokens", "1"], "'1': accepted are integers from 8 to 4096"),
+        (["--tokens", "²"], "'²': accepted are integers from 8 to 4096"),
+        (["--json", "nowhere/rows.json"], "'nowhere/rows.json': there is no folder 'nowhere'"),
+        (["--json", "."], "'.' is a folder, a file is accepted"),
         (["--markdown", "{page}", "--op", "dispatch"], "--markdown FILE writes the whole table"),
         (["--markdown", "{page}"], "the document has no lines"),
         (["--markdown", "nowhere/page.md"], "No such file"),
@@ -290,6 +293,8 @@ def test_a_missing_compiler_is_exit_status_2(monkeypatch, capsys):
     monkeypatch.setattr(command, "compiler_version", missing)
     assert main(["agree", "--op", "dispatch"]) == 2
     assert "no triton-ascend\nWithout it: --backend cpu interpret hopper-emulated" in capsys.readouterr().err
+    assert main(["agree", "--op", "dispatch", "--backend", "cpu", "npu-emulated"]) == 2
+    assert "Without it: --backend cpu interpret\n" in capsys.readouterr().err  # two, as it takes no fewer
 
 
 def test_a_backend_that_fails_says_so(monkeypatch):

@@ -124,13 +124,23 @@ def test_own_checkpoint_and_prompt(tmp_path, capsys, monkeypatch):
         (["--tokens", "0"], "--tokens: got 0, at least 1 is accepted"),
         (["--prompt", "/no/such/file"], "--prompt: /no/such/file is no file"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--seed", str(2**64)], "--seed: got 18446744073709551616, an integer from"),
+        (["--model", "no/such/folder"], "--model: no/such/folder is no folder with a config.json"),
+        (["--prompt", "{bytes}"], "is no text in UTF-8"),
     ],
 )
-def test_bad_options_are_refused(arguments, words, capsys):
+def test_bad_options_are_refused(arguments, words, capsys, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(SystemExit) as stopped:
-        demo.main(arguments)
+        demo.main([text.format(bytes=tmp_path / "bytes") for text in arguments])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_said(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert demo.main(["--model", str(tmp_path), *SMOKE[1:]]) == 2
+    assert f"error: --model: {tmp_path} cannot be loaded: Unrecognized model" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(capsys, monkeypatch):

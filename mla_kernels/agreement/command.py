@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mla_kernels.agreement import run, table
 from mla_kernels.catalogue import EVERY
+from mla_kernels.checks import output_file
 from mla_kernels.targets import service
 from mla_kernels.targets.compile import compiler_version
 
@@ -24,7 +25,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--dtype", nargs="+", action="extend", default=[], choices=run.DTYPES, metavar="D",
                       help=f"of {', '.join(run.DTYPES)} (default {' '.join(DEFAULT_DTYPES)})")  # fmt: skip
     made.add_argument("--tokens", type=tokens, default=run.TOKENS, metavar="N", help=f"default {run.TOKENS}")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every row; --record reads it")
+    made.add_argument("--json", type=output_file, metavar="FILE", help="write every row; --record reads it")
     made.add_argument("--record", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
                       help="of runs on devices elsewhere, for their columns")  # fmt: skip
     made.add_argument("--markdown", type=Path, metavar="FILE", help="rewrite the tables in FILE between their markers")
@@ -33,7 +34,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def tokens(text: str) -> int:
-    if not text.isdigit() or not 8 <= int(text) <= 4096:
+    if not text.isdecimal() or not 8 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r}: accepted are integers from 8 to 4096")
     return int(text)
 
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say = lambda backend: print(f"{backend}: {len(rows)} calls", file=sys.stderr)  # noqa: E731
         found = table.compared(run.everywhere(rows, backends, chosen.tokens, say))
     except service.ToolchainMissing as missing:
-        rest = " ".join(name for name in backends if name != "npu-emulated")
+        rest = [name for name in backends if name != "npu-emulated"]
+        rest = " ".join(rest if len(rest) > 1 else ["cpu", "interpret"])
         print(f"error: {missing}\nWithout it: --backend {rest}", file=sys.stderr)
         return 2
     except RuntimeError as failure:

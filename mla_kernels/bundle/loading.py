@@ -83,26 +83,28 @@ def load(path: str | os.PathLike) -> Bundle:
         The :class:`Bundle`, which counts what is taken from it and what is not.
 
     Raises:
+        TypeError: ``path`` is no path.
         BundleRefused: a ValueError that says what differs: the version of this package, the driver's family, Triton or
             the variables that it looks at, a kernel's source, a file that is missing or damaged. Launches then compile,
             as without a bundle.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {type(path).__name__}, the path of a bundle's folder is accepted")
     folder = Path(path).resolve()
     found = manifest.read(folder)
     if not HAS_TRITON:
         raise BundleRefused(folder, ["the package triton is not installed"])
     if INTERPRET:
         raise BundleRefused(folder, ["TRITON_INTERPRET is set, and nothing is compiled"])
-    reasons = _version_reasons(found)
-    if not reasons and torch.cuda.is_initialized():
+    if reasons := _version_reasons(found):
+        raise BundleRefused(folder, reasons)
+    manifest.check_finished(folder, found)
+    if torch.cuda.is_initialized():
         reasons = _device_reasons(found, triton.runtime.driver.active.get_current_target())
     reasons = reasons or _source_reasons(found)
     entries, kernel_of = {}, {}
     for entry in () if reasons else found["kernels"]:
-        key = entry.get("key")
-        if key is None:
-            reasons.append("it is not finished: run its finish.py where CANN is installed")
-            break
+        key = entry["key"]
         files = {name: str(folder / manifest.FOLDER / key / name) for name in entry["files"]}
         for name, said in entry["files"].items():
             reasons += _file_reasons(folder / manifest.FOLDER / key / name, said)
@@ -153,7 +155,7 @@ def _version_reasons(found: dict) -> list[str]:
     reasons = []
     target, toolchain = found["target"], found["toolchain"]
     if target["vendor"] != family():
-        ours, theirs = FAMILIES[family()], FAMILIES[target["vendor"]]
+        ours, theirs = FAMILIES[family()], FAMILIES.get(target["vendor"], target["vendor"])
         return [f"it is for {theirs} ({target['part']}), kernels are launched through {ours} here"]
     here = {"mla_kernels": manifest.package_version(), "triton": manifest.triton_version()}
     built = {"mla_kernels": found["mla_kernels"], "triton": toolchain["triton"]}

@@ -10,8 +10,25 @@ from mla_kernels.language import triton
 
 NAME = "manifest.json"
 FOLDER = "kernels"
+FINISH = "finish.py"
+"""Beside the manifest of a bundle for Ascend."""
 FORMAT = 1
 """Number of this form of manifest; another is refused."""
+ANY = "*"
+FORM = {
+    "mla_kernels": str,
+    "target": {"vendor": str, "part": str, "chip": str, "backend": str, "architecture": str},
+    "toolchain": {"triton": str, "settings": dict},
+    "sources": {ANY: {"hash": str}},
+    "kernels": [{"kernel": str}],
+}
+"""What every manifest has of what is read again: names, :data:`ANY` for all of them, and types."""
+FINISHED = {
+    "toolchain": {"digest": str},
+    "sources": {ANY: {"triton": str}},
+    "kernels": [{"key": str, "files": {ANY: {"sha256": str}}}],
+}
+"""What it has besides once nothing is left for ``finish.py`` to do."""
 
 
 class BundleRefused(ValueError):
@@ -77,8 +94,18 @@ def write(folder: Path, manifest: dict) -> None:
     half.replace(folder / NAME)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether ``python -m mla_kernels build`` of any version wrote this folder, and nothing else stands in it."""
+    try:
+        found = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    ours = isinstance(found, dict) and found.keys() >= {"format", "mla_kernels", "kernels"}
+    return ours and {path.name for path in folder.iterdir()} <= {NAME, FOLDER, FINISH}
+
+
 def read(folder: Path) -> dict:
-    """The manifest of a bundle. BundleRefused where there is none, or none of this form."""
+    """The manifest of a bundle, finished or not. BundleRefused where there is none, or none of this form."""
     path = folder / NAME
     try:
         manifest = json.loads(path.read_text())
@@ -89,4 +116,27 @@ def read(folder: Path) -> dict:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise BundleRefused(folder, [f"{NAME} has format {found!r}, {FORMAT} is accepted"])
+    if reasons := _misses(manifest, FORM, ""):
+        raise BundleRefused(folder, [f"{NAME} is damaged: {'; '.join(reasons)}"])
     return manifest
+
+
+def check_finished(folder: Path, manifest: dict) -> None:
+    """BundleRefused where a kernel waits for ``finish.py``, or a part is damaged that finished bundles have."""
+    if any(entry.get("key") is None for entry in manifest["kernels"]):
+        raise BundleRefused(folder, [f"it is not finished: run its {FINISH} where CANN is installed"])
+    if reasons := _misses(manifest, FINISHED, ""):
+        raise BundleRefused(folder, [f"{NAME} is damaged: {'; '.join(reasons)}"])
+
+
+def _misses(value, form, name: str) -> list[str]:
+    """What a part of a manifest lacks of its form: the part is named, with what came."""
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(value, kind):
+        return [f"{name.strip('.')} is {'missing' if value is None else type(value).__name__}, not {kind.__name__}"]
+    if isinstance(form, list):
+        return [said for i, part in enumerate(value) for said in _misses(part, form[0], f"{name}{i}.")]
+    if not isinstance(form, dict):
+        return []
+    parts = dict.fromkeys(value, form[ANY]) if ANY in form else form
+    return [said for part, kind in parts.items() for said in _misses(value.get(part), kind, f"{name}{part}.")]

@@ -132,7 +132,7 @@ def compile_all(wanted: list[Wanted], chip: Chip, folder: Path, jobs: int, say) 
                 say(f"{done} of {len(wanted)} kernels lowered")
     finally:
         pool.stop()
-    shutil.copyfile(finish.__file__, folder / "finish.py")
+    shutil.copyfile(finish.__file__, folder / manifest.FINISH)
     return entries
 
 

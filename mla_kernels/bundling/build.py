@@ -14,7 +14,7 @@ from mla_kernels.autotune.problems import QUANTISED, names_of
 from mla_kernels.bundle import manifest
 from mla_kernels.bundling import ascend, gpu, launches, offline
 from mla_kernels.bundling.gpu import Failed
-from mla_kernels.bundling.steps import CACHES, PLAIN, Limits, default_caches, steps
+from mla_kernels.bundling.steps import CACHES, PLAIN, Limits, Step, default_caches, steps
 from mla_kernels.language import HAS_TRITON, INTERPRET
 from mla_kernels.launch import DTYPE_NAMES
 from mla_kernels.targets import devices
@@ -87,8 +87,11 @@ def build(order: Order, folder: Path, *, jobs: int | None = None, say: Callable[
         Failed: Triton is missing or interprets, the folder is something else, or a kernel does not compile.
         mla_kernels.targets.service.ToolchainMissing: the compilers of Ascend are not installed.
     """
-    if folder.exists() and not (folder / manifest.NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
+    chosen = _steps(order)
+    if folder.exists() and not (folder.is_dir() and (manifest.is_bundle(folder) or not any(folder.iterdir()))):
         raise Failed(f"{folder} is there and is no bundle: name another folder, or an empty one")
+    if folder.is_mount():
+        raise Failed(f"{folder} is a mount point, and a bundle replaces its folder: name a folder in it")
     if not HAS_TRITON:
         raise Failed("the package triton is not installed: pip install triton")
     if INTERPRET:
@@ -96,9 +99,12 @@ def build(order: Order, folder: Path, *, jobs: int | None = None, say: Callable[
     began = time.monotonic()
     chip, half = order.chip, folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     try:
-        made = _manifest(order, half, jobs or gpu.jobs_here(), say)
+        half.mkdir(parents=True)
+    except OSError as error:
+        raise Failed(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        made = _manifest(order, chosen, half, jobs or gpu.jobs_here(), say)
         made["seconds"] = round(time.monotonic() - began, 1)
         manifest.write(half, made)
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,8 +119,9 @@ def build(order: Order, folder: Path, *, jobs: int | None = None, say: Callable[
     return made
 
 
-def _manifest(order: Order, half: Path, jobs: int, say) -> dict:
-    chip, g, dtype = order.chip, order.geometry, names_of(order.dtype)
+def _steps(order: Order) -> list[Step]:
+    """The chosen steps. ValueError where ``only`` has a name of none."""
+    g, dtype = order.geometry, names_of(order.dtype)
     chosen = list(steps(g, dtype, order.limits, formats=order.plain_formats, caches=order.layouts))
     if order.only:
         names = [step.name for step in chosen]
@@ -122,6 +129,11 @@ def _manifest(order: Order, half: Path, jobs: int, say) -> dict:
             if not any(name.startswith(prefix) for name in names):
                 raise ValueError(f"only: got {prefix!r}, steps of {g.name} are {'; '.join(names)}")
         chosen = [step for step in chosen if step.name.startswith(order.only)]
+    return chosen
+
+
+def _manifest(order: Order, chosen: list[Step], half: Path, jobs: int, say) -> dict:
+    chip, g = order.chip, order.geometry
     say(f"{g.name}, tensor-parallel {order.tp}, for {chip.part}: {sum(len(s.sizes) for s in chosen)} calls")
     if chip.is_gpu:
         offline.pose(chip)
@@ -176,11 +188,11 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """The parts of "1,2" as integers; ValueError names one that is none."""
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """The parts of "1,2" as integers; ValueError names the argument, and a part that is none."""
     found = []
     for part in names(text):
-        if not part.isdigit():
-            raise ValueError(f"got {part!r}, integers from 1 with commas between them are accepted")
+        if not part.isdecimal():
+            raise ValueError(f"{name}: got {part!r}, integers from 1 with commas between them are accepted")
         found.append(int(part))
     return tuple(found)

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         limits = Limits(
             batch=options.batch, tokens=options.tokens,
-            **{name: numbers(getattr(options, name)) for name in ("queries", "contexts", "pages")},
+            **{name: numbers(name, getattr(options, name)) for name in ("queries", "contexts", "pages")},
         )  # fmt: skip
         if options.jobs is not None and options.jobs < 1:
             raise ValueError(f"jobs: got {options.jobs}, an integer from 1 is accepted")

@@ -1,8 +1,9 @@
 """translations and export: the library's ops for torch.onnx.export, and the whole way in one call."""
 
 import contextlib
+import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,11 +58,12 @@ def translations(fused: Sequence[str] | str = ()) -> Translations:
         Translations, two dicts by op.
 
     Raises:
-        ValueError: another name in ``fused``. While exporting, NotImplementedError for an op without a form, for
-        batch_invariant=True, and for options that a fused operator lacks; torch wraps it in its ConversionError.
+        TypeError: ``fused`` is neither a name nor several. ValueError: another name in it. While exporting,
+        NotImplementedError for an op without a form, for batch_invariant=True, and for options that a fused operator
+        lacks; torch wraps it in its ConversionError.
     """
     forms = dict(FORMS)
-    for name in (fused,) if isinstance(fused, str) else fused:
+    for name in _names(fused):
         check_choice("fused", name, tuple(FUSED))
         forms |= FUSED[name]
     ops: dict[Callable, Callable] = dict(OF_TORCH)
@@ -72,6 +74,12 @@ def translations(fused: Sequence[str] | str = ()) -> Translations:
     for name in _without_form():
         table[getattr(torch.ops.mla_kernels, name).default] = refusal(name, _reason(name))
     return Translations(table, ops)
+
+
+def _names(fused) -> tuple[str, ...]:
+    if not isinstance(fused, Iterable):
+        raise TypeError(f"fused: got {type(fused).__name__}, a name or several are accepted: {', '.join(FUSED)}")
+    return (fused,) if isinstance(fused, str) else tuple(fused)
 
 
 def _without_form() -> list[str]:
@@ -117,19 +125,28 @@ def export(
         torch's ONNXProgram: ``model_proto``, ``save(path)``.
 
     Raises:
-        TypeError: ``model`` is neither.
-        ValueError: an opset below 18, or below 23 with "attention"; an unknown name in ``fused``.
+        ImportError: onnx or onnxscript is not installed.
+        TypeError: ``model`` is neither; ``fused`` is no name and not several.
+        ValueError: an opset below 18, or below 23 with "attention", or one that the installed onnx and onnxscript do
+            not write; an unknown name in ``fused``; args, kwargs or dynamic_shapes beside an ExportedProgram.
         NotImplementedError: an op without a form in ONNX (gradients, collectives of process groups), named with the
             reason; batch_invariant=True; what a fused operator does not compute.
         RuntimeError: a form would fix a size that is dynamic.
     """
-    names = (fused,) if isinstance(fused, str) else tuple(fused)
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"mla_kernels.onnx.export needs {' and '.join(missing)}: pip install 'mla_kernels[onnx]'")
+    names = _names(fused)
     ways = translations(names)
     opset = _opset(opset_version, names)
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise TypeError(
             f"model: got {type(model).__name__}, a torch.nn.Module or torch.export.ExportedProgram is accepted"
         )
+    if isinstance(model, ExportedProgram):
+        for name, given in (("args", args), ("kwargs", kwargs), ("dynamic_shapes", dynamic_shapes)):
+            if given:
+                raise ValueError(f"{name}: an ExportedProgram has its own, and is accepted without")
     with torch.no_grad():
         if isinstance(model, torch.nn.Module):
             model = torch.export.export(model, args, kwargs, dynamic_shapes=_sizes(dynamic_shapes), strict=False)
@@ -144,6 +161,7 @@ def export(
                 axes = {"dynamic_shapes": dynamic_shapes}  # for their names alone
                 with _known_to_torch(ways.decompositions):
                     result = torch.onnx.export(program, dynamo=True, opset_version=opset, **axes, **options)
+        _check_opset(result.model, opset)
         _check_sizes(model, result.exported_program)
         _forget_symbols(model)
     outputs = result.model.graph.outputs
@@ -199,6 +217,17 @@ def _opset(version: int | None, fused: tuple[str, ...]) -> int:
         needed = " with fused attention" if least > 18 else ""
         raise ValueError(f"opset_version: got {version!r}, {least} or more is accepted{needed}")
     return version
+
+
+def _check_opset(model, opset: int) -> None:
+    """Where their converters fail, torch and onnxscript log it and leave the model as it was, at opset 18."""
+    found = {graph.opset_imports.get("", opset) for graph in (model.graph, *model.functions.values())} - {opset}
+    if found:
+        functions = " in a model with functions" if model.functions else ""
+        raise ValueError(
+            f"opset_version: got {opset}, which the installed onnx and onnxscript do not write{functions} "
+            f"(it stayed at {min(found)}); a lower one is accepted, {OPSET} unless told otherwise"
+        )
 
 
 def _sizes(shapes):

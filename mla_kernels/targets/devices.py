@@ -156,7 +156,9 @@ def names(device: str) -> tuple[str, ...]:
 
 def device(name: str) -> Chip:
     """The part called ``name``: a device ("h200"), a compile target ("sm_90": the part that stands for it), or what a
-    driver reports, with spaces or underscores. ValueError lists the known names."""
+    driver reports, with spaces or underscores. ValueError lists the known names; TypeError for what is no string."""
+    if not isinstance(name, str):
+        raise TypeError(f"device: got {type(name).__name__}, a name is accepted: {', '.join((*DEVICES, *CHIPS))}")
     plain = name.lower()
     for known in (DEVICES, CHIPS, _BY_NAME):
         if plain in known:

@@ -55,6 +55,9 @@ class NpuTensor(torch.Tensor):
     def __repr__(self, **options):
         return f"NpuTensor({self.raw})"
 
+    def __format__(self, form):
+        return format(self.item(), form) if self.dim() == 0 else super().__format__(form)
+
     def data_ptr(self):
         return self.raw.data_ptr()
 

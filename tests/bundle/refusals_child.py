@@ -59,6 +59,14 @@ CASES = {
     "format": ("has format 7, 1 is accepted", lambda f: edit(f, lambda m: m.update(format=7))),
     "no manifest": ("manifest.json cannot be read", lambda f: (f / manifest.NAME).unlink()),
     "no json": ("manifest.json is no JSON", lambda f: cut(f / manifest.NAME) or cut(f / manifest.NAME)),
+    "another vendor": (
+        "it is for intel (H100-SXM5-80GB), kernels are launched through CUDA",
+        lambda f: edit(f, lambda m: m["target"].update(vendor="intel")),
+    ),
+    "a part less": (
+        "manifest.json is damaged: toolchain.digest is missing, not str",
+        lambda f: edit(f, lambda m: m["toolchain"].pop("digest")),
+    ),
     "unfinished": ("run its finish.py", lambda f: edit(f, lambda m: m["kernels"][0].update(key=None))),
 }
 

@@ -93,7 +93,7 @@ def test_refusals(bundle, over_stub):
     said, _ = over_stub("tests.bundle.refusals_child", bundle[0])
     for name, (expected, message) in said["refused"].items():
         assert expected in message, f"{name}: {message}"
-    assert len(said["refused"]) == 12
+    assert len(said["refused"]) == 14
     assert said["compiled after a bundle for another chip"] == ["route_kernel"]
 
 

@@ -45,6 +45,13 @@ def test_modules_are_moved_copied_and_brought_back():
     assert moved.weight.device.type == "npu" and torch.equal(layer.cpu().weight, weight)
 
 
+def test_one_number_is_formatted():
+    number = torch.tensor(2.5, device="npu")
+    assert f"{number:.2f} {number}" == "2.50 2.5"
+    with pytest.raises(TypeError):
+        f"{torch.ones(2, device='npu'):.2f}"
+
+
 def test_views_share_their_memory():
     whole = torch.zeros(2, 3, device="npu")
     whole.t()[1].fill_(5.0)

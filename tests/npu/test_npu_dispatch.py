@@ -32,12 +32,13 @@ def test_on_an_emulated_device(where, request):
 @pytest.mark.parametrize(
     ("device", "words"),
     [
+        (None, "device: got NoneType, a name is accepted: a100"),
         ("910z", "device '910z' is unknown"),
         ("h100", "device 'h100': got a GPU, parts of Ascend are accepted"),
     ],
 )
 def test_other_devices_are_refused(device, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError if device else TypeError, match=words):
         emulated_npu.install(device)
 
 

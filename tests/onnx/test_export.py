@@ -1,5 +1,7 @@
 """What export makes of writes and names, and what it refuses."""
 
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -124,10 +126,29 @@ def test_refusals():
     refused(ValueError, "opset_version: got 22, 23 or more is accepted with fused attention", route, logits,
             opset_version=22, fused="attention")  # fmt: skip
     refused(ValueError, "fused: got 'moe'.*attention", route, logits, fused="moe")
+    refused(TypeError, "fused: got NoneType, a name or several are accepted: attention", route, logits, fused=None)
+    for functions in (False, True):  # torch's converter only logs it, and leaves opset 18
+        stayed = r"opset_version: got 99, which .*\(it stayed at 18\); a lower one is accepted"
+        refused(ValueError, stayed, route, logits, opset_version=99, functions=functions)
     with pytest.raises(TypeError, match="model: got function"):
         mk.onnx.export(route, (logits,))
     with pytest.raises(TypeError, match="program: got Call"):
         mk.onnx.functional(Call(route))
+
+
+@pytest.mark.parametrize("name", ["args", "kwargs", "dynamic_shapes"])
+def test_a_program_has_its_own_arguments(name):
+    logits = torch.randn(4, 8)
+    program = torch.export.export(Call(lambda logits: mk.route(logits, 2)).eval(), (logits,))
+    given = {"args": (logits,), "kwargs": {"logits": logits}, "dynamic_shapes": ({0: "tokens"},)}[name]
+    with pytest.raises(ValueError, match=f"{name}: an ExportedProgram has its own"):
+        mk.onnx.export(program, **{name: given})
+
+
+def test_a_missing_package_is_named_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"export needs onnxscript: pip install 'mla_kernels\[onnx\]'"):
+        mk.onnx.export(Call(lambda logits: mk.route(logits, 2)), (torch.randn(4, 8),))
 
 
 def test_every_reason_is_of_an_op():

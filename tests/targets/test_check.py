@@ -153,6 +153,11 @@ def test_markdown_to_a_file_needs_the_whole_matrix(tmp_path, capsys):
         (["check", "--case", "case two", "--dtype", "bf16"], "no declared kernel"),
         (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--tile", "BLOK=3"], "BLOCK, num_warps"),
         (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--tile", "BLOCK"], "NAME=VALUE"),
+        (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--tile", "BLOCK=²"], "NAME=VALUE"),
+        (["compile", "--kernel", "check_for_test_kernel", "--target", "sm_90", "--output", __file__], "is no folder"),
+        (["check", "--json", "nowhere/all.json"], "there is no folder 'nowhere'"),
+        (["check", "--markdown", "nowhere/page.md"], "--markdown: [Errno 2] No such file"),
+        (["check", "--markdown", __file__], "--markdown: the document has no lines"),
     ],
 )
 def test_unknown_names_exit_2_and_list_the_accepted(arguments, accepted, capsys):
