@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mla_kernels
-from mla_kernels.compat.kernels_hub import LAYERS, NAME, VARIANT, is_repository
+from mla_kernels.compat.kernels_hub import LAYERS, NAME, VARIANT, is_repository, path_of
 
 APART = ("reference", "autotune", "device")
 """Packages that a checkout keeps elsewhere than in the folder ``mla_kernels``."""
@@ -63,14 +63,14 @@ def write(folder: Path | str, *, version: int = 1) -> Path:
         ``folder`` as an absolute path.
 
     Raises:
-        TypeError: ``version`` is no integer. ValueError: it is below 1, or ``folder`` holds the package that runs, or
-        lies in it. FileExistsError: ``folder`` is a file, or holds something else.
+        TypeError: ``folder`` is no path, ``version`` no integer. ValueError: it is below 1, or ``folder``
+        holds the package that runs, or lies in it. FileExistsError: ``folder`` is a file, or holds something else.
     """
     if not isinstance(version, int) or isinstance(version, bool):
         raise TypeError(f"version: got {type(version).__name__}, an integer is accepted")
     if version < 1:
         raise ValueError(f"version: got {version}, an integer of at least 1 is accepted")
-    folder, source = Path(folder).absolute(), Path(mla_kernels.__file__).parent
+    folder, source = path_of("folder", folder), Path(mla_kernels.__file__).parent
     if source.is_relative_to(folder) or folder.is_relative_to(source):
         raise ValueError(f"folder: got {folder}, the package that runs is {source}; one apart from it is accepted")
     if folder.exists() and not (folder.is_dir() and (is_repository(folder) or not any(folder.iterdir()))):

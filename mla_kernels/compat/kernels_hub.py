@@ -7,6 +7,7 @@
 
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 
 from torch import nn
@@ -38,6 +39,13 @@ def is_repository(folder: Path) -> bool:
         return False
 
 
+def path_of(name: str, value) -> Path:
+    """An argument as an absolute path; TypeError where it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: got {type(value).__name__}, a path is accepted")
+    return Path(value).absolute()
+
+
 def mapping(folder: Path | str) -> dict:
     """Layer name -> device -> ``kernels.LocalLayerRepository``, as ``kernels.use_kernel_mapping`` takes it.
 
@@ -45,10 +53,11 @@ def mapping(folder: Path | str) -> dict:
         folder: what ``python -m mla_kernels kernels-repo`` wrote.
 
     Raises:
-        ValueError: another folder. ImportError: ``kernels`` is missing, or of a version that is not accepted.
+        TypeError: ``folder`` is no path. ValueError: another folder. ImportError: ``kernels`` is missing, or of a version
+        that is not accepted.
     """
     kernels = _kernels()
-    folder = Path(folder).absolute()
+    folder = path_of("folder", folder)
     if not is_repository(folder):
         raise ValueError(f"folder: got {folder}, accepted is what python -m mla_kernels kernels-repo wrote")
     repositories = {name: kernels.LocalLayerRepository(folder, layer_name=name) for name in LAYERS}
@@ -68,14 +77,18 @@ def kernelize(model: nn.Module, folder: Path | str, *, mode=None, device: str | 
         device: "cpu", "cuda", "rocm" or "npu"; None: the model's.
 
     Raises:
-        TypeError: no layer of the model has a name that the repository has. NotImplementedError: a layer that cannot
-        be served, with the reason; no layer has been changed then. ValueError: another device or folder.
-        ImportError: see :func:`mapping`.
+        TypeError: no layer of the model has a name that the repository has, or it is no model; ``mode`` is no
+        ``kernels.Mode``; ``folder`` is no path. NotImplementedError: a layer that cannot be served, with the reason; no
+        layer has been changed then. ValueError: another device or folder. ImportError: see :func:`mapping`.
     """
     from mla_kernels.compat.kernels_layers import why_not_served
 
     kernels = _kernels()
     known = mapping(folder)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is accepted")
+    if not isinstance(mode, kernels.Mode | None):
+        raise TypeError(f"mode: got {type(mode).__name__}, a kernels.Mode is accepted, as kernels.Mode.INFERENCE")
     if device is not None and device not in DEVICES:
         raise ValueError(f"device: got {device!r}, accepted: {', '.join(DEVICES)}")
     served = {of: name for name, classes in LAYERS.items() for of in classes}

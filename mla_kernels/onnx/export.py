@@ -128,7 +128,8 @@ def export(
         ImportError: onnx or onnxscript is not installed.
         TypeError: ``model`` is neither; ``fused`` is no name and not several.
         ValueError: an opset below 18, or below 23 with "attention", or one that the installed onnx and onnxscript do
-            not write; an unknown name in ``fused``; args, kwargs or dynamic_shapes beside an ExportedProgram.
+            not write; an unknown name in ``fused``; a ``<name>_out`` that is taken; args, kwargs or
+            dynamic_shapes beside an ExportedProgram.
         NotImplementedError: an op without a form in ONNX (gradients, collectives of process groups), named with the
             reason; batch_invariant=True; what a fused operator does not compute.
         RuntimeError: a form would fix a size that is dynamic.
@@ -164,10 +165,25 @@ def export(
         _check_opset(result.model, opset)
         _check_sizes(model, result.exported_program)
         _forget_symbols(model)
-    outputs = result.model.graph.outputs
-    for output, name in zip(outputs[len(outputs) - len(written) :], written):
-        output.name = f"{name}_out"
+    _name_written(result.model.graph, written)
     return result
+
+
+def _name_written(graph, written: list[str]) -> None:
+    """Call the last outputs ``<name>_out``. Names are unique in a model; one that is taken makes it invalid."""
+    outputs = graph.outputs[len(graph.outputs) - len(written) :]
+    names = {id(output): f"{name}_out" for output, name in zip(outputs, written)}
+    values = (*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs))
+    taken = {value.name for value in values if id(value) not in names}
+    for output, name in zip(outputs, written):
+        new = names[id(output)]
+        if new in taken:
+            raise ValueError(
+                f"{new}: what the model writes into {name} is an output of this name, which is taken: call the "
+                "argument, buffer or output that has it otherwise"
+            )
+        taken.add(new)
+        output.name = new
 
 
 @contextlib.contextmanager

@@ -137,6 +137,8 @@ def test_the_command(tmp_path, capsys):
 def test_versions_of_the_repository(tmp_path, version, error, said):
     with pytest.raises(error, match=f"version: {said}"):
         kernels_repo.write(tmp_path / "new", version=version)
+    with pytest.raises(TypeError, match="folder: got NoneType, a path is accepted"):
+        kernels_repo.write(None)
     assert not (tmp_path / "new").exists()
 
 
@@ -329,6 +331,12 @@ def test_other_models_and_folders(repository, tmp_path):
         kernels_hub.mapping(tmp_path)
     with pytest.raises(ValueError, match="device: got 'mps', accepted: cpu, cuda, rocm, npu"):
         kernels_hub.kernelize(gpt_oss(), repository, device="mps")
+    with pytest.raises(TypeError, match=r"mode: got str, a kernels.Mode is accepted, as kernels.Mode.INFERENCE"):
+        kernels_hub.kernelize(gpt_oss(), repository, mode="INFERENCE")
+    with pytest.raises(TypeError, match=r"model: got NoneType, a torch.nn.Module is accepted"):
+        kernels_hub.kernelize(None, repository)
+    with pytest.raises(TypeError, match="folder: got int, a path is accepted"):
+        kernels_hub.mapping(3)
     wrong = kernels.LocalLayerRepository(repository, layer_name="MlaAttention")
     with pytest.raises(ValueError, match="Layer `MlaAttention` not found"):
         wrong.load()

@@ -60,6 +60,39 @@ def test_writes_are_results():
     assert not given[2].equal(written)  # the caller's tensor is as it was
 
 
+class Taken(torch.nn.Module):
+    """Writes into ``data``, and has another value of the name that the result would get."""
+
+    def forward(self, data, data_out):
+        data.add_(data_out)
+        return data_out * 2
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_a_name_that_is_taken_is_refused(functions):
+    """onnxruntime refuses a model with a name twice."""
+    with pytest.raises(ValueError, match="data_out: what the model writes into data is an output of this name"):
+        mk.onnx.export(Taken(), (torch.zeros(3), torch.ones(3)), functions=functions)
+
+
+class Alike(torch.nn.Module):
+    """A buffer and an argument of one name, both written."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("data", torch.zeros(3))
+
+    def forward(self, data):
+        data.add_(1)
+        self.data.add_(2)
+        return data * 2
+
+
+def test_what_is_written_has_names_of_its_own():
+    with pytest.raises(ValueError, match="data_out: what the model writes into data"):
+        mk.onnx.export(Alike(), (torch.zeros(3),))
+
+
 def test_a_program_exports_again_and_stays_runnable():
     given = pages()
     program = torch.export.export(Writer(), given)
