@@ -108,14 +108,20 @@ def build_model(sizes: dict, dtype: torch.dtype, seed: int):
 
 
 def load_model(path: str, dtype: torch.dtype):
-    """A local checkpoint and its tokenizer."""
+    """A local checkpoint and its tokenizer. Unusable where it is none, or of a model that enable refuses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mla_kernels.compat.transformers import disable, enable
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:  # a file is missing, or of something else
         raise Unusable(f"--model: {path} cannot be loaded: {error}") from error
+    try:
+        disable(enable(model))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise Unusable(f"--model: {path}: {error}") from error
     return model.eval(), tokenizer
 
 

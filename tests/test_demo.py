@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from mla_kernels import demo
 from mla_kernels.compat import transformers_attention as compat
@@ -141,6 +142,14 @@ def test_a_checkpoint_that_cannot_be_loaded_is_said(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert demo.main(["--model", str(tmp_path), *SMOKE[1:]]) == 2
     assert f"error: --model: {tmp_path} cannot be loaded: Unrecognized model" in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path, capsys, monkeypatch):
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: demo.ByteTokenizer())
+    assert demo.main(["--model", str(tmp_path), *SMOKE[1:]]) == 2
+    assert f"error: --model: {tmp_path}: enable: got LlamaForCausalLM, accepted are" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(capsys, monkeypatch):

@@ -53,8 +53,8 @@ def mapping(folder: Path | str) -> dict:
         folder: what ``python -m mla_kernels kernels-repo`` wrote.
 
     Raises:
-        TypeError: ``folder`` is no path. ValueError: another folder. ImportError: ``kernels`` is missing, or of a version
-        that is not accepted.
+        TypeError: ``folder`` is no path. ValueError: another folder. ImportError: ``kernels`` is missing, or of a
+        version that is not accepted.
     """
     kernels = _kernels()
     folder = path_of("folder", folder)
