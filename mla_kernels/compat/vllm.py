@@ -95,6 +95,7 @@ def concat_and_cache_mla(
             raise ValueError(f"kv_c, k_pe: got widths {latent_dim} and {rope_dim}, fp8_ds_mla has 512 and 64")
         check_tensor("kv_cache", kv_cache, shape=(None, None, 656), dtypes=(torch.uint8,), device=kv_c.device)
         cache = LatentCache(kv_cache, latent_dim, CacheLayout.FP8_V32)
+    check_no_grad("concat_and_cache_mla", kv_c=kv_c, k_pe=k_pe)
     scatter_tokens(kv_c[:tokens], k_pe[:tokens], slot_mapping, cache)
 
 
