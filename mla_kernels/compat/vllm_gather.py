@@ -3,7 +3,8 @@
 import torch
 
 from mla_kernels.checks import FLOATS, check_int, check_tensor
-from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.compat.vllm import latent_cache
+from mla_kernels.latent.cache import CacheLayout
 from mla_kernels.latent.indexer.cache import SCALE_BYTES, IndexerCache, misplaced
 from mla_kernels.latent.tools.gather import gather_tokens
 
@@ -184,7 +185,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     check_tensor("block_table", block_table, rank=2, dtypes=_INT32, device=device)
     check_tensor("workspace_starts", workspace_starts, rank=1, dtypes=_INT32, device=device)
     check_int("batch_size", batch_size, 0, min(block_table.shape[0], workspace_starts.shape[0]))
-    cache = LatentCache(src_cache, 512, CacheLayout.FP8_V32)
+    cache = latent_cache("src_cache", src_cache, 512, CacheLayout.FP8_V32)
     ends = workspace_starts.new_full((1,), dst.shape[0])
     starts = torch.cat((workspace_starts[:batch_size], ends))
     first = _first(seq_starts, batch_size, device)

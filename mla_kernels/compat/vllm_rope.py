@@ -3,7 +3,7 @@
 import torch
 
 from mla_kernels.checks import FLOATS, INDICES, check_int, check_no_grad, check_range, check_tensor, readable
-from mla_kernels.compat.vllm import concat_and_cache_mla
+from mla_kernels.compat.vllm import concat_and_cache_mla, latent_cache
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.heads import rotate_heads
 from mla_kernels.latent.tools.scatter import scatter_tokens
@@ -257,13 +257,13 @@ def _split_cache(k_cache, block_size) -> LatentCache:
             f"k_cache: got blocks of {size:,} bytes, at least {block_size * _TOKEN:,} are accepted, {block_size} tokens"
         )
     shape, strides = (k_cache.shape[0], block_size, _TOKEN), (k_cache.stride(0), _TOKEN, 1)
-    return LatentCache(k_cache.as_strided(shape, strides), _WIDTH, CacheLayout.FP8_V4)
+    return latent_cache("k_cache", k_cache.as_strided(shape, strides), _WIDTH, CacheLayout.FP8_V4)
 
 
 def _plain_cache(k_cache, block_size) -> LatentCache:
     check_int("cache_block_size", block_size, 1)
     check_tensor("k_cache", k_cache, shape=(None, block_size, _WIDTH), dtypes=(torch.bfloat16,))
-    return LatentCache(k_cache, _WIDTH)
+    return latent_cache("k_cache", k_cache, _WIDTH)
 
 
 def _angles(cos_sin_cache, rope_dim, name, positions, tokens, device, used=None) -> tuple[torch.Tensor, ...]:

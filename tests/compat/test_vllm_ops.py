@@ -395,3 +395,18 @@ def test_nothing_is_written_where_a_gradient_would_be_lost(cpu_code):
     with pytest.raises(NotImplementedError, match="concat_and_cache_mla has no backward and kv_c requires grad"):
         ops.concat_and_cache_mla(latent, torch.ones(4, 64), wide, slots, "auto", torch.ones(1))
     assert not cache.any() and not wide.any()
+
+
+def test_caches_that_lie_at_odd_bytes_are_named(cpu_code):
+    (_, kv, table, positions), slots, *_ = v4("cpu")
+    odd = torch.zeros(2, 4 * 656 + 1).byte()
+    fp8 = odd[:, :-1].unflatten(1, (4, 656))
+    with pytest.raises(ValueError, match="k_cache: got strides and offset"):
+        ops.fused_deepseek_v4_kv_rope_insert(kv, odd, slots, positions, table, 4)
+    with pytest.raises(ValueError, match="kv_cache: got strides and offset"):
+        ones = torch.ones(4, 512), torch.ones(4, 64)
+        ops.concat_and_cache_mla(*ones, fp8, torch.arange(4), "fp8_ds_mla", torch.ones(1))
+    with pytest.raises(ValueError, match="src_cache: got strides and offset"):
+        out = torch.zeros(12, 576).bfloat16()
+        ops.cp_gather_and_upconvert_fp8_kv_cache(fp8, out, TABLE, STARTS, 2)
+    assert not odd.any()
