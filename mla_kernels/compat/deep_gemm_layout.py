@@ -104,8 +104,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(
     elif readable(sf) and bool(((sf.contiguous().view(torch.int32) & 0x807FFFFF) != 0).any()):
         raise ValueError("sf: got scales that are no powers of two, powers of two are accepted (ue8m0 has no mantissa)")
     blocks = torch.nn.functional.pad(sf, (0, -sf.shape[-1] % PACKED))
-    exponents = ((blocks.view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
-    return _columns_first(exponents.contiguous().view(torch.int32))
+    return _columns_first(_packed(blocks))
 
 
 def pack_ue8m0_to_int(x: torch.Tensor) -> torch.Tensor:
@@ -117,10 +116,9 @@ def pack_ue8m0_to_int(x: torch.Tensor) -> torch.Tensor:
     check_tensor("x", x, dtypes=(torch.float32,), dense=False)
     if x.dim() == 0 or x.shape[-1] % PACKED:
         raise ValueError(f"x: got shape {tuple(x.shape)}, a multiple of {PACKED} in the last dimension is accepted")
-    bits = x.contiguous().view(torch.int32)
-    if readable(x) and bool(((bits & 0x807FFFFF) != 0).any()):
+    if readable(x) and bool(((x.contiguous().view(torch.int32) & 0x807FFFFF) != 0).any()):
         raise ValueError("x: got scales that are no powers of two, powers of two are accepted")
-    return (bits >> 23).to(torch.uint8).view(torch.int32)
+    return _packed(x)
 
 
 def transform_sf_into_required_layout(
@@ -153,6 +151,11 @@ def transform_sf_into_required_layout(
         NotImplementedError: granularities but 1 and 128 rows, 32 and 128 columns.
         TypeError, ValueError: shapes and dtypes that do not fit.
     """
+    check_recipe("recipe", recipe, (2, 3))
+    check_int("mn", mn, 0)
+    check_int("k", k, 0)
+    if num_groups is not None:
+        check_int("num_groups", num_groups, 0)
     if len(recipe) == 3:
         if is_sfa is None:
             raise ValueError("is_sfa: got None with a recipe of three, a bool is accepted then")
@@ -169,6 +172,14 @@ def transform_sf_into_required_layout(
     if gran_mn > 1:
         sf = sf.repeat_interleave(gran_mn, -2)[..., :mn, :]
     return get_mn_major_tma_aligned_packed_ue8m0_tensor(sf, psum_layout)
+
+
+def check_recipe(name: str, recipe, lengths: tuple[int, ...]) -> None:
+    """Refuse what are not so many granularities."""
+    sound = isinstance(recipe, (tuple, list)) and len(recipe) in lengths
+    if not sound or not all(type(value) is int for value in recipe):
+        wanted = " or ".join(map(str, lengths))
+        raise ValueError(f"{name}: got {recipe!r}, a tuple of {wanted} integers is accepted")
 
 
 def check_scale(name, scale, mn: int, k: int, gran_mn: int, gran_k: int, groups: int | None, device=None) -> None:
@@ -193,6 +204,14 @@ def _check_scales(name, sf, dtypes):
     check_tensor(name, sf, dtypes=dtypes, dense=False)
     if sf.dim() not in (2, 3):
         raise ValueError(f"{name}: got {sf.dim()} dimensions {tuple(sf.shape)}, 2 or 3 are accepted")
+
+
+def _packed(scales):
+    """int32 [..., blocks / 4] of the exponents of fp32 [..., blocks], dense."""
+    if not scales.numel():  # torch views nothing as wider elements
+        return scales.new_empty((*scales.shape[:-1], scales.shape[-1] // PACKED), dtype=torch.int32)
+    exponents = ((scales.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+    return exponents.view(torch.int32)
 
 
 def _columns_first(sf):

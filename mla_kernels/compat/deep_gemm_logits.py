@@ -9,7 +9,7 @@ from mla_kernels.attention.indexer.forward import MAX_HEADS
 from mla_kernels.attention.indexer.mqa import mqa_logits, paged_mqa_logits
 from mla_kernels.attention.indexer.topk import MAX_KEYS
 from mla_kernels.attention.paging import check_page_size
-from mla_kernels.checks import check_choice, check_int, check_tensor
+from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.latent.indexer.cache import HEAD_DIMS, SCALE_BYTES, misplaced
 from mla_kernels.quant.fp8_block import decode_e4m3
 from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0, exponents_of
@@ -93,6 +93,7 @@ def fp8_fp4_mqa_logits(
     dtype = _result_dtype(weights, logits_dtype, (tokens, heads), form, q.device)
     for name, value in (("cu_seq_len_k_start", cu_seq_len_k_start), ("cu_seq_len_k_end", cu_seq_len_k_end)):
         check_tensor(name, value, shape=(tokens,), dtypes=(torch.int32,), device=q.device)
+    check_no_grad("fp8_mqa_logits", **{"kv[1]": k_scale, "weights": weights})
     out = _rows(tokens, max_seqlen_k or k.shape[0], q.device)
     q, weights = _values(q, q_scale, form), weights.float().contiguous()
     starts, ends = cu_seq_len_k_start.contiguous(), cu_seq_len_k_end.contiguous()
@@ -183,6 +184,7 @@ def fp8_fp4_paged_mqa_logits(
         if queries != 1:
             raise ValueError(f"indices: got a tensor with {queries} queries a sequence, 1 is accepted then")
         check_tensor("indices", indices, shape=(sequences,), dtypes=(torch.int32,), device=device)
+    check_no_grad("fp8_paged_mqa_logits", weights=weights)
     out = _rows(sequences * queries, max_context_len, device)
     q, weights = _values(q, q_scale, form), weights.float().contiguous()
     paged_mqa_logits(q, cache, form, weights, block_table, limits, out, clean_logits)
@@ -277,7 +279,7 @@ def _pages(kv_cache):
         raise ValueError(f"kv_cache: got strides {kv_cache.stride()}, pages that are dense are accepted")
     place = kv_cache.stride(0), 0 if torch.compiler.is_compiling() else kv_cache.storage_offset()
     if any(value % SCALE_BYTES for value in place):
-        raise misplaced(*place)
+        raise misplaced(*place, name="kv_cache")
     check_page_size(page_size)
     return kv_cache.flatten(1)
 

@@ -8,8 +8,8 @@ scale of a belongs to gran_m rows and gran_k columns, one of b to gran_n and gra
 
 import torch
 
-from mla_kernels.checks import check_int, check_no_grad, check_tensor
-from mla_kernels.compat.deep_gemm_layout import check_scale, get_mk_alignment_for_contiguous_layout
+from mla_kernels.checks import check_int, check_no_grad, check_tensor, readable
+from mla_kernels.compat.deep_gemm_layout import check_recipe, check_scale, get_mk_alignment_for_contiguous_layout
 from mla_kernels.compat.torch_npu_parts import same
 from mla_kernels.hyper.prenorm import prenorm_product
 from mla_kernels.moe.quantised.scaled_product import scaled_product
@@ -60,7 +60,7 @@ def fp8_gemm_nt(
     check_scale("b[1]", b_scale, b.shape[0], depth, *grans[1:], None, a.device)
     if c is not None:
         check_tensor("c", c, shape=tuple(d.shape), like=d)
-    check_no_grad("fp8_gemm_nt", d=d, c=c)
+    check_no_grad("fp8_gemm_nt", **{"a[1]": a_scale, "b[1]": b_scale}, d=d, c=c)
     _multiply(
         a[None],
         a_scale[None],
@@ -123,7 +123,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     grans = _grans(recipe, recipe_a, recipe_b, b_scale)
     check_scale("a[1]", a_scale, rows, depth, 1, grans[0], None, a.device)
     check_scale("b[1]", b_scale, columns, depth, *grans[1:], groups, a.device)
-    check_no_grad("m_grouped_fp8_gemm_nt_contiguous", d=d)
+    check_no_grad("m_grouped_fp8_gemm_nt_contiguous", **{"a[1]": a_scale, "b[1]": b_scale}, d=d)
     alignment = get_mk_alignment_for_contiguous_layout()
     layout = _groups_of_rows(grouped_layout, rows, alignment) if use_psum_layout else grouped_layout.contiguous()
     _multiply(a[None], a_scale[None], b, b_scale, d[None], layout, "contiguous", grans, alignment)
@@ -168,7 +168,7 @@ def m_grouped_fp8_gemm_nt_masked(
     grans = _grans(recipe, recipe_a, recipe_b, b_scale)
     check_scale("a[1]", a_scale, rows, depth, 1, grans[0], groups, a.device)
     check_scale("b[1]", b_scale, columns, depth, *grans[1:], groups, a.device)
-    check_no_grad("m_grouped_fp8_gemm_nt_masked", d=d)
+    check_no_grad("m_grouped_fp8_gemm_nt_masked", **{"a[1]": a_scale, "b[1]": b_scale}, d=d)
     _multiply(a, a_scale, b, b_scale, d, masked_m.contiguous(), "masked", grans, 0)
 
 
@@ -199,7 +199,9 @@ def fp8_einsum(
     """
     if expr != "bhr,hdr->bhd":
         raise NotImplementedError(f"expr: got {expr!r}, 'bhr,hdr->bhd' is accepted (what DeepSeek-V4 calls)")
-    _refuse(epilogue=epilogue, use_128x4_sfd_layout=use_128x4_sfd_layout or None)
+    _refuse(epilogue=epilogue)
+    if use_128x4_sfd_layout:
+        raise NotImplementedError(f"use_128x4_sfd_layout: got {use_128x4_sfd_layout!r}, False is accepted")
     if isinstance(d, (tuple, list)):
         raise NotImplementedError("d: got codes and scales, a tensor is accepted (results are not quantised)")
     a, a_scale = _codes("a", a, 3)
@@ -216,7 +218,7 @@ def fp8_einsum(
     if c is not None:
         check_tensor("c", c, shape=tuple(d.shape), like=d)
         c = c.transpose(0, 1)
-    check_no_grad("fp8_einsum", d=d, c=c)
+    check_no_grad("fp8_einsum", **{"a[1]": a_scale, "b[1]": b_scale}, d=d, c=c)
     _multiply(a, a_scale, b, b_scale, d.transpose(0, 1), None, "batched", grans, 0, c)
 
 
@@ -292,6 +294,9 @@ def _grans(recipe, recipe_a, recipe_b, b_scale):
     """(gran_k of a, gran_n, gran_k of b)."""
     if (recipe_a is None) != (recipe_b is None) or (recipe is not None and recipe_a is not None):
         raise ValueError("recipe, recipe_a, recipe_b: got a mixture, recipe, or recipe_a and recipe_b are accepted")
+    for name, value, count in (("recipe", recipe, 3), ("recipe_a", recipe_a, 2), ("recipe_b", recipe_b, 2)):
+        if value is not None:
+            check_recipe(name, value, (count,))
     if recipe_a is not None:
         (gran_m, gran_a), (gran_n, gran_b) = recipe_a, recipe_b
     else:
@@ -305,6 +310,19 @@ def _grans(recipe, recipe_a, recipe_b, b_scale):
 
 def _groups_of_rows(ends, rows, alignment):
     """int32 [M]: the group of each row, or -1, of the rows where groups end."""
+    if readable(ends):
+        end = 0
+        for group, value in enumerate(ends.tolist()):
+            start = -(-end // alignment) * alignment
+            # a group without rows may end where the one before ends
+            if not (start <= value <= rows or value == end):
+                raise ValueError(
+                    f"grouped_layout: got {value} as the end of group {group}, which begins at {start}; {start} to "
+                    f"{rows} are accepted (use_psum_layout)"
+                )
+            end = value
+    if not ends.shape[0]:
+        return ends.new_full((rows,), -1)
     row = torch.arange(rows, dtype=torch.int32, device=ends.device)
     group = torch.searchsorted(ends, row, right=True, out_int32=True)  # the first that ends behind the row
     starts = torch.nn.functional.pad((ends[:-1] + alignment - 1) // alignment * alignment, (1, 1))

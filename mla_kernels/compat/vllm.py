@@ -89,13 +89,22 @@ def concat_and_cache_mla(
             raise ValueError(f"{name}: got {value.shape[0]} rows for {tokens} slots, at least as many are accepted")
     if kv_cache_dtype in _PLAIN:
         check_tensor("kv_cache", kv_cache, shape=(None, None, latent_dim + rope_dim), like=kv_c)
-        cache = LatentCache(kv_cache, latent_dim)
+        cache = latent_cache("kv_cache", kv_cache, latent_dim)
     else:
         if (latent_dim, rope_dim) != (512, 64):
             raise ValueError(f"kv_c, k_pe: got widths {latent_dim} and {rope_dim}, fp8_ds_mla has 512 and 64")
         check_tensor("kv_cache", kv_cache, shape=(None, None, 656), dtypes=(torch.uint8,), device=kv_c.device)
-        cache = LatentCache(kv_cache, latent_dim, CacheLayout.FP8_V32)
+        cache = latent_cache("kv_cache", kv_cache, latent_dim, CacheLayout.FP8_V32)
+    check_no_grad("concat_and_cache_mla", kv_c=kv_c, k_pe=k_pe)
     scatter_tokens(kv_c[:tokens], k_pe[:tokens], slot_mapping, cache)
+
+
+def latent_cache(name: str, data: torch.Tensor, latent_dim: int, layout: CacheLayout | None = None) -> LatentCache:
+    """The cache of a caller's argument, by whose name its refusals call the data."""
+    try:
+        return LatentCache(data, latent_dim, layout)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data: ", f"{name}: ", 1)) from None
 
 
 def merge_attn_states(

@@ -46,11 +46,11 @@ from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.prefill.op import mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat.vllm import concat_and_cache_mla
+from mla_kernels.compat.vllm_plugin import LEAST_CAPABILITY
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 
 PLAIN = ["auto", "float16", "bfloat16"]
 PACKED = "fp8_ds_mla"
-LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 
 
 class _Common:

@@ -2,9 +2,10 @@
 
 import torch
 
-from mla_kernels.checks import check_int, check_tensor
-from mla_kernels.latent.cache import CacheLayout, LatentCache
-from mla_kernels.latent.indexer.cache import IndexerCache
+from mla_kernels.checks import FLOATS, check_int, check_tensor
+from mla_kernels.compat.vllm import latent_cache
+from mla_kernels.latent.cache import CacheLayout
+from mla_kernels.latent.indexer.cache import SCALE_BYTES, IndexerCache, misplaced
 from mla_kernels.latent.tools.gather import gather_tokens
 
 _CODES = (torch.uint8, torch.float8_e4m3fn)
@@ -75,7 +76,7 @@ def gather_and_maybe_dequant_cache(
         cu_seq_lens: ``[batch + 1]`` int32, where each sequence's rows begin in ``dst``.
         token_to_seq: there the sequence of each row; not read, since ``cu_seq_lens`` says it.
         num_tokens: rows that are looked at.
-        kv_cache_dtype: ``"auto"``, ``"bfloat16"`` or ``"float16"``.
+        kv_cache_dtype: ``"auto"``, or the dtype of ``src_cache``: ``"bfloat16"``, ``"float16"``.
         scale: of plain fp8 caches there; not read.
         seq_starts: ``[batch]`` int32, the first token that is wanted of each sequence; None: 0.
 
@@ -91,7 +92,8 @@ def gather_and_maybe_dequant_cache(
             f"kv_cache_dtype: got {kv_cache_dtype!r}, accepted: {', '.join(map(repr, _PLAIN))}; fp8_ds_mla is read by "
             "cp_gather_and_upconvert_fp8_kv_cache, e4m3 under one scale a tensor by no kernel here"
         )
-    check_tensor("src_cache", src_cache, rank=3)
+    named = FLOATS if kv_cache_dtype == "auto" else (getattr(torch, kv_cache_dtype),)
+    check_tensor("src_cache", src_cache, rank=3, dtypes=named)
     check_tensor("dst", dst, shape=(None, src_cache.shape[2]), like=src_cache)
     check_int("num_tokens", num_tokens, 0, dst.shape[0])
     pages, page_size, _ = src_cache.shape
@@ -131,8 +133,9 @@ def cp_gather_cache(
     if block_table.shape[0] < batch_size:
         raise ValueError(f"block_table: got {block_table.shape[0]} rows for {batch_size} sequences")
     pages, page_size = src_cache.shape[:2]
-    cu_seq_lens = cu_seq_lens[: batch_size + 1] if isinstance(cu_seq_lens, torch.Tensor) else cu_seq_lens
-    starts = seq_starts[:batch_size] if isinstance(seq_starts, torch.Tensor) else seq_starts
+    check_tensor("cu_seq_lens", cu_seq_lens, rank=1, dtypes=_INT32, device=src_cache.device)
+    cu_seq_lens = cu_seq_lens[: batch_size + 1]
+    starts = _first(seq_starts, batch_size, src_cache.device)
     table = block_table[:batch_size]
     _take(src_cache, _slots(table, cu_seq_lens, starts, len(dst), page_size, pages, src_cache.device), dst)
 
@@ -182,10 +185,10 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     check_tensor("block_table", block_table, rank=2, dtypes=_INT32, device=device)
     check_tensor("workspace_starts", workspace_starts, rank=1, dtypes=_INT32, device=device)
     check_int("batch_size", batch_size, 0, min(block_table.shape[0], workspace_starts.shape[0]))
-    cache = LatentCache(src_cache, 512, CacheLayout.FP8_V32)
+    cache = latent_cache("src_cache", src_cache, 512, CacheLayout.FP8_V32)
     ends = workspace_starts.new_full((1,), dst.shape[0])
     starts = torch.cat((workspace_starts[:batch_size], ends))
-    first = seq_starts[:batch_size] if isinstance(seq_starts, torch.Tensor) else seq_starts
+    first = _first(seq_starts, batch_size, device)
     slots = _slots(
         block_table[:batch_size], starts, first, dst.shape[0], cache.page_size, cache.num_pages, device
     )  # fmt: skip
@@ -217,7 +220,19 @@ def indexer_cache(kv_cache, head_dim: int, device: torch.device) -> IndexerCache
     blocks, block_size, _ = kv_cache.shape
     if block_size > 1 and kv_cache.stride(1) != token:
         raise ValueError(f"kv_cache: got strides {kv_cache.stride()}, blocks that are dense are accepted")
+    if block_size == 0:
+        raise ValueError("kv_cache: got blocks of 0 keys, at least 1 is accepted")
+    place = kv_cache.stride(0), 0 if torch.compiler.is_compiling() else kv_cache.storage_offset()
+    if any(value % SCALE_BYTES for value in place):
+        raise misplaced(*place, name="kv_cache")
     return IndexerCache(kv_cache.as_strided((blocks, block_size * token), (kv_cache.stride(0), 1)), head_dim)
+
+
+def _first(seq_starts, batch_size, device):
+    if seq_starts is not None:
+        check_tensor("seq_starts", seq_starts, rank=1, dtypes=_INT32, device=device)
+        seq_starts = seq_starts[:batch_size]
+    return seq_starts
 
 
 def _slots(block_table, cu_seq_lens, seq_starts, count, page_size, pages, device) -> torch.Tensor:
@@ -228,6 +243,8 @@ def _slots(block_table, cu_seq_lens, seq_starts, count, page_size, pages, device
     check_tensor("cu_seq_lens", cu_seq_lens, shape=(batch + 1,), dtypes=_INT32, device=device)
     if seq_starts is not None:
         check_tensor("seq_starts", seq_starts, shape=(batch,), dtypes=_INT32, device=device)
+    if page_size == 0:
+        raise ValueError("src_cache: got blocks of 0 tokens, at least 1 is accepted")
     rows = torch.arange(count, dtype=torch.int32, device=device)
     if batch == 0 or columns == 0 or pages == 0:
         return torch.full_like(rows, -1, dtype=torch.int64)

@@ -15,7 +15,7 @@ reason, before anything is written. Nothing is read back from a device.
 
 import torch
 
-from mla_kernels.attention.indexer.topk import indexer_topk
+from mla_kernels.attention.indexer.topk import MAX_TOP_K, indexer_topk
 from mla_kernels.checks import FLOATS, INDICES, check_int, check_tensor
 from mla_kernels.compat.vllm import concat_and_cache_mla
 from mla_kernels.compat.vllm_gather import (
@@ -191,7 +191,7 @@ def _rows(logits, num_rows, stride0, stride1, out_name, out, top_k) -> torch.Ten
     for name, value, own in (("stride0", stride0, logits.stride(0)), ("stride1", stride1, logits.stride(1))):
         if value != own:
             raise ValueError(f"{name}: got {value!r}, the stride of logits, {own}, is accepted")
-    check_int("topk_tokens" if out_name == "raw_topk_indices" else "k", top_k, 1)
+    check_int("topk_tokens" if out_name == "raw_topk_indices" else "k", top_k, 1, MAX_TOP_K)
     check_tensor(out_name, out, rank=2, dtypes=(torch.int32,), device=logits.device)
     if out.shape[0] < num_rows or out.shape[1] < top_k:
         raise ValueError(f"{out_name}: got shape {tuple(out.shape)}, at least ({num_rows}, {top_k}) is accepted")

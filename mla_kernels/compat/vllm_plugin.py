@@ -4,7 +4,7 @@ vLLM calls :func:`register` in each of its processes, through the entry point ``
 backends that can be asked for by name on every CUDA or ROCm chip (:mod:`mla_kernels.compat.vllm_attention`):
 ``--attention-backend MLA_KERNELS``, ``--attention-backend MLA_KERNELS_SPARSE``, and for prefill
 ``--attention-config.mla_prefill_backend MLA_KERNELS``. On CUDA chips where vLLM has no kernels for sparse
-latent attention at all (A100, L40S, RTX 4090, Jetson Thor), it also
+latent attention at all (A100, RTX 3090, L40S, RTX 4090, Jetson Thor), it also
 
 - puts the sparse backend in the place of ``FLASHMLA_SPARSE``, whose kernels run on capabilities 9 and 10 alone, so that
   vLLM's own choice ends with it instead of "No valid attention backend found";
@@ -36,6 +36,7 @@ BACKENDS = {
 }
 PREFILL = "mla_kernels.compat.vllm_attention.PrefillBackend"
 IN_PLACE = "mla_kernels.compat.vllm_attention.SparseInPlaceOfFlashMLA"
+LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 NATIVE = (9, 10, 12)
 """Major capabilities for which vLLM 0.33 has kernels of its own for sparse latent attention and its indexer."""
 
@@ -68,6 +69,13 @@ def register() -> None:
         return
     capability = current_platform.get_device_capability()
     if capability is None or capability.major in NATIVE:
+        return
+    if tuple(capability) < LEAST_CAPABILITY:
+        logger.info(
+            "mla_kernels: capability %d.%d: the attention here needs %d.%d; nothing was put in the place of vLLM's",
+            *capability,
+            *LEAST_CAPABILITY,
+        )
         return
     register_backend(AttentionBackendEnum.FLASHMLA_SPARSE, IN_PLACE)
     done = ["sparse latent attention (in the place of FLASHMLA_SPARSE)"]

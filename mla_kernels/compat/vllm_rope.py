@@ -2,8 +2,8 @@
 
 import torch
 
-from mla_kernels.checks import FLOATS, INDICES, check_int, check_no_grad, check_tensor
-from mla_kernels.compat.vllm import concat_and_cache_mla
+from mla_kernels.checks import FLOATS, INDICES, check_int, check_no_grad, check_range, check_tensor, readable
+from mla_kernels.compat.vllm import concat_and_cache_mla, latent_cache
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.heads import rotate_heads
 from mla_kernels.latent.tools.scatter import scatter_tokens
@@ -51,7 +51,7 @@ def concat_and_cache_mla_rope_fused(
     check_tensor("k_pe", key, shape=(tokens, rope_dim), like=q_pe)
     if not isinstance(is_neox, bool):
         raise TypeError(f"is_neox: got {type(is_neox).__name__}, a bool is accepted")
-    check_no_grad("concat_and_cache_mla_rope_fused", q_pe=q_pe, k_pe=k_pe)
+    check_no_grad("concat_and_cache_mla_rope_fused", q_pe=q_pe, k_pe=k_pe, kv_c=kv_c)
     angles = _angles(cos_sin_cache, rope_dim, "positions", positions, tokens, q_pe.device)
     options = {"rope_dim": rope_dim, "rope": "half" if is_neox else "interleaved"}
     turned = rotate_heads(key[:, None], *angles, **options)[:, 0]
@@ -174,6 +174,7 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert(
     Source: vLLM ``csrc/libtorch_stable/fused_deepseek_v4_qnorm_rope_kv_insert_kernel.cu``.
     """
     check_tensor("q", q, shape=(None, None, _WIDTH), dtypes=(torch.bfloat16,))
+    check_no_grad("fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert", q=q)
     cache = _plain_cache(k_cache, cache_block_size)
     angles, keys = _rotated_keys(kv, cache, slot_mapping, position_ids, cos_sin_cache, q)
     queries = _rotated(q, angles, eps if apply_q_norm else None)
@@ -256,21 +257,24 @@ def _split_cache(k_cache, block_size) -> LatentCache:
             f"k_cache: got blocks of {size:,} bytes, at least {block_size * _TOKEN:,} are accepted, {block_size} tokens"
         )
     shape, strides = (k_cache.shape[0], block_size, _TOKEN), (k_cache.stride(0), _TOKEN, 1)
-    return LatentCache(k_cache.as_strided(shape, strides), _WIDTH, CacheLayout.FP8_V4)
+    return latent_cache("k_cache", k_cache.as_strided(shape, strides), _WIDTH, CacheLayout.FP8_V4)
 
 
 def _plain_cache(k_cache, block_size) -> LatentCache:
     check_int("cache_block_size", block_size, 1)
     check_tensor("k_cache", k_cache, shape=(None, block_size, _WIDTH), dtypes=(torch.bfloat16,))
-    return LatentCache(k_cache, _WIDTH)
+    return latent_cache("k_cache", k_cache, _WIDTH)
 
 
-def _angles(cos_sin_cache, rope_dim, name, positions, tokens, device) -> tuple[torch.Tensor, ...]:
-    """(cos, sin, positions) of ``rotate_heads``: the table's halves, or this call's rows of them in float32."""
+def _angles(cos_sin_cache, rope_dim, name, positions, tokens, device, used=None) -> tuple[torch.Tensor, ...]:
+    """(cos, sin, positions) of ``rotate_heads``: the table's halves, or this call's rows of them in float32. ``used``:
+    positions that are looked at."""
     check_tensor("cos_sin_cache", cos_sin_cache, shape=(None, rope_dim), device=device)
     check_tensor(name, positions, shape=(tokens,), dtypes=INDICES, device=device)
+    rows = cos_sin_cache.shape[0]
+    if readable(positions):
+        check_range(name, positions[:used], 0, rows, "rows of cos_sin_cache")
     if cos_sin_cache.dtype != torch.float32:
-        rows = cos_sin_cache.shape[0]
         known = (positions >= 0) & (positions < rows)  # of others rotate_heads makes what it makes of them
         cos_sin_cache = cos_sin_cache[positions.clamp(0, max(rows - 1, 0))].float() if rows else cos_sin_cache.float()
         positions = torch.where(known, torch.arange(tokens, device=device), -1)
@@ -286,11 +290,13 @@ def _rotated_keys(kv, cache, slot_mapping, position_ids, cos_sin_cache, like) ->
     device = cache.data.device
     check_tensor("kv", kv, shape=(like.shape[0], _WIDTH), like=like)
     check_tensor("slot_mapping", slot_mapping, rank=1, dtypes=INDICES, device=device)
+    check_no_grad("writing k_cache", kv=kv)
     tokens = slot_mapping.shape[0]
     if kv.shape[0] < tokens:
         raise ValueError(f"kv: got {kv.shape[0]} rows for {tokens} slots, at least as many are accepted")
     if kv.device != device:
         raise ValueError(f"k_cache: got a tensor on {device}, all arguments must be on {kv.device}")
-    cos, sin, positions = _angles(cos_sin_cache, _ROPE, "position_ids", position_ids, kv.shape[0], device)
+    used = tokens if like is kv else None  # without queries rows behind the slots are padding
+    cos, sin, positions = _angles(cos_sin_cache, _ROPE, "position_ids", position_ids, kv.shape[0], device, used)
     keys = _rotated(kv[:tokens, None], (cos, sin, positions[:tokens]))[:, 0]
     return (cos, sin, positions), keys

@@ -201,5 +201,6 @@ def nvidia_chip(major: int, minor: int) -> Chip:
     nearest = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_110", 12: "sm_120"}
     name = exact.get((major, minor)) or nearest.get(major)
     if name is None:
-        raise NotImplementedError(f"compute capability {major}.{minor}: sm_80 or newer is needed")
+        known = "8.0 and newer are accepted" if major < 8 else "8.0 to 12.1 are known"
+        raise NotImplementedError(f"compute capability {major}.{minor}: {known}")
     return CHIPS[name]

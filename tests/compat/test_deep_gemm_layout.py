@@ -25,6 +25,11 @@ def test_four_exponents_a_word(shape):
     assert torch.equal(reference.decode_scales(words)[..., :blocks], scales.double())
 
 
+def test_no_blocks():
+    assert deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(torch.ones(5, 0)).shape == (5, 0)
+    assert deep_gemm.pack_ue8m0_to_int(torch.ones(2, 5, 0)).shape == (2, 5, 0)
+
+
 def test_words_of_the_docstrings():
     three, four = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([1.0, 2.0, 0.5, 1.0])
     assert deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(three).tolist() == [[0x007E807F]]
@@ -86,6 +91,11 @@ def test_refused():
             "sf: got scales that are no powers of two",
         ),
         (lambda: deep_gemm.pack_ue8m0_to_int(ones), ValueError, r"x: got shape \(5, 3\), a multiple of 4"),
+        (
+            lambda: deep_gemm.transform_sf_into_required_layout(ones, 5, 384, 128), ValueError,
+            "recipe: got 128, a tuple of 2 or 3 integers",
+        ),
+        (lambda: deep_gemm.transform_sf_into_required_layout(ones, 5.0, 384, (1, 128)), TypeError, "mn: got float"),
         (
             lambda: deep_gemm.transform_sf_into_required_layout(ones, 5, 384, (1, 128, 128)), ValueError,
             "is_sfa: got None",

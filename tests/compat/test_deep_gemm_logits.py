@@ -220,6 +220,23 @@ def test_no_rows_and_no_keys(cpu_code):
     assert deep_gemm.fp8_mqa_logits(q[0], none, weights, starts, ends).shape == (9, 0)
 
 
+@pytest.mark.no_launch("there is nothing to compute")
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_no_sequences_queries_pages_or_columns(device, form):
+    (q, q_scale), cache, weights, table, _ = paged(form, 4, 64, 2, 64, LENGTHS)
+    limits = torch.full((len(LENGTHS), 2), 9, dtype=torch.int32)
+
+    def run(sequences=None, queries=2, pages=None, columns=70):
+        few = q[:sequences, :queries], None if q_scale is None else q_scale[:sequences, :queries]
+        lens = limits[:sequences, :queries] * (pages != 0)
+        args = (few, cache, weights[: lens.numel()], lens, table[:sequences, :pages])
+        args = moved(args, device)
+        return deep_gemm.fp8_fp4_paged_mqa_logits(*args, None, columns, clean_logits=True)
+
+    assert run(sequences=0).shape == (0, 70) and run(queries=0).shape == (0, 70)
+    assert (run(pages=0) == -torch.inf).all() and run(columns=0).shape == (2 * len(LENGTHS), 0)
+
+
 def test_bf16_weights_give_bf16_logits(device):
     q, kv, weights, starts, ends, _ = ragged("mxfp8", 4, 32)
     args = moved((q, kv, weights.bfloat16(), starts, ends), device)
@@ -277,6 +294,7 @@ REFUSED = {
     "k_scale": (change(1, lambda kv: (kv[0], kv[1].int())), TypeError, r"kv\[1\]: got dtype int32, accepted: float32"),
     "weights": (change(2, torch.Tensor.half), TypeError, "weights: got dtype float16"),
     "starts": (change(3, torch.Tensor.long), TypeError, "cu_seq_len_k_start: got dtype int64"),
+    "gradient": (change(2, torch.Tensor.requires_grad_), NotImplementedError, "weights requires grad"),
     "ends": (change(4, lambda ends: ends[:2]), ValueError, r"cu_seq_len_k_end: got shape \(2,\)"),
     "a bool": (change(5, lambda _: True), TypeError, "max_seqlen_k: got bool"),
 }  # fmt: skip
@@ -302,6 +320,12 @@ REFUSED_PAGES = {
     "length": (change(3, lambda lens: lens + 999), ValueError, "context_lens: got values"),
     "negative": (change(3, lambda lens: lens - 999), ValueError, "context_lens: got values"),
     "lens shape": (change(3, lambda lens: lens[:, :1]), ValueError, r"context_lens: got shape \(4, 1\)"),
+    "gradient": (change(2, torch.Tensor.requires_grad_), NotImplementedError, "weights requires grad"),
+    "stride": (
+        change(1, lambda cache: torch.nn.functional.pad(cache.flatten(1), (0, 2))[:, :-2].view_as(cache)),
+        ValueError,
+        "kv_cache: got page stride and offset",
+    ),
     "columns": (change(6, lambda _: -1), ValueError, "max_context_len: got -1"),
     "indices": (change(7, lambda _: torch.arange(4)), ValueError, "indices: got a tensor with 2 queries"),
 }

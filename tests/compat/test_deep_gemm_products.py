@@ -205,6 +205,13 @@ REFUSED = {
     "scale shape": (dict(recipe=(1, 1, 128)), ValueError, r"b\[1\]: got shape \(1, 2\), \(64, 2\) is accepted"),
     "gran_m": (dict(recipe=(128, 128, 128)), NotImplementedError, "recipe: got 128 rows of a to a scale"),
     "gran_k": (dict(recipe=(1, 128, 64)), NotImplementedError, r"recipe: got \(1, 64\) for a"),
+    "short": (dict(recipe=(1, 128)), ValueError, r"recipe: got \(1, 128\), a tuple of 3 integers"),
+    "long": (
+        dict(recipe_a=(1, 128), recipe_b=(1, 128, 128)),
+        ValueError,
+        r"recipe_b: got \(1, 128, 128\), a tuple of 2",
+    ),
+    "number": (dict(recipe=128), ValueError, "recipe: got 128, a tuple of 3"),
     "mixture": (dict(recipe_a=(1, 128)), ValueError, "recipe, recipe_a, recipe_b: got a mixture"),
     "alpha": (dict(alpha=0.5), NotImplementedError, "alpha: got 0.5"),
     "epilogue": (dict(epilogue=3), NotImplementedError, "epilogue: got 3"),
@@ -218,6 +225,34 @@ def test_refused(name):
     changes, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         deep_gemm.fp8_gemm_nt(**gemm_arguments() | changes)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_gradients_of_scales_are_refused(side, cpu_code):
+    given = gemm_arguments()
+    given[side][1].requires_grad_()
+    with pytest.raises(NotImplementedError, match=rf"fp8_gemm_nt has no backward and {side}\[1\] requires grad"):
+        deep_gemm.fp8_gemm_nt(**given)
+
+
+@pytest.mark.parametrize(
+    "ends, words", [((5, 300), "300 as the end of group 1"), ((200, 100), "100 as the"), ((-1, 9), "-1 as")]
+)
+def test_ends_of_groups_are_refused(ends, words, cpu_code):
+    a, b = grouped(2, (256,), 72, 256)
+    d = torch.full((256, 72), 7.0)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"grouped_layout: got {words}"):
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, ends, use_psum_layout=True)
+    assert (d == 7).all()
+
+
+def test_no_groups(cpu_code):
+    a, b = grouped(2, (256,), 72, 256)
+    d = torch.full((256, 72), 7.0)
+    none = b[0][:0], b[1][:0]
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, none, d, torch.empty(0, dtype=torch.int32), use_psum_layout=True)
+    assert (d == 0).all()
 
 
 def test_refused_of_the_others(cpu_code):
@@ -237,6 +272,8 @@ def test_refused_of_the_others(cpu_code):
         deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, torch.empty(2, 20, 72), lengths, 20)
     with pytest.raises(NotImplementedError, match="expr: got 'bhd,hdr->bhr'"):
         deep_gemm.fp8_einsum("bhd,hdr->bhr", a, b, d)
+    with pytest.raises(NotImplementedError, match="use_128x4_sfd_layout: got True, False is accepted"):
+        deep_gemm.fp8_einsum("bhr,hdr->bhd", a, b, d, use_128x4_sfd_layout=True)
     with pytest.raises(NotImplementedError, match="d: got codes and scales"):
         deep_gemm.fp8_einsum("bhr,hdr->bhd", a, b, (d, d))
     with pytest.raises(NotImplementedError, match="b: got 65 rows, 1 to 64"):

@@ -70,6 +70,11 @@ def test_lengths_of_rows_are_cut_at_the_longest(name, cpu_code):
         ({"logits": torch.zeros(6, 12).bfloat16()}, TypeError, "logits: got dtype bfloat16"),
         ({"topk_tokens": 5}, ValueError, r"raw_topk_indices: got shape \(6, 4\), at least \(6, 5\)"),
         ({"topk_tokens": 0}, ValueError, "topk_tokens: got 0"),
+        (
+            {"topk_tokens": 65537, "raw_topk_indices": torch.zeros(6, 65537, dtype=INT)},
+            ValueError,
+            "topk_tokens: got 6",
+        ),
         ({"next_n": 0}, ValueError, "next_n: got 0"),
     ],
 )
@@ -138,6 +143,12 @@ def test_the_indexer_s_bytes_are_vllm_s(backend, device):
         ({"kv_cache": torch.zeros(2, 4, 130).byte()}, ValueError, "kv_cache: got shape"),
         ({"slot_mapping": torch.arange(4)}, ValueError, "k: got 3 rows for 4 slots"),
         ({"slot_mapping": torch.tensor([8])}, ValueError, "the cache has 8 slots"),
+        ({"kv_cache": torch.zeros(2, 0, 132).byte()}, ValueError, "kv_cache: got blocks of 0 keys"),
+        (
+            {"kv_cache": torch.zeros(2, 530).byte()[:, :528].unflatten(1, (4, 132))},
+            ValueError,
+            r"kv_cache: got page stride and offset \(530, 0\)",
+        ),
     ],
 )
 def test_refusals_of_the_indexer_s_cache(changes, error, words, cpu_code):
@@ -205,6 +216,12 @@ def test_fp8_ds_mla_is_written_and_gathered_exactly(backend, device):
          NotImplementedError, "kv_cache_dtype: got 'fp8', accepted: 'auto', 'bfloat16', 'float16'"),
         (lambda c, d: ops.gather_and_maybe_dequant_cache(c, d, TABLE, STARTS, ints(), 13, "auto", None),
          ValueError, "num_tokens: got 13"),
+        (lambda c, d: ops.gather_and_maybe_dequant_cache(c, d, TABLE, STARTS, ints(), 12, "bfloat16", None),
+         TypeError, "src_cache: got dtype float32, accepted: bfloat16"),
+        (lambda c, d: ops.gather_and_maybe_dequant_cache(c[:, :0], d, TABLE, STARTS, ints(), 12, "auto", None),
+         ValueError, "src_cache: got blocks of 0 tokens"),
+        (lambda c, d: ops.cp_gather_cache(c, d, TABLE, STARTS[0], 2), ValueError, "cu_seq_lens: got 0 dimensions"),
+        (lambda c, d: ops.cp_gather_cache(c, d, TABLE, STARTS, 2, [0, 0]), TypeError, "seq_starts: got list"),
         (lambda c, d: ops.cp_gather_cache(c, d[:, :8], TABLE, STARTS, 2), ValueError, "dst: got shape"),
         (lambda c, d: ops.cp_gather_cache(c, d, TABLE, STARTS[:2], 2), ValueError, "cu_seq_lens: got shape"),
         (lambda c, d: ops.cp_gather_cache(c, d, TABLE, STARTS, 2, ints(1)), ValueError, "seq_starts: got shape"),
@@ -328,8 +345,13 @@ def test_v4_s_plain_cache(backend, device):
         ({"cache_block_size": 5}, ValueError, "k_cache: got blocks of 2,336 bytes, at least 2,920 are accepted"),
         ({"slot_mapping": torch.arange(5)}, ValueError, "kv: got 4 rows for 5 slots"),
         ({"position_ids": torch.arange(3)}, ValueError, "position_ids: got shape"),
-        ({"position_ids": torch.arange(4) + 7}, ValueError, "positions: got values from 7 to 9, accepted: 0 to 8"),
+        ({"position_ids": torch.arange(4) + 7}, ValueError, "position_ids: got values from 7 to 10, accepted: 0 to 8"),
         ({"cos_sin_cache": torch.zeros(9, 32)}, ValueError, "cos_sin_cache: got shape"),
+        (
+            {"kv": torch.zeros(4, 512, requires_grad=True, dtype=torch.bfloat16)},
+            NotImplementedError,
+            "kv requires grad",
+        ),
     ],
 )
 def test_refusals_of_v4(options, error, words, cpu_code):
@@ -355,6 +377,36 @@ def test_e4m3_under_one_scale_a_tensor_is_refused(cpu_code):
 
 def test_positions_out_of_the_table_are_refused_in_any_type(cpu_code):
     (_, kv, table, positions), slots, *_ = v4("cpu")
-    with pytest.raises(ValueError, match="positions: got values from -1"):
+    with pytest.raises(ValueError, match="position_ids: got values from 8 to 16, accepted: 0 to 8"):
         cache = torch.zeros(2, 4, 512).bfloat16()
         ops.fused_deepseek_v4_kv_rope_insert(kv, cache, slots, positions + 8, table.bfloat16(), 4)
+    padded = torch.cat((positions[: len(slots)], positions.new_full((len(kv) - len(slots),), 99)))  # behind the slots
+    ops.fused_deepseek_v4_kv_rope_insert(kv, cache, slots, padded, table.bfloat16(), 4)
+
+
+def test_nothing_is_written_where_a_gradient_would_be_lost(cpu_code):
+    (q, kv, table, positions), slots, *_ = v4("cpu")
+    cache = torch.zeros(2, 4, 512).bfloat16()
+    with pytest.raises(NotImplementedError, match="q requires grad"):
+        ops.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert(
+            q.bfloat16().requires_grad_(), kv.bfloat16(), cache, slots, positions, table, 1e-6, 4
+        )  # fmt: skip
+    wide, latent = torch.zeros(2, 4, 576), torch.zeros(4, 512, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="concat_and_cache_mla has no backward and kv_c requires grad"):
+        ops.concat_and_cache_mla(latent, torch.ones(4, 64), wide, slots, "auto", torch.ones(1))
+    assert not cache.any() and not wide.any()
+
+
+def test_caches_that_lie_at_odd_bytes_are_named(cpu_code):
+    (_, kv, table, positions), slots, *_ = v4("cpu")
+    odd = torch.zeros(2, 4 * 656 + 1).byte()
+    fp8 = odd[:, :-1].unflatten(1, (4, 656))
+    with pytest.raises(ValueError, match="k_cache: got strides and offset"):
+        ops.fused_deepseek_v4_kv_rope_insert(kv, odd, slots, positions, table, 4)
+    with pytest.raises(ValueError, match="kv_cache: got strides and offset"):
+        ones = torch.ones(4, 512), torch.ones(4, 64)
+        ops.concat_and_cache_mla(*ones, fp8, torch.arange(4), "fp8_ds_mla", torch.ones(1))
+    with pytest.raises(ValueError, match="src_cache: got strides and offset"):
+        out = torch.zeros(12, 576).bfloat16()
+        ops.cp_gather_and_upconvert_fp8_kv_cache(fp8, out, TABLE, STARTS, 2)
+    assert not odd.any()

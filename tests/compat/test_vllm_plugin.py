@@ -3,6 +3,8 @@
 import importlib.metadata
 import inspect
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +13,13 @@ from mla_kernels.compat import vllm_dsa, vllm_plugin
 from mla_kernels.reference import heads, indexer, latent
 
 TOKENS, HEADS, INDEX_HEADS, PAGES, PAGE = 5, 3, 4, 3, 64
+
+
+class SimpleCapability(NamedTuple):
+    major: int
+    minor: int
+
+
 pytestmark = pytest.mark.usefixtures("cpu_code")
 
 
@@ -20,6 +29,28 @@ def test_other_versions_are_named_and_nothing_is_registered(monkeypatch, caplog,
     monkeypatch.setitem(sys.modules, "vllm", None)  # importing it fails
     vllm_plugin.register()
     assert f"vLLM {version} is installed, the plugin was tried with 0.33.0 alone" in caplog.text
+
+
+def test_chips_below_the_least_capability_keep_what_vllm_has(monkeypatch, caplog):
+    placed = []
+    backends = SimpleNamespace(__members__={vllm_plugin.DENSE: 1, vllm_plugin.SPARSE: 1}, FLASHMLA_SPARSE="FlashMLA")
+    platform = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: SimpleCapability(7, 5))
+    for name, content in {
+        "vllm.platforms": {"current_platform": platform},
+        "vllm.v1.attention.backends.registry": {
+            "AttentionBackendEnum": backends, "register_backend": lambda *given: placed.append(given),
+        },
+        "vllm.v1.attention.backends.mla.prefill.registry": {
+            "MLAPrefillBackendEnum": backends, "register_mla_prefill_backend": lambda *given: placed.append(given),
+        },
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"vllm": "0.33.0"}[name])
+    monkeypatch.setattr(vllm_plugin, "_replace_dsa_kernels", lambda: placed.append("kernels"))
+    with caplog.at_level("INFO"):
+        vllm_plugin.register()
+    assert not placed and "capability 7.5: the attention here needs 8.0" in caplog.text
+    assert "serves" not in caplog.text and sys.modules.get("deep_gemm") is None
 
 
 def test_vllm_finds_the_plugin():

@@ -8,7 +8,7 @@ import pytest
 
 OURS = "mla_kernels.compat.vllm_attention."
 VLLM = "vllm.v1.attention.backends.mla."
-LEFT_BEHIND = ("8.0", "8.9", "11.0")
+LEFT_BEHIND = ("8.0", "8.6", "8.9", "11.0")
 NATIVE = ("9.0", "10.3", "12.0", "12.1")
 
 
@@ -40,8 +40,15 @@ def test_chips_without_kernels_get_ours(answers, capability):
     assert chosen["sparse"] == chosen["sparse fp8"] == OURS + "SparseInPlaceOfFlashMLA"
     assert chosen["dense"] == VLLM + "triton_mla.TritonMLABackend"
     assert chosen["deep_gemm"] == "mla_kernels.compat.deep_gemm"
-    assert (chosen["fused_q"] == "mla_kernels.compat.vllm_dsa") == (capability == "8.0")
+    assert (chosen["fused_q"] == "mla_kernels.compat.vllm_dsa") == (capability in ("8.0", "8.6"))
     assert f"vLLM has no sparse latent attention for capability {capability}" in log
+
+
+def test_chips_without_bfloat16_get_nothing(answers):
+    chosen, log = answers("7.5")
+    assert all("refused" in chosen[name] for name in ("sparse", "sparse by name", "dense by name"))
+    assert chosen["deep_gemm"] != "mla_kernels.compat.deep_gemm" and chosen["fused_q"] != "mla_kernels.compat.vllm_dsa"
+    assert "capability 7.5: the attention here needs 8.0" in log and "mla_kernels serves" not in log
 
 
 @pytest.mark.parametrize("capability", NATIVE)

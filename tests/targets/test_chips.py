@@ -35,9 +35,11 @@ def test_nvidia_chip(capability, name):
     assert chips.nvidia_chip(*capability).name == name
 
 
-def test_old_nvidia_devices_are_refused():
-    with pytest.raises(NotImplementedError, match=r"7\.5"):
+def test_other_nvidia_devices_are_refused():
+    with pytest.raises(NotImplementedError, match=r"capability 7\.5: 8\.0 and newer are accepted"):
         chips.nvidia_chip(7, 5)
+    with pytest.raises(NotImplementedError, match=r"capability 13\.0: 8\.0 to 12\.1 are known"):
+        chips.nvidia_chip(13, 0)
 
 
 def test_thor_needs_a_triton_that_knows_it(monkeypatch):

@@ -296,7 +296,9 @@ def _check_pages(q, cache, form, weights, block_table, limits, out, clean):
     pages, page_size = block_table.shape[1], _page_size(cache, q, form)
     meaning = f"block_table holds {pages} pages of {page_size} a row"
     check_range("context_lens", limits, 0, pages * page_size + 1, meaning)
-    reached = limits.amax(1, keepdim=True) if limits.numel() else limits
+    if not limits.numel():
+        return
+    reached = limits.amax(1, keepdim=True)
     used = torch.arange(pages, device=limits.device) * page_size < reached
     check_range("block_table", block_table[used], 0, cache.shape[0], "pages of the cache")
 

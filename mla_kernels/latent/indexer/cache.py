@@ -142,8 +142,8 @@ def launched_parts(data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, tor
     return data.view(torch.int8), data.view(torch.float32)[:, codes // SCALE_BYTES :]
 
 
-def misplaced(*place: int) -> ValueError:
-    return ValueError(f"data: got page stride and offset {place}, fp8 accepts multiples of 4 bytes")
+def misplaced(*place: int, name: str = "data") -> ValueError:
+    return ValueError(f"{name}: got page stride and offset {place}, fp8 accepts multiples of 4 bytes")
 
 
 def check_head_dim(head_dim) -> None:
