@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from bench.op_cases import OPS
-from mla_kernels.checks import output_file
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_SECONDS = 0.02
@@ -166,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", metavar="REV", help="a revision of git, timed beside the working tree")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     made.add_argument("--rounds", type=positive, default=20, metavar="N", help="default: 20")
-    made.add_argument("--json", type=output_file, metavar="FILE", help="write every time")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write every time")
     return made
 
 

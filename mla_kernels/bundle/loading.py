@@ -30,7 +30,7 @@ class Bundle:
     """
 
     path: Path
-    manifest: dict
+    manifest: dict = field(repr=False)
     entries: dict[str, dict[str, str]] = field(repr=False)
     kernel_of: dict[str, str] = field(repr=False)
     found: Counter = field(default_factory=Counter)

@@ -18,6 +18,12 @@ from mla_kernels.onnx.translate import export_with_functions, refusal, translati
 OPSET = 22
 """What :func:`export` writes unless told otherwise; ``fused="attention"`` needs 23."""
 
+OPTIONS = (
+    "input_names", "output_names", "report", "verify", "profile", "dump_exported_program", "artifacts_dir", "verbose",
+)  # fmt: skip
+"""Of ``torch.onnx.export``, which :func:`export` hands on. A file is not written by it, since outputs get their names
+behind it."""
+WITHOUT_FUNCTIONS = ("optimize", "custom_translation_table")
 _ATTENTION_OPSET = 23
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
@@ -119,14 +125,16 @@ def export(
             ``fused``).
         fused: as :func:`translations` takes it.
         opset_version: of ai.onnx; None is 22, or 23 with "attention".
-        options: of ``torch.onnx.export``: ``input_names``, ``report``, ...
+        options: of ``torch.onnx.export``: ``input_names``, ``output_names``, ``report``, ``verify``, ``profile``,
+            ``dump_exported_program``, ``artifacts_dir``, ``verbose``; without functions also ``optimize`` and
+            ``custom_translation_table``.
 
     Returns:
         torch's ONNXProgram: ``model_proto``, ``save(path)``.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        TypeError: ``model`` is neither; ``fused`` is no name and not several.
+        TypeError: ``model`` is neither; ``fused`` is no name and not several; another option.
         ValueError: an opset below 18, or below 23 with "attention", or one that the installed onnx and onnxscript do
             not write; an unknown name in ``fused``; a ``<name>_out`` that is taken; args, kwargs or
             dynamic_shapes beside an ExportedProgram.
@@ -140,6 +148,12 @@ def export(
     names = _names(fused)
     ways = translations(names)
     opset = _opset(opset_version, names)
+    accepted = OPTIONS if functions else OPTIONS + WITHOUT_FUNCTIONS
+    for name in options:
+        if name not in accepted:
+            instead = "; the result's save(path) writes a file" if name in ("f", "external_data") else ""
+            said = f"{name}: accepted of torch.onnx.export's options are {', '.join(accepted)}"
+            raise TypeError(said + (" with functions" if functions else "") + instead)
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise TypeError(
             f"model: got {type(model).__name__}, a torch.nn.Module or torch.export.ExportedProgram is accepted"

@@ -61,6 +61,15 @@ class NpuTensor(torch.Tensor):
     def data_ptr(self):
         return self.raw.data_ptr()
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):  # module.to(torch.bfloat16) sets it; torch's own would leave raw as it was
+        torch.Tensor.data.__set__(self, value)
+        self.raw = value.raw
+
     def untyped_storage(self):
         return self.raw.untyped_storage()
 

@@ -128,6 +128,12 @@ def test_a_damaged_manifest_is_refused_whatever_it_lacks(tmp_path, monkeypatch, 
         loading.load(None)
 
 
+def test_a_bundle_prints_on_a_line():
+    """At the prompt, where ``load`` is called: a manifest is megabytes."""
+    shown = repr(loading.Bundle(Path("bundle"), GOOD_MANIFEST, {}, {}))
+    assert shown == "Bundle(path=PosixPath('bundle'), found=Counter(), missed=Counter())"
+
+
 def test_a_bundle_that_waits_for_cann_says_so(tmp_path):
     """Its sources have no hash of triton-ascend's yet, and its kernels no files."""
     open_one = {"kernel": "route_kernel", "key": None, "folder": "00", "stages": {}}

@@ -45,6 +45,24 @@ def test_modules_are_moved_copied_and_brought_back():
     assert moved.weight.device.type == "npu" and torch.equal(layer.cpu().weight, weight)
 
 
+def test_data_that_is_set_is_the_tensors_own():
+    """``module.to(dtype)`` converts in place, by setting ``data``; so do optimisers and averages of weights."""
+    module = torch.nn.Linear(3, 2).to("npu")
+    weight, before = module.weight, module.weight.detach().cpu()
+    module(torch.ones(1, 3, device="npu")).sum().backward()
+    module.to(torch.bfloat16)
+    assert module.weight is weight and weight.raw.dtype == weight.grad.raw.dtype == torch.bfloat16
+    assert weight.cpu().equal(before.bfloat16()) and isinstance(weight, torch.nn.Parameter)
+    assert module(torch.ones(1, 3, dtype=torch.bfloat16, device="npu")).cpu().dtype == torch.bfloat16
+    other = torch.full((4, 5), 7.0, device="npu")
+    weight.data = other
+    weight.data.add_(1)
+    assert weight.shape == (4, 5) and other.cpu().eq(8).all() and weight.cpu().eq(8).all()
+    with pytest.raises(RuntimeError):
+        weight.data = torch.ones(4, 5)
+    assert weight.cpu().eq(8).all()
+
+
 def test_one_number_is_formatted():
     number = torch.tensor(2.5, device="npu")
     assert f"{number:.2f} {number}" == "2.50 2.5"

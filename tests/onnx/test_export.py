@@ -163,6 +163,10 @@ def test_refusals():
     for functions in (False, True):  # torch's converter only logs it, and leaves opset 18
         stayed = r"opset_version: got 99, which .*\(it stayed at 18\); a lower one is accepted"
         refused(ValueError, stayed, route, logits, opset_version=99, functions=functions)
+    refused(TypeError, "f: accepted of torch.onnx.export's options are input_names.*; the result's save.path. writes",
+            route, logits, f="model.onnx")  # fmt: skip
+    refused(TypeError, "dynamo: accepted of", route, logits, dynamo=False)
+    refused(TypeError, "optimize: accepted of .* with functions", route, logits, optimize=True, functions=True)
     with pytest.raises(TypeError, match="model: got function"):
         mk.onnx.export(route, (logits,))
     with pytest.raises(TypeError, match="program: got Call"):
