@@ -1,5 +1,6 @@
 """Build a bundle: collect what a model launches, compile it, write files and manifest."""
 
+import os
 import platform
 import shutil
 import time
@@ -97,8 +98,7 @@ def build(order: Order, folder: Path, *, jobs: int | None = None, say: Callable[
     if INTERPRET:
         raise Failed("TRITON_INTERPRET is set, and nothing is compiled: unset it")
     began = time.monotonic()
-    chip, half = order.chip, folder.with_name(f".{folder.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
+    chip, half = order.chip, folder.with_name(f".{folder.name}.{os.getpid()}.half")  # two builds may run at once
     try:
         half.mkdir(parents=True)
     except OSError as error:

@@ -11,7 +11,8 @@ vLLM. Caches are vLLM's: ``[blocks, block_size, 576]`` in the model's dtype, and
 
 Decoding runs in CUDA graphs of uniform batches, with any number of heads that tensor parallelism leaves; all of it
 with ``VLLM_BATCH_INVARIANT``. What is not supported is told to vLLM's selector, whose error shows it: context
-parallelism (PCP, DCP), sinks, sliding windows, non-causal blocks in sparse attention, other cache dtypes.
+parallelism (PCP, DCP), sinks, non-causal blocks, other widths and cache dtypes. A layer with a window, ALiBi, a soft
+cap or another layer's cache is refused when it is built.
 
 Source: vLLM 0.33.0, ``vllm/v1/attention/backend.py``, ``vllm/model_executor/layers/attention/mla_attention.py``,
 ``vllm/v1/attention/backends/mla/``.
@@ -43,7 +44,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.mla.sparse_utils import triton_convert_req_index_to_global_index
 
 from mla_kernels.attention.decode.op import mla_decode
-from mla_kernels.attention.prefill.op import mla_prefill
+from mla_kernels.attention.prefill.op import check_widths, mla_prefill
 from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat.vllm import concat_and_cache_mla
 from mla_kernels.compat.vllm_plugin import LEAST_CAPABILITY
@@ -102,8 +103,15 @@ class DenseImpl(MLACommonImpl[MLACommonMetadata]):
     can_return_lse_for_decode = True
     supports_pcp = False
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+        logits_soft_cap, attn_type, kv_sharing_target_layer_name, **latent,
+    ) -> None:  # fmt: skip
+        _refuse(alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
+            logits_soft_cap, attn_type, kv_sharing_target_layer_name, **latent,
+        )  # fmt: skip
         self.supports_quant_query_input = False
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
@@ -130,7 +138,7 @@ class DenseImpl(MLACommonImpl[MLACommonMetadata]):
 
 
 class PrefillBackend(MLAPrefillBackend):
-    """``MLA_KERNELS`` among vLLM's prefill backends of latent attention; any chip and any widths of heads."""
+    """``MLA_KERNELS`` among vLLM's prefill backends of latent attention, for all widths that ``mla_prefill`` takes."""
 
     @staticmethod
     def get_name() -> str:
@@ -139,6 +147,19 @@ class PrefillBackend(MLAPrefillBackend):
     @classmethod
     def supports_compute_capability(cls, device_capability) -> bool:
         return device_capability is not None and tuple(device_capability) >= LEAST_CAPABILITY
+
+    @classmethod
+    def supports_mla_dimensions(cls, mla_dimensions) -> bool:
+        nope, rope, value = (
+            getattr(mla_dimensions, f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v")
+        )  # fmt: skip
+        if nope == rope == value == 0:  # asked before there is a model
+            return True
+        try:
+            check_widths(nope + rope, 0, value)
+        except NotImplementedError:
+            return False
+        return True
 
     def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
         """q, k [tokens, heads, 192], v [tokens, heads, 128] -> [tokens, heads, 128]; if asked, lse [heads, tokens]."""
@@ -285,17 +306,7 @@ class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         logits_soft_cap, attn_type, kv_sharing_target_layer_name, *, kv_lora_rank, indexer=None,
         topk_indices_buffer=None, **others,
     ) -> None:  # fmt: skip
-        given = {
-            "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise NotImplementedError(f"{name}: got {value!r}, None is accepted")
-        if attn_type != AttentionType.DECODER:
-            raise NotImplementedError(f"attn_type: got {attn_type!r}, {AttentionType.DECODER!r} is accepted")
+        _refuse(alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_lora_rank, self.kv_cache_dtype = float(scale), kv_lora_rank, kv_cache_dtype
         self.init_topk_indices_buffer(indexer, topk_indices_buffer)
@@ -321,6 +332,22 @@ class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False):
         _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
+
+
+def _refuse(alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name) -> None:
+    """Of a layer's arguments those that attention here does not compute. vLLM's selector is not told of them all: a
+    layer's window reaches its implementation alone."""
+    given = {
+        "alibi_slopes": alibi_slopes,
+        "sliding_window": sliding_window,
+        "logits_soft_cap": logits_soft_cap,
+        "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}: got {value!r}, None is accepted")
+    if attn_type != AttentionType.DECODER:
+        raise NotImplementedError(f"attn_type: got {attn_type!r}, {AttentionType.DECODER!r} is accepted")
 
 
 def _joined(q) -> torch.Tensor:

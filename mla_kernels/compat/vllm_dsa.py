@@ -29,7 +29,9 @@ def fused_norm_rope(
     """Normalised ``q_c``; latents, rotated keys and index keys are written to their caches, the picks are cleared.
 
     ``kv_c_out`` and ``k_pe_out`` are left as they are: prefill over expanded keys reads them alone, which this
-    library's sparse backend does not have.
+    library's sparse backend does not have. ``mla_k_scale`` and ``skip_scale`` are of caches that are refused. An index
+    key has the scale of ``write_indexer_key``, at least 2^-13 where vLLM's falls on to 2^-22; it is stored, so that
+    readers take either.
 
     Raises:
         NotImplementedError: a shuffled index cache, index keys to be returned (context parallelism), or a cache in
@@ -80,6 +82,8 @@ def fused_q(
     quantize_mqa=True,
 ):  # fmt: skip
     """(index queries as e4m3 codes, their weights with all scales, rotated ``q_pe``); None, None without an indexer.
+
+    ``ql_nope`` and ``q_scale`` are of queries in float8, and not read.
 
     Raises:
         NotImplementedError: ``quantize_mqa``.

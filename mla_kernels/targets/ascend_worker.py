@@ -270,7 +270,8 @@ def answer(job: dict) -> dict:
         }
 
 
-def main() -> None:
+def main(answer=answer) -> None:
+    """Answer the jobs on standard input, a line each."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the compilers print must not mix with the answers
     for line in sys.stdin:

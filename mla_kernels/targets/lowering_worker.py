@@ -5,9 +5,6 @@ answer's ``seconds`` are those of the front end and of the open compiler.
 """
 
 import functools
-import json
-import os
-import sys
 import time
 
 import ascend_worker
@@ -23,14 +20,5 @@ def lower(job: dict) -> dict:
     return ascend_worker.answer(job) | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-def main() -> None:
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the compilers print must not mix with the answers
-    for line in sys.stdin:
-        if line.strip():
-            channel.write(json.dumps(lower(json.loads(line))) + "\n")
-            channel.flush()
-
-
 if __name__ == "__main__":
-    main()
+    ascend_worker.main(lower)

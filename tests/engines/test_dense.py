@@ -4,18 +4,13 @@ import pytest
 import torch
 import vllm._custom_ops as cuda_ops
 from vllm.model_executor.layers.attention import mla_attention
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
+from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
 
-from mla_kernels.compat import vllm, vllm_ops
+from mla_kernels.compat import vllm, vllm_attention, vllm_ops
 from tests.engines import tiny
 
-LENGTHS, PAGES, CACHED = (150, 90, 140), ([3, 7, 1], [2, 9], [3, 11, 5]), (0, 0, 64)
-STEPS = [
-    [(0, 100)],
-    [(0, 1), (1, 60)],
-    [(0, 1), (1, 1), (2, 40)],
-    [(0, 1), (1, 1), (2, 1)],
-    [(0, 47), (1, 28), (2, 35)],
-]
 SPECULATIVE = [[(0, 120), (1, 60), (2, 46)], [(0, 3), (1, 3), (2, 3)], [(0, 27), (1, 27), (2, 27)]]
 
 
@@ -27,12 +22,12 @@ def _ops(monkeypatch):
     monkeypatch.setattr(mla_attention, "merge_attn_states", vllm.merge_attn_states)
 
 
-@pytest.mark.parametrize("steps, speculative", [(STEPS, 0), (SPECULATIVE, 2)], ids=["one at a time", "three at a time"])
+@pytest.mark.parametrize(
+    "steps, speculative", [(tiny.MIXED, 0), (SPECULATIVE, 2)], ids=["one at a time", "three at a time"]
+)
 def test_logits_are_those_of_transformers(steps, speculative):
     judge = tiny.judge(tiny.V3)
-    torch.manual_seed(1)
-    first, second, third = (torch.randint(0, 512, (length,)).tolist() for length in LENGTHS)
-    prompts = [first, second, first[: CACHED[2]] + third[CACHED[2] :]]
+    prompts = tiny.prompts()
     engine = tiny.Engine(
         tiny.V3,
         judge.state_dict(),
@@ -42,8 +37,30 @@ def test_logits_are_those_of_transformers(steps, speculative):
     )
     for layer in engine.layers.values():
         assert layer.impl.__class__.__name__ == "DenseImpl" and layer.prefill_backend.get_name() == "MLA_KERNELS"
-    for prompt, cached, (logits, _) in zip(prompts, CACHED, tiny.serve(engine, prompts, PAGES, CACHED, steps)):
+    for prompt, cached, (logits, _) in zip(prompts, tiny.CACHED, tiny.serve(engine, prompts, steps), strict=True):
         with torch.no_grad():
             want = judge(torch.tensor([prompt])).logits[0][cached:]
         worst = (logits - want).abs().max() / want.abs().max()
         assert worst < 0.03, worst
+
+
+NOTHING = dict.fromkeys(("alibi_slopes", "sliding_window", "logits_soft_cap", "kv_sharing_target_layer_name"))
+
+
+@pytest.mark.parametrize("impl", [vllm_attention.DenseImpl, vllm_attention.SparseImpl])
+@pytest.mark.parametrize("given", [{"sliding_window": 128}, {"logits_soft_cap": 30.0}, {"attn_type": "encoder"}])
+def test_layers_that_attention_here_does_not_compute_are_refused(impl, given):
+    """vLLM asks no backend whether it has a window of latent attention, and gives it to the implementation."""
+    (name,) = given
+    taken = NOTHING | {"attn_type": "decoder", "kv_cache_dtype": "auto"} | given
+    with pytest.raises(NotImplementedError, match=name):
+        impl(num_heads=4, head_size=576, scale=1.0, num_kv_heads=1, kv_lora_rank=512, **taken)
+
+
+@pytest.mark.parametrize("widths, known", [((128, 64, 128), True), ((64, 32, 64), True), ((100, 64, 128), False),
+                                           ((128, 64, 100), False), ((0, 0, 0), True)])  # fmt: skip
+def test_prefill_tells_the_selector_which_widths_it_has(widths, known):
+    named = dict(zip(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), widths))
+    asked = MLAPrefillSelectorConfig(dtype=torch.bfloat16, mla_dimensions=MLADimensions(**named))
+    reasons = vllm_attention.PrefillBackend.validate_configuration(DeviceCapability(8, 0), asked)
+    assert bool(reasons) != known and (known or "MLA dimensions" in reasons[0])

@@ -11,20 +11,10 @@ import vllm._custom_ops as cuda_ops
 from mla_kernels.compat import vllm_ops
 from tests.engines import tiny
 
-LENGTHS = (150, 90, 140)
-PAGES = ([3, 7, 1], [2, 9], [3, 11, 5])  # the third begins with the first's page, and finds its 64 tokens cached
-CACHED = (0, 0, 64)
 WHOLE = [[(0, 150)], [(1, 90)], [(2, 76)]]
-MIXED = [
-    [(0, 100)],
-    [(0, 1), (1, 60)],
-    [(0, 1), (1, 1), (2, 40)],
-    [(0, 1), (1, 1), (2, 1)],
-    [(0, 47), (1, 28), (2, 35)],
-]
 THREE = [[(0, 120), (1, 60), (2, 46)], [(0, 3), (1, 3), (2, 3)], [(0, 2), (1, 3), (2, 1)], [(0, 25), (1, 24), (2, 26)]]
 TWO = [[(0, 120), (1, 60), (2, 46)], [(0, 2), (1, 2), (2, 2)], [(0, 1), (1, 2), (2, 1)], [(0, 27), (1, 26), (2, 27)]]
-SCHEDULES = {"whole": (WHOLE, 0), "mixed": (MIXED, 0), "two at a time": (TWO, 1), "three at a time": (THREE, 2)}
+SCHEDULES = {"whole": (WHOLE, 0), "mixed": (tiny.MIXED, 0), "two at a time": (TWO, 1), "three at a time": (THREE, 2)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,13 +29,6 @@ def _ops():
 @pytest.fixture(scope="module")
 def judge():
     return tiny.judge(tiny.V32)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    torch.manual_seed(1)
-    first, second, third = (torch.randint(0, 512, (length,)).tolist() for length in LENGTHS)
-    return [first, second, first[: CACHED[2]] + third[CACHED[2] :]]
 
 
 def answers(judge, prompt, picks):
@@ -73,12 +56,11 @@ def answers(judge, prompt, picks):
 
 @pytest.mark.parametrize("cache_dtype, error", [("auto", 0.03), ("fp8_ds_mla", 0.08)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_logits_are_those_of_transformers(judge, prompts, cache_dtype, error, schedule):
+def test_logits_are_those_of_transformers(judge, cache_dtype, error, schedule):
     steps, speculative = SCHEDULES[schedule]
     engine = tiny.Engine(tiny.V32, judge.state_dict(), cache_dtype, speculative)
-    for prompt, cached, (logits, picks) in zip(
-        prompts, CACHED, tiny.serve(engine, prompts, PAGES, CACHED, steps), strict=True
-    ):
+    prompts = tiny.prompts()
+    for prompt, cached, (logits, picks) in zip(prompts, tiny.CACHED, tiny.serve(engine, prompts, steps), strict=True):
         want, shared = answers(judge, prompt, picks)
         worst = (logits - want[cached:]).abs().max() / want.abs().max()
         assert worst < error and shared > 0.9, (worst, shared)

@@ -26,6 +26,26 @@ V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"
 V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **SHAPE}
 
 
+LENGTHS, CACHED = (150, 90, 140), (0, 0, 64)
+PAGES_OF = ([3, 7, 1], [2, 9], [3, 11, 5])
+"""Of three prompts: the third begins with the first's page, and finds its 64 tokens cached."""
+MIXED = [
+    [(0, 100)],
+    [(0, 1), (1, 60)],
+    [(0, 1), (1, 1), (2, 40)],
+    [(0, 1), (1, 1), (2, 1)],
+    [(0, 47), (1, 28), (2, 35)],
+]
+"""Steps of [(prompt, tokens)]: chunks, prompts beside decoding, decoding alone."""
+
+
+def prompts() -> list[list[int]]:
+    """Three prompts of these lengths."""
+    torch.manual_seed(1)
+    first, second, third = (torch.randint(0, SHAPE["vocab_size"], (length,)).tolist() for length in LENGTHS)
+    return [first, second, first[: CACHED[2]] + third[CACHED[2] :]]
+
+
 def judge(shape):
     """transformers' model in float32, of weights that bfloat16 holds."""
     import transformers
@@ -167,15 +187,15 @@ class Engine:
                 return self.model.compute_logits(self.model(ids, positions, inputs_embeds=embedded)).float()
 
 
-def serve(engine, prompts, pages, cached, schedule):
-    """Run prompts, of which ``cached`` tokens are cached already, as ``schedule`` says: steps of [(prompt, tokens)].
+def serve(engine, prompts, schedule):
+    """Run the prompts of :func:`prompts` as ``schedule`` says, as :data:`MIXED` does.
 
     Returns a list of (logits [tokens, vocabulary], {layer: picks [tokens, top_k]}), of the tokens that were run.
     """
-    done = list(cached)
+    done = list(CACHED)
     logits, picks = [[] for _ in prompts], [{} for _ in prompts]
     for step in schedule:
-        requests = [(pages[p], prompts[p][done[p] : done[p] + n], done[p]) for p, n in step]
+        requests = [(PAGES_OF[p], prompts[p][done[p] : done[p] + n], done[p]) for p, n in step]
         with recorded(engine) as made:
             out = engine.step(requests)
         sizes = [n for _, n in step]

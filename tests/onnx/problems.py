@@ -10,6 +10,17 @@ TOKENS, OTHERS = 11, (2, 17)
 _KINDS = {torch.bfloat16: (torch.int16, 16), torch.float8_e4m3fn: (torch.uint8, 17)}  # as NumPy holds it, ONNX's number
 
 
+class Call(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
 class Ops(torch.nn.Module):
     """Calls of the catalogue by name: arguments and results are dicts by name."""
 

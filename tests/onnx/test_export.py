@@ -11,7 +11,7 @@ from torch.export import default_decompositions
 import mla_kernels as mk
 import mla_kernels.onnx
 from mla_kernels import launch
-from tests.onnx.problems import run, session
+from tests.onnx.problems import Call, run, session
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +31,6 @@ class Writer(torch.nn.Module):
         self.calls.add_(1)
         mk.copy_pages(mk.LatentCache(data, 32), source, target)
         return data[target.long()].sum(), data
-
-
-class Call(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors):
-        return self.function(*tensors)
 
 
 def pages():

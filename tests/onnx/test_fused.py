@@ -8,7 +8,7 @@ import torch
 import mla_kernels as mk
 import mla_kernels.onnx
 from mla_kernels import launch
-from tests.onnx.problems import OTHERS, TOKENS, run, session
+from tests.onnx.problems import OTHERS, TOKENS, Call, run, session
 from tests.support import assert_close
 
 EXPERTS, HIDDEN, INNER, TOP_K = 8, 64, 32, 3
@@ -18,15 +18,6 @@ EXPERTS, HIDDEN, INNER, TOP_K = 8, 64, 32, 3
 def _torch_mode():
     with launch.on_cpu("torch"):
         yield
-
-
-class Call(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors):
-        return self.function(*tensors)
 
 
 def weights():

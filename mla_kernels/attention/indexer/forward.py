@@ -6,7 +6,7 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 
 import torch
 
-from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
+from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
@@ -209,14 +209,7 @@ INDEXER_LOGITS = Kernel(
         **dict.fromkeys(("tokens", "keys", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
     },
     statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FP8", "FILL", "LIMITS", "CODES"),
-    tiles={
-        "BLOCK_T": (8, 16, 32, 64),
-        "BLOCK_H": (16, 32, 64),
-        "BLOCK_N": (32, 64, 128, 256),
-        "E4M3": (0, 1),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
-    },
+    tiles=LOGITS_TILES,
     rule=logits_rule,
     memory=logits_memory,
     cost=_cost,

@@ -13,7 +13,7 @@ in the low nibble.
 import torch
 
 from mla_kernels.attention.indexer.forward import E4M3, as_multiplied, launch_paged_logits, load_codes
-from mla_kernels.attention.indexer.tiles import logits_memory, logits_rule
+from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
@@ -216,14 +216,7 @@ MQA_LOGITS = Kernel(
         **dict.fromkeys(("tokens", "keys", "columns", "num_pages", "token_tiles", "key_tiles", "work"), "i32"),
     },
     statics=("HEADS", "HEAD_DIM", "PAGE_SIZE", "FORMAT", "COMPACT", "CODES"),
-    tiles={
-        "BLOCK_T": (8, 16, 32, 64),
-        "BLOCK_H": (16, 32, 64),
-        "BLOCK_N": (32, 64, 128, 256),
-        "E4M3": (0, 1),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
-    },
+    tiles=LOGITS_TILES,
     rule=_rule,
     memory=_memory,
     cost=_cost,

@@ -2,6 +2,15 @@
 
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
 
+LOGITS_TILES = {
+    "BLOCK_T": (8, 16, 32, 64),
+    "BLOCK_H": (16, 32, 64),
+    "BLOCK_N": (32, 64, 128, 256),
+    "E4M3": (0, 1),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+}
+
 
 def logits_rule(chip, dtype, statics, sizes):
     """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once."""
