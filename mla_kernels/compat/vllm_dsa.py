@@ -16,7 +16,7 @@ from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.write import write_latent
 
 CACHES = ("auto", "bfloat16", "float16", "fp8_ds_mla")
-_TABLES = WeakTensorKeyDictionary()  # vLLM's [positions, cos and sin] in the model's dtype -> float32 tables
+_KEPT = WeakTensorKeyDictionary()  # vLLM's [positions, cos and sin] in the model's dtype -> float32 tables
 
 
 def fused_norm_rope(
@@ -51,7 +51,7 @@ def fused_norm_rope(
         write_latent(
             torch.cat([kv_c, k_pe], -1),
             kv_rms_norm_w,
-            *_tables(k_rope_cos_sin_cache),
+            *rope_tables(k_rope_cos_sin_cache),
             positions,
             slot_mapping,
             LatentCache(mla_kv_cache, kv_c.shape[1], layout),
@@ -64,7 +64,7 @@ def fused_norm_rope(
             index_k,
             index_k_layer_norm_w,
             index_k_layer_norm_bias,
-            *_tables(index_k_rope_cos_sin_cache),
+            *rope_tables(index_k_rope_cos_sin_cache),
             positions,
             slot_mapping if indexer_slot_mapping is None else indexer_slot_mapping,
             IndexerCache(pages.as_strided((pages.shape[0], pages[0].numel()), (pages.stride(0), 1)), index_k.shape[1]),
@@ -91,12 +91,12 @@ def fused_q(
     if quantize_mqa:
         raise NotImplementedError("quantize_mqa: got True, attention takes queries in the model's dtype alone")
     rope_dim = q_pe.shape[2]
-    rotated = rotate_heads(q_pe, *_tables(q_pe_cos_sin_cache), positions, rope_dim=rope_dim, rope="interleaved")
+    rotated = rotate_heads(q_pe, *rope_tables(q_pe_cos_sin_cache), positions, rope_dim=rope_dim, rope="interleaved")
     if not has_indexer:
         return None, None, rotated
     turned = rotate_indexer_query(
         index_q,
-        *_tables(index_q_cos_sin_cache),
+        *rope_tables(index_q_cos_sin_cache),
         positions,
         rope_dim=index_q_cos_sin_cache.shape[1],
         rope="interleaved" if index_rope_interleave else "half",
@@ -106,8 +106,8 @@ def fused_q(
     return codes, weights, rotated
 
 
-def _tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """vLLM's cosines and sines, side by side, as two float32 tables, made once."""
-    if both not in _TABLES:
-        _TABLES[both] = tuple(part.float().contiguous() for part in both.chunk(2, dim=1))
-    return _TABLES[both]
+    if both not in _KEPT:
+        _KEPT[both] = tuple(part.float().contiguous() for part in both.chunk(2, dim=1))
+    return _KEPT[both]

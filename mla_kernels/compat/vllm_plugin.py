@@ -13,6 +13,10 @@ latent attention at all (A100, RTX 3090, L40S, RTX 4090, Jetson Thor), it also
 - below capability 8.9, where Triton has no float8, puts :mod:`mla_kernels.compat.vllm_dsa` in the place of the two
   Triton kernels around the indexer.
 
+DeepSeek-V4, whose layers ask no registry of backends, is registered as a model of vLLM's again, over
+:mod:`mla_kernels.compat.vllm_v4`: vLLM's own, with this library's attention under the name ``MLA_KERNELS_SPARSE`` and
+on the chips above.
+
 On chips with native kernels (capabilities 9, 10 and 12) nothing else changes. vLLM versions that this was not tried
 with are refused in the log, and nothing is registered.
 
@@ -36,6 +40,17 @@ BACKENDS = {
 }
 PREFILL = "mla_kernels.compat.vllm_attention.PrefillBackend"
 IN_PLACE = "mla_kernels.compat.vllm_attention.SparseInPlaceOfFlashMLA"
+MODELS = {
+    name: f"mla_kernels.compat.vllm_v4:{made}"
+    for name, made in {
+        "DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM",
+        "DeepseekV4ForConditionalGeneration": "DeepseekV4ForConditionalGeneration",
+        "DeepSeekV4MTPModel": "DeepSeekV4MTP",
+        "DSparkDraftModel": "DSparkDeepseekV4ForCausalLM",
+    }.items()
+}
+"""Architectures whose model is vLLM's with another choice of attention; loaded when a model is."""
+
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 NATIVE = (9, 10, 12)
 """Major capabilities for which vLLM 0.33 has kernels of its own for sparse latent attention and its indexer."""
@@ -56,6 +71,7 @@ def register() -> None:
             ", ".join(TRIED),
         )
         return
+    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -67,6 +83,8 @@ def register() -> None:
         register_mla_prefill_backend(DENSE, PREFILL)
     if not current_platform.is_cuda():
         return
+    for name, path in MODELS.items():
+        ModelRegistry.register_model(name, path)
     capability = current_platform.get_device_capability()
     if capability is None or capability.major in NATIVE:
         return
@@ -84,6 +102,7 @@ def register() -> None:
     if tuple(capability) < (8, 9):
         _replace_dsa_kernels()
         done.append("the kernels around the indexer")
+    done.append("DeepSeek-V4's layers")
     logger.info(
         "mla_kernels: vLLM has no sparse latent attention for capability %d.%d; mla_kernels serves %s",
         *capability,

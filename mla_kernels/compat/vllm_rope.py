@@ -245,6 +245,11 @@ def fused_deepseek_v4_kv_rope_insert(
     scatter_tokens(keys, keys[:, :0], slot_mapping, cache)
 
 
+def v4_cache(k_cache: torch.Tensor, block_size: int) -> LatentCache:
+    """A cache of DeepSeek-V4's keys in vLLM: uint8 blocks in ``fp8_v4``, or bfloat16 rows."""
+    return (_split_cache if k_cache.dtype == torch.uint8 else _plain_cache)(k_cache, block_size)
+
+
 def _split_cache(k_cache, block_size) -> LatentCache:
     """vLLM's uint8 blocks as an ``fp8_v4`` cache."""
     check_tensor("k_cache", k_cache, dtypes=(torch.uint8,))

@@ -65,6 +65,8 @@ def judge(shape):
 class Engine:
     """vLLM's model with its caches and metadata builders: what a worker holds."""
 
+    block = PAGE
+
     def __init__(self, shape, weights, cache_dtype="auto", speculative=0, **attention):
         from vllm.plugins import load_general_plugins
 
@@ -85,7 +87,7 @@ class Engine:
             model_config=ModelConfig(
                 model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=WIDEST, enforce_eager=True
             ),
-            cache_config=CacheConfig(block_size=PAGE, cache_dtype=cache_dtype),
+            cache_config=CacheConfig(block_size=self.block, cache_dtype=cache_dtype),
             scheduler_config=SchedulerConfig(
                 max_model_len=WIDEST, max_num_batched_tokens=1024, max_num_seqs=8, is_encoder_decoder=False
             ),
@@ -104,7 +106,8 @@ class Engine:
                     method="mtp",
                 )
             self.layers = self.config.compilation_config.static_forward_context
-            self.builders = {name: self._builder(name, layer) for name, layer in self.layers.items()}
+            made = {name: self._builder(name, layer) for name, layer in self.layers.items()}
+            self.builders = {name: builder for name, builder in made.items() if builder is not None}
 
     @staticmethod
     def _join():
@@ -142,22 +145,32 @@ class Engine:
         spec = backend.customize_spec(layer.get_kv_cache_spec(self.config))
         data = torch.full((PAGES, spec.page_size_bytes), 0xFF, dtype=torch.uint8)
         layer.bind_kv_cache(data.view(spec.dtype).view(PAGES, 1, PAGE, -1))
+        return self._made(backend, spec, name)
+
+    def _made(self, backend, spec, name):
         made = backend.get_builder_cls()
-        width = {"block_table_width": WIDEST // PAGE} if made.requires_block_table_width else {}
+        width = {"block_table_width": -(-WIDEST // spec.block_size)} if made.requires_block_table_width else {}
         return made(spec, [name], self.config, torch.device("cpu"), **width)
 
     def metadata(self, requests):
         """What vLLM's builders make of [(pages, tokens, context)]; decoding requests stand first."""
+        common, positions, slots = self.common(requests, self.block)
+        made = {name: builder.build(0, common) for name, builder in self.builders.items()}
+        return made, positions, dict.fromkeys(made, slots)
+
+    @staticmethod
+    def common(requests, block):
+        """(what vLLM's builders read of such requests, positions, slots) for pages of ``block`` tokens."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         lengths, contexts = torch.tensor([[len(tokens), context] for _, tokens, context in requests]).T
         starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
-        table = torch.zeros(len(requests), WIDEST // PAGE, dtype=torch.int32)
+        table = torch.zeros(len(requests), -(-WIDEST // block), dtype=torch.int32)
         for row, (pages, *_) in zip(table, requests):
-            row[: len(pages)] = torch.tensor(pages)
+            row[: len(pages)] = torch.as_tensor(pages)
         positions = torch.cat([torch.arange(c, c + n) for n, c in zip(lengths.tolist(), contexts.tolist())])
         rows = torch.repeat_interleave(torch.arange(len(requests)), lengths)
-        slots = table[rows, positions // PAGE].long() * PAGE + positions % PAGE
+        slots = table[rows, positions // block].long() * block + positions % block
         seq_lens = (lengths + contexts).int()
         common = CommonAttentionMetadata(
             query_start_loc=starts,
@@ -172,7 +185,7 @@ class Engine:
             slot_mapping=slots,
             positions=positions,
         )
-        return {name: builder.build(0, common) for name, builder in self.builders.items()}, positions, slots
+        return common, positions, slots
 
     def step(self, requests):
         """Logits [tokens, vocabulary] of one step."""
@@ -181,8 +194,7 @@ class Engine:
         with self.current(), torch.inference_mode():
             metadata, positions, slots = self.metadata(requests)
             ids = torch.tensor([token for _, tokens, _ in requests for token in tokens])
-            mapping = dict.fromkeys(self.builders, slots)
-            with set_forward_context(metadata, self.config, num_tokens=len(ids), slot_mapping=mapping):
+            with set_forward_context(metadata, self.config, num_tokens=len(ids), slot_mapping=slots):
                 embedded = self.model.model.embed_tokens.weight[ids]
                 return self.model.compute_logits(self.model(ids, positions, inputs_embeds=embedded)).float()
 

@@ -1,0 +1,71 @@
+"""DeepSeek-V4 in vLLM's own model code over this library's kernels, beside transformers' model."""
+
+import pytest
+import torch
+import vllm._custom_ops as cuda_ops
+
+from mla_kernels import launch
+from mla_kernels.compat import vllm_ops
+from tests.engines import tiny_v4
+
+WHOLE = [[(0, 280)], [(1, 90), (2, 140)]]
+MIXED = [
+    [(0, 125)],
+    [(0, 1), (1, 61)],
+    [(0, 1), (1, 1), (2, 40)],
+    [(0, 1), (1, 1), (2, 1)],
+    [(0, 1), (1, 1), (2, 1)],
+    [(0, 130), (1, 26), (2, 98)],
+    [(0, 21)],
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ops():
+    """vLLM's CUDA functions are this library's of the same names: there is no CUDA here."""
+    product = torch.mm
+
+    class Nothing:
+        def __init__(self, *args, **others): ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cp_gather_indexer_k_quant_cache", "top_k_per_row_prefill", "top_k_per_row_decode"):
+            patch.setattr(cuda_ops, name, getattr(vllm_ops, name))
+        patch.setattr(torch.cuda, "Stream", Nothing)
+        patch.setattr(torch.cuda, "Event", Nothing)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch, "mm", lambda a, b, out_dtype=None: product(a.to(out_dtype), b.to(out_dtype)))
+        with launch.on_cpu("torch"):
+            yield
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return tiny_v4.judge()
+
+
+def answers(model, prompt, picks):
+    """(logits where the indexed layer attends to ``picks``, the part of transformers' own picks among them)."""
+    indexer, shared = model.model.layers[1].self_attn.compressor.indexer, []
+
+    def forward(*args, score=indexer.forward, **others):
+        own = score(*args, **others)[0]
+        hits = (own[:, :, None] == picks[:, None].to(own.dtype)).any(-1)[own >= 0]
+        shared.append(hits.float().mean())
+        return picks[None].long()
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(indexer, "forward", forward)
+        return model(torch.tensor([prompt])).logits[0], shared[0]
+
+
+@pytest.mark.parametrize("cache_dtype, error", [("bfloat16", 0.03), ("auto", 0.12)])
+@pytest.mark.parametrize("schedule", [WHOLE, MIXED], ids=["whole", "mixed"])
+def test_logits_are_those_of_transformers(judge, cache_dtype, error, schedule):
+    model, weights = judge
+    engine = tiny_v4.Engine(tiny_v4.V4, weights, cache_dtype)
+    prompts = tiny_v4.prompts()
+    for prompt, (logits, picks) in zip(prompts, tiny_v4.serve(engine, prompts, schedule), strict=True):
+        want, shared = answers(model, prompt, picks)
+        worst = (logits - want).abs().max() / want.abs().max()
+        assert worst < error and shared > 0.9, (worst, shared)
