@@ -7,7 +7,8 @@ vLLM. Caches are vLLM's: ``[blocks, block_size, 576]`` in the model's dtype, and
 - :class:`DenseBackend`: decoding by ``mla_decode``, of one or several speculative tokens a sequence; prefill goes
   through vLLM's common class to the prefill backend that it chooses, or to
 - :class:`PrefillBackend`: ``mla_prefill``, which needs no padded values, for new tokens and for chunks of context.
-- :class:`SparseBackend`: prefill and decoding by ``sparse_mla_decode`` over the indices of the indexer.
+- :class:`SparseBackend`: prefill and decoding by ``sparse_mla_decode`` over the indices of the indexer. Prompts no
+  longer than the top-k see all before them and go to the prefill backend that vLLM chooses, as with FlashMLA.
 
 Decoding runs in CUDA graphs of uniform batches, with any number of heads that tensor parallelism leaves; all of it
 with ``VLLM_BATCH_INVARIANT``. What is not supported is told to vLLM's selector, whose error shows it: context
@@ -18,26 +19,27 @@ Source: vLLM 0.33.0, ``vllm/v1/attention/backend.py``, ``vllm/model_executor/lay
 ``vllm/v1/attention/backends/mla/``.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import vllm.envs as envs
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
+    MLACommonBaseImpl,
     MLACommonImpl,
     MLACommonMetadata,
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
-from vllm.model_executor.layers.attention.sparse_mla_attention import SharedTopkIndicesBuffer
+from vllm.model_executor.layers.attention.sparse_mla_attention import (
+    SharedTopkIndicesBuffer,
+    SparseMLACommonMetadata,
+    SparseMLACommonMetadataBuilder,
+)
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
-    MLAAttentionImpl,
     MultipleOf,
 )
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
@@ -49,6 +51,7 @@ from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat.vllm import concat_and_cache_mla
 from mla_kernels.compat.vllm_plugin import LEAST_CAPABILITY
 from mla_kernels.latent.cache import CacheLayout, LatentCache
+from mla_kernels.latent.tools.gather import gather_tokens
 
 PLAIN = ["auto", "float16", "bfloat16"]
 PACKED = "fp8_ds_mla"
@@ -241,74 +244,34 @@ class SparseInPlaceOfFlashMLA(SparseBackend):
         return "FLASHMLA_SPARSE"
 
 
-@dataclass
-class SparseMetadata(AttentionMetadata):
-    """Of a batch. Every token goes the way of decoding: causality is in its picks.
+class SparseBuilder(SparseMLACommonMetadataBuilder[SparseMLACommonMetadata]):
+    """vLLM's metadata of sparse attention. Its split into decoding and prefill matters to prompts that are attended
+    densely alone: other tokens all go the way of decoding, since causality is in their picks."""
 
-    ``req_id_per_token`` [tokens] int32 is each token's row of ``block_table`` [requests, blocks].
-    """
-
-    num_reqs: int
-    max_query_len: int
-    max_seq_len: int
-    num_actual_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    slot_mapping: torch.Tensor
-    block_table: torch.Tensor
-    req_id_per_token: torch.Tensor
-    block_size: int
-    topk_tokens: int
-    num_decodes: int
-    num_decode_tokens: int
-    num_prefills: int = 0
-    prefill_max_seq_len: int = 0
-    prefill: None = None
-
-
-class SparseBuilder(AttentionMetadataBuilder[SparseMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    metadata_cls = SparseMLACommonMetadata
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.topk_tokens = vllm_config.model_config.hf_text_config.index_topk
-        # graphs replay with the addresses that they were captured with
-        self.rows = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32, device=device)
-
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
-        common = common_attn_metadata
-        return SparseMetadata(
-            num_reqs=common.num_reqs,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            num_actual_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            slot_mapping=common.slot_mapping,
-            block_table=common.block_table_tensor,
-            req_id_per_token=common.token_to_req_indices(self.rows),
-            block_size=self.kv_cache_spec.block_size,
-            topk_tokens=self.topk_tokens,
-            num_decodes=common.num_reqs,
-            num_decode_tokens=common.num_actual_tokens,
-        )
 
 
-class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
+class SparseImpl(SharedTopkIndicesBuffer, MLACommonBaseImpl[SparseMLACommonMetadata]):
     is_sparse = True
-    supports_dense_mha_prefill = False
+    masked_mha_available = False
     can_return_lse_for_decode = True
     supports_pcp = False
+    _use_flashinfer_concat_mla_k = False
 
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
-        logits_soft_cap, attn_type, kv_sharing_target_layer_name, *, kv_lora_rank, indexer=None,
-        topk_indices_buffer=None, **others,
+        logits_soft_cap, attn_type, kv_sharing_target_layer_name, *, indexer=None, topk_indices_buffer=None,
+        **latent,
     ) -> None:  # fmt: skip
         _refuse(alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale, self.kv_lora_rank, self.kv_cache_dtype = float(scale), kv_lora_rank, kv_cache_dtype
+        for name in ("q_lora_rank", "index_group_builder", "q_pad_num_heads"):
+            latent.pop(name, None)
+        super().__init__(num_heads, head_size, scale, num_kv_heads, kv_cache_dtype, **latent)
         self.init_topk_indices_buffer(indexer, topk_indices_buffer)
 
     def record_logical_topk_ready(self) -> None:
@@ -318,8 +281,7 @@ class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
         """q [tokens, heads, 576] or its two parts -> (out [tokens, heads, 512], lse [tokens, heads])."""
         q = _joined(q)
         tokens = q.shape[0]
-        layout = CacheLayout.FP8_V32 if self.kv_cache_dtype == PACKED else None
-        cache = LatentCache(kv_c_and_k_pe_cache, self.kv_lora_rank, layout)
+        cache = self._cache(kv_c_and_k_pe_cache)
         picks = self.topk_indices_buffer[:tokens, : attn_metadata.topk_tokens]
         out, lse = sparse_mla_decode(
             q[:, None],
@@ -329,6 +291,24 @@ class SparseImpl(SharedTopkIndicesBuffer, MLAAttentionImpl[SparseMetadata]):
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         )
         return out[:, 0], lse[:, 0]
+
+    def forward_mha(
+        self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale=None
+    ):  # fmt: skip
+        """Prompts no longer than the top-k, which attend to all before them, over expanded keys by the prefill backend.
+
+        The new tokens' latents are read from the cache that they were just written to: below capability 8.9
+        ``kv_c_normed`` and ``k_pe`` hold nothing (:mod:`mla_kernels.compat.vllm_dsa`).
+        """
+        new = attn_metadata.slot_mapping[attn_metadata.num_decode_tokens :][: q.shape[0]]
+        latents = gather_tokens(self._cache(kv_c_and_k_pe_cache), new)
+        kv_c_normed, k_pe = latents.split((self.kv_lora_rank, self.qk_rope_head_dim), 1)
+        super().forward_mha(
+            q, kv_c_normed, k_pe[:, None], kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale
+        )
+
+    def _cache(self, data: torch.Tensor) -> LatentCache:
+        return LatentCache(data, self.kv_lora_rank, CacheLayout.FP8_V32 if self.kv_cache_dtype == PACKED else None)
 
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False):
         _write(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale)
@@ -354,7 +334,7 @@ def _joined(q) -> torch.Tensor:
     return torch.cat(q, dim=-1) if isinstance(q, tuple) else q
 
 
-def _slots(picks: torch.Tensor, metadata: SparseMetadata) -> torch.Tensor:
+def _slots(picks: torch.Tensor, metadata: SparseMLACommonMetadata) -> torch.Tensor:
     """Positions within each token's sequence [tokens, top_k] -> cache slots; -1 stays."""
     return triton_convert_req_index_to_global_index(
         metadata.req_id_per_token[: len(picks)],

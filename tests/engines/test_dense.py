@@ -2,24 +2,14 @@
 
 import pytest
 import torch
-import vllm._custom_ops as cuda_ops
-from vllm.model_executor.layers.attention import mla_attention
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
 
-from mla_kernels.compat import vllm, vllm_attention, vllm_ops
+from mla_kernels.compat import vllm_attention
 from tests.engines import tiny
 
 SPECULATIVE = [[(0, 120), (1, 60), (2, 46)], [(0, 3), (1, 3), (2, 3)], [(0, 27), (1, 27), (2, 27)]]
-
-
-@pytest.fixture(autouse=True)
-def _ops(monkeypatch):
-    """vLLM's CUDA functions are this library's of the same names: there is no CUDA here."""
-    for name in ("gather_and_maybe_dequant_cache",):
-        monkeypatch.setattr(cuda_ops, name, getattr(vllm_ops, name))
-    monkeypatch.setattr(mla_attention, "merge_attn_states", vllm.merge_attn_states)
 
 
 @pytest.mark.parametrize(

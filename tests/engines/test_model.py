@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2 in vLLM's own model code over this library's kernels, beside transformers' model.
+"""DeepSeek-V3.2 and GLM-5 in vLLM's own model code over this library's kernels, beside transformers' model.
 
 vLLM's indexer scores in float8, transformers' in the model's dtype, and both keep the best 64 of up to 150 tokens: the
 judge attends to the picks that vLLM's side made, which are held against its own scores apart.
@@ -6,29 +6,31 @@ judge attends to the picks that vLLM's side made, which are held against its own
 
 import pytest
 import torch
-import vllm._custom_ops as cuda_ops
 
-from mla_kernels.compat import vllm_ops
+from mla_kernels.compat.vllm_attention import SparseImpl
 from tests.engines import tiny
 
 WHOLE = [[(0, 150)], [(1, 90)], [(2, 76)]]
 THREE = [[(0, 120), (1, 60), (2, 46)], [(0, 3), (1, 3), (2, 3)], [(0, 2), (1, 3), (2, 1)], [(0, 25), (1, 24), (2, 26)]]
 TWO = [[(0, 120), (1, 60), (2, 46)], [(0, 2), (1, 2), (2, 2)], [(0, 1), (1, 2), (2, 1)], [(0, 27), (1, 26), (2, 27)]]
-SCHEDULES = {"whole": (WHOLE, 0), "mixed": (tiny.MIXED, 0), "two at a time": (TWO, 1), "three at a time": (THREE, 2)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ops():
-    """vLLM's CUDA functions are this library's of the same names: there is no CUDA here."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("cp_gather_indexer_k_quant_cache", "top_k_per_row_prefill", "top_k_per_row_decode"):
-            patch.setattr(cuda_ops, name, getattr(vllm_ops, name))
-        yield
+SHORT = [[(0, 50)], [(0, 1), (1, 20)], [(0, 1), (1, 40)], [(0, 98), (1, 30), (2, 76)]]
+"""Prompts, and a second part of one, within the top-k: dense, beside decoding."""
+SCHEDULES = {
+    "whole": (WHOLE, 0),
+    "short": (SHORT, 0),
+    "mixed": (tiny.MIXED, 0),
+    "two at a time": (TWO, 1),
+    "three at a time": (THREE, 2),
+}
+DENSE = {"short": 50 + 20 + 40, "mixed": 60}
+"""Tokens that are attended densely in each layer: of prompts, cached ones included, within the top-k."""
+SHAPES = {"V3.2": tiny.V32, "GLM-5": tiny.GLM5}
+CASES = [("V3.2", schedule) for schedule in SCHEDULES] + [("GLM-5", "mixed")]
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return tiny.judge(tiny.V32)
+def judges():
+    return {name: tiny.judge(shape) for name, shape in SHAPES.items()}
 
 
 def answers(judge, prompt, picks):
@@ -36,6 +38,8 @@ def answers(judge, prompt, picks):
     shared = []
     with pytest.MonkeyPatch.context() as patch:
         for index, layer in enumerate(judge.model.layers):
+            if layer.self_attn.indexer is None:
+                continue
             chosen = picks[f"model.layers.{index}.self_attn.attn"]
             tokens = torch.arange(len(prompt), dtype=torch.int32)[:, None]
             seen = torch.arange(tiny.TOP_K, dtype=torch.int32).expand(len(prompt) - len(chosen), -1)  # all, if few
@@ -54,21 +58,30 @@ def answers(judge, prompt, picks):
     return logits, torch.stack(shared).mean()
 
 
-@pytest.mark.parametrize("cache_dtype, error", [("auto", 0.03), ("fp8_ds_mla", 0.08)])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_logits_are_those_of_transformers(judge, cache_dtype, error, schedule):
+@pytest.mark.parametrize("cache_dtype, error", [("auto", 0.03), ("fp8_ds_mla", 0.1)])
+@pytest.mark.parametrize("model, schedule", CASES)
+def test_logits_are_those_of_transformers(judges, monkeypatch, cache_dtype, error, model, schedule):
     steps, speculative = SCHEDULES[schedule]
-    engine = tiny.Engine(tiny.V32, judge.state_dict(), cache_dtype, speculative)
+    dense = []
+
+    def counted(self, q, *args, attend=SparseImpl.forward_mha, **others):
+        dense.append(len(q))
+        return attend(self, q, *args, **others)
+
+    monkeypatch.setattr(SparseImpl, "forward_mha", counted)
+    weights = judges[model].state_dict()
+    engine = tiny.Engine(SHAPES[model], weights, cache_dtype, speculative, mla_prefill_backend="MLA_KERNELS")
     prompts = tiny.prompts()
     for prompt, cached, (logits, picks) in zip(prompts, tiny.CACHED, tiny.serve(engine, prompts, steps), strict=True):
-        want, shared = answers(judge, prompt, picks)
+        want, shared = answers(judges[model], prompt, picks)
         worst = (logits - want[cached:]).abs().max() / want.abs().max()
         assert worst < error and shared > 0.9, (worst, shared)
+    assert sum(dense) == 2 * DENSE.get(schedule, 0)
 
 
-def test_metadata_keeps_its_addresses(judge):
+def test_metadata_keeps_its_addresses(judges):
     """A captured graph reads the tensors of the builder's first call."""
-    engine = tiny.Engine(tiny.V32, judge.state_dict())
+    engine = tiny.Engine(tiny.V32, judges["V3.2"].state_dict())
     name = next(name for name, layer in engine.layers.items() if hasattr(layer, "impl"))
     with engine.current():
         first, second = (engine.metadata([([1], [5], 3), ([2], [6], n)])[0][name] for n in (4, 9))

@@ -23,6 +23,11 @@ SHAPE = {
 
 INDEXER = {"index_n_heads": 4, "index_head_dim": 128, "index_topk": TOP_K}
 V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", **SHAPE, **INDEXER}
+GLM5 = {
+    "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", **SHAPE, **INDEXER,
+    "qk_nope_head_dim": 192, "v_head_dim": 256, "indexer_rope_interleave": True, "index_topk_pattern": "FS",
+}  # fmt: skip
+"""Its second layer takes the picks of its first."""
 V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **SHAPE}
 
 
@@ -104,6 +109,7 @@ class Engine:
                     enable_adaptive_verification=False,
                     parallel_drafting=False,
                     method="mtp",
+                    use_dspark=lambda: False,
                 )
             self.layers = self.config.compilation_config.static_forward_context
             made = {name: self._builder(name, layer) for name, layer in self.layers.items()}
@@ -225,7 +231,7 @@ def serve(engine, prompts, schedule):
 
 
 class recorded:
-    """Layer -> the picks that its attention read, while the block runs."""
+    """Layer -> the picks that its attention read, while the block runs; all before them for tokens without picks."""
 
     def __init__(self, engine):
         self.impls = {name: layer.impl for name, layer in engine.layers.items() if hasattr(layer, "impl")}
@@ -234,20 +240,31 @@ class recorded:
         found = {}
 
         def recording(name, impl):
-            forward = type(impl).forward_mqa
+            sparse, dense = type(impl).forward_mqa, getattr(type(impl), "forward_mha", None)
 
-            def run(q, *args):
+            def mqa(q, *args):
                 tokens = (q[0] if isinstance(q, tuple) else q).shape[0]
                 if impl.is_sparse:
-                    found[name] = impl.topk_indices_buffer[:tokens].clone()
-                return forward(impl, q, *args)
+                    picks = impl.topk_indices_buffer[:tokens].clone()
+                    found[name] = torch.cat([picks, found[name]]) if name in found else picks
+                return sparse(impl, q, *args)
 
-            return run
+            def mha(q, kv, k_pe, cache, metadata, *args, **others):
+                if impl.is_sparse:
+                    lengths = metadata.query_start_loc.diff().tolist()
+                    ends = metadata.seq_lens.tolist()
+                    spans = list(zip(ends, lengths))[metadata.num_decodes :]
+                    tokens = torch.cat([torch.arange(end - n, end, dtype=torch.int32) for end, n in spans])
+                    seen = torch.arange(TOP_K, dtype=torch.int32)
+                    found[name] = torch.where(seen > tokens[:, None], -1, seen)
+                return dense(impl, q, kv, k_pe, cache, metadata, *args, **others)
+
+            return mqa, mha
 
         for name, impl in self.impls.items():
-            impl.forward_mqa = recording(name, impl)
+            impl.forward_mqa, impl.forward_mha = recording(name, impl)
         return found
 
     def __exit__(self, *_):
         for impl in self.impls.values():
-            del impl.forward_mqa
+            del impl.forward_mqa, impl.forward_mha
