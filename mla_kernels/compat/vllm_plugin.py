@@ -13,9 +13,9 @@ latent attention at all (A100, RTX 3090, L40S, RTX 4090, Jetson Thor), it also
 - below capability 8.9, where Triton has no float8, puts :mod:`mla_kernels.compat.vllm_dsa` in the place of the two
   Triton kernels around the indexer.
 
-DeepSeek-V4, whose layers ask no registry of backends, is registered as a model of vLLM's again, over
-:mod:`mla_kernels.compat.vllm_v4`: vLLM's own, with this library's attention under the name ``MLA_KERNELS_SPARSE`` and
-on the chips above.
+DeepSeek-V4's layers ask no registry of backends. Its architectures are registered again, with vLLM's own model by way
+of :mod:`mla_kernels.compat.vllm_v4`: this library's attention is its under the name ``MLA_KERNELS_SPARSE``, and on the
+chips above without it.
 
 On chips with native kernels (capabilities 9, 10 and 12) nothing else changes. vLLM versions that this was not tried
 with are refused in the log, and nothing is registered.
@@ -46,7 +46,6 @@ MODELS = {
         "DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM",
         "DeepseekV4ForConditionalGeneration": "DeepseekV4ForConditionalGeneration",
         "DeepSeekV4MTPModel": "DeepSeekV4MTP",
-        "DSparkDraftModel": "DSparkDeepseekV4ForCausalLM",
     }.items()
 }
 """Architectures whose model is vLLM's with another choice of attention; loaded when a model is."""
@@ -71,7 +70,6 @@ def register() -> None:
             ", ".join(TRIED),
         )
         return
-    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -83,10 +81,8 @@ def register() -> None:
         register_mla_prefill_backend(DENSE, PREFILL)
     if not current_platform.is_cuda():
         return
-    for name, path in MODELS.items():
-        ModelRegistry.register_model(name, path)
     capability = current_platform.get_device_capability()
-    if capability is None or capability.major in NATIVE:
+    if capability is None:
         return
     if tuple(capability) < LEAST_CAPABILITY:
         logger.info(
@@ -94,6 +90,12 @@ def register() -> None:
             *capability,
             *LEAST_CAPABILITY,
         )
+        return
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for name, path in MODELS.items():
+        ModelRegistry.register_model(name, path)
+    if capability.major in NATIVE:
         return
     register_backend(AttentionBackendEnum.FLASHMLA_SPARSE, IN_PLACE)
     done = ["sparse latent attention (in the place of FLASHMLA_SPARSE)"]

@@ -26,12 +26,7 @@ import vllm.models.deepseek_v4.nvidia.dspark as vllm_dspark
 import vllm.models.deepseek_v4.nvidia.model as vllm_model
 import vllm.models.deepseek_v4.nvidia.mtp as vllm_mtp
 from vllm.forward_context import get_forward_context
-from vllm.models.deepseek_v4 import (
-    DeepSeekV4MTP,
-    DeepseekV4ForCausalLM,
-    DeepseekV4ForConditionalGeneration,
-    DSparkDeepseekV4ForCausalLM,
-)
+from vllm.models.deepseek_v4 import DeepseekV4ForCausalLM, DeepseekV4ForConditionalGeneration, DeepSeekV4MTP
 from vllm.models.deepseek_v4.attention import DeepseekV4Attention, DeepseekV4Indexer
 from vllm.models.deepseek_v4.common.ops import compute_global_topk_indices_and_lens
 from vllm.models.deepseek_v4.compressor import DeepseekCompressor
@@ -59,12 +54,7 @@ from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.indexer.scatter import scatter_indexer_keys
 from mla_kernels.latent.tools.scatter import scatter_tokens
 
-__all__ = [
-    "DSparkDeepseekV4ForCausalLM",
-    "DeepSeekV4MTP",
-    "DeepseekV4ForCausalLM",
-    "DeepseekV4ForConditionalGeneration",
-]
+__all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"]
 
 
 class V4Backend(DeepseekV4FlashMLABackend):
@@ -151,7 +141,9 @@ class V4Attention(DeepseekV4Attention):
                 raise NotImplementedError(f"{name}: got {getattr(parallel, name)}, 1 is accepted")
         dtype = vllm_config.cache_config.cache_dtype
         if dtype not in ("auto", "fp8", "fp8_ds_mla", "bfloat16"):
-            raise NotImplementedError(f"kv_cache_dtype: got {dtype!r}, accepted: 'auto', 'fp8', 'fp8_ds_mla', 'bfloat16'")
+            raise NotImplementedError(
+                f"kv_cache_dtype: got {dtype!r}, accepted: 'auto', 'fp8', 'fp8_ds_mla', 'bfloat16'"
+            )
         vllm_config.kernel_config.enable_jit_warmup = False
         self._packed = dtype != "bfloat16"
         super().__init__(vllm_config, *args, **kwargs)
@@ -275,9 +267,11 @@ def served() -> bool:
 
 def choose(vllm_config, *, vllms):
     """The class of a layer's attention: this library's where it is asked for by name, or there is no other."""
-    backend = vllm_config.attention_config.backend
-    named = backend is not None and backend == AttentionBackendEnum.__members__.get(SPARSE)
-    return V4Attention if named or (served() and backend is None) else vllms(vllm_config)
+    backend, members = vllm_config.attention_config.backend, AttentionBackendEnum
+    ours = [members[SPARSE]]
+    if served():  # there these names are this library's, too
+        ours += [None, members.FLASHMLA_SPARSE, members.FLASHMLA_SPARSE_DSV4]
+    return V4Attention if backend in ours else vllms(vllm_config)
 
 
 def _install() -> None:

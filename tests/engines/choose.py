@@ -4,6 +4,7 @@ vLLM keeps what it found out about the platform, so that every capability needs 
 """
 
 import functools
+import importlib
 import json
 import logging
 import sys
@@ -43,6 +44,20 @@ def choose(asked: dict) -> str:
     return f"{backend.__module__}.{backend.__qualname__}"
 
 
+def choose_v4(name: str | None) -> str | None:
+    """The class of attention in the model that vLLM's registry has for DeepSeek-V4; None: no such backend."""
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if name is not None and name not in AttentionBackendEnum.__members__:
+        return None
+    importlib.import_module(ModelRegistry.models["DeepseekV4ForCausalLM"].module_name)
+    from vllm.models.deepseek_v4.nvidia import model
+
+    config = SimpleNamespace(backend=None if name is None else AttentionBackendEnum[name])
+    return model._select_dsv4_attn_cls(SimpleNamespace(attention_config=config)).__name__
+
+
 def _on_cpu(make, *args, device=None, **others):
     return make(*args, device="cpu" if device == "cuda" else device, **others)
 
@@ -62,6 +77,8 @@ def main() -> None:
     answers["deep_gemm"] = getattr(sys.modules.get("deep_gemm"), "__name__", None)
     kernels = sys.modules.get("vllm.models.deepseek_v32.common.kernels")
     answers["fused_q"] = kernels and kernels.fused_q.__module__
+    answers |= {"v4": choose_v4(None), "v4 by name": choose_v4("MLA_KERNELS_SPARSE"), "v4 by FlashMLA's":
+                choose_v4("FLASHMLA_SPARSE")}  # fmt: skip
     print(json.dumps(answers))
 
 

@@ -42,12 +42,14 @@ def test_chips_without_kernels_get_ours(answers, capability):
     assert chosen["deep_gemm"] == "mla_kernels.compat.deep_gemm"
     assert (chosen["fused_q"] == "mla_kernels.compat.vllm_dsa") == (capability in ("8.0", "8.6"))
     assert f"vLLM has no sparse latent attention for capability {capability}" in log
+    assert chosen["v4"] == "V4Attention" and "DeepSeek-V4's layers" in log
 
 
 def test_chips_without_bfloat16_get_nothing(answers):
     chosen, log = answers("7.5")
     assert all("refused" in chosen[name] for name in ("sparse", "sparse by name", "dense by name"))
     assert chosen["deep_gemm"] != "mla_kernels.compat.deep_gemm" and chosen["fused_q"] != "mla_kernels.compat.vllm_dsa"
+    assert chosen["v4"] == "DeepseekV4FlashMLAAttention"
     assert "capability 7.5: the attention here needs 8.0" in log and "mla_kernels serves" not in log
 
 
@@ -59,6 +61,7 @@ def test_chips_with_kernels_keep_theirs(answers, capability):
         n: c for n, c in without.items() if "name" not in n
     } | {n: chosen[n] for n in ("sinks", "head size", "fp16 over fp8")}
     assert chosen["sparse"].startswith(VLLM) and "mla_kernels serves" not in log
+    assert chosen["v4"] in ("DeepseekV4FlashMLAAttention", "DeepseekV4FlashInferSM120Attention")
 
 
 @pytest.mark.parametrize("capability", LEFT_BEHIND + NATIVE)
@@ -66,6 +69,8 @@ def test_by_name_everywhere(answers, capability):
     chosen, _ = answers(capability)
     assert chosen["sparse by name"] == chosen["sparse fp8 by name"] == OURS + "SparseBackend"
     assert chosen["dense by name"] == OURS + "DenseBackend"
+    assert chosen["v4 by name"] == "V4Attention"
+    assert chosen["v4 by FlashMLA's"] == ("V4" if capability in LEFT_BEHIND else "DeepseekV4FlashMLA") + "Attention"
 
 
 def test_what_is_not_supported_is_in_vllms_error(answers):

@@ -69,3 +69,25 @@ def test_logits_are_those_of_transformers(judge, cache_dtype, error, schedule):
         want, shared = answers(model, prompt, picks)
         worst = (logits - want).abs().max() / want.abs().max()
         assert worst < error and shared > 0.9, (worst, shared)
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+def test_published_formats_are_built(experts):
+    """In DeepSeek's float8, with experts in either format: vLLM's own products and experts beside this attention."""
+    stored = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+              "weight_block_size": [128, 128]}  # fmt: skip
+    engine = tiny_v4.Engine({**tiny_v4.V4, "expert_dtype": experts, "quantization_config": stored}, None)
+    layer = engine.model.model.layers[1].attn.wo_a
+    scale = layer.weight_scale_inv.data
+    assert layer.weight.dtype == torch.float8_e4m3fn and layer.weight.shape == (128, 1024) and scale.shape == (1, 8)
+    layer.weight.data.copy_(torch.randn(128, 1024))
+    scale.copy_(2.0 ** torch.arange(-4, 4).float()[None])
+    want = layer.weight.data.float() * 2.0 ** torch.arange(-4, 4).repeat_interleave(128)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight.float(), want)
+    assert not hasattr(layer, "weight_scale_inv")
+
+
+def test_other_caches_are_refused():
+    with pytest.raises(NotImplementedError, match="kv_cache_dtype: got 'fp8_e5m2'"):
+        tiny_v4.Engine(tiny_v4.V4, None, "fp8_e5m2")

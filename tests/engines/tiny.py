@@ -126,17 +126,21 @@ class Engine:
             ensure_model_parallel_initialized(1, 1)
             workspace.init_workspace_manager(torch.device("cpu"))
 
-    def _load(self, weights):
-        from vllm.model_executor.layers.attention import MLAAttention
+    def _make(self):
         from vllm.model_executor.model_loader.utils import get_model_architecture
 
         made, _ = get_model_architecture(self.config.model_config)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = made(vllm_config=self.config)
+            return made(vllm_config=self.config)
         finally:
             torch.set_default_dtype(before)
+
+    def _load(self, weights):
+        from vllm.model_executor.layers.attention import MLAAttention
+
+        model = self._make()
         loaded = model.load_weights(weights.items())
         missing = {name for name, _ in model.named_parameters()} - loaded
         assert not missing, missing

@@ -61,6 +61,9 @@ class Engine(tiny.Engine):
     block = 256
 
     def _load(self, weights):
+        if weights is None:
+            return self._make()
+
         def plain(self, hidden, input_ids):
             """The experts, which are not this library's business here, by torch."""
             gate, experts = self.gate, self.experts.routed_experts
