@@ -231,6 +231,7 @@ class V4Attention(DeepseekV4Attention):
 
     def _o_proj(self, o, positions):
         """o [tokens, heads, 512] -> [tokens, hidden]: rotated back, then both output projections."""
+        # vLLM's first, empty pass makes the tables here, on its main stream; the compressors' streams then find them
         cos, sin = rope_tables(self.rotary_emb.cos_sin_cache)
         turned = rotate_heads(o, cos, sin, positions, rope_dim=self.rope_head_dim, inverse=True)
         grouped = turned.reshape(o.shape[0], self.n_local_groups, -1).transpose(0, 1)
@@ -243,14 +244,13 @@ def _plain_groups(groups: int, layer) -> None:
 
     It is multiplied group by group. What vLLM makes of float8 weights on these chips is one product's own order.
     """
-    weight = layer.weight.data
-    if weight.dtype == torch.float8_e4m3fn:
-        name = "weight_scale_inv" if hasattr(layer, "weight_scale_inv") else "weight_scale"
-        scale = getattr(layer, name)
-        rows, columns = (-(-size // count) for size, count in zip(weight.shape, scale.shape, strict=True))
-        scales = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    weight, block = layer.weight.data, getattr(layer, "weight_block_size", None)
+    if weight.dtype == torch.float8_e4m3fn and block is not None:
+        scales = layer.weight_scale_inv.float()
+        for axis, size in enumerate(block):
+            scales = scales.repeat_interleave(size, axis)
         weight = (weight.float() * scales[: weight.shape[0], : weight.shape[1]]).bfloat16()
-        delattr(layer, name)
+        del layer.weight_scale_inv
     if weight.dtype != torch.bfloat16 or weight.shape[0] % groups:
         raise NotImplementedError(
             f"wo_a: got weights {tuple(weight.shape)} in {str(weight.dtype)[6:]}, bfloat16 and float8_e4m3fn with a "

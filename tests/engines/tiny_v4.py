@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from tests.engines import tiny
 
-LENGTHS, WINDOW, TOP_K = (280, 90, 140), 32, 16
+LENGTHS, WINDOW, TOP_K = (280, 90, 290), 32, 16
+CACHED = (0, 0, 256)
+"""Of three prompts: the third begins with the first's 256 tokens, and finds them cached in the first's pages."""
 V4 = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "hidden_size": 256,
     "num_hidden_layers": 3, "layer_types": ["sliding_attention", "compressed_sparse_attention",
@@ -52,7 +54,8 @@ def judge():
 def prompts() -> list[list[int]]:
     """Three prompts of these lengths."""
     torch.manual_seed(1)
-    return [torch.randint(0, V4["vocab_size"], (length,)).tolist() for length in LENGTHS]
+    first, second, third = (torch.randint(0, V4["vocab_size"], (length,)).tolist() for length in LENGTHS)
+    return [first, second, first[: CACHED[2]] + third[CACHED[2] :]]
 
 
 class Engine(tiny.Engine):
@@ -106,7 +109,9 @@ class Engine(tiny.Engine):
         """Each of a request's pages, of no order."""
         torch.manual_seed(block)
         count = -(-tiny.WIDEST // block)
-        return torch.randperm(len(LENGTHS) * count).view(len(LENGTHS), count)[request]
+        pages = torch.randperm(len(LENGTHS) * count).view(len(LENGTHS), count)
+        pages[2, : CACHED[2] // block] = pages[0, : CACHED[2] // block]
+        return pages[request]
 
     def metadata(self, requests):
         made, slots = {}, {}
@@ -120,7 +125,7 @@ class Engine(tiny.Engine):
 
 def serve(engine, prompts, schedule):
     """As :func:`tests.engines.tiny.serve`: a list of (logits [tokens, vocabulary], picks [tokens, TOP_K])."""
-    done, logits, picks = [0] * len(prompts), [[] for _ in prompts], [[] for _ in prompts]
+    done, logits, picks = list(CACHED), [[] for _ in prompts], [[] for _ in prompts]
     for step in schedule:
         out = engine.step([(p, prompts[p][done[p] : done[p] + n], done[p]) for p, n in step])
         sizes = [n for _, n in step]
