@@ -1,9 +1,12 @@
-"""Two functions of vLLM's model of DeepSeek-V3.2, for chips whose Triton has no float8 (capability below 8.9).
+"""Functions of vLLM's model of DeepSeek-V3.2, for chips whose Triton has no float8 (capability below 8.9).
 
-Names and arguments are those of vLLM 0.33's ``vllm.models.deepseek_v32.common.kernels``, whose Triton kernels store
-e4m3 and so do not compile for an A100 or RTX 3090. Here e4m3 is made by integer arithmetic.
+Names and arguments are those of vLLM 0.33's ``vllm.models.deepseek_v32.common.kernels`` and
+``vllm.v1.attention.ops.common``, whose Triton kernels take e4m3 and so do not compile for an A100 or RTX 3090. Here
+e4m3 is made by integer arithmetic, and moved as bytes.
 :mod:`mla_kernels.compat.vllm_plugin` puts them in their place.
 """
+
+import functools
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -104,6 +107,30 @@ def fused_q(
     factor = index_weights_softmax_scale * index_weights_head_scale
     codes, weights = quantise_indexer_query(turned, index_weights.float() * factor)
     return codes, weights, rotated
+
+
+def packing_bytes(pack_seq_triton):
+    """vLLM's ``pack_seq_triton``, which pads queries of sequences to one number of tokens, with float8 moved as bytes:
+    its Triton kernel does not compile for float8 on these chips. Padding is zeros then; nobody looks at its logits."""
+
+    @functools.wraps(pack_seq_triton)
+    def packed(x, lengths, pad_value=-float("inf"), block_t=64, block_d=64):
+        if x.dtype != torch.float8_e4m3fn:
+            return pack_seq_triton(x, lengths, pad_value, block_t, block_d)
+        return pack_seq_triton(x.view(torch.uint8), lengths, 0, block_t, block_d).view(x.dtype)
+
+    return packed
+
+
+def warming_bytes(get_warmup_keys):
+    """What vLLM compiles of that kernel ahead of time, bytes in the place of float8."""
+
+    @functools.wraps(get_warmup_keys)
+    def keys(*, dtype, pad_value):
+        codes = dtype == torch.float8_e4m3fn
+        return get_warmup_keys(dtype=torch.uint8 if codes else dtype, pad_value=0 if codes else pad_value)
+
+    return keys
 
 
 def rope_tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ latent attention at all (A100, RTX 3090, L40S, RTX 4090, Jetson Thor), it also
   vLLM's own choice ends with it instead of "No valid attention backend found";
 - offers :mod:`mla_kernels.compat.deep_gemm` as the module ``deep_gemm``, from which vLLM's indexer takes its logits,
   unless a package of that name is installed;
-- below capability 8.9, where Triton has no float8, puts :mod:`mla_kernels.compat.vllm_dsa` in the place of the two
-  Triton kernels around the indexer.
+- below capability 8.9, where Triton has no float8, puts :mod:`mla_kernels.compat.vllm_dsa` in the place of the Triton
+  kernels around the indexer.
 
 DeepSeek-V4's layers ask no registry of backends. Its architectures are registered again, with vLLM's own model by way
 of :mod:`mla_kernels.compat.vllm_v4`: this library's attention is its under the name ``MLA_KERNELS_SPARSE``, and on the
@@ -121,14 +121,25 @@ def _offer_deep_gemm() -> bool:
 
 
 def _replace_dsa_kernels() -> None:
-    """Put this library's two functions where vLLM's model of DeepSeek-V3.2 takes its Triton kernels from."""
+    """Put this library's functions where vLLM's model of DeepSeek-V3.2 and its indexer take Triton kernels from."""
     ours = importlib.import_module("mla_kernels.compat.vllm_dsa")
     kernels = importlib.import_module("vllm.models.deepseek_v32.common.kernels")
-    users = [kernels, *filter(None, [sys.modules.get("vllm.models.deepseek_v32.attention")])]
     for name in ("fused_norm_rope", "fused_q"):
-        replacement = getattr(ours, name)
-        wanted, given = (list(inspect.signature(f).parameters) for f in (getattr(kernels, name), replacement))
-        if wanted != given:
-            raise ImportError(f"vLLM's {name} takes {', '.join(wanted)}; {', '.join(given)} is accepted")
-        for user in users:
-            setattr(user, name, replacement)
+        _replace(name, getattr(ours, name), kernels, "vllm.models.deepseek_v32.attention")
+    common = importlib.import_module("vllm.v1.attention.ops.common")
+    if not hasattr(common.pack_seq_triton, "__wrapped__"):
+        packing = ours.packing_bytes(common.pack_seq_triton)
+        _replace("pack_seq_triton", packing, common, "vllm.model_executor.layers.sparse_attn_indexer")
+        kernel = common._PACK_SEQ_TRITON_KERNEL
+        kernel.get_warmup_keys = ours.warming_bytes(kernel.get_warmup_keys)
+
+
+def _replace(name: str, replacement, home, user: str) -> None:
+    """In its module, and in the one that may have imported it already."""
+    given = inspect.signature(replacement, follow_wrapped=False)
+    wanted, given = (list(taken.parameters) for taken in (inspect.signature(getattr(home, name)), given))
+    if wanted != given:
+        raise ImportError(f"vLLM's {name} takes {', '.join(wanted)}; {', '.join(given)} is accepted")
+    for module in (home, sys.modules.get(user)):
+        if module is not None:
+            setattr(module, name, replacement)

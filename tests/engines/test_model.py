@@ -87,3 +87,20 @@ def test_metadata_keeps_its_addresses(judges):
         first, second = (engine.metadata([([1], [5], 3), ([2], [6], n)])[0][name] for n in (4, 9))
     assert first.req_id_per_token.data_ptr() == second.req_id_per_token.data_ptr()
     assert second.req_id_per_token.tolist() == [0, 1] and second.num_decode_tokens == 2
+
+
+def test_queries_of_the_indexer_are_packed_as_bytes(judges):
+    """Triton compiles no kernel over float8 for capabilities below 8.9."""
+    tiny.Engine(tiny.V32, judges["V3.2"].state_dict())
+    from vllm.model_executor.layers import sparse_attn_indexer
+    from vllm.v1.attention.ops import common
+
+    codes = torch.randn(5, 2, 128).to(torch.float8_e4m3fn)
+    packed = sparse_attn_indexer.pack_seq_triton(codes, torch.tensor([2, 3]))
+    assert packed.dtype == codes.dtype and packed.shape == (2, 3, 2, 128)
+    found = torch.cat([packed[0, :2], packed[1]]).view(torch.uint8)
+    assert torch.equal(found, codes.view(torch.uint8)) and not packed[0, 2].view(torch.uint8).any()
+    (warmed,) = common._PACK_SEQ_TRITON_KERNEL.get_warmup_keys(dtype=torch.float8_e4m3fn, pad_value=-float("inf"))
+    assert warmed.dtype == torch.uint8 and warmed.pad_value == 0
+    plain = sparse_attn_indexer.pack_seq_triton(torch.ones(3, 4), torch.tensor([1, 2]))
+    assert plain[0, 1].eq(-float("inf")).all()
