@@ -19,6 +19,7 @@ Source: vLLM 0.33.0, ``vllm/models/deepseek_v4``.
 
 import functools
 import inspect
+from typing import ClassVar
 
 import torch
 import vllm.envs as envs
@@ -56,9 +57,13 @@ from mla_kernels.latent.tools.scatter import scatter_tokens
 
 __all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"]
 
+CACHES = ("auto", "fp8", "fp8_ds_mla", "bfloat16")  # the first three are one
+
 
 class V4Backend(DeepseekV4FlashMLABackend):
     """FlashMLA's metadata, whose indices are of pages, on every chip."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*CACHES]
 
     @staticmethod
     def get_name() -> str:
@@ -140,10 +145,8 @@ class V4Attention(DeepseekV4Attention):
             if getattr(parallel, name) != 1:
                 raise NotImplementedError(f"{name}: got {getattr(parallel, name)}, 1 is accepted")
         dtype = vllm_config.cache_config.cache_dtype
-        if dtype not in ("auto", "fp8", "fp8_ds_mla", "bfloat16"):
-            raise NotImplementedError(
-                f"kv_cache_dtype: got {dtype!r}, accepted: 'auto', 'fp8', 'fp8_ds_mla', 'bfloat16'"
-            )
+        if dtype not in CACHES:
+            raise NotImplementedError(f"kv_cache_dtype: got {dtype!r}, accepted: {', '.join(map(repr, CACHES))}")
         vllm_config.kernel_config.enable_jit_warmup = False
         self._packed = dtype != "bfloat16"
         super().__init__(vllm_config, *args, **kwargs)

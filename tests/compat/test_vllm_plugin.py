@@ -110,6 +110,21 @@ def test_queries_are_those_of_the_references():
     )[:2] == (None, None)
 
 
+def test_float8_is_packed_as_bytes():
+    def pack(x, lengths, pad_value, block_t, block_d):
+        assert x.dtype != torch.float8_e4m3fn
+        taken.append((x.dtype, pad_value))
+        return x
+
+    taken, codes = [], torch.randn(2, 3).to(torch.float8_e4m3fn)
+    packed = vllm_dsa.packing_bytes(pack)
+    assert packed(codes, None).dtype == codes.dtype and packed(torch.ones(2, 3), None, -1.0).dtype == torch.float32
+    keys = vllm_dsa.warming_bytes(lambda *, dtype, pad_value: taken.append((dtype, pad_value)))
+    keys(dtype=codes.dtype, pad_value=-float("inf"))
+    keys(dtype=torch.float32, pad_value=-2.0)
+    assert taken == [(torch.uint8, 0), (torch.float32, -1.0), (torch.uint8, 0), (torch.float32, -2.0)]
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
