@@ -1,7 +1,7 @@
 """Tests inside vLLM itself, in an environment of their own: ``make test-engines``.
 
 vLLM's package for CUDA is installed and there is no GPU: its platform is told which capability to name. Tensors are CPU
-tensors, vLLM's Triton kernels and this library's run in Triton's interpreter.
+tensors, vLLM's Triton kernels and this library's run in Triton's interpreter, unless a test asks for the CPU code.
 """
 
 import pytest
