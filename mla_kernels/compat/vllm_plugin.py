@@ -41,12 +41,9 @@ BACKENDS = {
 PREFILL = "mla_kernels.compat.vllm_attention.PrefillBackend"
 IN_PLACE = "mla_kernels.compat.vllm_attention.SparseInPlaceOfFlashMLA"
 MODELS = {
-    name: f"mla_kernels.compat.vllm_v4:{made}"
-    for name, made in {
-        "DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM",
-        "DeepseekV4ForConditionalGeneration": "DeepseekV4ForConditionalGeneration",
-        "DeepSeekV4MTPModel": "DeepSeekV4MTP",
-    }.items()
+    "DeepseekV4ForCausalLM": "mla_kernels.compat.vllm_v4:DeepseekV4ForCausalLM",
+    "DeepseekV4ForConditionalGeneration": "mla_kernels.compat.vllm_v4:DeepseekV4ForConditionalGeneration",
+    "DeepSeekV4MTPModel": "mla_kernels.compat.vllm_v4:DeepSeekV4MTP",
 }
 """Architectures whose model is vLLM's with another choice of attention; loaded when a model is."""
 

@@ -32,7 +32,7 @@ def _cuda():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Nothing)
         patch.setattr(torch.cuda, "Event", Nothing)
-        patch.setattr(torch, "mm", lambda a, b, out_dtype=None: product(a.to(out_dtype), b.to(out_dtype)))
+        patch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
         with launch.on_cpu("torch"):
             yield
 
