@@ -29,7 +29,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 
 from mla_kernels.attention.decode.op import mla_decode
 from mla_kernels.attention.prefill.op import mla_prefill
-from mla_kernels.compat.sglang_plugin import DENSE
+from mla_kernels.compat.sglang_plugin import NAME
 from mla_kernels.latent.cache import LatentCache
 
 PIECE = 1024
@@ -263,7 +263,7 @@ class DenseBackend(AttentionBackend):
         return_lse = bool(others.pop("return_lse", False))
         for name, value in others.items():
             if value is not None:
-                raise NotImplementedError(f"{name}: got {type(value).__name__}, None is accepted by {DENSE}")
+                raise NotImplementedError(f"{name}: got {type(value).__name__}, None is accepted by {NAME}")
         if id(layer) not in self.known:
             _refuse_layer(layer, self._absorbed(layer))
             self.known.add(id(layer))
@@ -277,7 +277,7 @@ class DraftBackend:
 
     def __init__(self, runner, topk: int, speculative_num_steps: int) -> None:
         if topk != 1:
-            raise NotImplementedError(f"--speculative-eagle-topk: got {topk}, 1 is accepted by {DENSE}")
+            raise NotImplementedError(f"--speculative-eagle-topk: got {topk}, 1 is accepted by {NAME}")
         self.topk, self.speculative_num_steps = topk, speculative_num_steps
         self.kv_index_translator = runner.kv_index_translator
         self.attn_backends = [DenseBackend(runner, step) for step in range(speculative_num_steps - 1)]
@@ -318,34 +318,34 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
 def _refuse_runner(runner) -> None:
     """What the server was asked for and attention here does not do."""
     if not runner.use_mla_backend:
-        raise NotImplementedError(f"--attention-backend: got {DENSE} for a model without latent attention")
+        raise NotImplementedError(f"--attention-backend: got {NAME} for a model without latent attention")
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16) or runner.kv_cache_dtype != runner.dtype:
         raise NotImplementedError(
             f"--kv-cache-dtype: got {runner.kv_cache_dtype} for a model in {runner.dtype}, that dtype is accepted by "
-            f"{DENSE}, bfloat16 or float16"
+            f"{NAME}, bfloat16 or float16"
         )
     pool = runner.token_to_kv_pool
     if not isinstance(pool, MLATokenToKVPool) or pool.use_dsa:
         raise NotImplementedError(f"token_to_kv_pool: got {type(pool).__name__}, MLATokenToKVPool is accepted")
     if runner.kv_index_translator is not None and runner.kv_index_translator.is_translating:
-        raise NotImplementedError(f"--enable-unified-memory: got the unified pool, {DENSE} reads plain pools")
+        raise NotImplementedError(f"--enable-unified-memory: got the unified pool, {NAME} reads plain pools")
     parallel, spec = get_parallel(), get_spec()
     for option, size in (("--dcp-size", parallel.attn_dcp_size), ("--attn-cp-size", parallel.attn_cp_size)):
         if size not in (None, 1):
-            raise NotImplementedError(f"{option}: got {size}, 1 is accepted by {DENSE}")
+            raise NotImplementedError(f"{option}: got {size}, 1 is accepted by {NAME}")
     if spec.speculative_algorithm is None:
         return
     if spec.speculative_algorithm not in CHAINS:
         raise NotImplementedError(
-            f"--speculative-algorithm: got {spec.speculative_algorithm}, accepted by {DENSE}: {', '.join(CHAINS)}"
+            f"--speculative-algorithm: got {spec.speculative_algorithm}, accepted by {NAME}: {', '.join(CHAINS)}"
         )
     if spec.speculative_eagle_topk not in (None, 1):
         raise NotImplementedError(
-            f"--speculative-eagle-topk: got {spec.speculative_eagle_topk}, 1 is accepted by {DENSE}"
+            f"--speculative-eagle-topk: got {spec.speculative_eagle_topk}, 1 is accepted by {NAME}"
         )
     if spec.speculative_draft_window_size is not None:
         raise NotImplementedError(
-            f"--speculative-draft-window-size: got {spec.speculative_draft_window_size}, none is accepted by {DENSE}"
+            f"--speculative-draft-window-size: got {spec.speculative_draft_window_size}, none is accepted by {NAME}"
         )
 
 
@@ -363,15 +363,15 @@ def _refuse_layer(layer, absorbed: bool) -> None:
     for name, values in accepted.items():
         value = getattr(layer, name)
         if value not in values:
-            raise NotImplementedError(f"layer.{name}: got {value!r}, {values[0]!r} is accepted by {DENSE}")
+            raise NotImplementedError(f"layer.{name}: got {value!r}, {values[0]!r} is accepted by {NAME}")
     if not absorbed and layer.tp_k_head_num != layer.tp_q_head_num:
         raise NotImplementedError(
             f"layer.tp_k_head_num: got {layer.tp_k_head_num} for {layer.tp_q_head_num} heads of {layer.head_dim}, "
-            f"as many are accepted by {DENSE}, or one latent"
+            f"as many are accepted by {NAME}, or one latent"
         )
 
 
 def _refuse_tree(spec_info) -> None:
     topk = getattr(spec_info, "topk", 1)
     if topk != 1:
-        raise NotImplementedError(f"spec_info.topk: got {topk}, 1 is accepted by {DENSE} (a chain of drafts)")
+        raise NotImplementedError(f"spec_info.topk: got {topk}, 1 is accepted by {NAME} (a chain of drafts)")
