@@ -7,8 +7,8 @@ dtype, of any page size.
 - Decoding, target verification and draft extension: ``mla_decode`` of one or several tokens a sequence, eagerly or in
   CUDA graphs, whose table of pages is written in place before each replay.
 - Prefill: ``mla_prefill`` of expanded heads, of the new tokens and of chunks of the cached prefix, which SGLang merges
-  by their lse. Where SGLang asks for the absorbed form (captured prefill, ``--disable-chunked-prefix-cache``,
-  deterministic inference): ``mla_decode``, once for each number of new tokens.
+  by their lse. Where the prefix is long beside the new tokens, in captured prefill, without chunks of the prefix and in
+  deterministic inference the absorbed form (:func:`choose_form`): ``mla_decode``, once for each number of new tokens.
 
 What is not supported is refused when the backend is made, or a layer first comes: other caches than the model's dtype,
 context parallelism, the unified pool, draft trees, windows, soft caps, encoders.
@@ -25,6 +25,10 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.layout.paged_view import paged_row_view
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, build_inner_fb_view
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import is_in_breakable_cuda_graph
+from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import is_in_tc_piecewise_cuda_graph
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 
 from mla_kernels.attention.decode.op import mla_decode
@@ -297,6 +301,36 @@ class DraftBackend:
 
     def init_forward_metadata_in_graph(self, forward_batch) -> None:
         """Nothing: all is written before the graph runs."""
+
+
+def make_backend(runner) -> DenseBackend:
+    """The backend of a runner, after SGLang's models were told in which form it takes a batch."""
+    AttentionBackendRegistry.register(NAME, choose_form)
+    return DenseBackend(runner)
+
+
+def choose_form(attn, forward_batch) -> AttnForwardMethod:
+    """Whether a layer of SGLang's DeepSeek models absorbs its up-projections, or expands keys and values.
+
+    A token of the prefix costs the expanded form ``latent (nope + value)`` products a head, and saves it
+    ``2 latent + rope - (nope + rope + value)`` for each new token: at DeepSeek-V3's widths 171 new tokens make up for
+    it. Counted, not measured.
+    """
+    mode = forward_batch.forward_mode
+    captured = is_in_tc_piecewise_cuda_graph() or is_in_breakable_cuda_graph()
+    if captured or not mode.is_extend_without_speculative():
+        return AttnForwardMethod.MLA
+    if get_exec().deterministic.enable_deterministic_inference:  # one form, so that bits do not depend on chunks
+        return AttnForwardMethod.MLA
+    prefixes, new = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+    if not any(prefixes):
+        return AttnForwardMethod.MHA_CHUNKED_KV
+    if attn.disable_chunked_prefix_cache:
+        return AttnForwardMethod.MLA
+    expanding = attn.kv_lora_rank * (attn.qk_nope_head_dim + attn.v_head_dim)
+    saved = 2 * attn.kv_lora_rank - attn.qk_nope_head_dim - attn.v_head_dim
+    gain = sum(prefix * (saved * count - expanding) for prefix, count in zip(prefixes, new))
+    return AttnForwardMethod.MHA_CHUNKED_KV if gain > 0 else AttnForwardMethod.MLA
 
 
 def _decoding(forward_batch):

@@ -59,7 +59,8 @@ def _dense(choices) -> None:
     choices.add_attention_backend_choices([NAME])
     choices.add_chunked_prefix_cache_attention_backend(NAME)
     choices.add_deterministic_attention_backend_choices([NAME])
-    register_attention_backend(NAME)(lambda runner: _module("sglang_attention").DenseBackend(runner))
+    choices.add_radix_supported_deterministic_attention_backend_choices([NAME])
+    register_attention_backend(NAME)(lambda runner: _module("sglang_attention").make_backend(runner))
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     HookRegistry.register(f"{factory}._create_backend", _draft, HookType.AROUND)
 

@@ -19,7 +19,7 @@ FUNCTIONS = ("cuInit", "cuGetProcAddress_v2", "cuPointerGetAttribute", "cuTensor
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CORES, MEMORY = 108, 80 << 30
 
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "9"}  # no such device; SGLang reads a number there
 
 
 def load_driver() -> None:
