@@ -4,6 +4,7 @@ Rounding may choose another expert where two score alike: the judge takes those 
 against its own apart.
 """
 
+import os
 import subprocess
 import sys
 
@@ -31,10 +32,12 @@ def judge(folder):
 
 
 def run(folder, options):
-    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own."""
+    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own, where prefixes come in chunks of 64."""
     out = folder / "out.pt"
     command = [sys.executable, "-m", "tests.engines_sglang.tiny", str(folder), str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"SGLANG_MAX_KV_CHUNK_CAPACITY": "192"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
