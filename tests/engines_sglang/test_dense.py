@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.test.kits.attention_unittest.attention_methods import dense_attention
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention as kit
 from sglang.test.kits.attention_unittest.runner_modes import (
     cuda_graph_decode_runner,
@@ -18,6 +17,8 @@ from sglang.test.kits.attention_unittest.runner_modes import (
     speculative_target_verify_runner,
     split_op_runner,
 )
+
+from mla_kernels.compat import sglang_attention
 
 NAME = "mla_kernels"
 SIZES = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "dtype": torch.bfloat16}
@@ -33,12 +34,16 @@ def case(mode, page_size, prefix_lens, extend_lens=(), num_heads=4):
     )  # fmt: skip
 
 
+def in_order(layout, *, page_size, max_context_len, **others):
+    return lambda request, position: page_size + request * max_context_len + position
+
+
 class TestKit:
     """What SGLang asks of its own backends (``sglang.test.kits``): its batches and its reference."""
 
     judge = unittest.TestCase()
 
-    @pytest.mark.parametrize("layout", ["shuffled_pages", "contiguous"])
+    @pytest.mark.parametrize("layout", ["shuffled_pages", "interleaved_pages", "contiguous"])
     @pytest.mark.parametrize("name", CASES)
     def test_eagerly(self, name, layout):
         kit.run_mla_attention_case(self.judge, CASES[name], loc_layout=layout, **SIZES)
@@ -57,9 +62,11 @@ class TestKit:
         )
 
     @pytest.mark.parametrize("page_size", [1, 16])
-    def test_verification_of_a_chain(self, page_size):
+    def test_verification_of_a_chain(self, page_size, monkeypatch):
         asked = case(ForwardMode.TARGET_VERIFY, page_size, (14, 15, 3), (3, 3, 3))
         speculative_target_verify_runner.run_mla_eagle_verify_case(self.judge, asked, topk=1, **SIZES)
+        # its graphs' cases write prefixes once more, in order, over those that it has shuffled
+        monkeypatch.setattr(dense_attention, "make_loc_fn", in_order)
         speculative_target_verify_runner.run_mla_eagle_verify_cuda_graph_case(self.judge, asked, topk=1, **SIZES)
 
     def test_a_tree_is_refused(self):
@@ -147,8 +154,7 @@ def test_beside_float64(mode, prefixes, new, heads, page_size):
 
 
 def test_long_prompts_are_taken_in_pieces(monkeypatch):
-    attention = __import__("mla_kernels.compat.sglang_attention", fromlist=["PIECE"])
-    monkeypatch.setattr(attention, "PIECE", 16)
+    monkeypatch.setattr(sglang_attention, "PIECE", 16)
     held = Held(case(EXTEND, 64, (0, 30), (65, 17), 2), 2)
     held.check(*held.attend())
 
@@ -300,6 +306,15 @@ def test_runners_that_are_not_supported_are_refused(changed, message):
         ATTENTION_BACKENDS[NAME](asked)
 
 
+OPTIONS = {
+    "get_parallel": ("attn_dcp_size", "attn_cp_size"),
+    "get_spec": (
+        "speculative_algorithm", "speculative_eagle_topk", "speculative_draft_window_size",
+        "speculative_num_draft_tokens",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -313,9 +328,11 @@ def test_runners_that_are_not_supported_are_refused(changed, message):
         ),
     ],
 )
-def test_options_that_are_not_supported_are_refused(options, message):
+def test_options_that_are_not_supported_are_refused(options, message, monkeypatch):
     runner = Held(case(DECODE, 64, (5,), (), 4), 4).runner
-    assert isinstance(runner.token_to_kv_pool, MLATokenToKVPool)
-    space = get_parallel() if "attn_dcp_size" in options or "attn_cp_size" in options else get_spec()
-    with space.override(**options), pytest.raises(NotImplementedError, match=message):
+    for space in ("get_parallel", "get_spec"):
+        now = getattr(sglang_attention, space)()
+        held = {name: getattr(now, name) for name in OPTIONS[space]}
+        monkeypatch.setattr(sglang_attention, space, lambda held=held: SimpleNamespace(**held | options))
+    with pytest.raises(NotImplementedError, match=message):
         ATTENTION_BACKENDS[NAME](runner)

@@ -32,7 +32,7 @@ def judge(folder):
 
 
 def run(folder, options):
-    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own, where prefixes come in chunks of 64."""
+    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own; prefixes come in chunks."""
     out = folder / "out.pt"
     command = [sys.executable, "-m", "tests.engines_sglang.tiny", str(folder), str(out), *options]
     done = subprocess.run(
