@@ -67,6 +67,36 @@ def judge(folder: Path):
     return model.float().eval()
 
 
+def quantise_experts(model, folder: Path, into: Path) -> None:
+    """Write the checkpoint of ``folder`` to ``into``, its routed experts in fp8 with scales of 128 x 128 blocks, and
+    put what these hold into the judge's weights."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["self_attn", "shared_experts", "layers.0.mlp", "lm_head"],
+    }  # fmt: skip
+    (into / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if ".mlp.experts." in name]:
+        weight = weights[name].float()
+        rows, columns = (size // 128 for size in weight.shape)
+        blocks = weight.view(rows, 128, columns, 128)
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        weights[name] = codes.view(weight.shape)
+        weights[name + "_scale_inv"] = scale
+        held = (codes.float() * scale[:, None, :, None]).view(weight.shape)
+        layer, expert, part = int(name.split(".")[2]), int(name.split(".")[5]), name.split(".")[6]
+        experts = model.model.layers[layer].mlp.experts
+        if part == "down_proj":
+            experts.down_proj.data[expert] = held
+        else:
+            experts.gate_up_proj.data[expert].chunk(2)[part == "up_proj"].copy_(held)
+    save_file(weights, into / "model.safetensors", {"format": "pt"})
+
+
 class Engine:
     """SGLang's model runner, its pools and attention backend: what its scheduler drives."""
 
