@@ -38,6 +38,7 @@ def test_everything_is_registered_once(monkeypatch, version):
         "sglang.srt.layers.attention.attention_registry": SimpleNamespace(
             register_attention_backend=lambda name: lambda made: backends.setdefault(name, made)
         ),
+        "sglang.srt.utils": SimpleNamespace(is_cuda=lambda: False),
         "sglang.srt.layers.moe.utils": SimpleNamespace(register_moe_runner_backend_name=runners.append),
         "sglang.srt.plugins.hook_registry": SimpleNamespace(
             HookRegistry=SimpleNamespace(register=lambda *given: hooks.append(given[0])), HookType=stages

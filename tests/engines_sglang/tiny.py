@@ -243,7 +243,9 @@ def main() -> None:
     pretend(8, 0)
     engine = Engine(folder, *options)
     served = serve(engine, prompts(), STEPS)
-    torch.save({"served": served, "backend": type(engine.runner.attn_backend).__name__}, out)
+    methods = [module.quant_method for module in engine.runner.model.modules() if hasattr(module, "moe_runner_config")]
+    experts = {method.runner.fused_func.__module__ for method in methods}
+    torch.save({"served": served, "backend": type(engine.runner.attn_backend).__name__, "experts": experts}, out)
 
 
 if __name__ == "__main__":
