@@ -7,7 +7,8 @@ its arguments. It adds, on every CUDA or ROCm chip,
   and for a draft model;
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
-Unless they are asked for, nothing changes. SGLang versions that this was not tried with are refused in the log, and
+Unless they are asked for, nothing changes, but for experts in fp8 blocks below capability 8.9, for which SGLang has no
+kernels: they are ours. SGLang versions that this was not tried with are refused in the log, and
 nothing is registered.
 
 Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/attention_registry.py``,
