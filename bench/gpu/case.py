@@ -14,7 +14,7 @@ from mla_kernels.device.machine import is_hopper
 OURS = "mla_kernels"
 INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
 """Names of variants."""
-HOPPER_OPS = ("mla_decode", "sparse_mla_decode", "mla_prefill")
+HOPPER_OPS = ("mla_decode", "sparse_mla_decode", "sparse_mla_prefill", "mla_prefill")
 """Public functions with kernels in :mod:`mla_kernels.hopper`."""
 KINDS = {
     "ours": "this library as a user calls it",
