@@ -43,10 +43,14 @@ def _sight(
     starts_ptr, ends_ptr, sequence, row, first, tokens, keys,
     TOKENS: gl.constexpr, PAGED: gl.constexpr, LIMITS: gl.constexpr,
 ):  # fmt: skip
-    """((first key, end) of what each token sees, the first of these, the last end); a token that is none sees none."""
+    """((first key, end) of what each token sees, the first of these, the last end, the last limit or 0).
+
+    A token that is none sees none.
+    """
     bounds = ()
     least = keys
     most = 0
+    limit = 0
     length = 0
     if PAGED:
         length = gl.minimum(gl.maximum(gl.load(ends_ptr + sequence), 0), keys + tokens)
@@ -56,15 +60,17 @@ def _sight(
         if PAGED and not LIMITS:
             high = gl.where(real, length - tokens + 1 + first + token, 0)
         elif PAGED:
-            high = gl.minimum(gl.load(starts_ptr + row + token, mask=real, other=0), length)
+            high = gl.load(starts_ptr + row + token, mask=real, other=0)
+            limit = gl.maximum(limit, gl.minimum(high, keys))
+            high = gl.minimum(high, length)
         else:
             low = gl.maximum(gl.load(starts_ptr + row + token, mask=real, other=keys), 0)
             high = gl.load(ends_ptr + row + token, mask=real, other=0)
         high = gl.maximum(gl.minimum(high, keys), 0)
         bounds += ((low, high),)
-        least = gl.minimum(least, low)
+        least = gl.minimum(least, gl.where(high > low, low, keys))
         most = gl.maximum(most, high)
-    return bounds, least, most
+    return bounds, least, most, limit
 
 
 @gluon.jit
@@ -107,7 +113,8 @@ def _sum_heads(strips, weights, FIRST: gl.constexpr, NUMBER: gl.constexpr):
 
     Strip by strip, for an instruction a product: gl.sum over all of them sums in pairs, which fuses only half.
     """
-    total = gl.zeros([BLOCK, STRIP], gl.float32, layout=strips[FIRST].type.layout)
+    TILE: gl.constexpr = strips[FIRST].type.layout
+    total = gl.zeros([BLOCK, STRIP], gl.float32, layout=TILE)
     for strip in gl.static_range(NUMBER):
         positive = gl.maximum(strips[FIRST + strip], 0.0, propagate_nan=tl.PropagateNan.ALL)
         total += positive * weights[strip][None, :]
@@ -117,8 +124,9 @@ def _sum_heads(strips, weights, FIRST: gl.constexpr, NUMBER: gl.constexpr):
 @gluon.jit
 def _store(logits, out, sight, first, keys, columns, present, real, COMPACT: gl.constexpr):
     """Logits [64] of a token with the keys from ``first`` on, -inf (COMPACT: nothing) where it does not see them."""
+    ROW: gl.constexpr = logits.type.layout
     low, high = sight
-    line = gl.arange(0, BLOCK, layout=logits.type.layout)
+    line = gl.arange(0, BLOCK, layout=ROW)
     seen = (line < high - first) & (line >= low - first) & present
     if COMPACT:
         gl.store(out + (first - low) + line, logits, mask=seen & (line < columns + low - first))
@@ -141,12 +149,12 @@ def _fill(out, block, end, count, out_stride, keys, TOKENS: gl.constexpr):
 @gluon.jit
 def _score(
     q, codes, scales, barriers, weights_ptr, table_ptr, sight, span, results, numbers,
-    TOKENS: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr, PAGE_SIZE: gl.constexpr, FILL: gl.constexpr,
-    COMPACT: gl.constexpr, STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, ROWS: gl.constexpr, TOGETHER: gl.constexpr, PAGE_SIZE: gl.constexpr, COMPACT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Wait for blocks, multiply, add up over heads, and store logits."""
     q_full, full, free = barriers
-    first_block, blocks, chunk_start, chunk_end, count = span
+    first_block, blocks, fill_start, fill_end, count = span
     out, out_stride = results
     heads, keys, columns, num_pages, weights_stride = numbers
     TILE: gl.constexpr = TOGETHER * ROWS
@@ -186,9 +194,8 @@ def _score(
                     logits, out + (tile * TOGETHER + part) * out_stride, sight[tile * TOGETHER + part], first, keys,
                     columns, present, tile * TOGETHER + part < count, COMPACT,
                 )  # fmt: skip
-    if FILL:
-        _fill(out, chunk_start, first_block, count, out_stride, keys, TOKENS)
-        _fill(out, first_block + blocks, chunk_end, count, out_stride, keys, TOKENS)
+    _fill(out, fill_start, first_block, count, out_stride, keys, TOKENS)
+    _fill(out, first_block + blocks, fill_end, count, out_stride, keys, TOKENS)
 
 
 @gluon.jit
@@ -242,13 +249,18 @@ def hopper_indexer_logits_kernel(
     sequence = gl.program_id(0) // (chunks * token_tiles)
     first_row = sequence * tokens + first_token
     row = first_row.to(gl.int64)
-    sight, least, most = _sight(
+    sight, least, most, limit = _sight(
         starts_ptr, ends_ptr, sequence, row, first_token, tokens, keys, TOKENS, PAGE_SIZE > 0, LIMITS
     )
     chunk_start = chunk * share
     chunk_end = gl.minimum(chunk_start + share, (keys + BLOCK - 1) // BLOCK)
     first_block = gl.minimum(gl.maximum(chunk_start, least // BLOCK), chunk_end)
     blocks = gl.maximum(gl.minimum(chunk_end, (most + BLOCK - 1) // BLOCK) - first_block, 0)
+    fill_start = chunk_start
+    fill_end = chunk_end
+    if not FILL:  # but up to a limit, which may lie beyond the length: who chooses reads so far
+        fill_start = first_block
+        fill_end = gl.minimum(chunk_end, (limit + BLOCK - 1) // BLOCK)
 
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q = gl.allocate_shared_memory(q_tiles.dtype, [TOKENS, 1, ROWS, WIDTH], q_tiles.layout)
@@ -264,13 +276,13 @@ def hopper_indexer_logits_kernel(
 
     barriers = (q_full, full, free)
     table = table_ptr + sequence.to(gl.int64) * table_stride
-    span = (first_block, blocks, chunk_start, chunk_end, gl.minimum(tokens - first_token, TOKENS))
+    span = (first_block, blocks, fill_start, fill_end, gl.minimum(tokens - first_token, TOKENS))
     results = (out_ptr + row * out_stride, out_stride.to(gl.int64))
     numbers = (heads, keys, columns, num_pages, weights_stride)
     gl.warp_specialize(
         [
             (_score, (q, codes, scales, barriers, weights_ptr + row * weights_stride, table, sight, span, results,
-                      numbers, TOKENS, ROWS, TOGETHER, PAGE_SIZE, FILL, COMPACT, STAGES)),
+                      numbers, TOKENS, ROWS, TOGETHER, PAGE_SIZE, COMPACT, STAGES)),
             (_load, (key_tiles, scale_ptr, table, codes, scales, barriers, span, (keys, num_pages, scale_stride),
                      PAGE_SIZE, STAGES)),
         ],

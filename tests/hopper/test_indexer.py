@@ -12,7 +12,7 @@ from mla_kernels.hopper import indexer as variant
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import indexer as reference
 from tests.attention.indexer_problems import E4M3, Paged, Ragged, make_paged, make_ragged
-from tests.hopper.problems import ON_HOPPER
+from tests.hopper.problems import ON_HOPPER, unwritten_is_nan
 
 pytestmark = ON_HOPPER
 
@@ -84,8 +84,9 @@ def test_the_same_bits_in_any_order_and_beside_others(backend, device, monkeypat
     assert torch.equal(rows.tokens(slice(4, 5)).run()[0], scores[4])
 
 
-def test_what_is_selected(backend, device):
-    """Over logits whose unseen tiles are not filled."""
+def test_what_is_selected(backend, device, monkeypatch):
+    """Over logits whose unseen tiles are not filled, but where a limit lies beyond a sequence's length."""
+    unwritten_is_nan(monkeypatch)
     problem = ragged(5, 700, heads=20, device=device)
     assert torch.equal(problem.select(11).cpu(), reference.indexer_topk(problem.run().cpu(), 11))
     problem = paged(heads=20, queries=2, limits=True, device=device)
