@@ -23,6 +23,7 @@ _MOST_TOKENS = 8
 _PROGRAMS = 4  # a core
 _FEWEST_BLOCKS = 4  # of a program
 _UNIT = 16  # bytes of which TMA wants multiples
+_CORES = 132  # of the chip that declared problems are cut for
 
 
 def _boxes(statics):
@@ -52,7 +53,7 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    chunks, share = chunks_of(sizes["keys"], programs_of(sizes, statics["TOKENS"]), 132)
+    chunks, share = chunks_of(sizes["keys"], programs_of(sizes, statics["TOKENS"]), _CORES)
     keys, rows = share * BLOCK, statics["TOKENS"] * statics["ROWS"]
     return Work(
         programs=programs_of(sizes, statics["TOKENS"]) * chunks,

@@ -104,6 +104,22 @@ def test_keys_that_tma_does_not_read_are_refused(launched):  # noqa: F811
     assert launched == [PORTABLE]
 
 
+def test_other_formats_are_refused_where_the_variant_is_asked_for(launched):  # noqa: F811
+    q, words = torch.zeros(2, 1, 16, 64).to(E4M3), torch.full((2, 1, 16), 127, dtype=torch.int32)
+    cache = torch.zeros(3, 64, 1, 68, dtype=torch.uint8)
+    lengths, table = torch.full((2, 1), 9, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+
+    def call():
+        return deep_gemm.fp8_fp4_paged_mqa_logits((q, words), cache, torch.ones(2, 16), lengths, table, None, 64)
+
+    with launch.on_cpu("interpret"):
+        with hopper.variants("force"), pytest.raises(NotImplementedError, match="queries of bfloat16"):
+            call()
+        assert launched == []
+        call()
+    assert launched == ["mqa_logits_kernel"]
+
+
 def test_chunks_fill_the_chip_and_cover_every_block():
     for keys in (1, 64, 65, 4096, 131072):
         for sets in (1, 64, 1024):

@@ -296,17 +296,6 @@ def test_hopper_sparse_mla_decode(heads, rows, layout, top_k):
     assert {out.data_ptr(), sink.data_ptr()} <= set(pointers(merge[0] if merge else decode).values())
 
 
-def test_hopper_sparse_mla_prefill():
-    q, kv = torch.randn(5, 128, 576).to(BF16), torch.randn(40, 576).to(BF16)
-    indices = torch.zeros(5, 64, dtype=I32)
-    with record() as launches, hopper.variants("force"):
-        results = mla_kernels.sparse_mla_prefill(q, kv, indices, softmax_scale=0.1, return_max_logits=True)
-    (launch,) = launches
-    assert (launch.kernel, launch.grid, launch.threads) == (hopper_sparse.HOPPER_SPARSE_MLA.name, 5 * 2, 384)
-    assert launch.arguments["page_stride"] == 1152 // 16 and launch.constants["PAGE_SIZE"] == 1
-    assert {t.data_ptr() for t in (kv, indices, *results)} <= set(pointers(launch).values())
-
-
 def test_sparse_mla_prefill_and_its_gradients():
     q, kv = torch.randn(5, 16, 576).to(BF16), torch.randn(40, 576).to(BF16)
     indices, sink = torch.randint(40, (5, 64), dtype=I32), torch.zeros(16)
