@@ -29,7 +29,7 @@ def rows():
 
 
 def pages():
-    """Two tokens of sequences in pages, one of which is none; every row of a page may be copied, NaN or not."""
+    """A page among a sequence's is none; rows behind its end are NaN and copied all the same."""
     problem = make_paged((700, 65), queries=3, heads=20, head_dim=128, dtype=E4M3, layout="fp8")
     problem.block_table[0, 2] = -1
     return problem
@@ -45,10 +45,10 @@ def expected(problem):
     return exact
 
 
-def goes_wrong(text, folder, monkeypatch, problems=(rows, pages)) -> bool:
+def goes_wrong(text, folder, monkeypatch) -> bool:
+    """Whether a kernel of this source does, over rows or over pages."""
     monkeypatch.setattr(KERNEL, "fn", types.SimpleNamespace(loaded=getattr(load(text, folder), KERNEL.name)))
-    for make in problems:
-        problem = make()
+    for problem in (rows(), pages()):
         try:
             with on_cpu("hopper-emulated"), hopper.variants("force"):
                 logits = run(problem)
@@ -71,8 +71,7 @@ def run(problem):
 
 @pytest.fixture(autouse=True)
 def long_chunks(monkeypatch):
-    """Programs work on more blocks than they have stages, so that barriers have several phases; nothing written is
-    NaN."""
+    """Programs work on more blocks than they have stages, so that barriers have several phases."""
     monkeypatch.setattr(variant, "_FEWEST_BLOCKS", 12)
     unwritten_is_nan(monkeypatch)
 
