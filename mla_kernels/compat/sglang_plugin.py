@@ -12,6 +12,8 @@ import importlib
 import importlib.metadata
 import logging
 
+from mla_kernels.compat import sglang_dsa
+
 TRIED = ("0.5.23",)
 """Versions of SGLang that the backends were run with."""
 
@@ -35,6 +37,7 @@ def register() -> None:
         )
         return
     _dense()
+    sglang_dsa.register()
 
 
 def _dense() -> None:
