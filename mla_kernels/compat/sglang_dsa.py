@@ -19,8 +19,11 @@ import importlib
 import logging
 import typing
 
+import torch
+
 OURS = "mla_kernels"
 FIELDS = ("dsa_prefill_backend", "dsa_decode_backend")
+ATTENTION = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 KERNELS = {
     "sglang.kernels.ops.attention.dsa.indexer_k": ("fused_k_indexer_norm_rope_store",),
@@ -52,8 +55,6 @@ def register() -> None:
 
     if not is_cuda():
         return
-    import torch
-
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         return
@@ -78,13 +79,6 @@ def register() -> None:
                 HookRegistry.register(f"{module}.{name}", getattr(kernels, name), HookType.REPLACE)
 
 
-def make(runner):
-    """SGLang's backend ``dsa`` with this library's implementation among its own."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    return ATTENTION_BACKENDS["dsa"](runner)
-
-
 def choose(original, view) -> dict:
     """SGLang's choice of the implementations of prefill and decoding, with this library's where it has none.
 
@@ -93,26 +87,31 @@ def choose(original, view) -> dict:
         view: its view of the arguments.
 
     Returns:
-        What it declares; a field that the user has set is not in it.
+        What it declares; a field that the user has set is not in it. The attention backend ``mla_kernels`` becomes
+        ``dsa``, whose implementations these are.
+
+    Raises:
+        ValueError: the backend ``mla_kernels`` with two other implementations.
     """
     declared = original(view)
+    values = {name: declared.get(name, getattr(view, name)) for name in FIELDS}
+    if None in values.values():
+        return declared  # no model with this attention, or no CUDA
     free = [name for name in FIELDS if name in declared]
-    if not free:
-        return declared
-    import torch
-    from sglang.srt.arg_groups.overrides import attention_backends_of
-
+    named = [name for name in ATTENTION if getattr(view, name) == OURS]
+    if named and not free and OURS not in values.values():
+        raise ValueError(f"{named[0]}: got {OURS!r} with {values}, {OURS!r} or nothing is accepted for one of them")
     capability = torch.cuda.get_device_capability()
-    if OURS in attention_backends_of(view):
-        why = f"--attention-backend {OURS}"
-    elif has_native(capability, declared):
-        return declared
-    else:
-        why = "SGLang has no kernels of {}.{} for {}".format(*capability, ", ".join(declared[name] for name in free))
-    logger.info("mla_kernels: %s; mla_kernels serves sparse latent attention (%s)", why, ", ".join(free))
-    if not has_deep_gemm(capability):
-        logger.info("mla_kernels: the indexer's kernels, too, which are DeepGEMM's and SGLang's own elsewhere")
-    return {**declared, **dict.fromkeys(free, OURS)}
+    if not free or not named and has_native(capability, declared):
+        return {**declared, **dict.fromkeys(named, "dsa")}
+    logger.info(
+        "mla_kernels: mla_kernels serves sparse latent attention on capability %d.%d (%s)%s, instead of %s",
+        *capability,
+        ", ".join(free),
+        "" if has_deep_gemm(capability) else " and the indexer's kernels",
+        ", ".join(declared[name] for name in free),
+    )
+    return {**declared, **dict.fromkeys(free, OURS), **dict.fromkeys(named, "dsa")}
 
 
 def has_native(capability: tuple[int, int], declared: dict) -> bool:

@@ -20,7 +20,7 @@ from mla_kernels.latent.cache import CacheLayout, LatentCache
 
 
 class IndexerMetadata(DSAIndexerMetadata):
-    """What the indexer asks of a batch, with exact picks: equal scores by the lower position, the same on every call."""
+    """What the indexer asks of a batch. Picks are exact: equal scores by the lower position, the same on every call."""
 
     def topk_transform(
         self, logits, topk, ks=None, cu_seqlens_q=None, ke_offset=None, batch_idx_list=None,

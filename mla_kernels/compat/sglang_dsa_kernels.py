@@ -83,7 +83,7 @@ def fused_k_indexer_norm_rope_store(
     positions: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Index keys [T, 128] normalised, rotated as the queries, quantised and written to ``cache`` uint8 [P, 64 * 132]."""
+    """Index keys [T, 128] normalised, rotated as queries are, quantised and written to ``cache`` uint8 [P, 64 * 132]."""
     write_indexer_key(
         k_input,
         weight,
@@ -154,7 +154,7 @@ def resolve_fp8_paged_mqa_logits_fn():
 
 
 def resolve_fp8_mqa_logits_fn():
-    """:func:`mla_kernels.compat.deep_gemm.fp8_mqa_logits`; what a token does not see may hold anything, unless asked."""
+    """:func:`mla_kernels.compat.deep_gemm.fp8_mqa_logits`, with what a token does not see left as it is."""
     return _fp8_mqa_logits
 
 

@@ -19,7 +19,12 @@ FUNCTIONS = ("cuInit", "cuGetProcAddress_v2", "cuPointerGetAttribute", "cuTensor
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 CORES, MEMORY = 108, 80 << 30
 
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {
+    "TRITON_INTERPRET": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_VISIBLE_DEVICES": "9",  # there is none; SGLang reads a number
+    "SGLANG_FORCE_FUSED_OP_BACKEND": "torch",  # norms, activations, rope in SGLang's own reference form
+}
 
 
 def load_driver() -> None:
@@ -47,6 +52,41 @@ class OnCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class Event:
+    """Of work that is done when it is asked for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def query(self):
+        return True
+
+    wait = synchronize = record
+
+
+class Stream:
+    """The one stream there is."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def record_event(self, event=None):
+        return event or Event()
+
+    wait_event = wait_stream
+
+
 def _named(device) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
@@ -59,11 +99,7 @@ def pretend(major: int, minor: int) -> None:
     properties = SimpleNamespace(
         name=f"capability {major}.{minor}", major=major, minor=minor, total_memory=MEMORY, multi_processor_count=CORES,
         shared_memory_per_block_optin=101376, warp_size=32, uuid="0", regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=1536, L2_cache_size=40 << 20,
-    )  # fmt: skip
-    stream = SimpleNamespace(
-        wait_stream=lambda other: None, wait_event=lambda event: None, synchronize=lambda: None,
-        record_event=lambda event=None: None, cuda_stream=0,
+        max_threads_per_multi_processor=1536, L2_cache_size=40 << 20, is_integrated=False,
     )  # fmt: skip
     replaced = {
         "is_available": lambda: True,
@@ -76,7 +112,9 @@ def pretend(major: int, minor: int) -> None:
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
-        "current_stream": lambda device=None: stream,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda device=None: Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
         "manual_seed_all": lambda seed: None,
