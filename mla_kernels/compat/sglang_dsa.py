@@ -102,10 +102,10 @@ def choose(original, view) -> dict:
     if named and not free and OURS not in values.values():
         raise ValueError(f"{named[0]}: got {OURS!r} with {values}, {OURS!r} or nothing is accepted for one of them")
     capability = torch.cuda.get_device_capability()
-    if not free or not named and has_native(capability, declared):
+    if not free or (not named and has_native(capability, declared)):
         return {**declared, **dict.fromkeys(named, "dsa")}
     logger.info(
-        "mla_kernels: mla_kernels serves sparse latent attention on capability %d.%d (%s)%s, instead of %s",
+        "mla_kernels: serves sparse latent attention on capability %d.%d (%s)%s, instead of %s",
         *capability,
         ", ".join(free),
         "" if has_deep_gemm(capability) else " and the indexer's kernels",

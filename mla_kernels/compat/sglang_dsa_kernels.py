@@ -83,7 +83,7 @@ def fused_k_indexer_norm_rope_store(
     positions: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Index keys [T, 128] normalised, rotated as queries are, quantised and written to ``cache`` uint8 [P, 64 * 132]."""
+    """Index keys [T, 128] normalised, rotated as queries, quantised and written to ``cache`` uint8 [P, 64 * 132]."""
     write_indexer_key(
         k_input,
         weight,

@@ -4,25 +4,65 @@ SGLang keeps one configuration and one process group a process: a later :class:`
 """
 
 import json
+import socket
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
-from tests.engines.tiny import INDEXER, SHAPE
+from tests.engines.tiny import CACHED, PAGES_OF, SHAPE, TOP_K, judge, prompts
+
+__all__ = ["CACHED", "GLM", "TOP_K", "V32", "Engine", "judge", "on_cpu", "prompts", "resolved", "serve"]
 
 PAGE, WIDEST, TOKENS = 64, 512, 2048
 PUBLISHED = {
     "moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
     "routed_scaling_factor": 2.5, "hidden_act": "silu", "ep_size": 1, "torch_dtype": "bfloat16",
 }  # fmt: skip
+INDEXER = {"index_n_heads": 32, "index_head_dim": 128, "index_topk": TOP_K}  # SGLang pads fewer heads, in float8
 V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", **SHAPE, **PUBLISHED, **INDEXER}
 GLM = {**V32, "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "indexer_rope_interleave": True}
-LENGTHS, CACHED = (150, 90, 140), (0, 0, 64)
-PAGES_OF = ([3, 7, 1], [2, 9], [3, 11, 5])
-"""Of three prompts: the third begins with the first's page, and finds its 64 tokens cached."""
-_groups = []
+
+
+def on_cpu(patch) -> None:
+    """Give SGLang's layers functions for CPU tensors: its own of torch, and here those that it has for CUDA alone."""
+    from sglang.kernels import fused_op
+    from sglang.kernels.ops.quantization import hadamard
+    from sglang.kernels.spec import KernelBackend
+    from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+    from mla_kernels.compat import sglang_dsa_kernels
+
+    def transform(x, scale):
+        signs = torch.ones(1, 1)
+        while len(signs) < x.shape[-1]:
+            signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
+        return ((x.float() @ signs) * scale).to(x.dtype)
+
+    class OnCard(torch.Tensor):
+        """SGLang's indexer asks its queries for the number of their card."""
+
+        device = property(lambda self: torch.device("cuda:0"))
+
+    ragged, scores = Indexer._get_topk_ragged, sglang_dsa_kernels._fp8_mqa_logits
+    replaced = {
+        "forward_native": Indexer.forward_cuda,
+        "_weights_proj_bf16_in_fp32_out": lambda self, x: x.float() @ self.weights_proj.weight.float().T,
+        "_get_topk_ragged": lambda self, dual, batch, layer, q, *more: ragged(
+            self, dual, batch, layer, q.as_subclass(OnCard), *more
+        ),
+    }
+    for name, value in replaced.items():
+        patch.setattr(Indexer, name, value)
+    plain = torch.Tensor.as_subclass
+    patch.setattr(sglang_dsa_kernels, "_fp8_mqa_logits", lambda q, *more, **options: scores(
+        plain(q, torch.Tensor), *more, **options
+    ))  # fmt: skip
+    patch.setattr(hadamard, "hadamard_transform", transform)
+    patch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
+    patch.setattr(torch._dynamo.config, "disable", True)
 
 
 def resolved(shape, *options):
@@ -47,7 +87,7 @@ class Engine:
         from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.distributed import bootstrap
         from sglang.srt.model_executor.model_runner import ModelRunner
-        from sglang.srt.runtime_context import SpawnRanks, publish
+        from sglang.srt.runtime_context import SpawnRanks, get_resources, publish
 
         record, _ = resolved(
             shape, "--max-total-tokens", str(TOKENS), "--max-running-requests", "8",
@@ -57,11 +97,11 @@ class Engine:
         save_file(named, Path(record.model_path) / "model.safetensors", {"format": "pt"})
         publish(record, role="scheduler", ranks=SpawnRanks(gpu_id=0, world_rank=0))
         config = ModelConfig.from_server_args(record)
-        if not _groups:
+        if not bootstrap._PARALLEL_INITIALISED:
             bootstrap._resolve_backend = lambda device: "gloo"
             bootstrap.init_parallel_runtime(server_args=record, device="cuda", dist_port=_free_port())
-            _groups.append(record)
         bootstrap.init_layer_runtime(model_config=config)
+        get_resources().expert_location_metadata = None  # of an earlier engine
         self.runner = ModelRunner(
             model_config=config, mem_fraction_static=0.5, gpu_id=0, nccl_port=0, server_args=record
         )  # fmt: skip
@@ -136,15 +176,15 @@ def recorded(engine):
         del backend._attend
 
 
-def serve(engine, prompts, schedule):
-    """Run the prompts as ``schedule`` says: steps of (mode, [(prompt, tokens)]).
+def serve(engine, texts, schedule):
+    """Run the texts as ``schedule`` says: steps of (mode, [(text, tokens)]).
 
     Returns a list of (logits [tokens, vocabulary], {layer: picks [tokens, top_k]}), of the tokens that were run.
     """
     done = list(CACHED)
-    logits, picks = [[] for _ in prompts], [{} for _ in prompts]
+    logits, picks = [[] for _ in texts], [{} for _ in texts]
     for mode, step in schedule:
-        requests = [(p + 1, PAGES_OF[p], prompts[p][done[p] : done[p] + n], done[p]) for p, n in step]
+        requests = [(p + 1, PAGES_OF[p], texts[p][done[p] : done[p] + n], done[p]) for p, n in step]
         out, made = engine.step(mode, requests)
         sizes = [n for _, n in step]
         for (p, n), part in zip(step, out.split(sizes)):
@@ -153,7 +193,7 @@ def serve(engine, prompts, schedule):
         for layer, chosen in made.items():
             for (p, _), part in zip(step, chosen.split(sizes)):
                 picks[p].setdefault(layer, []).append(part)
-    assert done == [len(prompt) for prompt in prompts]
+    assert done == [len(text) for text in texts]
     return [
         (torch.cat(parts), {layer: torch.cat(chosen) for layer, chosen in by_layer.items()})
         for parts, by_layer in zip(logits, picks)
@@ -161,8 +201,6 @@ def serve(engine, prompts, schedule):
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
