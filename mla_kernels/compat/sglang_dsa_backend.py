@@ -96,19 +96,18 @@ class SparseBackend(dsa_backend.DeepseekSparseAttnBackend):
         self, q, k, layer, forward_batch, save_kv_cache, *, expanded, q_rope=None, k_rope=None, topk_indices=None,
         cos_sin_cache=None, is_neox=False, llama_4_scaling=None, attn_sink=None,
     ):  # fmt: skip
-        refused = {
-            "topk_indices": topk_indices is None,
-            "cos_sin_cache": cos_sin_cache is not None,
-            "llama_4_scaling": llama_4_scaling is not None,
-            "layer.logit_cap": bool(layer.logit_cap),
-            "layer.is_cross_attention": layer.is_cross_attention,
-            "layer.sliding_window_size": layer.sliding_window_size > -1,
+        if topk_indices is None:
+            raise ValueError("topk_indices: got None, the indexer's picks are accepted")
+        given = {"cos_sin_cache": cos_sin_cache, "llama_4_scaling": llama_4_scaling}
+        given |= {
+            "layer.logit_cap": layer.logit_cap or None,
+            "layer.is_cross_attention": layer.is_cross_attention or None,
         }
-        for name, wrong in refused.items():
-            if wrong:
-                raise NotImplementedError(
-                    f"mla_kernels: {name}: {'needed' if topk_indices is None else 'not accepted'}"
-                )
+        given["layer.sliding_window_size"] = None if layer.sliding_window_size == -1 else layer.sliding_window_size
+        for name, value in given.items():
+            if value is not None:
+                kind = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+                raise NotImplementedError(f"{name}: got {kind}, none is accepted")
         if k is not None and save_kv_cache:
             if k_rope is None:
                 k, k_rope = k.split((layer.v_head_dim, layer.head_dim - layer.v_head_dim), -1)

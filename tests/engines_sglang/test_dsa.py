@@ -4,6 +4,9 @@ SGLang's indexer scores in float8, transformers' in the model's dtype, and both 
 the judge attends to the picks that SGLang's side made, which are held against their own scores apart.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -134,3 +137,97 @@ def test_logits_are_those_of_transformers(model, cache_dtype, error, schedule, s
         want, shared = answers(judge, text, picks)
         worst = (logits - want[cached:]).abs().max() / want.abs().max()
         assert worst < error and shared > 0.9, (worst, shared)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return small_dsa.Engine(small_dsa.V32, small_dsa.judge(small_dsa.V32).state_dict())
+
+
+def test_scores_in_parts_give_the_same_picks(engine, monkeypatch):
+    """SGLang scores long prompts by rows, as many as the memory allows."""
+    from sglang.srt.layers.attention.dsa import dsa_indexer
+
+    texts = small_dsa.prompts()
+    request = [(1, [3, 7, 1], texts[0], 0), (2, [2, 9], texts[1], 0)]
+    whole, picks = engine.step(EXTEND, request)
+    monkeypatch.setattr(dsa_indexer, "mqa_logits_should_chunk", lambda **sizes: (True, 7 * 4 * sizes["num_cols"]))
+    parts, again = engine.step(EXTEND, request)
+    assert whole.equal(parts) and all(picks[layer].equal(again[layer]) for layer in picks)
+
+
+def test_picks_are_positions_that_a_token_sees(engine):
+    """Whatever layer made them: GLM-5's layers share them."""
+    texts = small_dsa.prompts()
+    _, picks = engine.step(EXTEND, [(1, [3, 7, 1], texts[0], 0)])
+    lengths = torch.arange(1, 151)[:, None]
+    for chosen in picks.values():
+        assert (chosen < lengths).all() and ((chosen >= 0).sum(1) == lengths[:, 0].clamp(max=small_dsa.TOP_K)).all()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("dcp_size", 2),
+        ("dsa_index_kpool", 4),
+        ("hisparse_coordinator", object()),
+        ("_kv_shard_pool", object()),
+        ("kv_lora_rank", 256),
+        ("qk_rope_head_dim", 0),
+    ],
+)
+def test_what_attention_does_not_compute_is_refused_before_serving(engine, monkeypatch, name, value):
+    monkeypatch.setattr(engine.backend, name, value)
+    told = {"dsa_index_kpool": "index_kpool", "hisparse_coordinator": "hisparse", "_kv_shard_pool": "sharding"}
+    with pytest.raises(NotImplementedError, match=f"mla_kernels: .*{told.get(name, name)}: got .* is accepted"):
+        engine.backend._refuse(engine.runner)
+
+
+def test_other_caches_are_refused_before_serving(engine, monkeypatch):
+    monkeypatch.setattr(engine.runner.token_to_kv_pool, "dtype", torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match=r"kv_cache_dtype: got torch\.float8_e4m3fn in 576 columns"):
+        engine.backend._refuse(engine.runner)
+    monkeypatch.setattr(engine.backend, "dsa_kv_cache_store_fp8", True)
+    monkeypatch.setattr(engine.runner, "dtype", torch.float16)
+    with pytest.raises(NotImplementedError, match=r"dtype: got torch\.float16 over fp8_e4m3"):
+        engine.backend._refuse(engine.runner)
+
+
+def test_layers_that_attention_does_not_compute_are_refused(engine):
+    layer = engine.runner.model.model.layers[0].self_attn.attn_mqa
+    q, picks = torch.zeros(2, 4 * 512), torch.zeros(2, 64, dtype=torch.int32)
+    attend = partial(engine.backend._attend, q, None, layer, None, False, expanded=True)
+    with pytest.raises(ValueError, match="topk_indices: got None"):
+        attend()
+    with pytest.raises(NotImplementedError, match="cos_sin_cache: got Tensor"):
+        attend(topk_indices=picks, cos_sin_cache=q)
+    for name, value in (("logit_cap", 30.0), ("sliding_window_size", 128), ("is_cross_attention", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer, name, value)
+            with pytest.raises(NotImplementedError, match=f"layer.{name}: got {value}"):
+                attend(topk_indices=picks)
+
+
+def test_sinks_take_weight(engine, attended):
+    """HYV4's learnt sinks, which SGLang gives to FlashMLA alone: the result times sigmoid(lse - sink)."""
+    texts = small_dsa.prompts()
+    engine.step(EXTEND, [(1, [2, 9], texts[1], 0)])
+    layer = engine.runner.model.model.layers[1].self_attn.attn_mqa
+    q = attended[-1][1]
+    sink = torch.tensor([float("inf"), 4.0, 6.0, float("-inf")])
+    picks = torch.arange(64, dtype=torch.int32).expand(90, -1).contiguous()
+    attend = partial(engine.backend._attend, q[:, 0], None, layer, None, False, expanded=False, topk_indices=picks)
+    plain, scaled = attend(), attend(attn_sink=sink)
+    assert scaled[:, 3].equal(plain[:, 3]) and not scaled[:, 0].any()
+    assert (scaled[:, 1:3].float().norm(dim=-1) < 0.95 * plain[:, 1:3].float().norm(dim=-1)).all()
+
+
+def test_a_backend_of_other_implementations_is_sglang_s_own(engine, monkeypatch):
+    theirs = type(engine.backend).__mro__[1]
+    for method in ("forward_extend", "forward_decode"):
+        monkeypatch.setattr(theirs, method, lambda self, *arguments, called=method, **options: called)
+    batch = SimpleNamespace(forward_mode=EXTEND)
+    for name in ("dsa_prefill_impl", "dsa_decode_impl"):
+        monkeypatch.setattr(engine.backend, name, "flashmla_kv")
+    assert engine.backend.forward_extend(1, 2, 3, 4, batch) == "forward_extend"
+    assert engine.backend.forward_decode(1, 2, 3, 4, batch) == "forward_decode"
