@@ -149,6 +149,7 @@ class SparseBackend(dsa_backend.DeepseekSparseAttnBackend):
 
     def _cache(self, layer) -> LatentCache:
         data = self.token_to_kv_pool.get_key_buffer(layer.layer_id)  # [slots, 1, 576 or 656]
+        data = data.view(-1, self.physical_page_size, data.shape[2])
         if self.dsa_kv_cache_store_fp8:
             return LatentCache(data.view(torch.uint8), LATENT, CacheLayout.FP8_V32)
         return LatentCache(data, LATENT)

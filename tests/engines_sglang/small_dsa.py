@@ -31,6 +31,7 @@ def on_cpu(patch) -> None:
     from sglang.kernels import fused_op
     from sglang.kernels.ops.quantization import hadamard
     from sglang.kernels.spec import KernelBackend
+    from sglang.srt.layers.attention import dsa_backend
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     from mla_kernels.compat import sglang_dsa_kernels
@@ -46,6 +47,10 @@ def on_cpu(patch) -> None:
 
         device = property(lambda self: torch.device("cuda:0"))
 
+    def expand(sizes, lengths, total, longest):
+        pairs = zip(sizes.tolist(), lengths.tolist(), strict=True)
+        return torch.cat([torch.arange(length - size + 1, length + 1) for size, length in pairs]).int()
+
     ragged, scores = Indexer._get_topk_ragged, sglang_dsa_kernels._fp8_mqa_logits
     replaced = {
         "forward_native": Indexer.forward_cuda,
@@ -60,6 +65,7 @@ def on_cpu(patch) -> None:
     patch.setattr(sglang_dsa_kernels, "_fp8_mqa_logits", lambda q, *more, **options: scores(
         plain(q, torch.Tensor), *more, **options
     ))  # fmt: skip
+    patch.setattr(dsa_backend, "seqlens_expand_triton", expand)
     patch.setattr(hadamard, "hadamard_transform", transform)
     patch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
     patch.setattr(torch._dynamo.config, "disable", True)
