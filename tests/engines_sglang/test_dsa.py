@@ -11,6 +11,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from mla_kernels import launch
 from mla_kernels.compat import sglang_dsa_backend
 from mla_kernels.latent.cache import CacheLayout
 from tests.engines_sglang import small_dsa
@@ -33,7 +34,7 @@ MODELS = {"deepseek": small_dsa.V32, "glm": small_dsa.GLM}
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_cpu():
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, launch.on_cpu("torch"):
         small_dsa.on_cpu(patch)
         yield
 
