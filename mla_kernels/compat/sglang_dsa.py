@@ -57,6 +57,7 @@ def register() -> None:
         return
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
+        logger.info("mla_kernels: capability %d.%d: sparse attention here needs %d.%d", *capability, *LEAST_CAPABILITY)
         return
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -93,10 +94,15 @@ def choose(original, view) -> dict:
     Raises:
         ValueError: the backend ``mla_kernels`` with two other implementations.
     """
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
     declared = original(view)
+    if not is_deepseek_dsa(model_config_of(view).hf_config):
+        return declared
     values = {name: declared.get(name, getattr(view, name)) for name in FIELDS}
     if None in values.values():
-        return declared  # no model with this attention, or no CUDA
+        return declared  # not on CUDA
     free = [name for name in FIELDS if name in declared]
     named = [name for name in ATTENTION if getattr(view, name) == OURS]
     if named and not free and OURS not in values.values():

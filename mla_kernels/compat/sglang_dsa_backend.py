@@ -94,18 +94,15 @@ class SparseBackend(dsa_backend.DeepseekSparseAttnBackend):
 
     def _attend(
         self, q, k, layer, forward_batch, save_kv_cache, *, expanded, q_rope=None, k_rope=None, topk_indices=None,
-        cos_sin_cache=None, is_neox=False, llama_4_scaling=None, attn_sink=None,
+        attn_sink=None, **others,
     ):  # fmt: skip
         if topk_indices is None:
             raise ValueError("topk_indices: got None, the indexer's picks are accepted")
-        given = {"cos_sin_cache": cos_sin_cache, "llama_4_scaling": llama_4_scaling}
-        given |= {
-            "layer.logit_cap": layer.logit_cap or None,
-            "layer.is_cross_attention": layer.is_cross_attention or None,
-        }
-        given["layer.sliding_window_size"] = None if layer.sliding_window_size == -1 else layer.sliding_window_size
-        for name, value in given.items():
-            if value is not None:
+        for name in ("logit_cap", "is_cross_attention"):
+            others[f"layer.{name}"] = getattr(layer, name) or None
+        others["layer.sliding_window_size"] = None if layer.sliding_window_size == -1 else layer.sliding_window_size
+        for name, value in others.items():
+            if value is not None and value is not False:
                 kind = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
                 raise NotImplementedError(f"{name}: got {kind}, none is accepted")
         if k is not None and save_kv_cache:

@@ -44,6 +44,7 @@ def main() -> None:
 
     answers = {name: choose(small_dsa.V32, asked) for name, asked in ASKED.items()}
     answers["glm"], answers["glm by name"] = (choose(small_dsa.GLM, ASKED[name]) for name in ("", "by name"))
+    answers["v3"] = choose(small_dsa.V3, ASKED["contradiction"])
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     answers["replaced"] = sorted(target.rpartition(".")[2] for target in HookRegistry._patched)

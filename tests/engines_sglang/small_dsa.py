@@ -23,6 +23,7 @@ PUBLISHED = {
 }  # fmt: skip
 INDEXER = {"index_n_heads": 32, "index_head_dim": 128, "index_topk": TOP_K}  # SGLang pads fewer heads, in float8
 V32 = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", **SHAPE, **PUBLISHED, **INDEXER}
+V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **SHAPE, **PUBLISHED}
 GLM = {**V32, "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "indexer_rope_interleave": True}
 
 

@@ -69,9 +69,11 @@ def test_implementations_that_the_user_named_are_kept(answers, capability):
     chosen, _ = answers(capability)
     assert chosen["theirs"] == ["dsa", "tilelang", "tilelang", BF16]
     assert "attention_backend: got 'mla_kernels' with" in chosen["contradiction"]
+    assert chosen["v3"][0] == OURS  # dense attention, which has no implementations
 
 
 def test_chips_without_bfloat16_get_nothing(answers):
     chosen, log = answers("7.5")
     assert chosen[""] == ["dsa", "flashmla_sparse", "fa3", BF16] and chosen["both"].startswith("refused")
     assert not KERNELS & set(chosen["replaced"]) and "serves sparse latent attention" not in log
+    assert "capability 7.5: sparse attention here needs 8.0" in log

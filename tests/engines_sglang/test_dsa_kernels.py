@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,8 +133,3 @@ def test_of_other_implementations_sglang_judges_alone():
     assert asked == [{"prefill_impl": "a", "decode_impl": "a", "model_arch": "x"}]
     assert judge(original, prefill_impl="a", decode_impl="b", model_arch="x")
     assert {asked[1]["prefill_impl"], asked[1]["decode_impl"]} == {"a", "b"}
-
-
-def test_no_choice_is_made_of_models_without_this_attention():
-    view = SimpleNamespace(dsa_prefill_backend=None, dsa_decode_backend=None, attention_backend="triton")
-    assert sglang_dsa.choose(lambda view: {}, view) == {}
