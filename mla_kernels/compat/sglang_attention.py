@@ -80,6 +80,7 @@ class DenseBackend(AttentionBackend):
         self.latent_dim, self.width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
         self.page_size = runner.page_size
         self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_index_translator = runner.kv_index_translator
         self.data_type = self.kv_cache_dtype = runner.kv_cache_dtype

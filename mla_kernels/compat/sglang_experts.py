@@ -1,4 +1,6 @@
-"""SGLang's experts over this library's, where it is asked for: ``--moe-runner-backend mla_kernels``.
+"""SGLang's experts over this library's: ``--moe-runner-backend mla_kernels``, and fp8 in blocks below capability 8.9.
+
+There SGLang's own choice for them is its Triton runner, whose kernels load e4m3, and Triton compiles that from 8.9 on.
 
 SGLang takes new runners by name, and its methods of unquantised and fp8 experts make none that is not built in. So
 :mod:`mla_kernels.compat.sglang_plugin` wraps ``create_moe_runner`` of both: they make their Triton runner, with its
@@ -8,12 +10,18 @@ refused when it is built. The module imports SGLang.
 Source: SGLang 0.5.23, ``sglang/srt/layers/moe/moe_runner``, ``sglang/srt/layers/quantization/unquant.py``, ``fp8.py``.
 """
 
+import functools
+
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_a2a_backend, get_moe_runner_backend
 from sglang.srt.runtime_context import get_flags
+from sglang.srt.utils import get_device_capability, is_cuda
 
 from mla_kernels.compat.sglang_moe import fused_experts
-from mla_kernels.compat.sglang_plugin import NAME
+from mla_kernels.compat.sglang_plugin import NAME, logger
+
+HAS_E4M3 = (8, 9)
+"""Triton compiles products of e4m3 from this capability on."""
 
 
 def run_experts(dispatch_output, quant_info, runner_config) -> StandardCombineInput:
@@ -52,13 +60,31 @@ def run_experts(dispatch_output, quant_info, runner_config) -> StandardCombineIn
 
 def create_runner(original, method, layer, moe_runner_config) -> None:
     """Around ``create_moe_runner`` of a method that holds its weights as SGLang's Triton runner reads them."""
-    if get_moe_runner_backend().value != NAME:
+    asked = get_moe_runner_backend().value == NAME
+    if not asked and not _left_behind(method):
         return original(method, layer, moe_runner_config)
     if not get_moe_a2a_backend().is_none():
         raise NotImplementedError(f"--moe-a2a-backend: got {get_moe_a2a_backend().value}, none is accepted by {NAME}")
     with get_flags().moe.override(runner_backend=MoeRunnerBackend.TRITON):
         original(method, layer, moe_runner_config)
     method.runner.fused_func = run_experts
+    if not asked:
+        _say(*get_device_capability())
+
+
+def _left_behind(method) -> bool:
+    """Whether SGLang chooses, and has no kernels for these experts on this chip."""
+    in_blocks = getattr(method, "block_quant", False) and not method.use_mxfp8 and not method.is_fp4_expert
+    chooses = get_moe_runner_backend().is_auto() and get_moe_a2a_backend().is_none()
+    return in_blocks and chooses and is_cuda() and get_device_capability() < HAS_E4M3
+
+
+@functools.cache
+def _say(major: int, minor: int) -> None:
+    logger.info(
+        "mla_kernels: SGLang's experts in fp8 need capability %d.%d, this is %d.%d: mla_kernels serves them",
+        *HAS_E4M3, major, minor,
+    )  # fmt: skip
 
 
 def refuse_others(result, layer, *args, **kwargs) -> None:

@@ -7,3 +7,7 @@ CPU tensors, SGLang's Triton kernels run in the interpreter, this library's ops 
 from tests.engines_sglang.pretended import pretend
 
 pretend(8, 0)
+
+from sglang.srt.plugins import load_plugins  # noqa: E402
+
+load_plugins()

@@ -4,6 +4,7 @@ Rounding may choose another expert where two score alike: the judge takes those 
 against its own apart.
 """
 
+import os
 import subprocess
 import sys
 
@@ -31,11 +32,14 @@ def judge(folder):
 
 
 def run(folder, options):
-    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own."""
+    """What :func:`tests.engines_sglang.tiny.main` saves, of a process of its own; prefixes come in chunks."""
     out = folder / "out.pt"
     command = [sys.executable, "-m", "tests.engines_sglang.tiny", str(folder), str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"SGLANG_MAX_KV_CHUNK_CAPACITY": "192"}
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
     return torch.load(out)
 
 
@@ -63,8 +67,28 @@ def answer(judge, tokens, chosen):
 @pytest.mark.parametrize("name", ENGINES)
 def test_logits_are_those_of_transformers(judge, folder, name):
     found = run(folder, ENGINES[name])
+    assert found["experts"] == {"mla_kernels.compat.sglang_experts"}
+    compare(judge, found, 0.04)
+
+
+def test_experts_in_fp8(folder, tmp_path):
+    """Ours without being asked for, below capability 8.9. Activations are rounded to fp8, too."""
+    judge = tiny.judge(folder)
+    tiny.quantise_experts(judge, folder, tmp_path)
+    found = run(tmp_path, ("--attention-backend", "mla_kernels"))
+    assert found["experts"] == {"mla_kernels.compat.sglang_experts"}
+    compare(judge, found, 0.08)
+
+
+def test_experts_of_other_methods_are_refused(folder):
+    """When the layer is built, before SGLang makes their weights."""
+    with pytest.raises(RuntimeError, match="--moe-runner-backend: got mla_kernels for experts of W8A8Int8MoEMethod"):
+        run(folder, (*ENGINES["pages of 64"], "--quantization", "w8a8_int8"))
+
+
+def compare(judge, found, error):
     assert found["backend"] == "DenseBackend"
     for prompt, cached, (logits, chosen) in zip(tiny.prompts(), tiny.CACHED, found["served"], strict=True):
         want, shared = answer(judge, prompt[: cached + len(logits)], chosen)
         worst = (logits - want[cached:]).abs().max() / want.abs().max()
-        assert worst < 0.04 and shared > 0.95, (worst, shared)
+        assert worst < error and shared > 0.95, (worst, shared)

@@ -27,26 +27,27 @@ OF_THE_CHECKPOINT = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, "topk_m
                      "scoring_func": "sigmoid", "ep_size": 1, "rope_theta": 10000.0}  # fmt: skip
 """What DeepSeek's own configuration has and transformers' does not write."""
 
-CACHED = (0, 0, PAGES, 0, 0)
+CACHED = (0, 0, PAGES, 0, 0, 0)
 STEPS = [
     ([(0, 100)], False),
     ([(1, 33)], False),
     ([(1, 27)], True),
     ([(2, 40)], True),
     *[([], True)] * 3,
-    ([(3, 61), (4, 17)], False),
+    ([(5, 150)], False),
+    ([(3, 61), (4, 17), (5, 250)], False),
     *[([], True)] * 2,
 ]
 """Steps of ([(prompt, new tokens)], whether those that were read wholly decode one more): whole prompts, chunks over a
-prefix, prompts beside decoding, decoding alone."""
-READ = {0: 100, 1: 60, 2: 104, 3: 61, 4: 17}
+prefix, shorter than what makes expanded heads pay and longer, prompts beside decoding, decoding alone."""
+READ = {0: 100, 1: 60, 2: 104, 3: 61, 4: 17, 5: 400}
 """Tokens of each prompt that are read before it decodes."""
 
 
 def prompts() -> list[list[int]]:
-    """Five prompts; the third begins with the first's first 64 tokens."""
+    """Six prompts; the third begins with the first's first 64 tokens."""
     torch.manual_seed(1)
-    drawn = [torch.randint(0, SHAPE["vocab_size"], (length,)).tolist() for length in (150, 90, 140, 80, 40)]
+    drawn = [torch.randint(0, SHAPE["vocab_size"], (length,)).tolist() for length in (150, 90, 140, 80, 40, 420)]
     drawn[2][:PAGES] = drawn[0][:PAGES]
     return drawn
 
@@ -66,6 +67,36 @@ def judge(folder: Path):
     return model.float().eval()
 
 
+def quantise_experts(model, folder: Path, into: Path) -> None:
+    """Write the checkpoint of ``folder`` to ``into``, its routed experts in fp8 with scales of 128 x 128 blocks, and
+    put what these hold into the judge's weights."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["self_attn", "shared_experts", "layers.0.mlp", "lm_head"],
+    }  # fmt: skip
+    (into / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if ".mlp.experts." in name]:
+        weight = weights[name].float()
+        rows, columns = (size // 128 for size in weight.shape)
+        blocks = weight.view(rows, 128, columns, 128)
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        weights[name] = codes.view(weight.shape)
+        weights[name + "_scale_inv"] = scale
+        held = (codes.float() * scale[:, None, :, None]).view(weight.shape)
+        layer, expert, part = int(name.split(".")[2]), int(name.split(".")[5]), name.split(".")[6]
+        experts = model.model.layers[layer].mlp.experts
+        if part == "down_proj":
+            experts.down_proj.data[expert] = held
+        else:
+            experts.gate_up_proj.data[expert].chunk(2)[part == "up_proj"].copy_(held)
+    save_file(weights, into / "model.safetensors", {"format": "pt"})
+
+
 class Engine:
     """SGLang's model runner, its pools and attention backend: what its scheduler drives."""
 
@@ -75,14 +106,18 @@ class Engine:
         load_plugins()
         from sglang.benchmark import one_batch
         from sglang.srt.distributed import bootstrap
+        from sglang.srt.layers.attention import merge_state
         from sglang.srt.layers.moe import topk
         from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
         from sglang.srt.platforms.cuda import CudaDeviceMixin
         from sglang.srt.runtime_context import get_device
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
+        from mla_kernels.compat.sglang import merge_state_v2
+
         CudaDeviceMixin.get_torch_distributed_backend_str = lambda platform: "gloo"
-        # a function of CUDA, and a method that the choice of SGLang's reference forms would pass over
+        # functions of CUDA, and a method that the choice of SGLang's reference forms would pass over
+        merge_state.merge_state_v2 = merge_state_v2
         topk.biased_grouped_topk = self._route
         UnquantizedFusedMoEMethod.forward_native = UnquantizedFusedMoEMethod.forward_cuda
         self.sglang = one_batch
@@ -208,7 +243,9 @@ def main() -> None:
     pretend(8, 0)
     engine = Engine(folder, *options)
     served = serve(engine, prompts(), STEPS)
-    torch.save({"served": served, "backend": type(engine.runner.attn_backend).__name__}, out)
+    methods = [module.quant_method for module in engine.runner.model.modules() if hasattr(module, "moe_runner_config")]
+    experts = {method.runner.fused_func.__module__ for method in methods}
+    torch.save({"served": served, "backend": type(engine.runner.attn_backend).__name__, "experts": experts}, out)
 
 
 if __name__ == "__main__":
