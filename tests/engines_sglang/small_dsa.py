@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
+from torch.overrides import TorchFunctionMode
 
 from tests.engines.tiny import CACHED, PAGES_OF, SHAPE, TOP_K, judge, prompts
 
@@ -32,7 +33,6 @@ def on_cpu(patch) -> None:
     from sglang.kernels import fused_op
     from sglang.kernels.ops.quantization import hadamard
     from sglang.kernels.spec import KernelBackend
-    from sglang.srt.layers.attention import dsa_backend
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     from mla_kernels.compat import sglang_dsa_kernels
@@ -48,10 +48,6 @@ def on_cpu(patch) -> None:
 
         device = property(lambda self: torch.device("cuda:0"))
 
-    def expand(sizes, lengths, total, longest):
-        pairs = zip(sizes.tolist(), lengths.tolist(), strict=True)
-        return torch.cat([torch.arange(length - size + 1, length + 1) for size, length in pairs]).int()
-
     ragged, scores = Indexer._get_topk_ragged, sglang_dsa_kernels._fp8_mqa_logits
     replaced = {
         "forward_native": Indexer.forward_cuda,
@@ -66,10 +62,16 @@ def on_cpu(patch) -> None:
     patch.setattr(sglang_dsa_kernels, "_fp8_mqa_logits", lambda q, *more, **options: scores(
         plain(q, torch.Tensor), *more, **options
     ))  # fmt: skip
-    patch.setattr(dsa_backend, "seqlens_expand_triton", expand)
     patch.setattr(hadamard, "hadamard_transform", transform)
     patch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
     patch.setattr(torch._dynamo.config, "disable", True)
+
+
+class Posing(TorchFunctionMode):
+    """CPU tensors say that they are CUDA's, which SGLang's kernels of metadata ask for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return True if function == torch.Tensor.is_cuda.__get__ else function(*args, **(kwargs or {}))
 
 
 def resolved(shape, *options):
@@ -146,7 +148,7 @@ class Engine:
             positions=places,
             capture_hidden_mode=CaptureHiddenMode.NULL,
         )
-        if mode.is_extend() and not mode.is_target_verify():
+        if mode.is_extend(include_draft_extend_v2=True) and not mode.is_target_verify():
             batch.extend_num_tokens = sum(sizes)
             batch.extend_seq_lens, batch.extend_prefix_lens = (torch.tensor(part).int() for part in (sizes, contexts))
             batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu = sizes, contexts
@@ -154,14 +156,28 @@ class Engine:
             batch.positions, batch.extend_start_loc = compute_position("torch_native", *given)
         return batch
 
-    def step(self, mode, requests):
-        """(logits [tokens, vocabulary], {layer: picks [tokens, top_k]}) of one step."""
+    def capture(self, mode, requests):
+        """Make the metadata that a captured graph of such a batch would read."""
+        self.backend.init_cuda_graph_state(8, 24)
+        with torch.inference_mode():
+            self.backend.init_forward_metadata_out_graph(self.batch(mode, requests), in_capture=True)
+        return self.backend.forward_metadata
+
+    def step(self, mode, requests, replayed=False):
+        """(logits [tokens, vocabulary], {layer: picks [tokens, top_k]}) of one step.
+
+        ``replayed``: over the metadata of :meth:`capture`, which are written in place.
+        """
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
         batch = self.batch(mode, requests)
         context = ForwardContext(attn_backend=self.backend)
         with torch.inference_mode(), forward_context(context, forward_batch=batch), recorded(self) as picks:
-            self.backend.init_forward_metadata(batch)
+            with Posing():
+                prepare = (
+                    self.backend.init_forward_metadata_out_graph if replayed else self.backend.init_forward_metadata
+                )
+                prepare(batch)
             hidden = self.runner.model.model(batch.input_ids, batch.positions, batch)
             return (hidden @ self.runner.model.lm_head.weight.T).float(), picks
 

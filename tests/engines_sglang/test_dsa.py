@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention import dsa_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from mla_kernels import launch
@@ -16,9 +17,9 @@ from mla_kernels.compat import sglang_dsa_backend
 from mla_kernels.latent.cache import CacheLayout
 from tests.engines_sglang import small_dsa
 
-EXTEND, MIXED, DECODE, VERIFY = (
-    getattr(ForwardMode, name) for name in ("EXTEND", "MIXED", "DECODE", "TARGET_VERIFY")
-)  # fmt: skip
+EXTEND, MIXED, DECODE, VERIFY, DRAFT = (
+    getattr(ForwardMode, name) for name in ("EXTEND", "MIXED", "DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
+)
 WHOLE = [(EXTEND, [(0, 150)]), (EXTEND, [(1, 90)]), (EXTEND, [(2, 76)])]
 STEPS = [
     (EXTEND, [(0, 100), (1, 60)]),
@@ -26,9 +27,10 @@ STEPS = [
     (DECODE, [(0, 1), (1, 1), (2, 1)]),
     (DECODE, [(0, 1), (1, 1), (2, 1)]),
     (VERIFY, [(0, 3), (1, 3), (2, 3)]),
-    (EXTEND, [(0, 44), (1, 24), (2, 31)]),
+    (DRAFT, [(0, 3), (1, 3), (2, 3)]),
+    (EXTEND, [(0, 41), (1, 21), (2, 28)]),
 ]
-"""Prompts together, over a prefix, beside decoding, decoding alone, three drafts each to verify."""
+"""Prompts together, over a prefix, beside decoding, decoding alone, three drafts each to verify, and to extend by."""
 MODELS = {"deepseek": small_dsa.V32, "glm": small_dsa.GLM}
 
 
@@ -155,6 +157,26 @@ def test_scores_in_parts_give_the_same_picks(engine, monkeypatch):
     monkeypatch.setattr(dsa_indexer, "mqa_logits_should_chunk", lambda **sizes: (True, 7 * 4 * sizes["num_cols"]))
     parts, again = engine.step(EXTEND, request)
     assert whole.equal(parts) and all(picks[layer].equal(again[layer]) for layer in picks)
+
+
+@pytest.mark.parametrize("mode, drafts", [(DECODE, 1), (VERIFY, 3), (DRAFT, 3)], ids=["decode", "verify", "extend"])
+def test_captured_metadata_serve_later_batches(engine, monkeypatch, mode, drafts):
+    """SGLang captures a graph of one batch and writes the next one's metadata where the graph reads them."""
+    if drafts > 1:
+        monkeypatch.setattr(engine.backend, "speculative_num_draft_tokens", drafts)
+    texts = small_dsa.prompts()
+    engine.step(EXTEND, [(1, [3, 7, 1], texts[0][:100], 0), (2, [2, 9], texts[1][:60], 0)])
+    later = [(1, [3, 7, 1], texts[0][100 : 100 + drafts], 100), (2, [2, 9], texts[1][60 : 60 + drafts], 60)]
+    want, picks = engine.step(mode, later)
+    captured = engine.capture(mode, [(3, [4], [5] * drafts, 0), (4, [5], [6] * drafts, 0)])
+    got, again = engine.step(mode, later, replayed=True)
+    assert engine.backend.forward_metadata is captured
+    assert got.equal(want) and all(picks[layer].equal(again[layer]) for layer in picks)
+
+
+def test_drafts_get_the_same_class(engine):
+    """SGLang's draft workers make backends of the class that they find."""
+    assert dsa_backend.DeepseekSparseAttnBackend is type(engine.backend) is sglang_dsa_backend.SparseBackend
 
 
 def test_picks_are_positions_that_a_token_sees(engine):
