@@ -1,4 +1,4 @@
-"""The plugin of SGLang: latent attention and experts by this library, chosen by name.
+"""The plugin of SGLang: latent attention and experts by this library, chosen by name, and sparse latent attention.
 
 SGLang calls :func:`register` in each of its processes, through the entry point ``sglang.srt.plugins``, before it reads
 its arguments. It adds, on every CUDA or ROCm chip,
@@ -7,7 +7,8 @@ its arguments. It adds, on every CUDA or ROCm chip,
   and for a draft model;
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
-Unless they are asked for, nothing changes. SGLang versions that this was not tried with are refused in the log, and
+Unless they are asked for, nothing changes, but for DeepSeek-V3.2 and GLM-5 on CUDA chips for which SGLang has no kernels
+(:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried with are refused in the log, and
 nothing is registered.
 
 Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/attention_registry.py``,

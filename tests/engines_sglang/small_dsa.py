@@ -34,6 +34,7 @@ def on_cpu(patch) -> None:
     from sglang.kernels.ops.quantization import hadamard
     from sglang.kernels.spec import KernelBackend
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+    from sglang.srt.runtime_context import get_parallel
 
     from mla_kernels.compat import sglang_dsa_kernels
 
@@ -62,6 +63,7 @@ def on_cpu(patch) -> None:
     patch.setattr(sglang_dsa_kernels, "_fp8_mqa_logits", lambda q, *more, **options: scores(
         plain(q, torch.Tensor), *more, **options
     ))  # fmt: skip
+    patch.setattr(get_parallel(), "_overrides", {})  # those that SGLang's kit of tests leaves in a process
     patch.setattr(hadamard, "hadamard_transform", transform)
     patch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
     patch.setattr(torch._dynamo.config, "disable", True)
