@@ -7,7 +7,7 @@ its arguments. It adds, on every CUDA or ROCm chip,
   and for a draft model;
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
-Unless they are asked for, nothing changes, but for DeepSeek-V3.2 and GLM-5 on CUDA chips for which SGLang has no kernels
+Unless they are asked for, nothing changes, but for DeepSeek-V3.2 and GLM-5 on CUDA chips that SGLang has no kernels for
 (:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried with are refused in the log, and
 nothing is registered.
 

@@ -1,4 +1,4 @@
-"""What SGLang asks of its own implementations of sparse attention (``sglang.test.kits``): its batches, its reference."""
+"""What SGLang asks of its own implementations of sparse attention (``sglang.test.kits``): batches and reference."""
 
 import unittest
 
