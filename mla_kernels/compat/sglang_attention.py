@@ -85,7 +85,6 @@ class DenseBackend(AttentionBackend):
         self.kv_index_translator = runner.kv_index_translator
         self.data_type = self.kv_cache_dtype = runner.kv_cache_dtype
         self.ahead = 0 if step is None else step + 1  # tokens of the draft that stand in the cache
-        self.draft_tokens = get_spec().speculative_num_draft_tokens or 0
         self.batch_invariant = bool(get_exec().deterministic.enable_deterministic_inference)
         self.forward_metadata: Metadata | None = None
         self.known: set[int] = set()  # ids of layers that were looked at
@@ -142,16 +141,16 @@ class DenseBackend(AttentionBackend):
 
     def _lengths(self, forward_batch) -> torch.Tensor:
         """Tokens of each sequence that its last query sees, [sequences] int32."""
-        mode = forward_batch.forward_mode
-        return (forward_batch.seq_lens + self._more(mode)).to(torch.int32)
+        return (forward_batch.seq_lens + self._more(forward_batch)).to(torch.int32)
 
-    def _more(self, mode) -> int:
-        """Cached tokens beyond SGLang's ``seq_lens``."""
-        return self.draft_tokens if mode.is_target_verify() else self.ahead
+    def _more(self, forward_batch) -> int:
+        """Cached tokens beyond SGLang's ``seq_lens``: the drafts that are verified, or made before this one."""
+        verifies = forward_batch.forward_mode.is_target_verify()
+        return forward_batch.spec_info.draft_token_num if verifies else self.ahead
 
     def _longest(self, forward_batch) -> int | None:
         lengths = forward_batch.seq_lens_cpu
-        return None if lengths is None else int(lengths.max()) + self._more(forward_batch.forward_mode)
+        return None if lengths is None else int(lengths.max()) + self._more(forward_batch)
 
     def _table(self, requests: torch.Tensor, longest: int | None) -> torch.Tensor:
         """Pages of these requests' tokens, [sequences, pages] int32; ``longest`` None: of all that they may have."""
@@ -316,7 +315,12 @@ def choose_form(attn, forward_batch) -> AttnForwardMethod:
     A token of the prefix costs the expanded form ``latent (nope + value)`` products a head, and saves it
     ``2 latent + rope - (nope + rope + value)`` for each new token: at DeepSeek-V3's widths 171 new tokens make up for
     it. Counted, not measured.
+
+    Raises:
+        NotImplementedError: the layer has a sink, which SGLang gives to backends of its own list alone.
     """
+    if getattr(attn, "learnable_sink_param", None) is not None:
+        raise NotImplementedError(f"learnable_sink_param: got a sink, None is accepted by {NAME}")
     mode = forward_batch.forward_mode
     captured = is_in_tc_piecewise_cuda_graph() or is_in_breakable_cuda_graph()
     if captured or not mode.is_extend_without_speculative():

@@ -7,9 +7,9 @@ its arguments. It adds, on every CUDA or ROCm chip,
   and for a draft model;
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
-Unless they are asked for, nothing changes, but for DeepSeek-V3.2 and GLM-5 on CUDA chips that SGLang has no kernels for
-(:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried with are refused in the log, and
-nothing is registered.
+Unless they are asked for, nothing changes, but where SGLang has no kernels: for experts in fp8 blocks below capability
+8.9, and for sparse latent attention (:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried with
+are refused in the log, and nothing is registered.
 
 Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/attention_registry.py``,
 ``sglang/srt/arg_groups/choices.py``.

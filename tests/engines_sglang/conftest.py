@@ -1,7 +1,7 @@
 """Tests inside SGLang itself, in an environment of their own: ``make test-engines``.
 
 SGLang's package for CUDA is installed and there is no GPU: ``torch.cuda`` is told which capability to name. Tensors are
-CPU tensors, SGLang's Triton kernels run in the interpreter, this library's ops take their CPU code.
+CPU tensors; SGLang's Triton kernels and this library's run in the interpreter.
 """
 
 from tests.engines_sglang.pretended import pretend

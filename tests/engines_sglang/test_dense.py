@@ -282,6 +282,12 @@ def test_layers_that_attention_here_does_not_compute_are_refused(name):
         held.attend()
 
 
+def test_sinks_are_refused():
+    """SGLang does not hand them to a backend that its own list has not."""
+    with pytest.raises(NotImplementedError, match="learnable_sink_param"):
+        sglang_attention.choose_form(SimpleNamespace(learnable_sink_param=torch.zeros(4)), None)
+
+
 @pytest.mark.parametrize("name", ["topk_indices", "attn_sink", "q_rope"])
 def test_arguments_that_attention_here_does_not_read_are_refused(name):
     held = Held(case(DECODE, 64, (5,), (), 4), 4)
@@ -308,11 +314,8 @@ def test_runners_that_are_not_supported_are_refused(changed, message):
 
 OPTIONS = {
     "get_parallel": ("attn_dcp_size", "attn_cp_size"),
-    "get_spec": (
-        "speculative_algorithm", "speculative_eagle_topk", "speculative_draft_window_size",
-        "speculative_num_draft_tokens",
-    ),
-}  # fmt: skip
+    "get_spec": ("speculative_algorithm", "speculative_eagle_topk", "speculative_draft_window_size"),
+}
 
 
 @pytest.mark.parametrize(

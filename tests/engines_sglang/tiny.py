@@ -243,8 +243,8 @@ def main() -> None:
     pretend(8, 0)
     engine = Engine(folder, *options)
     served = serve(engine, prompts(), STEPS)
-    methods = [module.quant_method for module in engine.runner.model.modules() if hasattr(module, "moe_runner_config")]
-    experts = {method.runner.fused_func.__module__ for method in methods}
+    layers = [module for module in engine.runner.model.modules() if type(module).__name__ == "FusedMoE"]
+    experts = sorted({layer.quant_method.runner.fused_func.__module__ for layer in layers})
     torch.save({"served": served, "backend": type(engine.runner.attn_backend).__name__, "experts": experts}, out)
 
 
