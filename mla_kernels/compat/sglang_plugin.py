@@ -8,8 +8,8 @@ its arguments. It adds, on every CUDA or ROCm chip,
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
 Unless they are asked for, nothing changes, but where SGLang has no kernels: for experts in fp8 blocks below capability
-8.9, and for sparse latent attention (:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried with
-are refused in the log, and nothing is registered.
+8.9, and for sparse latent attention (:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried
+with are refused in the log, and nothing is registered.
 
 Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/attention_registry.py``,
 ``sglang/srt/arg_groups/choices.py``.
