@@ -1,4 +1,4 @@
-"""The plugin of SGLang: latent attention and experts by this library, chosen by name.
+"""The plugin of SGLang: latent attention and experts by this library, chosen by name, and sparse latent attention.
 
 SGLang calls :func:`register` in each of its processes, through the entry point ``sglang.srt.plugins``, before it reads
 its arguments. It adds, on every CUDA or ROCm chip,
@@ -7,9 +7,9 @@ its arguments. It adds, on every CUDA or ROCm chip,
   and for a draft model;
 - ``--moe-runner-backend mla_kernels`` (:mod:`mla_kernels.compat.sglang_experts`), for unquantised experts and fp8 ones.
 
-Unless they are asked for, nothing changes, but for experts in fp8 blocks below capability 8.9, for which SGLang has no
-kernels: they are ours. SGLang versions that this was not tried with are refused in the log, and
-nothing is registered.
+Unless they are asked for, nothing changes, but where SGLang has no kernels: for experts in fp8 blocks below capability
+8.9, and for sparse latent attention (:mod:`mla_kernels.compat.sglang_dsa`). SGLang versions that this was not tried
+with are refused in the log, and nothing is registered.
 
 Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/attention_registry.py``,
 ``sglang/srt/arg_groups/choices.py``.
@@ -18,6 +18,8 @@ Source: SGLang 0.5.23, ``sglang/srt/plugins``, ``sglang/srt/layers/attention/att
 import importlib
 import importlib.metadata
 import logging
+
+from mla_kernels.compat import sglang_dsa
 
 TRIED = ("0.5.23",)
 """Versions of SGLang that the backends were run with."""
@@ -50,6 +52,7 @@ def register() -> None:
         return
     _dense(choices)
     _experts(choices)
+    sglang_dsa.register()
 
 
 def _dense(choices) -> None:
