@@ -357,7 +357,10 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
 def _refuse_runner(runner) -> None:
     """What the server was asked for and attention here does not do."""
     if not runner.use_mla_backend:
-        raise NotImplementedError(f"--attention-backend: got {NAME} for a model without latent attention")
+        raise NotImplementedError(
+            f"--attention-backend: got {NAME} for a model without latent attention (a draft model has an option of its "
+            "own, --speculative-draft-attention-backend)"
+        )
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16) or runner.kv_cache_dtype != runner.dtype:
         raise NotImplementedError(
             f"--kv-cache-dtype: got {runner.kv_cache_dtype} for a model in {runner.dtype}, that dtype is accepted by "
@@ -368,6 +371,11 @@ def _refuse_runner(runner) -> None:
         raise NotImplementedError(f"token_to_kv_pool: got {type(pool).__name__}, MLATokenToKVPool is accepted")
     if runner.kv_index_translator is not None and runner.kv_index_translator.is_translating:
         raise NotImplementedError(f"--enable-unified-memory: got the unified pool, {NAME} reads plain pools")
+    if get_exec().dllm.dllm_algorithm is not None:
+        raise NotImplementedError(
+            f"--dllm-algorithm: got {get_exec().dllm.dllm_algorithm}, none is accepted by {NAME} (a token sees those "
+            "before it)"
+        )
     parallel, spec = get_parallel(), get_spec()
     for option, size in (("--dcp-size", parallel.attn_dcp_size), ("--attn-cp-size", parallel.attn_cp_size)):
         if size not in (None, 1):

@@ -4,8 +4,8 @@ There SGLang's own choice for them is its Triton runner, whose kernels load e4m3
 
 SGLang takes new runners by name, and its methods of unquantised and fp8 experts make none that is not built in. So
 :mod:`mla_kernels.compat.sglang_plugin` wraps ``create_moe_runner`` of both: they make their Triton runner, with its
-layout of weights, and :func:`run_experts` computes in its place. A layer whose experts any other method holds is
-refused when it is built. The module imports SGLang.
+layout of weights, and :func:`run_experts` computes in its place. A layer whose experts any other method holds, or
+that has adapters (LoRA), is refused when it is built. The module imports SGLang.
 
 Source: SGLang 0.5.23, ``sglang/srt/layers/moe/moe_runner``, ``sglang/srt/layers/quantization/unquant.py``, ``fp8.py``.
 """
@@ -22,6 +22,7 @@ from mla_kernels.compat.sglang_plugin import NAME, logger
 
 HAS_E4M3 = (8, 9)
 """Triton compiles products of e4m3 from this capability on."""
+LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
 
 
 def run_experts(dispatch_output, quant_info, runner_config) -> StandardCombineInput:
@@ -76,7 +77,7 @@ def _left_behind(method) -> bool:
     """Whether SGLang chooses, and has no kernels for these experts on this chip."""
     in_blocks = getattr(method, "block_quant", False) and not method.use_mxfp8 and not method.is_fp4_expert
     chooses = get_moe_runner_backend().is_auto() and get_moe_a2a_backend().is_none()
-    return in_blocks and chooses and is_cuda() and get_device_capability() < HAS_E4M3
+    return in_blocks and chooses and is_cuda() and LEAST_CAPABILITY <= get_device_capability() < HAS_E4M3
 
 
 @functools.cache
@@ -94,4 +95,15 @@ def refuse_others(result, layer, *args, **kwargs) -> None:
         raise NotImplementedError(
             f"--moe-runner-backend: got {NAME} for experts of {type(layer.quant_method).__name__}; it accepts those of "
             "UnquantizedFusedMoEMethod and Fp8MoEMethod"
+        )
+
+
+def refuse_adapters(result, wrapper, base_layer, *args, **kwargs) -> None:
+    """After the constructor of experts with LoRA adapters: SGLang computes them by its own runner, whatever the layer's
+    is, so that neither ours by name nor those that it has no kernels for may go that way."""
+    runner = getattr(base_layer.quant_method, "runner", None)
+    if getattr(runner, "fused_func", None) is run_experts:
+        raise NotImplementedError(
+            f"--enable-lora: got adapters of experts that {NAME} computes, accepted are those of other layers, or "
+            "another --moe-runner-backend"
         )

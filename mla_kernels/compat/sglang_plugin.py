@@ -95,9 +95,13 @@ def _experts(choices) -> None:
     def check(*args, **kwargs):
         return _module("sglang_experts").refuse_others(*args, **kwargs)
 
+    def check_adapters(*args, **kwargs):
+        return _module("sglang_experts").refuse_adapters(*args, **kwargs)
+
     for method in EXPERTS:
         HookRegistry.register(f"{method}.create_moe_runner", create, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.__init__", check, HookType.AFTER)
+    HookRegistry.register("sglang.srt.lora.layers.FusedMoEWithLoRA.__init__", check_adapters, HookType.AFTER)
 
 
 def _module(name: str):

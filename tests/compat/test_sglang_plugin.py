@@ -49,7 +49,7 @@ def test_everything_is_registered_once(monkeypatch, version):
     sglang_plugin.register()
     sglang_plugin.register()
     assert all(getattr(choices, name) == ["triton", "mla_kernels"] for name in LISTS)
-    assert list(backends) == runners == ["mla_kernels"] and len(hooks) == len(set(hooks)) == 4
+    assert list(backends) == runners == ["mla_kernels"] and len(hooks) == len(set(hooks)) == 5
 
 
 def test_a_draft_may_take_ours(monkeypatch):

@@ -26,13 +26,16 @@ def _cuda():
     """Streams, events and products in another dtype, which are CUDA's; this library's CPU code, which is faster."""
     product = torch.mm
 
+    def mm(a, b, out_dtype=None, **others):
+        return product(a, b, **others) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **others)
+
     class Nothing:
         def __init__(self, *args, **others): ...
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Nothing)
         patch.setattr(torch.cuda, "Event", Nothing)
-        patch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
+        patch.setattr(torch, "mm", mm)
         with launch.on_cpu("torch"):
             yield
 

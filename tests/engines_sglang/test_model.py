@@ -86,6 +86,13 @@ def test_experts_of_other_methods_are_refused(folder):
         run(folder, (*ENGINES["pages of 64"], "--quantization", "w8a8_int8"))
 
 
+def test_adapters_of_experts_are_refused(folder):
+    """SGLang computes such experts by its own Triton runner, whatever runner the layer has."""
+    adapters = ("--enable-lora", "--max-lora-rank", "8", "--lora-backend", "torch_native", "--lora-target-modules")
+    with pytest.raises(RuntimeError, match="--enable-lora: got adapters of experts that mla_kernels computes"):
+        run(folder, (*ENGINES["pages of 64"], *adapters, "gate_up_proj", "down_proj"))
+
+
 def compare(judge, found, error):
     assert found["backend"] == "DenseBackend"
     for prompt, cached, (logits, chosen) in zip(tiny.prompts(), tiny.CACHED, found["served"], strict=True):
