@@ -58,6 +58,7 @@ class GluonKernel(Kernel):
             in this order. The first argument is a pointer.
         boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type ``"tile"`` are copied.
         worker_warps: warps that the kernel starts beside ``num_warps``.
+        box_type: ``(dtype, statics) -> Triton type`` of the boxes' elements; None: the kernel's element type.
         declaration: as for :class:`mla_kernels.launch.Kernel`. A constant REGISTERS of ``tiles`` is also the limit a
             thread at launch, from which partitions are dealt theirs.
     """
@@ -73,9 +74,11 @@ class GluonKernel(Kernel):
         *,
         boxes: Callable[[Mapping], Mapping[str, tuple[int, ...]]],
         worker_warps: int,
+        box_type: Callable[[str, Mapping], str] | None = None,
         **declaration,
     ):
         self.boxes, self.worker_warps = boxes, worker_warps
+        self.box_type = box_type or (lambda dtype, statics: dtype)
         constants = (tile for tile in declaration["tiles"] if not tile.startswith("num_"))
         parameters = (*declaration["arguments"], *declaration["statics"], *constants)
         super().__init__(_Function(module, name, parameters), **declaration)
@@ -83,8 +86,8 @@ class GluonKernel(Kernel):
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """As :meth:`Kernel.signature`; a tile is ``tile<bf16[1,64,128]>``, whose layout the compiler process adds."""
         boxes = {name: ",".join(map(str, box)) for name, box in self.boxes(statics).items()}
-        known = super().signature(dtype, statics)
-        return {name: f"{TILE}<{dtype}[{boxes[name]}]>" if kind == TILE else kind for name, kind in known.items()}
+        known, element = super().signature(dtype, statics), self.box_type(dtype, statics)
+        return {name: f"{TILE}<{element}[{boxes[name]}]>" if kind == TILE else kind for name, kind in known.items()}
 
     def options(self, chip, tile):
         """As :meth:`Kernel.options`, and the registers a thread that partitions are dealt from."""

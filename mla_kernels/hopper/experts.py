@@ -1,0 +1,145 @@
+"""The experts' grouped products for Hopper: the declaration of their kernel, and its launch in place of portable ones.
+
+The kernel, :mod:`mla_kernels.hopper.experts_kernel`, imports Gluon, and is imported by a first launch.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from mla_kernels import hopper
+from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
+
+PANEL = 128
+"""Rows of weights that one TMA copy brings, of which a program takes two."""
+FORMATS = ("fp8_block", "plain")
+MANY = 128
+"""Rows of x of a program with many; fewer are the columns of its products."""
+TOKENS = (8, 16, 32, 64, MANY)
+_STEP_BYTES = 128  # of a row, in shared memory
+_UNIT = 16  # bytes of which rows of x and of weights are multiples
+_BARRIERS = 256
+_MOST_ROWS = 1 << 31  # coordinates of TMA have 32 bits
+
+
+def _step(statics) -> int:
+    """Elements of a step."""
+    return _STEP_BYTES // (1 if statics["FORMAT"] == "fp8_block" else 2)
+
+
+def _boxes(statics):
+    return {"w_tiles": (1, PANEL, _step(statics))}
+
+
+def _element(dtype, statics) -> str:
+    return "fp8e4nv" if statics["FORMAT"] == "fp8_block" else dtype
+
+
+def _result(dtype, statics) -> str:
+    return _element(dtype, statics) if statics["GATED"] else dtype
+
+
+def _rule(chip, dtype, statics, sizes):
+    """As many rows as an expert has twice over on average, so that few experts need a second tile."""
+    average = -(-sizes["pairs"] // sizes["experts"])
+    tokens = min(MANY, max(TOKENS[0], 1 << (2 * average - 1).bit_length()))
+    return {"TOKENS": tokens, "STAGES": 4 if tokens == MANY else 5, "REGISTERS": 168, "num_warps": 4}
+
+
+def _memory(chip, dtype, statics, tile):
+    """Stages of x, weights and scales; what both groups exchange, and transpose a tile of results in; barriers."""
+    if chip.name in hopper.ELSEWHERE or (dtype == "fp32" and statics["FORMAT"] == "plain"):
+        return {"shared": NO_MEMORY}
+    tokens = tile["TOKENS"]
+    many = tokens == MANY
+    stage = _STEP_BYTES * (2 * PANEL + tokens) + 4 * tokens
+    result = (PANEL if many else tokens) * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
+    return {"shared": tile["STAGES"] * stage + 16 * tokens + 2 * result + _BARRIERS}
+
+
+def _widths(statics, sizes):
+    hidden, inner = sizes["hidden"], sizes["intermediate"]
+    return (hidden, inner) if statics["GATED"] else (inner, hidden)
+
+
+def _cost(dtype, statics, sizes):
+    depth, width = _widths(statics, sizes)
+    size, pairs, products = DTYPE_BYTES.get(_element(dtype, statics), 1), sizes["pairs"], 1 + statics["GATED"]
+    weights = min(sizes["experts"], pairs) * products * depth * width * size
+    read = sizes["tokens"] if statics["GATED"] else pairs
+    return Cost(
+        flops=2.0 * products * pairs * depth * width,
+        bytes=float(weights + read * depth * size + pairs * width * DTYPE_BYTES.get(_result(dtype, statics), 1)),
+    )
+
+
+def _work(dtype, statics, sizes, tile):
+    depth, width = _widths(statics, sizes)
+    size, tokens = DTYPE_BYTES.get(_element(dtype, statics), 1), tile["TOKENS"]
+    experts = min(sizes["experts"], sizes["pairs"])
+    programs = experts * -(-sizes["pairs"] // (experts * tokens)) * _columns(statics, width)
+    return Work(programs, 4.0 * tokens * PANEL * depth, float((2 * PANEL + tokens) * depth * size))
+
+
+def _columns(statics, width: int) -> int:
+    """Tiles of columns."""
+    return -(-width // (PANEL if statics["GATED"] else 2 * PANEL))
+
+
+def _statics(format, gated, experts, clamp="none", weight_at="none"):
+    block_e = max(32, 1 << (experts - 1).bit_length())
+    return {"FORMAT": format, "GATED": gated, "CLAMP": clamp, "WEIGHT_AT": weight_at, "BLOCK_E": block_e}
+
+
+_MODELS = {"v3": (256, 8, 7168, 2048), "v3_tp8": (256, 8, 7168, 256), "v2_lite": (64, 6, 2048, 1408)}
+
+
+def _case(format, model, tokens, gated, dtypes=("bf16",), **more):
+    experts, top_k, hidden, inner = _MODELS[model]
+    sizes = {"tokens": tokens, "pairs": tokens * top_k, "experts": experts, "hidden": hidden, "intermediate": inner}
+    name = f"{format}_{model}_{tokens}_{'gate_up' if gated else 'down'}"
+    return Case(name, _statics(format, gated, experts, **more), sizes, dtypes)
+
+
+HOPPER_EXPERTS = GluonKernel(
+    "mla_kernels.hopper.experts_kernel",
+    "hopper_experts_kernel",
+    worker_warps=8,
+    arguments={
+        "out_ptr": "*R",
+        "out_scale_ptr": "*fp32",
+        "x_ptr": "*X",
+        **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
+        **dict.fromkeys(("order_ptr", "offsets_ptr"), "*i32"),
+        "weights_ptr": "*fp32",
+        "w_tiles": TILE,
+        **dict.fromkeys(("limit", "alpha"), "fp32"),
+        **dict.fromkeys(
+            (
+                "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "row_blocks",
+                "columns", "items",
+            ),
+            "i32",
+        ),
+    },
+    boxes=_boxes,
+    box_type=_element,
+    statics=("FORMAT", "GATED", "CLAMP", "WEIGHT_AT", "BLOCK_E"),
+    tiles={"TOKENS": TOKENS, "STAGES": (4, 5), "REGISTERS": (168,), "num_warps": (4,)},
+    rule=_rule,
+    memory=_memory,
+    cost=_cost,
+    work=_work,
+    cases=(
+        *(
+            _case("fp8_block", model, tokens, gated)
+            for model, tokens in (("v3", 4096), ("v3_tp8", 1), ("v2_lite", 256))
+            for gated in (True, False)
+        ),
+        *(_case("plain", "v3", tokens, gated, ("bf16", "fp16")) for tokens in (4096, 16) for gated in (True, False)),
+    ),
+    uses_dot=True,
+    unsupported=hopper.ELSEWHERE,
+    types={"R": _result, "X": _element},
+)  # fmt: skip
