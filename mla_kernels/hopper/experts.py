@@ -29,7 +29,7 @@ def _step(statics) -> int:
 
 
 def _boxes(statics):
-    return {"w_tiles": (1, PANEL, _step(statics))}
+    return {"x_tiles": (statics["TOKENS"], _step(statics)), "w_tiles": (1, PANEL, _step(statics))}
 
 
 def _element(dtype, statics) -> str:
@@ -40,18 +40,20 @@ def _result(dtype, statics) -> str:
     return _element(dtype, statics) if statics["GATED"] else dtype
 
 
+def tokens_for(pairs: int, experts: int) -> int:
+    """Rows of a tile: those of an expert on average twice over, so that few experts need a second tile."""
+    return min(MANY, max(TOKENS[0], 1 << (2 * -(-pairs // experts) - 1).bit_length()))
+
+
 def _rule(chip, dtype, statics, sizes):
-    """As many rows as an expert has twice over on average, so that few experts need a second tile."""
-    average = -(-sizes["pairs"] // sizes["experts"])
-    tokens = min(MANY, max(TOKENS[0], 1 << (2 * average - 1).bit_length()))
-    return {"TOKENS": tokens, "STAGES": 4 if tokens == MANY else 5, "REGISTERS": 168, "num_warps": 4}
+    return {"STAGES": 4 if statics["TOKENS"] == MANY else 5, "REGISTERS": 168, "num_warps": 4}
 
 
 def _memory(chip, dtype, statics, tile):
     """Stages of x, weights and scales; what both groups exchange, and transpose a tile of results in; barriers."""
     if chip.name in hopper.ELSEWHERE or (dtype == "fp32" and statics["FORMAT"] == "plain"):
         return {"shared": NO_MEMORY}
-    tokens = tile["TOKENS"]
+    tokens = statics["TOKENS"]
     many = tokens == MANY
     stage = _STEP_BYTES * (2 * PANEL + tokens) + 4 * tokens
     result = (PANEL if many else tokens) * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
@@ -76,7 +78,7 @@ def _cost(dtype, statics, sizes):
 
 def _work(dtype, statics, sizes, tile):
     depth, width = _widths(statics, sizes)
-    size, tokens = DTYPE_BYTES.get(_element(dtype, statics), 1), tile["TOKENS"]
+    size, tokens = DTYPE_BYTES.get(_element(dtype, statics), 1), statics["TOKENS"]
     experts = min(sizes["experts"], sizes["pairs"])
     programs = experts * -(-sizes["pairs"] // (experts * tokens)) * _columns(statics, width)
     return Work(programs, 4.0 * tokens * PANEL * depth, float((2 * PANEL + tokens) * depth * size))
@@ -87,19 +89,20 @@ def _columns(statics, width: int) -> int:
     return -(-width // (PANEL if statics["GATED"] else 2 * PANEL))
 
 
-def _statics(format, gated, experts, clamp="none", weight_at="none"):
-    block_e = max(32, 1 << (experts - 1).bit_length())
-    return {"FORMAT": format, "GATED": gated, "CLAMP": clamp, "WEIGHT_AT": weight_at, "BLOCK_E": block_e}
+def _block_e(experts: int) -> int:
+    return max(32, 1 << (experts - 1).bit_length())
 
 
 _MODELS = {"v3": (256, 8, 7168, 2048), "v3_tp8": (256, 8, 7168, 256), "v2_lite": (64, 6, 2048, 1408)}
 
 
-def _case(format, model, tokens, gated, dtypes=("bf16",), **more):
+def _case(format, model, tokens, gated, dtypes=("bf16",), clamp="none", weight_at="none"):
     experts, top_k, hidden, inner = _MODELS[model]
     sizes = {"tokens": tokens, "pairs": tokens * top_k, "experts": experts, "hidden": hidden, "intermediate": inner}
     name = f"{format}_{model}_{tokens}_{'gate_up' if gated else 'down'}"
-    return Case(name, _statics(format, gated, experts, **more), sizes, dtypes)
+    statics = {"FORMAT": format, "GATED": gated, "CLAMP": clamp, "WEIGHT_AT": weight_at}
+    statics |= {"BLOCK_E": _block_e(experts), "TOKENS": tokens_for(tokens * top_k, experts)}
+    return Case(name, statics, sizes, dtypes)
 
 
 HOPPER_EXPERTS = GluonKernel(
@@ -113,20 +116,17 @@ HOPPER_EXPERTS = GluonKernel(
         **dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32"),
         **dict.fromkeys(("order_ptr", "offsets_ptr"), "*i32"),
         "weights_ptr": "*fp32",
-        "w_tiles": TILE,
+        **dict.fromkeys(("x_tiles", "w_tiles"), TILE),
         **dict.fromkeys(("limit", "alpha"), "fp32"),
         **dict.fromkeys(
-            (
-                "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "row_blocks",
-                "columns", "items",
-            ),
+            ("x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items"),
             "i32",
         ),
     },
     boxes=_boxes,
     box_type=_element,
-    statics=("FORMAT", "GATED", "CLAMP", "WEIGHT_AT", "BLOCK_E"),
-    tiles={"TOKENS": TOKENS, "STAGES": (4, 5), "REGISTERS": (168,), "num_warps": (4,)},
+    statics=("FORMAT", "GATED", "CLAMP", "WEIGHT_AT", "BLOCK_E", "TOKENS"),
+    tiles={"STAGES": (4, 5), "REGISTERS": (168,), "num_warps": (4,)},
     rule=_rule,
     memory=_memory,
     cost=_cost,

@@ -50,18 +50,27 @@ E4M3_MAX = gl.constexpr(448.0)
 SMALLEST_SCALE = gl.constexpr(2.0**-13)
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _NUMBERS = [
-    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "row_blocks", "columns", "items",
+    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items",
 ]  # fmt: skip
 
 
 @gluon.jit
+def _scale_blocks(width_units):
+    """Blocks of 128 columns in ``width_units`` of 8."""
+    return (width_units + PANEL // 8 - 1) // (PANEL // 8)
+
+
+@gluon.jit
 def _tile_of_item(
-    item, offsets_ptr, experts, pairs, columns, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr
-):
+    item, offsets_ptr, experts, pairs, width_units, GATED: gl.constexpr, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr
+):  # fmt: skip
     """(expert, first row, end of its rows, column tile) of an item; it has no rows where first < 0 or first >= end.
 
     As :mod:`mla_kernels.moe.experts.schedule` does it: without a schedule, from the experts' offsets alone.
     """
+    columns = _scale_blocks(width_units)
+    if not GATED:
+        columns = (columns + 1) // 2
     by_row = pairs < pairs // TOKENS + experts
     slots = gl.minimum(pairs, pairs // TOKENS + experts)
     group = item // (TOGETHER * columns)
@@ -82,15 +91,23 @@ def _tile_of_item(
 
 
 @gluon.jit
+def _tokens_of(order_ptr, first, end, line, tokens, top_k):
+    """The tokens of the rows ``line`` from ``first`` on."""
+    pair = gl.load(order_ptr + first + line, mask=line < end - first, other=0)
+    return gl.minimum(gl.maximum(pair // top_k, 0), tokens - 1)
+
+
+@gluon.jit
 def _load(
     sources, tiles, buffers, barriers, numbers,
     FORMAT: gl.constexpr, GATED: gl.constexpr, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr,
 ):  # fmt: skip
     """The loader."""
     x_ptr, x_scale_ptr, order_ptr, offsets_ptr = sources
+    x_tiles, w_tiles = tiles
     x, w, x_scales = buffers
     full, free = barriers
-    x_units, depth_units, width_units, tokens, pairs, top_k, experts, columns, items = numbers
+    x_units, depth_units, width_units, tokens, pairs, top_k, experts, items = numbers
     STAGES: gl.constexpr = x.shape[0]
     STEP: gl.constexpr = x.shape[2]
     LANE: gl.constexpr = UNIT * STEP // STEP_BYTES  # elements
@@ -98,45 +115,46 @@ def _load(
     blocks = (depth_units * LANE + STEP - 1) // STEP
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        expert, first, end, column = _tile_of_item(item, offsets_ptr, experts, pairs, columns, TOKENS, BLOCK_E)
+        expert, first, end, column = _tile_of_item(
+            item, offsets_ptr, experts, pairs, width_units, GATED, TOKENS, BLOCK_E
+        )  # fmt: skip
         if (first >= 0) & (first < end):
             upper = column * (PANEL if GATED else 2 * PANEL)
-            lower = upper + (width_units * (UNIT // 2) if GATED else PANEL)
-            line = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COPIES))
-            lane = gl.arange(0, STEP, layout=gl.SliceLayout(0, COPIES))
-            row = _rows_of_x(order_ptr, first, end, line, tokens, top_k, GATED)
-            places = x_ptr + (row.to(gl.int64) * x_units * LANE)[:, None] + lane[None, :]  # [TOKENS, STEP]
-            inside = (line < end - first)[:, None]
-            line = gl.arange(0, TOKENS, layout=EACH)
-            scale_places = x_scale_ptr
+            lower = upper + (width_units * 8 if GATED else PANEL)
+            if GATED:
+                line = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COPIES))
+                lane = gl.arange(0, STEP, layout=gl.SliceLayout(0, COPIES))
+                inside = (line < end - first)[:, None]
+                places = _tokens_of(order_ptr, first, end, line, tokens, top_k) * x_units  # [TOKENS]
             if FORMAT == "fp8_block":
-                row = _rows_of_x(order_ptr, first, end, line, tokens, top_k, GATED)
-                scale_places = x_scale_ptr + row.to(gl.int64) * blocks
+                scaled = gl.arange(0, TOKENS, layout=EACH)
+                if GATED:
+                    scale_places = _tokens_of(order_ptr, first, end, scaled, tokens, top_k) * blocks
+                else:
+                    scale_places = (first + scaled) * blocks
             for block in range(blocks):
                 stage = step % STAGES
                 mbarrier.wait(free.index(stage), step // STAGES & 1 ^ 1)
                 bar = full.index(stage)
-                mbarrier.expect(bar, 2 * PANEL * STEP_BYTES)
-                tma_load(tiles, [expert, upper, block * STEP], bar, w.index(2 * stage))
-                tma_load(tiles, [expert, lower, block * STEP], bar, w.index(2 * stage + 1))
-                if FORMAT == "fp8_block":  # rows are padded with zeros to whole steps
-                    copy_rows(x.index(stage), places + block * STEP, mask=inside)
-                    copy_rows(x_scales.index(stage), scale_places + block, mask=line < end - first)
+                mbarrier.expect(bar, (2 * PANEL + (0 if GATED else TOKENS)) * STEP_BYTES)
+                tma_load(w_tiles, [expert, upper, block * STEP], bar, w.index(2 * stage))
+                tma_load(w_tiles, [expert, lower, block * STEP], bar, w.index(2 * stage + 1))
+                if GATED:
+                    # In units of 16 bytes, which 32 bits hold: pointers to rows would take twice the registers.
+                    units = places + block * (STEP_BYTES // UNIT)
+                    cells = x_ptr + (units.to(gl.int64) * LANE)[:, None] + lane[None, :]  # [TOKENS, STEP]
+                    if FORMAT == "fp8_block":  # rows are padded with zeros to whole steps
+                        copy_rows(x.index(stage), cells, mask=inside)
+                    else:
+                        within = inside & (lane < depth_units * LANE - block * STEP)[None, :]
+                        copy_rows(x.index(stage), cells, mask=within)
                 else:
-                    within = inside & (lane < depth_units * LANE - block * STEP)[None, :]
-                    copy_rows(x.index(stage), places + block * STEP, mask=within)
-                arrive_with_copies(bar, increment_count=False)
+                    tma_load(x_tiles, [first, block * STEP], bar, x.index(stage))
+                if FORMAT == "fp8_block":
+                    copy_rows(x_scales.index(stage), x_scale_ptr + scale_places + block, mask=scaled < end - first)
+                if GATED or FORMAT == "fp8_block":
+                    arrive_with_copies(bar, increment_count=False)
                 step += 1
-
-
-@gluon.jit
-def _rows_of_x(order_ptr, first, end, line, tokens, top_k, GATED: gl.constexpr):
-    """Rows of x that the rows from ``first`` on multiply: of gate_up their tokens', of down their own."""
-    row = first + line
-    if GATED:
-        pair = gl.load(order_ptr + row, mask=row < end, other=0)
-        row = gl.minimum(gl.maximum(pair // top_k, 0), tokens - 1)
-    return row
 
 
 @gluon.jit
@@ -167,11 +185,11 @@ def _by_token(values, SWAP: gl.constexpr):
 
 @gluon.jit
 def _sums(
-    buffers, barriers, scales, step, blocks, scale_step, GROUP: gl.constexpr, FORMAT: gl.constexpr, SWAP: gl.constexpr
+    buffers, barriers, scales, step, blocks, COPIED: gl.constexpr, GROUP: gl.constexpr, FORMAT: gl.constexpr, SWAP: gl.constexpr
 ):  # fmt: skip
     """A group's products of both panels over all steps from ``step`` on: fp32 [ROWS, PANEL], with SWAP [ROWS, TOKENS].
 
-    ``scales``: where the panels' scales stand.
+    ``scales``: where the panels' scales stand. COPIED: rows of x come by cp.async.
     """
     x, w, x_scales = buffers
     full, free = barriers
@@ -197,7 +215,8 @@ def _sums(
             next_upper = gl.load(scales[0] + block + 1, mask=more, other=0.0)
             next_lower = gl.load(scales[1] + block + 1, mask=more, other=0.0)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        fence_async_shared()  # for the copied rows
+        if COPIED:
+            fence_async_shared()  # for the copied rows
         if FORMAT == "fp8_block":
             spot = stage if SWAP else 2 * stage + GROUP
             x_scale = own.index(spot).load(gl.SliceLayout(0 if SWAP else 1, ACC))  # of each token
@@ -290,23 +309,26 @@ def _multiply(
     w_scale_ptr, order_ptr, offsets_ptr, weights_ptr = sources
     limit, alpha = rule
     largest_of, met = meeting
-    blocks, width_units, pairs, experts, row_blocks, columns, items = numbers
+    blocks, width_units, pairs, experts, items = numbers
     SWAP: gl.constexpr = TOKENS < 2 * ROWS
-    width = width_units * (UNIT // 2)
+    width = width_units * 8
     own_row = 0 if SWAP else GROUP * ROWS
     own_column = GROUP * ROWS if SWAP else 0
     step = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        expert, first, end, column = _tile_of_item(item, offsets_ptr, experts, pairs, columns, TOKENS, BLOCK_E)
+        expert, first, end, column = _tile_of_item(
+            item, offsets_ptr, experts, pairs, width_units, GATED, TOKENS, BLOCK_E
+        )  # fmt: skip
         if (first >= 0) & (first < end):
             scales = (w_scale_ptr, w_scale_ptr)
             if FORMAT == "fp8_block":
-                block = column if GATED else 2 * column
-                other = block + width // PANEL if GATED else gl.minimum(block + 1, row_blocks - 1)
-                mine = w_scale_ptr + expert.to(gl.int64) * row_blocks * blocks
-                scales = (mine + block * blocks, mine + other * blocks)
-            upper, lower = _sums(buffers, barriers, scales, step, blocks, 1, GROUP, FORMAT, SWAP)
+                columns = _scale_blocks(width_units)
+                block = expert * (columns * (2 if GATED else 1)) + column * (1 if GATED else 2)
+                other = block + (columns if GATED else gl.where(2 * column + 1 < columns, 1, 0))
+                mine = w_scale_ptr + block.to(gl.int64) * blocks
+                scales = (mine, w_scale_ptr + other.to(gl.int64) * blocks)
+            upper, lower = _sums(buffers, barriers, scales, step, blocks, GATED, GROUP, FORMAT, SWAP)
             step += blocks
             TOKEN: gl.constexpr = gl.SliceLayout(0 if SWAP else 1, upper.type.layout)
             line = own_row + gl.arange(0, TOKENS if SWAP else ROWS, layout=TOKEN)
@@ -354,14 +376,15 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_experts_kernel(
-    out_ptr, out_scale_ptr, x_ptr, x_scale_ptr, w_scale_ptr, order_ptr, offsets_ptr, weights_ptr, w_tiles, limit, alpha,
-    x_units, depth_units, width_units, tokens, pairs, top_k, experts, row_blocks, columns, items,
+    out_ptr, out_scale_ptr, x_ptr, x_scale_ptr, w_scale_ptr, order_ptr, offsets_ptr, weights_ptr, x_tiles, w_tiles,
+    limit, alpha, x_units, depth_units, width_units, tokens, pairs, top_k, experts, items,
     FORMAT: gl.constexpr, GATED: gl.constexpr, CLAMP: gl.constexpr, WEIGHT_AT: gl.constexpr, BLOCK_E: gl.constexpr,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """GATED: out[row] = act(x @ gate.T, x @ up.T) of the rows' tokens; else out[order[row]] = x[row] @ w.T.
 
-    ``w_tiles`` is [E, rows, K], in boxes of a panel and a step. ``x_units`` and ``depth_units`` count a row of x in
+    ``w_tiles`` is [E, rows, K], in boxes of a panel and a step, ``x_tiles`` [rows, K], in boxes of TOKENS and a step
+    (GATED: unused). ``x_units`` and ``depth_units`` count a row of x in
     memory, and K, in 16 bytes; ``width_units`` the columns of out in 8. Weights multiply as WEIGHT_AT says: GATED sums
     ("input") or the activation, else sums. fp8_block GATED also gives a scale of each row and 128 columns.
     """
@@ -376,7 +399,7 @@ def hopper_experts_kernel(
     w = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 1, PANEL, STEP], w_tiles.layout)
     x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TOKENS], PLAIN)
     largest_of = gl.allocate_shared_memory(gl.float32, [4, TOKENS], PLAIN)
-    full = new_barriers(STAGES, LOADERS + 1)
+    full = new_barriers(STAGES, LOADERS + 1 if GATED or FORMAT == "fp8_block" else 1)
     free = new_barriers(STAGES, 2)
     met = new_barriers(2)
     fence_async_shared()  # what follows uses the barriers just made
@@ -389,15 +412,15 @@ def hopper_experts_kernel(
     sources = (w_scale_ptr, order_ptr, offsets_ptr, weights_ptr)
     rule = (limit, alpha)
     blocks = (depth_units * (UNIT * STEP // STEP_BYTES) + STEP - 1) // STEP
-    numbers = (blocks, width_units, pairs, experts, row_blocks, columns, items)
-    loaded = (x_units, depth_units, width_units, tokens, pairs, top_k, experts, columns, items)
+    numbers = (blocks, width_units, pairs, experts, items)
+    loaded = (x_units, depth_units, width_units, tokens, pairs, top_k, experts, items)
     gl.warp_specialize(
         [
             (_multiply, (buffers, barriers, meeting, results, sources, rule, numbers,
                          0, FORMAT, GATED, CLAMP, WEIGHT_AT, TOKENS, BLOCK_E)),
             (_multiply, (buffers, barriers, meeting, results, sources, rule, numbers,
                          1, FORMAT, GATED, CLAMP, WEIGHT_AT, TOKENS, BLOCK_E)),
-            (_load, (read, w_tiles, buffers, barriers, loaded, FORMAT, GATED, TOKENS, BLOCK_E)),
+            (_load, (read, (x_tiles, w_tiles), buffers, barriers, loaded, FORMAT, GATED, TOKENS, BLOCK_E)),
         ],
         [4, 4],
         [GROUP_REGISTERS, LOADER_REGISTERS],
