@@ -9,6 +9,7 @@ import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
+from mla_kernels.hopper.decode import tma_strides
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 PANEL = 128
@@ -119,7 +120,7 @@ HOPPER_EXPERTS = GluonKernel(
         **dict.fromkeys(("x_tiles", "w_tiles"), TILE),
         **dict.fromkeys(("limit", "alpha"), "fp32"),
         **dict.fromkeys(
-            ("x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items"),
+            ("x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items", "zero"),
             "i32",
         ),
     },
@@ -143,3 +144,118 @@ HOPPER_EXPERTS = GluonKernel(
     unsupported=hopper.ELSEWHERE,
     types={"R": _result, "X": _element},
 )  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """What is compiled and launched."""
+
+    statics: dict
+    tile: dict
+    form: frozenset  # as it was chosen
+
+
+class Layer(NamedTuple):
+    """The experts of a call: what its products have in common."""
+
+    format: str
+    clamp: str
+    interleaved: bool
+    biased: bool  # either product
+    transposed: bool  # either weight, stored as [E, in, out]
+
+
+def choose(chip, dtype, layer: Layer, gated: bool, weight_at: str, sizes) -> Choice | None:
+    """What a product of this form launches, gate_up (``gated``) or down; see :func:`mla_kernels.hopper.chosen`.
+
+    ``sizes``: tokens, pairs, experts, hidden and intermediate, as the portable kernel looks its tile up with them.
+    """
+    name = DTYPE_NAMES[dtype]
+    rows = tokens_for(sizes["pairs"], sizes["experts"])
+    form = {"dtype": name, "FORMAT": layer.format, "GATED": gated, "CLAMP": layer.clamp if gated else "none"}
+    form |= {"WEIGHT_AT": weight_at, "TOKENS": rows}
+    if not hopper.chosen(HOPPER_EXPERTS, chip, form, lambda: refusal(name, layer, sizes)):
+        return None
+    statics = {constant: form[constant] for constant in ("FORMAT", "GATED", "CLAMP", "WEIGHT_AT")}
+    statics |= {"BLOCK_E": _block_e(sizes["experts"]), "TOKENS": rows}
+    return Choice(statics, _rule(chip, name, statics, sizes), hopper.frozen(form))
+
+
+def refusal(dtype: str, layer: Layer, sizes) -> str:
+    """Why the kernel does not serve a form, or nothing."""
+    hidden, inner = sizes["hidden"], sizes["intermediate"]
+    if layer.format not in FORMATS:
+        return f"experts in {layer.format}; {' and '.join(FORMATS)} are carried"
+    if layer.format == "plain" and dtype == "fp32":
+        return "experts in fp32; bf16 and fp16 are carried"
+    if layer.biased:
+        return "experts with biases; none are carried"
+    if layer.interleaved:
+        return "rows of the gate and of up in turn; one half behind the other is carried"
+    if layer.transposed:
+        return "weights stored as [E, in, out]; [E, out, in] is carried"
+    if layer.format == "fp8_block" and (hidden % 16 or inner % PANEL):
+        return f"sizes {hidden} and {inner} in fp8_block; multiples of 16 and of {PANEL} are carried"
+    if layer.format == "plain" and (hidden % 8 or inner % 8):
+        return f"sizes {hidden} and {inner}; multiples of 8 are carried"
+    return ""
+
+
+class Operands(NamedTuple):
+    """The tensors of a product, and how many columns it gives.
+
+    With fp8_block, ``x`` (rows padded to whole steps) and ``weight`` hold codes as int8, and ``x_scales`` [rows,
+    blocks] and ``weight_scales`` belong to them; otherwise these are None.
+    """
+
+    x: torch.Tensor
+    x_scales: torch.Tensor | None
+    weight: torch.Tensor  # [E, rows, K]
+    weight_scales: torch.Tensor | None
+    width: int
+
+
+def _unreadable(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why rows of x cannot be copied or weights not read by TMA, or nothing."""
+    size, at = x.element_size(), x.data_ptr() % _UNIT
+    if at or x.stride(0) * size % _UNIT or x.shape[0] * x.stride(0) * size // _UNIT >= _MOST_ROWS:
+        return f"rows {x.stride(0)} elements apart at byte {at} of {_UNIT}; multiples of {_UNIT} bytes are copied"
+    if tma_strides(weight.data_ptr(), tuple(weight.shape), weight.stride(0), weight.stride(1), size) is None:
+        at = weight.data_ptr() % _UNIT
+        return f"weights with strides {weight.stride()} at byte {at} of {_UNIT}; TMA reads multiples of {_UNIT} bytes"
+    return ""
+
+
+def launch(chip, choice: Choice, operands: Operands, rows, results, weights, rule=(0.0, 0.0)) -> bool:
+    """Launch in place of the portable kernel, where the tensors can be read; whether it was.
+
+    Args:
+        rows: (order [P] of pairs, offsets [E + 1], pairs a token, tokens).
+        results: (out, its scales or None): of gate_up in expert order, of down in that of the pairs.
+        weights: [T, K] fp32, or None with weight_at "none".
+        rule: (limit, alpha) of the activation.
+
+    Raises:
+        NotImplementedError: they cannot be read, and the kernel is asked for by name.
+    """
+    x, x_scales, weight, weight_scales, width = operands
+    if not hopper.served(HOPPER_EXPERTS, choice.form, _unreadable(x, weight)):
+        return False
+    order, offsets, top_k, tokens = rows
+    out, out_scales = results
+    statics, pairs, experts = choice.statics, order.shape[0], weight.shape[0]
+    size = x.element_size()
+    strides = tma_strides(weight.data_ptr(), tuple(weight.shape), weight.stride(0), weight.stride(1), size)
+    if statics["FORMAT"] == "fp8_block":
+        x, weight = x.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
+        out = out.view(torch.float8_e4m3fn) if statics["GATED"] else out
+    slots = min(pairs, pairs // statics["TOKENS"] + experts)
+    items = slots * _columns(statics, width)
+    depth = weight.shape[2]
+    args = (
+        out, offsets if out_scales is None else out_scales, x, offsets if x_scales is None else x_scales,
+        offsets if weight_scales is None else weight_scales, order, offsets, offsets if weights is None else weights,
+        Tiles(x, tuple(x.shape), (x.stride(0), 1)), Tiles(weight, tuple(weight.shape), strides), *rule,
+        x.stride(0) * size // _UNIT, depth * size // _UNIT, width // 8, tokens, pairs, top_k, experts, items, 0,
+    )  # fmt: skip
+    HOPPER_EXPERTS.launch(chip, min(items, chip.dot_cores), args, statics, choice.tile)
+    return True

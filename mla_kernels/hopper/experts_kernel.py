@@ -44,13 +44,14 @@ STEP_BYTES = gl.constexpr(128)  # of a row and step: what TMA and wgmma swizzle 
 UNIT = gl.constexpr(16)  # bytes in which the distance of rows is counted
 TOGETHER = gl.constexpr(8)  # row tiles that take a column tile in turn, so that an expert's weights are fetched once
 LOADERS = gl.constexpr(128)  # threads
-GROUP_REGISTERS = gl.constexpr(224)  # a thread; the left group gets what the others leave, as many
-LOADER_REGISTERS = gl.constexpr(56)
+GROUP_REGISTERS = gl.constexpr(216)  # a thread; the left group gets what the others leave, as many
+LOADER_REGISTERS = gl.constexpr(72)
 E4M3_MAX = gl.constexpr(448.0)
 SMALLEST_SCALE = gl.constexpr(2.0**-13)
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _NUMBERS = [
-    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items",
+    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items", "zero",
 ]  # fmt: skip
 
 
@@ -62,27 +63,27 @@ def _scale_blocks(width_units):
 
 @gluon.jit
 def _tile_of_item(
-    item, offsets_ptr, experts, pairs, width_units, GATED: gl.constexpr, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr
+    item, offsets_ptr, schedule, width_units, GATED: gl.constexpr, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr
 ):  # fmt: skip
     """(expert, first row, end of its rows, column tile) of an item; it has no rows where first < 0 or first >= end.
 
     As :mod:`mla_kernels.moe.experts.schedule` does it: without a schedule, from the experts' offsets alone.
     """
+    experts, pairs, zero = schedule
     columns = _scale_blocks(width_units)
     if not GATED:
         columns = (columns + 1) // 2
-    by_row = pairs < pairs // TOKENS + experts
     slots = gl.minimum(pairs, pairs // TOKENS + experts)
     group = item // (TOGETHER * columns)
     size = gl.minimum(slots - group * TOGETHER, TOGETHER)
     inside = item - group * TOGETHER * columns
     column = inside // size
     slot = group * TOGETHER + inside - column * size
-    height = gl.where(by_row, 1, TOKENS)
-    apart = gl.where(by_row, 0, 1)
-    expert = gl.arange(0, BLOCK_E, layout=EACH)
+    by_row = slots == pairs
+    expert = item * zero + gl.arange(0, BLOCK_E, layout=EACH)  # what is known is kept in registers all along
     start = gl.load(offsets_ptr + expert, mask=expert < experts, other=2147483647)  # [BLOCK_E]
-    own = gl.maximum(gl.sum(gl.where(start < (slot + 1 - expert * apart) * height, 1, 0), 0) - 1, 0)
+    bound = gl.where(by_row, slot + 1, (slot + 1 - expert) * TOKENS)
+    own = gl.maximum(gl.sum(gl.where(start < bound, 1, 0), 0) - 1, 0)
     begin = gl.load(offsets_ptr + own)
     end = gl.minimum(gl.load(offsets_ptr + own + 1), pairs)
     first = begin + (slot - begin // TOKENS - own) * TOKENS
@@ -99,7 +100,7 @@ def _tokens_of(order_ptr, first, end, line, tokens, top_k):
 
 @gluon.jit
 def _load(
-    sources, tiles, buffers, barriers, numbers,
+    sources, tiles, buffers, barriers, schedule, numbers,
     FORMAT: gl.constexpr, GATED: gl.constexpr, TOKENS: gl.constexpr, BLOCK_E: gl.constexpr,
 ):  # fmt: skip
     """The loader."""
@@ -107,7 +108,7 @@ def _load(
     x_tiles, w_tiles = tiles
     x, w, x_scales = buffers
     full, free = barriers
-    x_units, depth_units, width_units, tokens, pairs, top_k, experts, items = numbers
+    x_units, depth_units, width_units, tokens, top_k, items = numbers
     STAGES: gl.constexpr = x.shape[0]
     STEP: gl.constexpr = x.shape[2]
     LANE: gl.constexpr = UNIT * STEP // STEP_BYTES  # elements
@@ -116,7 +117,7 @@ def _load(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         expert, first, end, column = _tile_of_item(
-            item, offsets_ptr, experts, pairs, width_units, GATED, TOKENS, BLOCK_E
+            item, offsets_ptr, schedule, width_units, GATED, TOKENS, BLOCK_E
         )  # fmt: skip
         if (first >= 0) & (first < end):
             upper = column * (PANEL if GATED else 2 * PANEL)
@@ -189,7 +190,7 @@ def _sums(
 ):  # fmt: skip
     """A group's products of both panels over all steps from ``step`` on: fp32 [ROWS, PANEL], with SWAP [ROWS, TOKENS].
 
-    ``scales``: where the panels' scales stand. COPIED: rows of x come by cp.async.
+    ``scales``: where the upper panel's scales stand, and how many behind it the lower's. COPIED: rows of x come by cp.async.
     """
     x, w, x_scales = buffers
     full, free = barriers
@@ -205,15 +206,16 @@ def _sums(
         nothing = gl.zeros([ROWS, TOKENS if SWAP else PANEL], gl.float32, layout=ACC)
         own = x_scales
         if not SWAP:
-            own = reinterpret(x_scales, gl.float32, [2 * STAGES, ROWS], x_scales.layout)
-        upper_scale = gl.load(scales[0])
-        lower_scale = gl.load(scales[1])
+            own = reinterpret(x_scales, gl.float32, [2 * STAGES, ROWS], LINES)
+        scale_ptr, apart = scales
+        upper_scale = gl.load(scale_ptr)
+        lower_scale = gl.load(scale_ptr + apart)
     for block in range(blocks):
         stage = step % STAGES
         if FORMAT == "fp8_block":
             more = block + 1 < blocks  # loaded a step ahead
-            next_upper = gl.load(scales[0] + block + 1, mask=more, other=0.0)
-            next_lower = gl.load(scales[1] + block + 1, mask=more, other=0.0)
+            next_upper = gl.load(scale_ptr + block + 1, mask=more, other=0.0)
+            next_lower = gl.load(scale_ptr + apart + block + 1, mask=more, other=0.0)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         if COPIED:
             fence_async_shared()  # for the copied rows
@@ -300,7 +302,7 @@ def _store(values, out, rows, inside, first_column, width, SWAP: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    buffers, barriers, meeting, results, sources, rule, numbers,
+    buffers, barriers, meeting, results, sources, rule, schedule, numbers,
     GROUP: gl.constexpr, FORMAT: gl.constexpr, GATED: gl.constexpr, CLAMP: gl.constexpr, WEIGHT_AT: gl.constexpr,
     TOKENS: gl.constexpr, BLOCK_E: gl.constexpr,
 ):  # fmt: skip
@@ -309,7 +311,7 @@ def _multiply(
     w_scale_ptr, order_ptr, offsets_ptr, weights_ptr = sources
     limit, alpha = rule
     largest_of, met = meeting
-    blocks, width_units, pairs, experts, items = numbers
+    blocks, width_units, items = numbers
     SWAP: gl.constexpr = TOKENS < 2 * ROWS
     width = width_units * 8
     own_row = 0 if SWAP else GROUP * ROWS
@@ -318,16 +320,15 @@ def _multiply(
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         expert, first, end, column = _tile_of_item(
-            item, offsets_ptr, experts, pairs, width_units, GATED, TOKENS, BLOCK_E
+            item, offsets_ptr, schedule, width_units, GATED, TOKENS, BLOCK_E
         )  # fmt: skip
         if (first >= 0) & (first < end):
-            scales = (w_scale_ptr, w_scale_ptr)
+            scales = (w_scale_ptr, 0)
             if FORMAT == "fp8_block":
                 columns = _scale_blocks(width_units)
                 block = expert * (columns * (2 if GATED else 1)) + column * (1 if GATED else 2)
-                other = block + (columns if GATED else gl.where(2 * column + 1 < columns, 1, 0))
-                mine = w_scale_ptr + block.to(gl.int64) * blocks
-                scales = (mine, w_scale_ptr + other.to(gl.int64) * blocks)
+                apart = columns if GATED else gl.where(2 * column + 1 < columns, 1, 0)
+                scales = (w_scale_ptr + block.to(gl.int64) * blocks, apart * blocks)
             upper, lower = _sums(buffers, barriers, scales, step, blocks, GATED, GROUP, FORMAT, SWAP)
             step += blocks
             TOKEN: gl.constexpr = gl.SliceLayout(0 if SWAP else 1, upper.type.layout)
@@ -336,7 +337,7 @@ def _multiply(
             row = first + line
             if WEIGHT_AT != "none":
                 pair = gl.load(order_ptr + row, mask=inside, other=0)
-                weight = gl.load(weights_ptr + gl.minimum(gl.maximum(pair, 0), pairs - 1))
+                weight = gl.load(weights_ptr + gl.minimum(gl.maximum(pair, 0), schedule[1] - 1))
             if GATED:
                 if WEIGHT_AT == "input":
                     upper = upper * _by_token(weight, SWAP)
@@ -377,7 +378,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_experts_kernel(
     out_ptr, out_scale_ptr, x_ptr, x_scale_ptr, w_scale_ptr, order_ptr, offsets_ptr, weights_ptr, x_tiles, w_tiles,
-    limit, alpha, x_units, depth_units, width_units, tokens, pairs, top_k, experts, items,
+    limit, alpha, x_units, depth_units, width_units, tokens, pairs, top_k, experts, items, zero,
     FORMAT: gl.constexpr, GATED: gl.constexpr, CLAMP: gl.constexpr, WEIGHT_AT: gl.constexpr, BLOCK_E: gl.constexpr,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -394,11 +395,10 @@ def hopper_experts_kernel(
     FLAT: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=8 * STEP_BYTES // STEP, rank=2
     )  # fmt: skip
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, STEP], FLAT)
     w = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 1, PANEL, STEP], w_tiles.layout)
-    x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TOKENS], PLAIN)
-    largest_of = gl.allocate_shared_memory(gl.float32, [4, TOKENS], PLAIN)
+    x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TOKENS], LINES)
+    largest_of = gl.allocate_shared_memory(gl.float32, [4, TOKENS], LINES)
     full = new_barriers(STAGES, LOADERS + 1 if GATED or FORMAT == "fp8_block" else 1)
     free = new_barriers(STAGES, 2)
     met = new_barriers(2)
@@ -412,15 +412,16 @@ def hopper_experts_kernel(
     sources = (w_scale_ptr, order_ptr, offsets_ptr, weights_ptr)
     rule = (limit, alpha)
     blocks = (depth_units * (UNIT * STEP // STEP_BYTES) + STEP - 1) // STEP
-    numbers = (blocks, width_units, pairs, experts, items)
-    loaded = (x_units, depth_units, width_units, tokens, pairs, top_k, experts, items)
+    schedule = (experts, pairs, zero)
+    numbers = (blocks, width_units, items)
+    loaded = (x_units, depth_units, width_units, tokens, top_k, items)
     gl.warp_specialize(
         [
-            (_multiply, (buffers, barriers, meeting, results, sources, rule, numbers,
+            (_multiply, (buffers, barriers, meeting, results, sources, rule, schedule, numbers,
                          0, FORMAT, GATED, CLAMP, WEIGHT_AT, TOKENS, BLOCK_E)),
-            (_multiply, (buffers, barriers, meeting, results, sources, rule, numbers,
+            (_multiply, (buffers, barriers, meeting, results, sources, rule, schedule, numbers,
                          1, FORMAT, GATED, CLAMP, WEIGHT_AT, TOKENS, BLOCK_E)),
-            (_load, (read, (x_tiles, w_tiles), buffers, barriers, loaded, FORMAT, GATED, TOKENS, BLOCK_E)),
+            (_load, (read, (x_tiles, w_tiles), buffers, barriers, schedule, loaded, FORMAT, GATED, TOKENS, BLOCK_E)),
         ],
         [4, 4],
         [GROUP_REGISTERS, LOADER_REGISTERS],
