@@ -225,6 +225,11 @@ def _unreadable(x: torch.Tensor, weight: torch.Tensor) -> str:
     return ""
 
 
+def programs(chip, items: int) -> int:
+    """One a multiprocessor: each stays and takes every so many-th item."""
+    return min(items, chip.dot_cores)
+
+
 def launch(chip, choice: Choice, operands: Operands, rows, results, weights, rule=(0.0, 0.0)) -> bool:
     """Launch in place of the portable kernel, where the tensors can be read; whether it was.
 
@@ -257,5 +262,5 @@ def launch(chip, choice: Choice, operands: Operands, rows, results, weights, rul
         Tiles(x, tuple(x.shape), (x.stride(0), 1)), Tiles(weight, tuple(weight.shape), strides), *rule,
         x.stride(0) * size // _UNIT, depth * size // _UNIT, width // 8, tokens, pairs, top_k, experts, items, 0,
     )  # fmt: skip
-    HOPPER_EXPERTS.launch(chip, min(items, chip.dot_cores), args, statics, choice.tile)
+    HOPPER_EXPERTS.launch(chip, programs(chip, items), args, statics, choice.tile)
     return True

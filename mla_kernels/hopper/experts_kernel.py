@@ -286,16 +286,22 @@ def _scales_of(largest):
 
 @gluon.jit
 def _store(values, out, rows, inside, first_column, width, SWAP: gl.constexpr):
-    """Store a group's values, transposed with SWAP, to rows of ``out`` from a column on, 16 bytes a thread."""
-    tile = values.permute((1, 0)) if SWAP else values
-    N: gl.constexpr = tile.shape[1]
-    LANE: gl.constexpr = UNIT * 8 // values.dtype.primitive_bitwidth
-    ACROSS: gl.constexpr = N // LANE if N // LANE < 32 else 32
-    OUT: gl.constexpr = gl.BlockedLayout([1, LANE], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
-    tile = gl.convert_layout(tile, OUT)
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, OUT))
-    inside = gl.convert_layout(inside, gl.SliceLayout(1, OUT))
-    n = first_column + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    """Store a group's values to rows of ``out`` from a column on; with SWAP transposed, 16 bytes a thread.
+
+    Without, from where the product left them: what a transposition needs to know would be kept in registers all along,
+    which hold none beside 64 x 128 sums of two panels and a third that is added.
+    """
+    if SWAP:
+        N: gl.constexpr = values.shape[0]
+        LANE: gl.constexpr = UNIT * 8 // values.dtype.primitive_bitwidth
+        OUT: gl.constexpr = gl.BlockedLayout([1, LANE], [32 * LANE // N, N // LANE], [4, 1], [1, 0])
+        tile = gl.convert_layout(values.permute((1, 0)), OUT)
+        rows = gl.convert_layout(rows, gl.SliceLayout(1, OUT))
+        inside = gl.convert_layout(inside, gl.SliceLayout(1, OUT))
+        n = first_column + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    else:
+        tile = values
+        n = first_column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
     places = out + (rows.to(gl.int64) * width)[:, None] + n[None, :]
     gl.store(places, tile, mask=inside[:, None] & (n < width)[None, :])
 

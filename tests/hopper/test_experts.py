@@ -7,6 +7,7 @@ import torch
 
 import mla_kernels
 from mla_kernels.gluon_launch import GluonKernel
+from mla_kernels.hopper import experts as variant
 from mla_kernels.moe.experts.activation import Activation
 from tests.hopper.problems import ON_HOPPER
 from tests.moe.problems import layer
@@ -26,6 +27,13 @@ def plain(tokens, experts, top_k, hidden, intermediate, dtype=BF16, *, activatio
 
 def quantised(tokens, experts, top_k, hidden, intermediate, dtype=BF16, **more):
     return quantised_layer("fp8_block", tokens, experts, top_k, hidden, intermediate, dtype, **more)
+
+
+@pytest.fixture(params=[3, None], ids=["3 programs", "all programs"])
+def programs(request, monkeypatch):
+    """So few programs that each takes several items, or as many as there are items."""
+    if request.param:
+        monkeypatch.setattr(variant, "programs", lambda chip, items: min(items, request.param))
 
 
 MAKE = {"plain": plain, "fp8_block": quantised}
@@ -51,7 +59,7 @@ FEW = {  # by the rows of a tile
 
 @formats
 @pytest.mark.parametrize("rows", FEW)
-def test_every_height_of_a_tile(backend, device, form, rows):
+def test_every_height_of_a_tile(backend, device, form, rows, programs):
     problem = MAKE[form](*FEW[rows], FP32 if form == "fp8_block" and rows == 16 else BF16, device=device)
     check(problem, form)
 
@@ -138,6 +146,8 @@ def test_many_forms_in_many_orders(backend, device, form, seed, monkeypatch):
     rng = random.Random(seed)
     for _ in range(4):
         monkeypatch.setattr(GluonKernel, "emulated_seed", rng.randrange(1 << 30))
+        most = rng.choice((1, 2, 5, 132))
+        monkeypatch.setattr(variant, "programs", lambda chip, items, most=most: min(items, most))
         experts = rng.choice((1, 2, 5, 33))
         unit, inner = (16, 128) if form == "fp8_block" else (8, 8)
         problem = MAKE[form](
