@@ -120,7 +120,7 @@ HOPPER_EXPERTS = GluonKernel(
         **dict.fromkeys(("x_tiles", "w_tiles"), TILE),
         **dict.fromkeys(("limit", "alpha"), "fp32"),
         **dict.fromkeys(
-            ("x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items", "zero"),
+            ("x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items"),
             "i32",
         ),
     },
@@ -260,7 +260,7 @@ def launch(chip, choice: Choice, operands: Operands, rows, results, weights, rul
         out, offsets if out_scales is None else out_scales, x, offsets if x_scales is None else x_scales,
         offsets if weight_scales is None else weight_scales, order, offsets, offsets if weights is None else weights,
         Tiles(x, tuple(x.shape), (x.stride(0), 1)), Tiles(weight, tuple(weight.shape), strides), *rule,
-        x.stride(0) * size // _UNIT, depth * size // _UNIT, width // 8, tokens, pairs, top_k, experts, items, 0,
+        x.stride(0) * size // _UNIT, depth * size // _UNIT, width // 8, tokens, pairs, top_k, experts, items,
     )  # fmt: skip
     HOPPER_EXPERTS.launch(chip, programs(chip, items), args, statics, choice.tile)
     return True

@@ -51,7 +51,7 @@ SMALLEST_SCALE = gl.constexpr(2.0**-13)
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _NUMBERS = [
-    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items", "zero",
+    "x_units", "depth_units", "width_units", "tokens", "pairs", "top_k", "experts", "items",
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def _tile_of_item(
 
     As :mod:`mla_kernels.moe.experts.schedule` does it: without a schedule, from the experts' offsets alone.
     """
-    experts, pairs, zero = schedule
+    experts, pairs = schedule
     columns = _scale_blocks(width_units)
     if not GATED:
         columns = (columns + 1) // 2
@@ -80,7 +80,7 @@ def _tile_of_item(
     column = inside // size
     slot = group * TOGETHER + inside - column * size
     by_row = slots == pairs
-    expert = item * zero + gl.arange(0, BLOCK_E, layout=EACH)  # what is known is kept in registers all along
+    expert = gl.arange(0, BLOCK_E, layout=EACH)
     start = gl.load(offsets_ptr + expert, mask=expert < experts, other=2147483647)  # [BLOCK_E]
     bound = gl.where(by_row, slot + 1, (slot + 1 - expert) * TOKENS)
     own = gl.maximum(gl.sum(gl.where(start < bound, 1, 0), 0) - 1, 0)
@@ -208,14 +208,20 @@ def _sums(
         if not SWAP:
             own = reinterpret(x_scales, gl.float32, [2 * STAGES, ROWS], LINES)
         scale_ptr, apart = scales
-        upper_scale = gl.load(scale_ptr)
-        lower_scale = gl.load(scale_ptr + apart)
+        AHEAD: gl.constexpr = not COPIED  # load scales a step ahead: gate_up has no register for it
+        if AHEAD:
+            upper_scale = gl.load(scale_ptr)
+            lower_scale = gl.load(scale_ptr + apart)
     for block in range(blocks):
         stage = step % STAGES
         if FORMAT == "fp8_block":
-            more = block + 1 < blocks  # loaded a step ahead
-            next_upper = gl.load(scale_ptr + block + 1, mask=more, other=0.0)
-            next_lower = gl.load(scale_ptr + apart + block + 1, mask=more, other=0.0)
+            if AHEAD:
+                more = block + 1 < blocks
+                next_upper = gl.load(scale_ptr + block + 1, mask=more, other=0.0)
+                next_lower = gl.load(scale_ptr + apart + block + 1, mask=more, other=0.0)
+            else:
+                upper_scale = gl.load(scale_ptr + block)
+                lower_scale = gl.load(scale_ptr + apart + block)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         if COPIED:
             fence_async_shared()  # for the copied rows
@@ -237,8 +243,9 @@ def _sums(
                 other = warpgroup_mma_wait(0, [other])
                 mbarrier.arrive(free.index(stage))
                 lower += other * _by_token(x_scale * lower_scale, SWAP)
-            upper_scale = next_upper
-            lower_scale = next_lower
+            if AHEAD:
+                upper_scale = next_upper
+                lower_scale = next_lower
         else:
             upper = _product(x, w, stage, upper, 0, GROUP, True, SWAP)
             lower = _product(x, w, stage, lower, 1, GROUP, True, SWAP)
@@ -384,7 +391,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_experts_kernel(
     out_ptr, out_scale_ptr, x_ptr, x_scale_ptr, w_scale_ptr, order_ptr, offsets_ptr, weights_ptr, x_tiles, w_tiles,
-    limit, alpha, x_units, depth_units, width_units, tokens, pairs, top_k, experts, items, zero,
+    limit, alpha, x_units, depth_units, width_units, tokens, pairs, top_k, experts, items,
     FORMAT: gl.constexpr, GATED: gl.constexpr, CLAMP: gl.constexpr, WEIGHT_AT: gl.constexpr, BLOCK_E: gl.constexpr,
     TOKENS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -418,7 +425,7 @@ def hopper_experts_kernel(
     sources = (w_scale_ptr, order_ptr, offsets_ptr, weights_ptr)
     rule = (limit, alpha)
     blocks = (depth_units * (UNIT * STEP // STEP_BYTES) + STEP - 1) // STEP
-    schedule = (experts, pairs, zero)
+    schedule = (experts, pairs)
     numbers = (blocks, width_units, items)
     loaded = (x_units, depth_units, width_units, tokens, top_k, items)
     gl.warp_specialize(
