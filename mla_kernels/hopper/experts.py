@@ -51,13 +51,12 @@ def _rule(chip, dtype, statics, sizes):
 
 
 def _memory(chip, dtype, statics, tile):
-    """Stages of x, weights and scales; what both groups exchange, and transpose a tile of results in; barriers."""
+    """Stages of x, weights and scales; what groups exchange, and transpose results of few rows in; barriers."""
     if chip.name in hopper.ELSEWHERE or (dtype == "fp32" and statics["FORMAT"] == "plain"):
         return {"shared": NO_MEMORY}
     tokens = statics["TOKENS"]
-    many = tokens == MANY
     stage = _STEP_BYTES * (2 * PANEL + tokens) + 4 * tokens
-    result = (PANEL if many else tokens) * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
+    result = 0 if tokens == MANY else tokens * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
     return {"shared": tile["STAGES"] * stage + 16 * tokens + 2 * result + _BARRIERS}
 
 

@@ -1,7 +1,7 @@
 """The Gluon kernel of the experts' two grouped products for capability 9.0: gate_up with its activation, and down.
 
-Source of the schedule and of the sums in two levels: DeepGEMM, https://github.com/deepseek-ai/DeepGEMM, and DeepSeek-V3,
-https://arxiv.org/abs/2412.19437, section 3.3.2.
+Source of the schedule and of the sums in two levels: DeepGEMM, https://github.com/deepseek-ai/DeepGEMM, and
+DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3.2.
 
 Symbols: P rows in expert order (pairs), E experts, K depth of the product. A *panel* is 128 rows of an expert's weight.
 A program multiplies two of them by TOKENS rows of the expert: gate_up the gate's panel and up's for the same columns,
@@ -9,8 +9,9 @@ down two panels that follow each other. Programs stay: each takes every num_prog
 copies run while a tile is finished. Three partitions work on an item:
 
 - two *groups* of four warps, which multiply;
-- a *loader* of four, which keeps STAGES steps of 128 bytes of depth ahead of them: weights by TMA, rows of x, which
-  ``order`` picks, by cp.async of 16 bytes a thread, and with fp8_block one scale of each row and step by cp.async, too.
+- a *loader* of four, which keeps STAGES steps of 128 bytes of depth ahead of them: weights by TMA, rows of x by TMA for
+  down and, for gate_up, whose tokens ``order`` picks, by cp.async of 16 bytes a thread, and with fp8_block a scale of
+  each row and step by cp.async, too.
 
 With TOKENS = 128 a group owns 64 rows of x, and a panel's rows are the columns of its products (64 x 128). With fewer
 nothing may be padded to the 64 rows of a wgmma: a group owns 64 rows of each panel, and rows of x are the columns
@@ -20,8 +21,9 @@ fp8_block: the tensor cores add e4m3 products in about 14 bits, so each step of 
 fp32 with the scales of the row and of the panel. Of 128 rows one product is in flight and one is added at a time, for
 want of registers; the other group multiplies meanwhile. Of fewer, both panels' are in flight.
 
-Step s uses stage s % STAGES. FULL ends a phase once its weights have come (an arrival, and bytes) and each of the
-loader's threads has its copies (128 arrivals); FREE once both groups have read it. Steps count on over a program's items.
+Step s uses stage s % STAGES. FULL ends a phase once what TMA brings has come (an arrival, and bytes) and, where there is
+cp.async, each of the loader's threads has its copies (128 arrivals); FREE once both groups have read it. Steps count on
+over a program's items. MET: a group has left its largest magnitudes, in one of two places by turns, for the other.
 """
 
 from mla_kernels.hopper.language import (
@@ -186,11 +188,13 @@ def _by_token(values, SWAP: gl.constexpr):
 
 @gluon.jit
 def _sums(
-    buffers, barriers, scales, step, blocks, COPIED: gl.constexpr, GROUP: gl.constexpr, FORMAT: gl.constexpr, SWAP: gl.constexpr
+    buffers, barriers, scales, step, blocks,
+    COPIED: gl.constexpr, GROUP: gl.constexpr, FORMAT: gl.constexpr, SWAP: gl.constexpr,
 ):  # fmt: skip
     """A group's products of both panels over all steps from ``step`` on: fp32 [ROWS, PANEL], with SWAP [ROWS, TOKENS].
 
-    ``scales``: where the upper panel's scales stand, and how many behind it the lower's. COPIED: rows of x come by cp.async.
+    ``scales``: where the upper panel's scales stand, and how many behind it the lower's. COPIED: rows of x come by
+    cp.async.
     """
     x, w, x_scales = buffers
     full, free = barriers
@@ -402,7 +406,6 @@ def hopper_experts_kernel(
     memory, and K, in 16 bytes; ``width_units`` the columns of out in 8. Weights multiply as WEIGHT_AT says: GATED sums
     ("input") or the activation, else sums. fp8_block GATED also gives a scale of each row and 128 columns.
     """
-    SWAP: gl.constexpr = TOKENS < 2 * ROWS
     DTYPE: gl.constexpr = w_tiles.dtype
     STEP: gl.constexpr = w_tiles.block_shape[2]
     FLAT: gl.constexpr = gl.NVMMASharedLayout(

@@ -120,13 +120,16 @@ def test_bits_follow_neither_the_order_of_events_nor_with_batch_invariance_the_b
 ):  # fmt: skip
     problem = MAKE[form](6, 3, 2, 144, 128, device=device)
     if form == "plain":
+
         def run(rows):
             inputs = problem.hidden[rows], problem.gate_up, problem.down, problem.weights[rows], problem.ids[rows]
             return mla_kernels.fused_moe(*inputs, batch_invariant=True)
     else:
+
         def run(rows):
             inputs = problem.hidden[rows], problem.experts, problem.weights[rows], problem.ids[rows]
             return mla_kernels.fused_experts(*inputs, batch_invariant=True)
+
     together = run(slice(6))
     for seed, rows in ((1, slice(6)), (2, slice(2, 3)), (3, slice(3, 6))):
         monkeypatch.setattr(GluonKernel, "emulated_seed", seed)
