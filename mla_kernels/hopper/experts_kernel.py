@@ -21,9 +21,9 @@ fp8_block: the tensor cores add e4m3 products in about 14 bits, so each step of 
 fp32 with the scales of the row and of the panel. Of 128 rows one product is in flight and one is added at a time, for
 want of registers; the other group multiplies meanwhile. Of fewer, both panels' are in flight.
 
-Step s uses stage s % STAGES. FULL ends a phase once what TMA brings has come (an arrival, and bytes) and, where there is
-cp.async, each of the loader's threads has its copies (128 arrivals); FREE once both groups have read it. Steps count on
-over a program's items. MET: a group has left its largest magnitudes, in one of two places by turns, for the other.
+Step s uses stage s % STAGES. FULL ends a phase once what TMA brings has come (an arrival, and bytes) and, where there
+is cp.async, each of the loader's threads has its copies (128 arrivals); FREE once both groups have read it. Steps count
+on over a program's items. MET: a group has left its largest magnitudes, in one of two places by turns, for the other.
 """
 
 from mla_kernels.hopper.language import (

@@ -59,6 +59,7 @@ FEW = {  # by the rows of a tile
 
 @formats
 @pytest.mark.parametrize("rows", FEW)
+@pytest.mark.slow(when=lambda rows, programs: programs is None and rows != 8)
 def test_every_height_of_a_tile(backend, device, form, rows, programs):
     problem = MAKE[form](*FEW[rows], FP32 if form == "fp8_block" and rows == 16 else BF16, device=device)
     check(problem, form)

@@ -7,7 +7,7 @@ from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many
 
 SM_90 = CHIPS["sm_90"]
-OFTEN = {"fp8_block_v3_4096_gate_up", "fp8_block_v3_4096_down", "fp8_block_v3_tp8_1_gate_up", "plain_v3_4096_down"}
+OFTEN = {"fp8_block_v3_4096_gate_up", "fp8_block_v3_4096_down"}  # which have the fewest registers left
 
 
 def check(names=None, options=({},)):
