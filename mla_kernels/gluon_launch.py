@@ -16,6 +16,9 @@ from mla_kernels.placement import cpu_mode
 
 TILE = "tile"
 """Type of an argument in a declaration: boxes that TMA copies, of a tensor with the kernel's element type."""
+CODE_TILE = "tile of codes"
+"""Likewise, of a tensor of e4m3 codes."""
+_ELEMENTS = {CODE_TILE: "fp8e4nv"}
 
 
 class Tiles(NamedTuple):
@@ -56,9 +59,9 @@ class GluonKernel(Kernel):
         module: the module that holds it, and with it imports Gluon.
         name: the ``@gluon.jit`` function. Its parameters are ``arguments``, ``statics`` and the constants of ``tiles``,
             in this order. The first argument is a pointer.
-        boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type ``"tile"`` are copied.
+        boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type TILE or CODE_TILE are copied.
         worker_warps: warps that the kernel starts beside ``num_warps``.
-        box_type: ``(dtype, statics) -> Triton type`` of the boxes' elements; None: the kernel's element type.
+        box_type: ``(dtype, statics) -> Triton type`` of the elements of type TILE; None: the kernel's element type.
         declaration: as for :class:`mla_kernels.launch.Kernel`. A constant REGISTERS of ``tiles`` is also the limit a
             thread at launch, from which partitions are dealt theirs.
     """
@@ -78,7 +81,7 @@ class GluonKernel(Kernel):
         **declaration,
     ):
         self.boxes, self.worker_warps = boxes, worker_warps
-        self.box_type = box_type or (lambda dtype, statics: dtype)
+        self.box_type = box_type
         constants = (tile for tile in declaration["tiles"] if not tile.startswith("num_"))
         parameters = (*declaration["arguments"], *declaration["statics"], *constants)
         super().__init__(_Function(module, name, parameters), **declaration)
@@ -86,8 +89,10 @@ class GluonKernel(Kernel):
     def signature(self, dtype: str, statics: Mapping) -> dict[str, str]:
         """As :meth:`Kernel.signature`; a tile is ``tile<bf16[1,64,128]>``, whose layout the compiler process adds."""
         boxes = {name: ",".join(map(str, box)) for name, box in self.boxes(statics).items()}
-        known, element = super().signature(dtype, statics), self.box_type(dtype, statics)
-        return {name: f"{TILE}<{element}[{boxes[name]}]>" if kind == TILE else kind for name, kind in known.items()}
+        known = super().signature(dtype, statics)
+        own = self.box_type(dtype, statics) if self.box_type else dtype
+        elements = {name: _ELEMENTS.get(self.arguments[name], own) for name in boxes}
+        return known | {name: f"{TILE}<{elements[name]}[{box}]>" for name, box in boxes.items()}
 
     def options(self, chip, tile):
         """As :meth:`Kernel.options`, and the registers a thread that partitions are dealt from."""
@@ -95,7 +100,7 @@ class GluonKernel(Kernel):
         return super().options(chip, tile) | dealt
 
     def launch(self, chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
-        """As :meth:`Kernel.launch`, with :class:`Tiles` for arguments of type ``"tile"``.
+        """As :meth:`Kernel.launch`, with :class:`Tiles` for arguments of type TILE or CODE_TILE.
 
         Triton's launcher encodes their TMA descriptors at every launch.
         """

@@ -14,7 +14,10 @@ from mla_kernels.device.machine import is_hopper
 OURS = "mla_kernels"
 INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
 """Names of variants."""
-HOPPER_OPS = ("mla_decode", "sparse_mla_decode", "mla_prefill", "fused_moe", "fused_experts")
+HOPPER_OPS = (
+    "mla_decode", "sparse_mla_decode", "sparse_mla_prefill", "mla_prefill", "indexer_logits", "paged_indexer_logits",
+    "select_keys", "select_slots", "fused_moe", "fused_experts",
+)  # fmt: skip
 """Public functions with kernels in :mod:`mla_kernels.hopper`."""
 KINDS = {
     "ours": "this library as a user calls it",
@@ -134,12 +137,12 @@ def accepts(function: Callable, keyword: str) -> bool:
 
 
 def variants(
-    problem: Problem, function: Callable, call: Callable[..., Callable[[int], Any]], place: Place, carried: bool = True
+    problem: Problem, function: Callable, call: Callable[..., Call], place: Place, carried: bool = True
 ) -> Problem:
     """Enter the variants that ``function`` has; ``call(**more)`` gives a contestant's call with more keywords.
 
     ``batch_invariant=True`` where the function takes it; on Hopper the portable kernel and the Hopper kernel, each by
-    name, where there is one that carries this form of the call.
+    name, where there is one and the form of the call is ``carried``.
     """
     if accepts(function, "batch_invariant"):
         problem.add(INVARIANT, call(batch_invariant=True), "variant")

@@ -138,6 +138,7 @@ HOPPER_EXPERTS = GluonKernel(
             for gated in (True, False)
         ),
         _case("fp8_block", "v3", 1024, False, ("bf16", "fp16"), weight_at="output"),
+        _case("fp8_block", "v3", 1024, True, clamp="pre", weight_at="input"),
         *(_case("plain", "v3", tokens, gated, ("bf16", "fp16")) for tokens in (4096, 16) for gated in (True, False)),
     ),
     uses_dot=True,
@@ -170,10 +171,10 @@ def choose(chip, dtype, layer: Layer, gated: bool, weight_at: str, sizes) -> Cho
     ``sizes``: tokens, pairs, experts, hidden and intermediate, as the portable kernel looks its tile up with them.
     """
     name = DTYPE_NAMES[dtype]
-    rows = tokens_for(sizes["pairs"], sizes["experts"])
-    if layer.format == "fp8_block" and not gated and weight_at != "none":
-        rows = min(rows, MANY // 2)  # beside 128 rows' sums there is no register for weights (ptxas of Triton 3.9.0)
-    form = {"dtype": name, "FORMAT": layer.format, "GATED": gated, "CLAMP": layer.clamp if gated else "none"}
+    rows, clamp = tokens_for(sizes["pairs"], sizes["experts"]), layer.clamp if gated else "none"
+    if layer.format == "fp8_block" and (clamp, weight_at) != ("none", "none"):
+        rows = min(rows, MANY // 2)  # 128 rows' sums leave no register for more (ptxas of Triton 3.6.0 and 3.9.0)
+    form = {"dtype": name, "FORMAT": layer.format, "GATED": gated, "CLAMP": clamp}
     form |= {"WEIGHT_AT": weight_at, "TOKENS": rows}
     if not hopper.chosen(HOPPER_EXPERTS, chip, form, lambda: refusal(name, layer, sizes)):
         return None

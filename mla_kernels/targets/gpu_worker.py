@@ -86,7 +86,7 @@ def gluon_source(*arguments):
 
 
 def descriptor(tile: str) -> str:
-    """Triton's type of the TMA descriptor of a ``tile<bf16[1,64,128]>``, swizzled over 128 bytes."""
+    """Triton's type of the TMA descriptor of a ``tile<bf16[1,64,128]>``: boxes swizzled over 128 bytes."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     inner = tile.removeprefix("tile<").removesuffix(">")

@@ -45,8 +45,10 @@ def test_every_case_compiles_without_spills_and_multiplies_once():
 
 @pytest.mark.slow
 def test_so_do_other_activations_and_places_of_weights():
-    often = {case.name for case in HOPPER_EXPERTS.cases if case.statics["GATED"]}
-    check(often, [{"CLAMP": "pre", "WEIGHT_AT": "input"}, {"CLAMP": "gpt_oss", "WEIGHT_AT": "activation"}])
+    some = {
+        case.name for case in HOPPER_EXPERTS.cases if case.statics["GATED"] and "fp8_block_v3_4096" not in case.name
+    }
+    check(some, [{"CLAMP": "pre", "WEIGHT_AT": "input"}, {"CLAMP": "gpt_oss", "WEIGHT_AT": "activation"}])
 
 
 def test_the_declaration_names_the_parameters_in_order():
