@@ -49,7 +49,7 @@ def check(problem, form, actual=None):
 
 
 FEW = {  # by the rows of a tile
-    8: (5, 4, 2, 208, 128),
+    8: (2, 5, 2, 208, 128),  # where a slot is a row
     16: (9, 3, 2, 192, 384),
     32: (15, 2, 2, 160, 128),
     64: (30, 2, 2, 272, 128),

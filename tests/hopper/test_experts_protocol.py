@@ -24,7 +24,9 @@ OWN = (*ORDERING, "arrive_with_copies(")
 def problems():
     """Few rows and many, codes and values: several items of a program, several phases of every barrier."""
     torch.manual_seed(4)
-    few = MAKE["fp8_block"](6, 3, 2, 272, 256, torch.float32)
+    ids = torch.ones(6, 2, dtype=torch.int32)  # 11 rows of one expert, and one of another, in tiles of 8
+    ids[5, 1] = 2
+    few = MAKE["fp8_block"](6, 3, 2, 272, 256, torch.float32, ids=ids)
     few.experts.gate_up_scale[:, 1::2] *= 2.0
     yield few, "fp8_block"
     yield MAKE["plain"](5, 2, 2, 328, 264), "plain"
@@ -86,7 +88,7 @@ FAULTS = {
     "both groups take the same rows": ("halves.index(2 * stage + GROUP)", "halves.index(2 * stage)", 1),
     "up is the gate": ("upper + (width_units * 8 if GATED", "upper + (0 if GATED", 1),
     "up's scale is the gate's": ("apart = columns if GATED", "apart = 0 if GATED", 1),
-    "scales of the block before": ("gl.load(scale_ptr + apart + block", "gl.load(scale_ptr + apart + 0 * block", 1),
+    "scales of the block before": ("gl.load(scale_ptr + apart + block", "gl.load(scale_ptr + apart + 0 * block", 2),
     "scales of the rows' other half": ("else 2 * stage + GROUP\n", "else 2 * stage\n", 1),
     "a group's columns have scales of their own": ("gl.maximum(largest, theirs)", "gl.maximum(largest, 0 * theirs)", 1),
     "the exchange has one place": ("here = turn % 2 * 2", "here = turn * 0", 1),

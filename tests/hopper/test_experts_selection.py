@@ -11,6 +11,7 @@ from mla_kernels.hopper.experts import HOPPER_EXPERTS, TOKENS, tokens_for
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.moe.experts.down import DOWN
 from mla_kernels.moe.experts.gate_up import GATE_UP
+from mla_kernels.targets.chips import CHIPS
 from mla_kernels.tiles import Kept
 from tests.hopper.test_experts import MAKE
 from tests.hopper.test_selection import launched, listed  # noqa: F401
@@ -139,6 +140,17 @@ def test_tensors_at_odd_places_are_refused_and_the_portable_kernels_where_the_fo
 @pytest.mark.parametrize("pairs, experts, rows", [(1, 256, 8), (1024, 256, 8), (1025, 256, 16), (40, 1, 128)])
 def test_rows_of_a_tile(pairs, experts, rows):
     assert tokens_for(pairs, experts) == rows and rows in TOKENS
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("rows", TOKENS)
+def test_every_form_fits_shared_memory(dtype, rows):
+    chip = CHIPS["sm_90"]
+    for form in ("fp8_block", "plain") if dtype != "fp32" else ("fp8_block",):
+        for gated in (True, False):
+            statics = {"FORMAT": form, "GATED": gated, "TOKENS": rows}
+            tile = HOPPER_EXPERTS.rule(chip, dtype, statics, {})
+            assert HOPPER_EXPERTS.memory(chip, dtype, statics, tile)["shared"] <= chip.memory["shared"]
 
 
 def test_gradients_take_the_portable_kernels(launched):  # noqa: F811
