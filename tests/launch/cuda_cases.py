@@ -10,6 +10,7 @@ import torch
 import mla_kernels
 from mla_kernels import gpu_launch, hopper
 from mla_kernels.hopper import decode as hopper_decode
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.hopper import prefill as hopper_prefill
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.launch import KERNELS
@@ -498,3 +499,28 @@ def test_what_is_known_goes_to_triton_s_c_launcher_at_once(monkeypatch):
         launcher = Launcher()
         setattr(launcher, name, value)
         assert gpu_launch._without_python_half(launcher, 5, (4, 1, 0)) is None, name
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "plain"])
+def test_hopper_experts(format):
+    """A program a multiprocessor, all warps, descriptors over rows and weights, and rows in units of 16 bytes."""
+    hidden, ids = torch.randn(40, 144).to(BF16), torch.arange(80, dtype=I32).view(40, 2) % 3
+    gate_up, down = torch.randn(3, 256, 144).to(BF16), torch.randn(3, 144, 128).to(BF16)
+    experts = mla_kernels.ExpertWeights.quantise(gate_up, down, format)
+    kernel = hopper_experts.HOPPER_EXPERTS
+    with record() as launches, hopper.variants("force"):
+        mla_kernels.fused_experts(hidden, experts, torch.rand(40, 2), ids)
+        known = kernel.launches_known
+        mla_kernels.fused_experts(hidden.clone(), experts, torch.rand(40, 2), ids)
+        assert kernel.launches_known == known
+    own = [launch for launch in launches if launch.kernel == kernel.name]
+    assert len(launches) == 8 and len(own) == 4
+    element = torch.float8_e4m3fn if format == "fp8_block" else BF16
+    for launch, weight, depth in zip(own, (experts.gate_up, experts.down), (144, 128)):
+        rows, columns = weight.shape[1:]
+        assert launch.threads == 384 and launch.grid == launch.arguments["items"] == 4
+        tiles = launch.arguments["w_tiles"]
+        assert (tiles.base.data_ptr(), tiles.shape) == (weight.data_ptr(), [3, rows, columns])
+        assert tiles.base.dtype == element and tiles.block_shape == [1, 128, 128 // element.itemsize]
+        assert launch.arguments["depth_units"] == depth * element.itemsize // 16
+        assert launch.shared_bytes > 4 * 128 * 2 * 128  # stages of weights

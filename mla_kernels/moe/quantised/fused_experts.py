@@ -11,6 +11,8 @@ import torch
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.cpu import quantised as cpu
 from mla_kernels.cpu.alone import by_row
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.invariance import wanted
 from mla_kernels.launch import DTYPE_NAMES, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
@@ -54,6 +56,7 @@ class Call(NamedTuple):
     sizes: tuple[int, int, int, int, int]  # T, K, E, H, I
     key: tuple  # all that the launches' constants, tiles and grids follow from
     batch_invariant: bool
+    variants: "_Variants"
 
 
 def _launch(
@@ -77,7 +80,11 @@ def _launch(
     sizes = tokens, top_k, experts, width, doubled // 2
     tensors_given = gate_up_zero is None, gate_up_bias is None, down_bias is None
     key = chip.device, hidden.dtype, sizes, format, group_size, tensors_given, clamp, interleaved, at, batch_invariant
-    call = Call(activation, at, weights.contiguous(), ids, sizes, key, batch_invariant)
+    key = *key, MODE.get()
+    variants = hopper_experts.HOPPER_EXPERTS.kept.plans.get(key)
+    if variants is None:
+        variants = _variants(chip, hidden.dtype, stored, activation, at, key)
+    call = Call(activation, at, weights.contiguous(), ids, sizes, key, batch_invariant, variants)
     results = hidden.new_empty((tokens * top_k, width))
     (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(chip, hidden, stored, call, results)
     return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, experts)
@@ -93,6 +100,24 @@ def _plan(kernel, chip, dtype, call, statics, weight_at, row, columns):
         tile = tile if tile["BLOCK_K"] <= longest else tile | {"BLOCK_K": max(16, longest)}
     work = num_slots(tokens * top_k, experts, tile["BLOCK_M"]) * -(-columns // tile["BLOCK_N"])
     return kernel.keep(call.key, (work, statics | {"WEIGHT_AT": weight_at}, tile))  # which changes no tile
+
+
+class _Variants(NamedTuple):
+    """What is launched in place of the portable products, where it can read their tensors."""
+
+    gate_up: hopper_experts.Choice | None
+    down: hopper_experts.Choice | None
+
+
+def _variants(chip, dtype, stored, activation, at, key):
+    """For a call of this key, kept."""
+    biased = stored.gate_up_bias is not None or stored.down_bias is not None
+    layer = hopper_experts.Layer(stored.format, activation.clamp.value, activation.interleaved, biased, False)
+    _, _, sizes, *_, batch_invariant, _ = key
+    sizes = sizes_of_tile(sizes_of(*sizes), batch_invariant)
+    gate_up = hopper_experts.choose(chip, dtype, layer, True, at.gate_up, sizes)
+    down = hopper_experts.choose(chip, dtype, layer, False, at.down, sizes)
+    return hopper_experts.HOPPER_EXPERTS.keep(key, _Variants(gate_up, down))
 
 
 def _constants(activation):
@@ -169,12 +194,17 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner_blocks * COLUMNS), dtype=torch.int8 if fp8 else dtype)
     scales_shape = (pairs + COLUMNS, inner_blocks) if fp8 else (parts, pairs + COLUMNS)
     activated_scales = hidden.new_empty(scales_shape, dtype=torch.float32)
-    args = (
-        codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
-        call.of_pairs, activated, activated_scales, order, offsets,
-        tokens, pairs, experts, top_k, width, blocks * COLUMNS, inner, activation.limit or 0.0, activation.alpha,
-    )  # fmt: skip
-    kernel.launch(chip, work, args, statics, tile)
+    rows, numbers = (order, offsets, top_k, tokens), (activation.limit or 0.0, activation.alpha)
+    variant = call.variants.gate_up
+    product = codes, code_scales, stored.gate_up, stored.gate_up_scale, inner
+    results_of = activated, activated_scales
+    if variant is None or not hopper_experts.launch(chip, variant, product, rows, results_of, call.of_pairs, numbers):
+        args = (
+            codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
+            call.of_pairs, activated, activated_scales, order, offsets,
+            tokens, pairs, experts, top_k, width, blocks * COLUMNS, inner, *numbers,
+        )  # fmt: skip
+        kernel.launch(chip, work, args, statics, tile)
 
     bias, kernel = stored.down_bias, eight_bit.DOWN
     plan = kernel.kept.plans.get(call.key)
@@ -182,11 +212,14 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
-    args = (
-        activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
-        call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
-    )  # fmt: skip
-    kernel.launch(chip, work, args, statics, tile)
+    variant = call.variants.down
+    product = activated, activated_scales, stored.down, stored.down_scale, width
+    if variant is None or not hopper_experts.launch(chip, variant, product, rows, (results, None), call.of_pairs):
+        args = (
+            activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
+            call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
+        )  # fmt: skip
+        kernel.launch(chip, work, args, statics, tile)
 
 
 def _fake(hidden, *_):
