@@ -4,7 +4,10 @@ The kernel, :mod:`mla_kernels.hopper.prefill_kernel`, imports Gluon, and is impo
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
@@ -157,6 +160,17 @@ def matrix(tensor) -> Matrix | None:
     return Matrix(Tiles(tensor, (rows, columns), (along, 1)), row, column)
 
 
+def readable(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[dict[str, Matrix | None], str]:
+    """(name -> matrix, why one of them is none)."""
+    found = {}
+    for name, tensor in tensors:
+        found[name] = matrix(tensor)
+        if found[name] is None:
+            at = tensor.data_ptr() % (2 * _UNIT)
+            return found, f"{name} with strides {tensor.stride()} at byte {at} of 16; TMA reads rows of a matrix"
+    return found, ""
+
+
 class Reading(NamedTuple):
     """The tensors of a call as matrices."""
 
@@ -172,16 +186,12 @@ def read(choice: Choice, q, k, rope, v, softmax_scale: float) -> Reading | None:
     Raises:
         NotImplementedError: it cannot, and the kernel is asked for by name.
     """
-    reason, found = "", {}
+    reason = ""
     if not softmax_scale >= SMALLEST_SCALE:
         reason = f"softmax_scale {softmax_scale}; {SMALLEST_SCALE} and more is carried"
-    for name, tensor in (("q", q), ("k", k), ("rope", rope), ("v", v)):
-        found[name] = matrix(tensor)
-        if found[name] is None:
-            at = tensor.data_ptr() % (2 * _UNIT)
-            reason = f"{name} with strides {tensor.stride()} at byte {at} of 16; TMA reads rows of a matrix"
-            break
-    return Reading(**found) if hopper.served(HOPPER_MLA_PREFILL, choice.form, reason) else None
+    matrices, unreadable = readable((("q", q), ("k", k), ("rope", rope), ("v", v)))
+    reason = reason or unreadable
+    return Reading(**matrices) if hopper.served(HOPPER_MLA_PREFILL, choice.form, reason) else None
 
 
 def launch(chip, choice: Choice, reading: Reading, bounds, results, numbers) -> None:

@@ -31,12 +31,21 @@ from mla_kernels.hopper.language import (
     gl,
     gluon,
     mbarrier,
-    reinterpret,
     tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import COLUMNS, LOWEST, last_factor, new_barriers
+from mla_kernels.hopper.parts import LOWEST, last_factor, new_barriers
+from mla_kernels.hopper.sequences import (
+    SPARE,
+    SPARE_LAYOUT,
+    clear_rows,
+    place,
+    span,
+    spare_blocks,
+    spare_rows,
+    store_zeros,
+)
 
 ROWS = gl.constexpr(64)  # query rows of a group: what one wgmma multiplies
 TILE = gl.constexpr(128)  # query rows of a program
@@ -44,19 +53,10 @@ BLOCK = gl.constexpr(128)  # keys of a block
 STAGES = gl.constexpr(2)
 GROUP_REGISTERS = gl.constexpr(240)  # a thread; the left group gets what the others leave, as many
 LOADER_REGISTERS = gl.constexpr(24)
-ATOM = gl.constexpr(8)  # rows after which the swizzle repeats
 _NUMBERS = [
     "q_row", "q_column", "k_row", "k_column", "v_row", "v_column", "heads", "queries", "tokens", "max_queries",
     "max_keys", "tiles", "together", "zero",
 ]  # fmt: skip
-
-
-@gluon.jit
-def _span(bounds_ptr, sequence, tokens, longest):
-    """(first row, rows) of a sequence: inside the tensor, whatever its bounds hold."""
-    start = gl.minimum(gl.maximum(gl.load(bounds_ptr + sequence), 0), tokens)
-    end = gl.minimum(gl.load(bounds_ptr + sequence + 1), tokens)
-    return start, gl.minimum(gl.maximum(end - start, 0), longest)
 
 
 @gluon.jit
@@ -66,25 +66,14 @@ def _clear_spare_rows(
 ):  # fmt: skip
     """Zeros and -inf for the rows of no query that fall to a tile: before the first sequence, behind the last, and of
     any what passes the longest length. As a rule there are none."""
-    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    tail = start + count
-    stop = gl.maximum(gl.minimum(gl.load(cu_q_ptr + sequence + 1), queries), tail)
-    stop = gl.where(sequence == sequences - 1, queries, stop)
-    before = gl.where(sequence == 0, (start + ROWS - 1) // ROWS, 0)
-    line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ROW))
-    column = gl.arange(0, VALUE, layout=gl.SliceLayout(0, ROW))
-    for block in range(tile, before + (stop - tail + ROWS - 1) // ROWS, tiles):
-        first = block * ROWS
-        end = start
-        if block >= before:
-            first = tail + (block - before) * ROWS
-            end = stop
+    line = gl.arange(0, SPARE, layout=gl.SliceLayout(1, SPARE_LAYOUT))
+    before, blocks, tail, stop = spare_blocks(cu_q_ptr, sequence, sequences, start, count, queries)
+    for block in range(tile, blocks, tiles):
+        first, rows = spare_rows(block, before, start, tail, stop)
         target = first.to(gl.int64) * heads + head
-        places = out_ptr + target * VALUE + line[:, None] * (heads * VALUE) + column[None, :]
-        nothing = gl.zeros([ROWS, VALUE], out_ptr.dtype.element_ty, layout=ROW)
-        gl.store(places, nothing, mask=(line < end - first)[:, None])
-        hidden = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ROW))
-        gl.store(lse_ptr + target + line * heads, hidden, mask=line < end - first)
+        store_zeros(out_ptr + target * VALUE, heads * VALUE, rows, VALUE)
+        hidden = gl.full([SPARE], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SPARE_LAYOUT))
+        gl.store(lse_ptr + target + line * heads, hidden, mask=line < rows)
 
 
 @gluon.jit
@@ -219,22 +208,6 @@ def _load_keys(k_tiles, rope_tiles, corner, keys, full, free, block, step, pred)
 
 
 @gluon.jit
-def _clear_rows(values, stage, count, VALUE: gl.constexpr):
-    """Zero the rows from ``count`` on of a block of values."""
-    PANELS: gl.constexpr = VALUE // COLUMNS
-    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    CELLS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    atoms = reinterpret(values, values.dtype, [STAGES * PANELS * BLOCK // ATOM, ATOM, COLUMNS], FLAT)
-    line = gl.arange(0, ATOM, layout=gl.SliceLayout(1, CELLS))
-    for atom in range(count // ATOM, BLOCK // ATOM):
-        for panel in gl.static_range(PANELS):
-            cells = atoms.index((stage * PANELS + panel) * (BLOCK // ATOM) + atom)
-            kept = gl.where((line + atom * ATOM < count)[:, None], cells.load(CELLS), 0.0)
-            cells.store(kept)  # [8, COLUMNS]
-    fence_async_shared()  # the cleared rows
-
-
-@gluon.jit
 def _loader(tiles, corners, q, keys, values, q_full, barriers, behind, span, VALUE: gl.constexpr):
     q_tiles, q_rope_tiles, k_tiles, rope_tiles, v_tiles = tiles
     q_row, q_column, v_row, v_column, key_corner = corners
@@ -262,7 +235,7 @@ def _loader(tiles, corners, q, keys, values, q_full, barriers, behind, span, VAL
             mbarrier.expect(behind.index(0), BLOCK * VALUE * 2)
             tma_load(v_tiles, [v_row + block * BLOCK, v_column], behind.index(0), values.index(stage))
             mbarrier.wait(behind.index(0), 0)
-            _clear_rows(values, stage, count, VALUE)
+            clear_rows(values, stage, count)
             mbarrier.arrive(v_full.index(stage))
 
 
@@ -276,23 +249,16 @@ def hopper_mla_prefill_kernel(
     """Attention of 128 queries of one head over their sequence's keys; results as those of mla_prefill_kernel.
 
     The tiles are matrices in which row t of head h stands at [t + h * row, h * column]: in one of q_row and q_column,
-    and so on, is 0. rope_tiles [tokens, ROPE]. A *pair* is a sequence's head. Programs take the tiles of ``together``
-    pairs, whose keys fit a cache, those of most keys first, before those of the next pairs. ``zero`` is 0, and unknown
+    and so on, is 0. rope_tiles [tokens, ROPE]. Tiles of most keys come first. ``zero`` is 0, and unknown
     to the compiler: an index that it knows is moved out of the loop with all that is computed from it, and spills.
     """
-    pairs = gl.num_programs(0) // tiles
-    set_first = gl.program_id(0) // (together * tiles) * together
-    within = gl.program_id(0) - set_first * tiles
-    set_size = gl.minimum(pairs - set_first, together)
-    tile = within // set_size
-    pair = set_first + within - tile * set_size
-    sequence = pair // heads
-    head = pair - sequence * heads
+    sequence, head, tile = place(tiles, together, heads)
+    sequences = gl.num_programs(0) // tiles // heads
     row = (tiles - 1 - tile) * TILE
-    q_start, q_count = _span(cu_q_ptr, sequence, queries, max_queries)
-    k_start, keys = _span(cu_k_ptr, sequence, tokens, max_keys)
+    q_start, q_count = span(cu_q_ptr, sequence, queries, max_queries)
+    k_start, keys = span(cu_k_ptr, sequence, tokens, max_keys)
     _clear_spare_rows(
-        out_ptr, lse_ptr, cu_q_ptr, sequence, pairs // heads, head, heads, q_start, q_count, queries, tile, tiles, VALUE
+        out_ptr, lse_ptr, cu_q_ptr, sequence, sequences, head, heads, q_start, q_count, queries, tile, tiles, VALUE
     )
     end = keys
     limit = keys
