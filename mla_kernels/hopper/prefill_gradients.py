@@ -31,7 +31,7 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     row = 2 * (statics["KEY"] + statics["ROPE"] + statics["VALUE"])
-    return {"shared": (TILE_ROWS + _STAGES * ROWS) * row + _STAGES * 2 * ROWS * 4 + 1024}
+    return {"shared": (TILE_ROWS + _STAGES * ROWS) * row + _STAGES * 3 * ROWS * 4 + (4 * ROWS * ROWS if "SHARED" in statics else 0) + 1024}
 
 
 def _products(statics):
@@ -206,7 +206,7 @@ def launch(chip, choice: Choice, reading: Reading, outputs, bounds, stats, numbe
     tokens = v.tiles.base.shape[0]
     args = (
         *outputs, *bounds, stats, q.tiles, q.tiles, k.tiles, rope.tiles, v.tiles, out_grad.tiles, softmax_scale,
-        q.row, q.column, k.row, k.column, rope.row, rope.column, key if rope is k else 0, v.row, v.column,
+        q.row, q.column, k.row, k.column, rope.row, rope.column, key if rope.tiles.base is k.tiles.base else 0, v.row, v.column,
         out_grad.row, out_grad.column, heads, queries, tokens, max_queries, max_keys, tiles,
         max(1, min(together, pairs)), 0,
     )  # fmt: skip

@@ -36,7 +36,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma_wait,
 )
 from mla_kernels.hopper.parts import new_barriers
-from mla_kernels.hopper.sequences import clear_rows, place, span, spare_blocks, spare_rows, store_zeros
+from mla_kernels.hopper.sequences import clear_rows, place, sequence_span, spare_blocks, spare_rows, store_zeros
 
 ROWS = gl.constexpr(64)  # rows of a group, and of a streamed block: what one wgmma multiplies
 TILE = gl.constexpr(128)  # held rows of a program
@@ -256,8 +256,8 @@ def hopper_mla_prefill_key_gradient_kernel(
     """
     sequence, head, tile = place(tiles, together, heads)
     row = tile * TILE
-    q_start, q_count = span(cu_q_ptr, sequence, queries, max_queries)
-    k_start, keys = span(cu_k_ptr, sequence, tokens, max_keys)
+    q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+    k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
     wide = head.to(gl.int64)
     sequences = gl.num_programs(0) // tiles // heads
     OWN: gl.constexpr = KEY if SHARED else KEY + ROPE
@@ -438,8 +438,8 @@ def hopper_mla_prefill_query_gradient_kernel(
     hopper_mla_prefill_key_gradient_kernel."""
     sequence, head, tile = place(tiles, together, heads)
     row = (tiles - 1 - tile) * TILE
-    q_start, q_count = span(cu_q_ptr, sequence, queries, max_queries)
-    k_start, keys = span(cu_k_ptr, sequence, tokens, max_keys)
+    q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+    k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
     sequences = gl.num_programs(0) // tiles // heads
     before, spare, tail, stop = spare_blocks(cu_q_ptr, sequence, sequences, q_start, q_count, queries)
     for block in range(tile, spare, tiles):

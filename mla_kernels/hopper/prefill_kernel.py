@@ -41,7 +41,7 @@ from mla_kernels.hopper.sequences import (
     SPARE_LAYOUT,
     clear_rows,
     place,
-    span,
+    sequence_span,
     spare_blocks,
     spare_rows,
     store_zeros,
@@ -255,8 +255,8 @@ def hopper_mla_prefill_kernel(
     sequence, head, tile = place(tiles, together, heads)
     sequences = gl.num_programs(0) // tiles // heads
     row = (tiles - 1 - tile) * TILE
-    q_start, q_count = span(cu_q_ptr, sequence, queries, max_queries)
-    k_start, keys = span(cu_k_ptr, sequence, tokens, max_keys)
+    q_start, q_count = sequence_span(cu_q_ptr, sequence, queries, max_queries)
+    k_start, keys = sequence_span(cu_k_ptr, sequence, tokens, max_keys)
     _clear_spare_rows(
         out_ptr, lse_ptr, cu_q_ptr, sequence, sequences, head, heads, q_start, q_count, queries, tile, tiles, VALUE
     )

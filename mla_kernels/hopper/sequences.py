@@ -8,7 +8,7 @@ SPARE_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def span(bounds_ptr, sequence, tokens, longest):
+def sequence_span(bounds_ptr, sequence, tokens, longest):
     """(first row, rows) of a sequence: inside the tensor, whatever its bounds hold."""
     start = gl.minimum(gl.maximum(gl.load(bounds_ptr + sequence), 0), tokens)
     end = gl.minimum(gl.load(bounds_ptr + sequence + 1), tokens)
