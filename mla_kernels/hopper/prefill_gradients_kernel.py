@@ -130,28 +130,31 @@ def _load_block(tiles, corners, streamed, bar, stage, row):
 
 
 @gluon.jit
-def _over_queries(
-    sums, held, streamed, stats, full, free, rule, start, end,
-    GROUP: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Steps ``start`` to ``end`` - 1 of a group of keys."""
-    k_grad, rope_grad, v_grad = sums
+def _over_queries(held, streamed, stats, full, free, rule, blocks, GROUP: gl.constexpr, CAUSAL: gl.constexpr):
+    """(gradient of a group's own keys, of their tails, of its values), each [64, width].
+
+    Every block is masked where any is, and that before the products, where few registers are in use: a loop of its own
+    for those that are seen whole makes ptxas spill.
+    """
     own, rope, values = held
     q_own, q_rope, out_grads, kept = streamed
-    score_scale, reach, zero = rule
-    for step in range(start, end):
+    score_scale, zero = rule
+    k_grad = _no_sums(own.shape[2])
+    rope_grad = _no_sums(rope.shape[2])
+    v_grad = _no_sums(values.shape[2])
+    for step in range(blocks):
         stage = step % STAGES
         spot = GROUP + step * zero
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         scores = _each_row(stats.index(stage * 3))
+        if CAUSAL:
+            key = (gl.arange(0, ROWS, layout=gl.SliceLayout(1, SQUARE)) + GROUP * ROWS).to(gl.float32)
+            newest = stats.index(stage * 3 + 2).load(gl.SliceLayout(0, SQUARE))
+            scores = gl.where(key[:, None] <= newest[None, :], scores, float("-inf"))
         scores = _multiply(own, q_own, scores, spot, stage, False)
         scores = _multiply(rope, q_rope, scores, spot, stage, False)
         scores = warpgroup_mma_wait(0, [scores])  # [64 keys, 64 queries]
         weights = gl.exp2(scores * score_scale)
-        if MASKED:
-            key = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SQUARE))
-            newest = stats.index(stage * 3 + 2).load(gl.SliceLayout(0, SQUARE))
-            weights = gl.where((key + GROUP * ROWS).to(gl.float32)[:, None] <= newest[None, :], weights, 0.0)
         mine = kept.index(spot)
         mine.store(weights.to(q_own.dtype))
         fence_async_shared()  # the weights
@@ -172,24 +175,16 @@ def _key_group(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     held_full, full, free = barriers
-    blocks, first, count = bounds
-    softmax_scale, reach, zero = rule
+    blocks, count = bounds
+    softmax_scale, zero = rule
     k_ptr, rope_ptr, v_ptr, heads = targets
     KEY: gl.constexpr = held[0].shape[2]
     ROPE: gl.constexpr = held[1].shape[2]
     VALUE: gl.constexpr = held[2].shape[2]
-    sums = (_no_sums(KEY), _no_sums(ROPE), _no_sums(VALUE))
-    reach -= GROUP * ROWS
-    rule = (softmax_scale * LOG2E, reach, zero)
-    masked = 0
     if blocks > 0:
         mbarrier.wait(held_full.index(GROUP), 0)
-    if CAUSAL:
-        # a block's first query sees all keys of the group where it reaches 63 behind its first
-        masked = gl.maximum(gl.minimum((ROWS - 1 - reach + ROWS - 1) // ROWS, blocks), 0)
-        sums = _over_queries(sums, held, streamed, stats, full, free, rule, 0, masked, GROUP, True)
-    sums = _over_queries(sums, held, streamed, stats, full, free, rule, masked, blocks, GROUP, False)
-    k_grad, rope_grad, v_grad = sums
+    rule = (softmax_scale * LOG2E, zero)
+    k_grad, rope_grad, v_grad = _over_queries(held, streamed, stats, full, free, rule, blocks, GROUP, CAUSAL)
     count -= GROUP * ROWS
     width = heads * KEY
     if SHARED:
@@ -202,16 +197,15 @@ def _key_group(
 
 
 @gluon.jit
-def _query_loader(tiles, corners, held, streamed, barriers, behind, bounds, q_count):
+def _query_loader(tiles, corners, held, streamed, barriers, behind, blocks, left):
     held_tiles, tiles = tiles
     held_corners, corners = corners
     held_full, full, free = barriers
-    blocks, first, _ = bounds
     _load_held(held_tiles, held_corners, held, held_full, blocks > 0)
     for step in range(blocks):
         stage = step % STAGES
-        row = first + step * ROWS
-        count = q_count - row
+        row = step * ROWS
+        count = left - row
         mbarrier.wait(free.index(stage), step // STAGES & 1 ^ 1)
         if count >= ROWS:
             _load_block(tiles, corners, streamed, full.index(stage), stage, row)
@@ -296,8 +290,7 @@ def hopper_mla_prefill_key_gradient_kernel(
     held = (k_own, k_rope, values)
     streamed = (q_own, q_rope, out_grads, kept)
     barriers = (held_full, full, free)
-    bounds = (blocks, first, keys - row)
-    rule = (softmax_scale, past + first - row, zero)
+    rule = (softmax_scale, zero)
     first_key = (k_start + row).to(gl.int64)
     target = first_key * heads + head
     targets = (
@@ -306,7 +299,7 @@ def hopper_mla_prefill_key_gradient_kernel(
     )  # fmt: skip
     read = ((k_tiles, rope_tiles, v_tiles), (q_tiles, q_rope_tiles, grad_tiles))
     at = k_start + row
-    q_first = q_start + head * q_row
+    q_first = q_start + first + head * q_row
     corners = (
         (
             (at + head * k_row, head * k_column),
@@ -316,7 +309,7 @@ def hopper_mla_prefill_key_gradient_kernel(
         (
             (q_first, head * q_column),
             (q_first, head * q_column + KEY),
-            (q_start + head * grad_row, head * grad_column),
+            (q_start + first + head * grad_row, head * grad_column),
         ),
     )
     own_stats = stats_ptr + wide * queries + q_start + first
@@ -324,9 +317,9 @@ def hopper_mla_prefill_key_gradient_kernel(
     lse_scale = -1.0 / (softmax_scale * LOG2E)
     gl.warp_specialize(
         [
-            (_key_group, (held, streamed, stats, barriers, bounds, rule, targets, 0, CAUSAL, SHARED)),
-            (_key_group, (held, streamed, stats, barriers, bounds, rule, targets, 1, CAUSAL, SHARED)),
-            (_query_loader, (read, corners, held, streamed, barriers, behind, bounds, q_count)),
+            (_key_group, (held, streamed, stats, barriers, (blocks, keys - row), rule, targets, 0, CAUSAL, SHARED)),
+            (_key_group, (held, streamed, stats, barriers, (blocks, keys - row), rule, targets, 1, CAUSAL, SHARED)),
+            (_query_loader, (read, corners, held, streamed, barriers, behind, blocks, q_count - first)),
             (_stats_loader, (own_stats, to_delta, stats, full, free, blocks, q_count - first, past + first - row, lse_scale)),
         ],
         [4, 1, 1],
