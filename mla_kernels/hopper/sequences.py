@@ -66,11 +66,12 @@ def store_zeros(out_ptr, stride, count, WIDTH: gl.constexpr):
 def clear_rows(tile, stage, count):
     """Zero the rows from ``count`` on of a stage of a tile [stages, rows, width], by a single warp."""
     ROWS: gl.constexpr = tile.shape[1]
-    COLUMNS: gl.constexpr = tile.layout.swizzle_byte_width // 2
+    COLUMNS: gl.constexpr = 64 if tile.shape[2] > 64 else tile.shape[2]  # that TMA and wgmma swizzle together
+    FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * COLUMNS, element_bitwidth=16, rank=2)
     PANELS: gl.constexpr = tile.shape[2] // COLUMNS
     COUNT: gl.constexpr = tile.shape[0] * PANELS * ROWS // ATOM
     CELLS: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // COLUMNS, COLUMNS // 8], [1, 1], [1, 0])
-    atoms = reinterpret(tile, tile.dtype, [COUNT, ATOM, COLUMNS], tile.layout)
+    atoms = reinterpret(tile, tile.dtype, [COUNT, ATOM, COLUMNS], FLAT)
     line = gl.arange(0, ATOM, layout=gl.SliceLayout(1, CELLS))
     for atom in range(count // ATOM, ROWS // ATOM):
         for panel in gl.static_range(PANELS):
