@@ -1,4 +1,4 @@
-"""Gradients of mla_prefill for Hopper: the declarations of their kernels, and their launch in place of the portable ones.
+"""Gradients of mla_prefill for Hopper: declarations of the kernels, and their launch in place of the portable ones.
 
 The kernels, :mod:`mla_kernels.hopper.prefill_gradients_kernel`, import Gluon, and are imported by a first launch.
 """
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel
 from mla_kernels.hopper.decode import SMALLEST_SCALE
-from mla_kernels.hopper.prefill import KEPT_TOGETHER, Matrix, readable
+from mla_kernels.hopper.prefill import KEPT_TOGETHER, Matrix, readable, widths
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 ROWS = 64
 """Rows of a group of warps, and of a block of the other side."""
 TILE_ROWS = 2 * ROWS
-CARRIED = ((128, 64, 128), (64, 32, 64))
-"""Columns of a head's own key, or all but its tail; of the tail; and of a value."""
+CARRIED = ((128, 0, 64, 128), (128, 64, 0, 128), (64, 0, 32, 64))
+"""As of the forward kernel; one of the two in the middle is the tail of a key, ROPE below."""
 _STAGES = 3
 
 
@@ -31,7 +31,12 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     row = 2 * (statics["KEY"] + statics["ROPE"] + statics["VALUE"])
-    return {"shared": (TILE_ROWS + _STAGES * ROWS) * row + _STAGES * 3 * ROWS * 4 + (4 * ROWS * ROWS if "SHARED" in statics else 0) + 1024}
+    return {
+        "shared": (TILE_ROWS + _STAGES * ROWS) * row
+        + _STAGES * 3 * ROWS * 4
+        + (4 * ROWS * ROWS if "SHARED" in statics else 0)
+        + 1024
+    }
 
 
 def _products(statics):
@@ -63,18 +68,20 @@ def _work(dtype, statics, sizes, tile):
     )
 
 
-def _cases(keys: bool):
-    def case(name, widths, heads, causal=True, shared=1, dtypes=("bf16",)):
-        statics = dict(zip(("KEY", "ROPE", "VALUE"), widths)) | {"CAUSAL": causal} | ({"SHARED": shared} if keys else {})
+def _cases(of_keys: bool):
+    def case(name, carried, heads, causal=True, dtypes=("bf16",)):
+        key, rest, rope, value = carried
+        statics = {"KEY": key, "ROPE": rest or rope, "VALUE": value, "CAUSAL": causal}
+        statics |= {"SHARED": int(rope > 0)} if of_keys else {}
         return Case(name, statics, {"heads": heads, "batch": 1, "queries": 4096, "keys": 4096}, dtypes)
 
-    v3, small = CARRIED
-    return (
-        case("v3", v3, 128, dtypes=("bf16", "fp16")),
-        case("bidirectional", v3, 128, causal=False),
-        *((case("expanded_rope", v3, 16, shared=0),) if keys else ()),
-        case("minicpm3", small, 40),
+    cases = (
+        case("v3", CARRIED[0], 128, dtypes=("bf16", "fp16")),
+        case("bidirectional", CARRIED[0], 128, causal=False),
+        case("expanded_rope", CARRIED[1], 16),
+        case("minicpm3", CARRIED[2], 40),
     )
+    return cases if of_keys else cases[:2] + cases[3:]  # for queries an expanded key is as any other
 
 
 _TILES = ("q_tiles", "q_rope_tiles", "k_tiles", "rope_tiles", "v_tiles", "grad_tiles")
@@ -154,9 +161,8 @@ def refusal(dtype: str, statics) -> str:
     if dtype not in ("bf16", "fp16"):
         return f"gradients of {dtype}; bf16 and fp16 are carried"
     key, rest, rope, value = (statics[name] for name in ("FIRST", "REST", "ROPE", "VALUE"))
-    if (rest and rope) or (key, rest + rope, value) not in CARRIED:
-        known = ", ".join(f"{key} + {tail} and {value}" for key, tail, value in CARRIED)
-        return f"gradients of keys of {key + rest} + {rope} and values of {value}; {known} are carried"
+    if (key, rest, rope, value) not in CARRIED:
+        return f"gradients of keys of {key + rest} + {rope} and values of {value}; {widths(CARRIED)} are carried"
     return ""
 
 
@@ -204,10 +210,11 @@ def launch(chip, choice: Choice, reading: Reading, outputs, bounds, stats, numbe
     key, tail, value = (choice.statics[name] for name in ("KEY", "ROPE", "VALUE"))
     together = KEPT_TOGETHER // max(1, 2 * streamed * (key + tail + value))
     tokens = v.tiles.base.shape[0]
+    rope_first = key if rope.tiles.base is k.tiles.base else 0  # the tail of an expanded key
     args = (
         *outputs, *bounds, stats, q.tiles, q.tiles, k.tiles, rope.tiles, v.tiles, out_grad.tiles, softmax_scale,
-        q.row, q.column, k.row, k.column, rope.row, rope.column, key if rope.tiles.base is k.tiles.base else 0, v.row, v.column,
-        out_grad.row, out_grad.column, heads, queries, tokens, max_queries, max_keys, tiles,
+        q.row, q.column, k.row, k.column, rope.row, rope.column, rope_first, v.row, v.column, out_grad.row,
+        out_grad.column, heads, queries, tokens, max_queries, max_keys, tiles,
         max(1, min(together, pairs)), 0,
     )  # fmt: skip
     choice.kernel.launch(chip, pairs * tiles, args, choice.statics, choice.tile)

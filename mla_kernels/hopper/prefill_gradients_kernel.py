@@ -1,29 +1,33 @@
 """The Gluon kernels of mla_prefill's gradients for capability 9.0.
 
-Source: FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3 and appendix B.1, without its sum of dQ by atomic
-additions, whose order, and with it the bits, changes from call to call. As in the portable backward one kernel sums over
-queries, and one over keys: each adds in the order of its loop.
+Source: FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3 and appendix B.1, but for its sum of dQ by atomic
+additions, whose order, and with it the bits, changes from call to call. As in the portable backward one kernel sums
+over queries, and one over keys: each adds in the order of its loop.
 
-Two *groups* of four warps hold 64 rows each, keys of the first kernel, queries of the second, with all sums in
-registers. A *loader* of one warp keeps TMA copies of blocks of 64 rows of the other side STAGES ahead. P = exp2(S - lse)
-and dS = P * (dP - delta) never leave the registers: with the held rows as the rows of both products they are the left
-operands of the products that follow. No group waits for the other; with one in its exponentials the other multiplies.
+Two *groups* of four warps hold 64 rows each, keys in the first kernel, queries in the second, with all sums in
+registers. A *loader* of one warp keeps TMA copies of blocks of 64 rows of the other side STAGES ahead. The held rows
+are the rows of both products, P = exp2(S - lse) and dS = P * (dP - delta) therefore the left operands of those that
+follow. No group waits for the other: with one in its exponentials the other multiplies.
 
-``key_gradient``, of K, V [64, width] held, and q, dO [64, width] streamed (| waits for all before it, ; for the one
-before the last):
+``key_gradient``, of K, V [64, width] held, and q, dO [64, width] streamed (| waits for all before it, ; for all but the
+last):
 
-    S = K q^T |  P  dP = V dO^T, dV += P^T dO ; dS  dK += dS^T q |
+    S = K q^T - lse |  P  dP = V dO^T - delta, dV += P^T dO ; dS  dK += dS^T q |
+
+The sums of dK and dV are 160 registers a thread for keys of 192 and values of 128. For the rest to fit beside them lse
+and delta come in with the first products' sums, from a line of shared memory that a second loader keeps ahead, masks
+with them, and P waits in shared memory for dP, and enters dV from there.
 
 ``query_gradient``, of q, dO held, and K, V streamed:
 
     S = q K^T, dP = dO V^T ;  P | dS  dQ += dS K |
 
-A key is its head's own part, KEY wide, and a tail, ROPE wide: the rotated key that all heads share (SHARED; its gradient
-leaves each head apart, in float32), or the last columns of the head's own key.
+A key is its head's own part, KEY wide, and a tail, ROPE wide: the rotated key that all heads share (SHARED; its
+gradient leaves each head apart, in float32), or the last columns of the head's own key.
 
-Rows behind a sequence's end are other sequences', or padding, and may hold anything: NaN, too. Held ones leave rows that
-are not stored. Streamed ones would reach every row as 0 * NaN: the loader clears, in shared memory, what enters the sums
-(q and dO; K), and of V, which enters dS alone, the mask replaces what comes of it.
+Rows behind a sequence's end are other sequences', or padding, and may hold anything: NaN, too. Held ones leave rows
+that are not stored. Streamed ones would reach every row as 0 * NaN: the loader clears, in shared memory, what enters
+the sums (q and dO; K), and of V, which enters dS alone, the mask replaces what comes of it.
 """
 
 from mla_kernels.hopper.language import (
@@ -36,14 +40,22 @@ from mla_kernels.hopper.language import (
     warpgroup_mma_wait,
 )
 from mla_kernels.hopper.parts import new_barriers
-from mla_kernels.hopper.sequences import clear_rows, place, sequence_span, spare_blocks, spare_rows, store_zeros
+from mla_kernels.hopper.sequences import (
+    clear_rows,
+    place,
+    sequence_span,
+    spare_blocks,
+    spare_rows,
+    store_sums,
+    store_zeros,
+)
 
 ROWS = gl.constexpr(64)  # rows of a group, and of a streamed block: what one wgmma multiplies
 TILE = gl.constexpr(128)  # held rows of a program
 STAGES = gl.constexpr(3)
 LOG2E = gl.constexpr(1.4426950408889634)
 GROUP_REGISTERS = gl.constexpr(232)  # a thread; the left group gets what the others leave, as many
-LOADER_REGISTERS = gl.constexpr(40)
+LOADER_REGISTERS = gl.constexpr(40)  # with 24 ptxas spills what all partitions compute alike, and the groups load it
 SQUARE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 WEIGHTS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _NUMBERS = [
@@ -55,9 +67,7 @@ _NUMBERS = [
 @gluon.jit
 def _no_sums(WIDTH: gl.constexpr):
     """[64, WIDTH] zeros, as a product adds to them."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16]
-    )
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     return gl.zeros([ROWS, WIDTH], gl.float32, layout=LAYOUT)
 
 
@@ -81,16 +91,6 @@ def _add(weights, streamed, sums, stage):
     """Queue sums [64, width] + weights [64, 64] of 16 bits . streamed rows."""
     operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums.type.layout, 2))
     return warpgroup_mma(operand, streamed.index(stage), sums, is_async=True)
-
-
-@gluon.jit
-def _store(sums, out_ptr, stride, count):
-    """The first ``count`` rows of sums to out_ptr, ``stride`` elements apart, in its element type."""
-    LAYOUT: gl.constexpr = sums.type.layout
-    row = gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    values = sums.to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + row[:, None] * stride + column[None, :], values, mask=(row < count)[:, None])
 
 
 @gluon.jit
@@ -188,12 +188,12 @@ def _key_group(
     count -= GROUP * ROWS
     width = heads * KEY
     if SHARED:
-        _store(rope_grad * softmax_scale, rope_ptr + GROUP * ROWS * ROPE, ROPE, count)
+        store_sums(rope_grad * softmax_scale, rope_ptr + GROUP * ROWS * ROPE, ROPE, count)
     else:
         width = heads * (KEY + ROPE)
-        _store(rope_grad * softmax_scale, k_ptr + GROUP * ROWS * width + KEY, width, count)
-    _store(k_grad * softmax_scale, k_ptr + GROUP * ROWS * width, width, count)
-    _store(v_grad, v_ptr + GROUP * ROWS * heads * VALUE, heads * VALUE, count)
+        store_sums(rope_grad * softmax_scale, k_ptr + GROUP * ROWS * width + KEY, width, count)
+    store_sums(k_grad * softmax_scale, k_ptr + GROUP * ROWS * width, width, count)
+    store_sums(v_grad, v_ptr + GROUP * ROWS * heads * VALUE, heads * VALUE, count)
 
 
 @gluon.jit
@@ -320,7 +320,10 @@ def hopper_mla_prefill_key_gradient_kernel(
             (_key_group, (held, streamed, stats, barriers, (blocks, keys - row), rule, targets, 0, CAUSAL, SHARED)),
             (_key_group, (held, streamed, stats, barriers, (blocks, keys - row), rule, targets, 1, CAUSAL, SHARED)),
             (_query_loader, (read, corners, held, streamed, barriers, behind, blocks, q_count - first)),
-            (_stats_loader, (own_stats, to_delta, stats, full, free, blocks, q_count - first, past + first - row, lse_scale)),
+            (
+                _stats_loader,
+                (own_stats, to_delta, stats, full, free, blocks, q_count - first, past + first - row, lse_scale),
+            ),
         ],
         [4, 1, 1],
         [GROUP_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
@@ -393,8 +396,8 @@ def _query_group(held, streamed, barriers, bounds, rule, sources, target, GROUP:
     sums = _over_keys(sums, held, streamed, rows, full, free, rule, whole, blocks, GROUP, CAUSAL, True)
     q_grad, rope_grad = sums
     width = heads * (KEY + ROPE)
-    _store(q_grad * softmax_scale, out_ptr + GROUP * ROWS * width, width, count)
-    _store(rope_grad * softmax_scale, out_ptr + GROUP * ROWS * width + KEY, width, count)
+    store_sums(q_grad * softmax_scale, out_ptr + GROUP * ROWS * width, width, count)
+    store_sums(rope_grad * softmax_scale, out_ptr + GROUP * ROWS * width + KEY, width, count)
 
 
 @gluon.jit

@@ -63,6 +63,16 @@ def store_zeros(out_ptr, stride, count, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def store_sums(sums, out_ptr, stride, count):
+    """The first ``count`` rows of sums to out_ptr, ``stride`` elements apart, in its element type."""
+    LAYOUT: gl.constexpr = sums.type.layout
+    row = gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    values = sums.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + row[:, None] * stride + column[None, :], values, mask=(row < count)[:, None])
+
+
+@gluon.jit
 def clear_rows(tile, stage, count):
     """Zero the rows from ``count`` on of a stage of a tile [stages, rows, width], by a single warp."""
     ROWS: gl.constexpr = tile.shape[1]
