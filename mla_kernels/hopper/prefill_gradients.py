@@ -6,10 +6,12 @@ The kernels, :mod:`mla_kernels.hopper.prefill_gradients_kernel`, import Gluon, a
 import math
 from typing import NamedTuple
 
+import torch
+
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel
 from mla_kernels.hopper.decode import SMALLEST_SCALE
-from mla_kernels.hopper.prefill import KEPT_TOGETHER, Matrix, readable, widths
+from mla_kernels.hopper.prefill import KEPT_TOGETHER, Matrix, matrix, readable, widths
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 ROWS = 64
@@ -186,7 +188,10 @@ def read(choice: Choice, tensors: tuple, softmax_scale: float) -> Reading | None
     reason = ""
     if not softmax_scale >= SMALLEST_SCALE:
         reason = f"softmax_scale {softmax_scale}; {SMALLEST_SCALE} and more is carried"
-    matrices, unreadable = readable(zip(Reading._fields, tensors))
+    *inputs, out_grad = tensors
+    if matrix(out_grad) is None:  # autograd's, and in whatever form it made it
+        out_grad = out_grad.clone(memory_format=torch.contiguous_format)
+    matrices, unreadable = readable(zip(Reading._fields, (*inputs, out_grad)))
     reason = reason or unreadable
     return Reading(**matrices) if hopper.served(choice.kernel, choice.form, reason) else None
 

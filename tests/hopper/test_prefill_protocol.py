@@ -67,7 +67,8 @@ def test_every_statement_that_orders_something_is_needed(tmp_path, monkeypatch):
 
 FAULTS = {
     "keys are reloaded before their product is done": (
-        "        scores = warpgroup_mma_wait(1, [scores])  # [64, BLOCK]\n        mbarrier.arrive(k_free.index(stage))\n",
+        "        scores = warpgroup_mma_wait(1, [scores])  # [64, BLOCK]\n"
+        "        mbarrier.arrive(k_free.index(stage))\n",
         "        mbarrier.arrive(k_free.index(stage))\n        scores = warpgroup_mma_wait(1, [scores])\n",
         1,
     ),
@@ -85,7 +86,7 @@ FAULTS = {
     "both groups take the same queries": ("q_own.index(GROUP + spot)", "q_own.index(spot)", 1),
     "rotated keys of the other stage": ("rope.index(stage).permute", "rope.index((stage + 1) % STAGES).permute", 1),
     "rotated keys of the block before": ("rope_row + block * BLOCK", "rope_row + (block - 1) * BLOCK", 1),
-    "the output is not scaled": ("        acc = acc * gl.convert_layout(keep", "        acc = acc * gl.convert_layout(keep * 0 + 1", 1),
+    "the output is not scaled": ("acc * gl.convert_layout(keep,", "acc * gl.convert_layout(keep * 0 + 1,", 1),
     "sums are not scaled": ("total * keep + gl.sum", "total + gl.sum", 1),
     "a row sees the key after its own": ("limit = keys - q_count + row + 1", "limit = keys - q_count + row + 2", 1),
     "the right group masks as the left one": ("        limit += GROUP * ROWS\n", "        limit += 0\n", 1),
