@@ -60,7 +60,7 @@ def _memory(chip, dtype, statics, tile):
 def _cost(dtype, statics, sizes):
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
     rope, value, size = statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
-    width = statics["KEY"] + rope
+    width = _width(statics)
     pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
     return Cost(
         flops=2.0 * sequences * heads * pairs * (width + value),

@@ -189,23 +189,9 @@ def _group(
             acc, operand, largest, total, q, keys, values, barriers, rule, 1, masked, GROUP, REST, ROPE, CAUSAL, True
         )
         acc, operand, largest, total = _attend(
-            acc,
-            operand,
-            largest,
-            total,
-            q,
-            keys,
-            values,
-            barriers,
-            rule,
-            masked,
-            blocks,
-            GROUP,
-            REST,
-            ROPE,
-            CAUSAL,
+            acc, operand, largest, total, q, keys, values, barriers, rule, masked, blocks, GROUP, REST, ROPE, CAUSAL,
             False,
-        )
+        )  # fmt: skip
         last = blocks - 1
         mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
         acc = warpgroup_mma(operand, values.index(last % STAGES), acc, is_async=True)
