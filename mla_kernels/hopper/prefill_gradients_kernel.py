@@ -16,7 +16,7 @@ last):
 
 The sums of dK and dV are 160 registers a thread for keys of 192 and values of 128. For the rest to fit beside them lse
 and delta come in with the first products' sums, from a line of shared memory that a second loader keeps ahead, masks
-with them, and P waits in shared memory for dP, and enters dV from there.
+with them, and P waits in shared memory for dP, and enters dV from there: in 16 bits, which dS then has it in, too.
 
 ``query_gradient``, of q, dO held, and K, V streamed:
 
