@@ -119,7 +119,8 @@ class GluonKernel(Kernel):
             if name in boxes:
                 base, shape, strides = args[place]
                 bits = 8 * base.element_size()
-                layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(shape))
+                width = min(128, boxes[name][-1] * base.element_size())
+                layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=len(shape))
                 described[place] = TensorDescriptor(base, list(shape), list(strides), list(boxes[name]), layout)
         return described
 

@@ -223,7 +223,7 @@ def test_mla_prefill_and_its_gradients(causal):
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_hopper_mla_prefill(heads_first):
-    """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; gradients stay portable."""
+    """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; of the gradients, too."""
     q, rope = torch.randn(300, 3, 192).to(BF16), torch.randn(350, 64).to(BF16)
     kv = torch.randn(350, 3, 256).to(BF16)
     if heads_first:
@@ -238,8 +238,20 @@ def test_hopper_mla_prefill(heads_first):
         mla_kernels.mla_prefill(q.clone(), k, v, *bounds, **sizes, k_rope=rope)
         assert kernel.launches_known == known
         torch.autograd.grad(out.sum() + lse.sum(), leaves)
-    first, again, *gradients = launches
-    assert first.kernel == again.kernel == kernel.name and gradients[0].kernel == "mla_prefill_delta_kernel"
+    first, again, stats, *gradients, heads = launches
+    assert first.kernel == again.kernel == kernel.name and stats.kernel == "mla_prefill_delta_kernel"
+    assert [launch.kernel for launch in gradients] == [
+        "hopper_mla_prefill_key_gradient_kernel", "hopper_mla_prefill_query_gradient_kernel",
+    ]  # fmt: skip
+    assert [launch.grid for launch in gradients] == [18, 18] and [launch.threads for launch in gradients] == [384, 384]
+    for launch in gradients:
+        assert pointers(launch)["stats_ptr"] == pointers(stats)["stats_ptr"]
+        assert {t.data_ptr() for t in bounds} <= set(pointers(launch).values())
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("rope", rope)):
+            assert launch.arguments[f"{name}_tiles"].base.data_ptr() == tensor.data_ptr()
+        assert launch.arguments["grad_tiles"].block_shape == [64, 128]
+        assert (launch.arguments["queries"], launch.arguments["tokens"]) == (300, 350)
+    assert pointers(gradients[0])["rope_grad_ptr"] == pointers(heads)["partial_ptr"]
     assert first.grid == 2 * 3 * 3 and first.threads == 384
     assert first.shared_bytes > 128 * 192 * 2 + 2 * 128 * (192 + 128) * 2  # queries, two blocks of keys and values
     given = {t.data_ptr() for t in (out, lse, *bounds)}
