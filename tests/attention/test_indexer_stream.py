@@ -20,9 +20,12 @@ LENGTHS = (0, 1, 63, 64, 65, 300)
 def launched(monkeypatch):
     """Items of each launch of the kernel."""
     counts, run = [], INDEXER_STREAM.launch
-    monkeypatch.setattr(
-        INDEXER_STREAM, "launch", lambda chip, work, *rest: (counts.append(work), run(chip, work, *rest))
-    )
+
+    def counted(chip, work, *rest):
+        counts.append(work)
+        run(chip, work, *rest)
+
+    monkeypatch.setattr(INDEXER_STREAM, "launch", counted)
     return counts
 
 

@@ -70,9 +70,9 @@ def indexer_stream_kernel(
 ):  # fmt: skip
     """Logits of one token against ``share`` tiles of BLOCK_N keys of its sequence.
 
-    Item: sequence * shares + share. The token sees keys below ``lengths``, with LIMITS also below ``limits``. FILL: keys
-    beyond become -inf; without it, tiles that lie beyond length, or limit, are left as they were. CODES: queries are
-    codes, too, and their scales in the weights. E4M3: the product takes both as they are, else as fp16.
+    Item: sequence * shares + share. The token sees keys below ``lengths``, with LIMITS also below ``limits``. FILL:
+    keys beyond become -inf; without it, tiles that lie beyond length, or limit, are left as they were. CODES: queries
+    are codes, too, and their scales in the weights. E4M3: the product takes both as they are, else as fp16.
     """
     PARTS: tl.constexpr = HEADS // BLOCK_H
     key = tl.arange(0, BLOCK_N)
