@@ -7,7 +7,7 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 import torch
 
 from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
-from mla_kernels.attention.indexer.stream import launch_stream, streams
+from mla_kernels.attention.indexer.stream import INDEXER_STREAM, launch_stream, stream_plan
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.language import tl, triton
@@ -240,7 +240,9 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
     strides = q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0
     shape = heads, width, 0, fp8, fill, False, q.dtype == E4M3
-    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32)
+    launch_indexer_logits(
+        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32
+    )
     return out
 
 
@@ -261,27 +263,32 @@ def launch_paged_logits(
     shape = heads, width, page_size, parts is not None, fill, has_limits, codes
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
-    columns, one = out.shape[1], tokens == 1 and parts is not None and not batch_invariant
-    if one and streams(chip_of(q.device), q.dtype, heads, page_size, pages, columns):
-        shape = heads, width, page_size, fill, has_limits, codes
-        strides = q.stride()[0], weights.stride()[0], data.stride()[0], scale_stride, block_table.stride()[0]
-        launch_stream(q, keys, scale, weights, seq_lens, limits, block_table, out, strides, pages, shape)
-        return out.view(sequences, tokens, columns)
+    chip, columns = chip_of(q.device), out.shape[1]
+    if tokens == 1 and parts is not None and not batch_invariant:
+        one = heads, width, page_size, fill, has_limits, codes
+        plan = INDEXER_STREAM.kept.plans.get(key := (chip.device, q.dtype, one, sequences, columns, pages > 0))
+        if plan is None:
+            plan = INDEXER_STREAM.keep(key, stream_plan(chip, *key[1:]))
+        if plan:
+            strides = q.stride()[0], weights.stride()[0], data.stride()[0], scale_stride, block_table.stride()[0]
+            q = q.view(torch.int8) if codes else q
+            launch_stream(chip, plan, q, parts, weights, seq_lens, limits, block_table, out, strides, pages)
+            return out.view(sequences, tokens, columns)
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
-        q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
+        chip, q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
         32 if batch_invariant else tokens,
     )  # fmt: skip
     return out.view(sequences, tokens, out.shape[1])
 
 
 def launch_indexer_logits(
-    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
+    chip, q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
     whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile
     is looked up for, never that of a batch."""
-    chip, keys, fp8, codes = chip_of(q.device), out.shape[1], shape[3], shape[6]
+    keys, fp8, codes = out.shape[1], shape[3], shape[6]
     plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
     if plan is None:
         statics = _statics(*shape)

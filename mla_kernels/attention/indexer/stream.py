@@ -11,7 +11,7 @@ import torch
 from mla_kernels.attention.indexer.scores import load_codes, load_heads, weighed
 from mla_kernels.attention.indexer.tiles import from_registers
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work
 from mla_kernels.quant.fp8 import decode_e4m3
 
 MOST_TILES = 16
@@ -211,27 +211,28 @@ INDEXER_STREAM = Kernel(
 )
 
 
-def streams(chip, dtype, heads, page_size, pages, columns):
-    """Whether the kernel serves one token a sequence over cached codes, ``columns`` of the results for each."""
-    fits = heads in (32, 64) and page_size % 64 == 0 and columns % min(page_size, 128) == 0 and pages > 0
-    return fits and from_registers(chip) and dtype != torch.float32
+def stream_plan(chip, dtype, shape, sequences, columns, pages):
+    """(statics, tile, tiles of keys, tiles of an item, items of a sequence) of one token a sequence over cached codes,
+    with ``columns`` results each; False where :mod:`.forward` serves them. ``shape``: as for :func:`launch_stream`."""
+    heads, _, page_size, _, _, is_codes = shape
+    fits = heads in (32, 64) and page_size % 64 == 0 and columns % min(page_size, 128) == 0 and pages
+    if not fits or not from_registers(chip) or dtype == torch.float32:
+        return False
+    statics = _statics(*shape)
+    tile = INDEXER_STREAM.tile_for(chip, "bf16" if is_codes else DTYPE_NAMES[dtype], statics, {})
+    key_tiles = columns // tile["BLOCK_N"]
+    share = share_of(chip, sequences, key_tiles)
+    return statics, tile, key_tiles, share, -(-key_tiles // share)
 
 
-def launch_stream(q, codes, scale, weights, lengths, limits, block_table, out, strides, pages, shape):
-    """q [B, H, d] into ``out`` [B, C]. ``strides``: of queries, weights, pages, scales' pages and the table's rows;
-    ``shape``: heads, width, page size, whether to fill, whether ``limits`` are some, whether ``q`` is codes."""
-    chip, (sequences, columns), is_codes = chip_of(q.device), out.shape, shape[-1]
-    plan = INDEXER_STREAM.kept.plans.get(key := (chip.device, q.dtype, shape, sequences, columns))
-    if plan is None:
-        statics = _statics(*shape)
-        dtype = "bf16" if is_codes else DTYPE_NAMES[q.dtype]
-        tile = INDEXER_STREAM.tile_for(chip, dtype, statics, {})
-        key_tiles = columns // tile["BLOCK_N"]
-        share = share_of(chip, sequences, key_tiles)
-        plan = INDEXER_STREAM.keep(key, (statics, tile, key_tiles, share, -(-key_tiles // share)))
+def launch_stream(chip, plan, q, keys, weights, lengths, limits, block_table, out, strides, pages):
+    """q [B, H, d] (codes as int8) into ``out`` [B, C]. ``keys``: codes and scales; ``strides``: of queries, weights,
+    pages, scales' pages and the table's rows. The plan's shape: heads, width, page size, whether to fill, whether
+    ``limits`` are some, whether ``q`` is codes."""
     statics, tile, key_tiles, share, shares = plan
+    work = q.shape[0] * shares
     args = (
-        q.view(torch.int8) if is_codes else q, codes, scale, weights, lengths, limits, block_table, out,
-        *strides, out.stride()[0], pages, key_tiles, share, shares, sequences * shares,
+        q, *keys, weights, lengths, limits, block_table, out,
+        *strides, out.stride()[0], pages, key_tiles, share, shares, work,
     )  # fmt: skip
-    INDEXER_STREAM.launch(chip, sequences * shares, args, statics, tile)
+    INDEXER_STREAM.launch(chip, work, args, statics, tile)
