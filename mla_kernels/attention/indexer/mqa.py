@@ -189,8 +189,9 @@ def _memory(chip, dtype, statics, tile):
     if chip.vendor == "amd":
         return {"shared": 2 * (keys + tile["BLOCK_H"] * statics["HEAD_DIM"]) + 1024}
     if not chip.is_gpu:
-        gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
-        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 20 * gathered) * keys
+        gathered, several = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0, statics["HEADS"] > tile["BLOCK_H"]
+        dots = 4 * tile["BLOCK_N"] * tile["BLOCK_H"]
+        memory["UB"] = (3 + gathered + several) * dots + (18 + 20 * gathered) * keys
     return memory
 
 

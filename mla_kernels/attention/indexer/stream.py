@@ -139,7 +139,7 @@ def _work(dtype, statics, sizes, tile):
 def stream_rule(chip, dtype, statics, sizes):
     """A warp's products have 16 keys or 32, so that one warp alone sums over a key's heads."""
     return {
-        "BLOCK_H": 16, "BLOCK_N": 128 if statics["PAGE_SIZE"] % 128 == 0 else 64,
+        "BLOCK_H": 16, "BLOCK_N": 128 if chip.is_gpu and statics["PAGE_SIZE"] % 128 == 0 else 64,
         "E4M3": int(statics["CODES"] and chip.dot_e4m3), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
@@ -156,7 +156,7 @@ def stream_memory(chip, dtype, statics, tile):
     if chip.is_gpu:
         return {"shared": k * max(1, tile["num_stages"] - 1) + q + 2048}
     dots = 4 * tile["BLOCK_N"] * tile["BLOCK_H"]
-    return {"UB": 8 * dots + 12 * tile["BLOCK_N"] * width, "L1": 2 * (k + q), "L0C": 2 * dots}
+    return {"UB": 24 * tile["BLOCK_N"] * width, "L1": 10 * (k + q), "L0C": 4 * parts * dots}
 
 
 def _statics(heads, head_dim, page_size, fill, limits, codes):
