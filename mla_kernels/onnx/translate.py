@@ -14,7 +14,11 @@ from torch.onnx import ONNXProgram
 from mla_kernels.onnx.forms import OF_TORCH
 
 DOMAIN = "mla_kernels"
-_PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+_PRIMES = (
+    257, 263, 269, 271, 277, 281, 283, 293, 307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367, 373, 379, 383,
+)  # fmt: skip
+"""Sizes to trace a form with, at least two of the longest windows (128): torch.export makes a constant of a size that
+is 0 or 1, as of entries where there is one window."""
 
 
 def translation(op: torch._ops.OpOverload, form: Callable) -> Callable:
@@ -111,6 +115,9 @@ def _function(form, values, opset):
     examples, shapes = _examples(given)
     with torch.no_grad():
         program = torch.export.export(_Form(form, fixed).eval(), examples, dynamic_shapes=(shapes,))
+    for name, allowed in program.range_constraints.items():
+        if allowed.upper <= _PRIMES[-1]:
+            raise RuntimeError(f"{form.__name__}: its form fixed a dynamic size, {name}, to at most {allowed.upper}")
     model = _exported(program, opset)
     optimizer.optimize(model)  # and the bodies of loops are put in their places: a function carries no others
     graph = model.graph

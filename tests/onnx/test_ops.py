@@ -6,6 +6,7 @@ Several ops share a model, since an export takes a second before its first op.
 import inspect
 import re
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -14,6 +15,7 @@ import mla_kernels
 import mla_kernels.onnx
 from mla_kernels import launch
 from mla_kernels.catalogue import CALLS
+from mla_kernels.onnx import translate
 from mla_kernels.onnx.forms import FORMS
 from tests.onnx.problems import OTHERS, TOKENS, Ops, examples, run, session, shapes
 from tests.support import EPSILON
@@ -91,6 +93,20 @@ def test_as_functions():
     names = {function.name for function in model.model.functions.values()}
     assert {re.sub(r"_\d+$", "", name) for name in names} == {*FUNCTIONS}
     assert {node.op_type for node in model.model.graph if node.domain == "mla_kernels"} == names
+
+
+def test_a_function_takes_any_number_of_windows():
+    check(["compress_windows"], functions=True)
+
+
+def test_a_function_that_fixes_a_size_is_refused():
+    rows = ir.Value(name="rows", shape=ir.Shape(["n", 8]), type=ir.TensorType(ir.DataType.FLOAT))
+
+    def windows_of_300(rows):
+        return rows[: rows.shape[0] // 300 * 300].reshape(-1, 300, 8).sum(1)
+
+    with pytest.raises(RuntimeError, match="windows_of_300: its form fixed a dynamic size"):
+        translate._function(windows_of_300, {"rows": rows}, mla_kernels.onnx.OPSET)
 
 
 @pytest.mark.slow
