@@ -31,7 +31,7 @@ def logits_rule(chip, dtype, statics, sizes):
     if from_registers(chip) and dtype != "fp32":
         return tile | {"BLOCK_H": max(16, heads // 4), "PEEL": 1, "num_warps": 4}
     if dtype == "fp32":
-        tile |= {"BLOCK_N": 32, "BLOCK_H": min(tile["BLOCK_H"], 32)}
+        tile |= {"BLOCK_N": 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
     page = statics["PAGE_SIZE"]
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
@@ -48,12 +48,15 @@ def logits_memory(chip, dtype, statics, tile):
     size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
     dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
+    several = statics["HEADS"] > tile["BLOCK_H"]
     if chip.vendor == "amd":
-        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
+        together = k + q if statics["FP8"] and not statics["CODES"] else 0
+        return {"shared": max(together, max(k, q) * max(1, stages - 1)) + 1024}
     if chip.is_gpu:
+        q *= -(-statics["HEADS"] // tile["BLOCK_H"]) if dtype == "fp32" else 1
         buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
         return {"shared": k + q * buffers + 1024}
-    more = dots if statics["HEADS"] > tile["BLOCK_H"] else 0
+    more = dots * (several + 2 * (statics["PAGE_SIZE"] > 0))
     if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
         vectors = more + 4 * dots + 16 * tile["BLOCK_N"] * width
     else:
