@@ -1,7 +1,8 @@
 # make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
 # make quick: lint, imports and one parity case an op, without the Ascend toolchain.
 # make test-versions: what depends on the versions of torch, Triton and transformers, on older ones (tests/versions).
-# make test-engines: the plugin inside vLLM's own package, without a GPU (tests/engines; 10 GB, by hand).
+# make test-engines: the plugins inside vLLM's and SGLang's own packages, without a GPU (tests/engines, engines_sglang; each
+#   10 GB, by hand); test-engines-vllm and test-engines-sglang one of them.
 # make tables: choose the tiles that ship.  make docs: the pages of docs/ as a site in site/.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -9,7 +10,7 @@ PYTEST_WORKERS ?= 2
 VERSIONS = torch-2.11 torch-2.13
 PYTHONS_torch-2.11 = 3.12
 PYTHONS_torch-2.13 = 3.11 3.10 3.12 3.13
-.PHONY: demo quick test test-slow test-engines test-versions $(VERSIONS:%=test-%) bench lint docs tables wheel clean
+.PHONY: demo quick test test-slow test-engines test-engines-vllm test-engines-sglang test-versions $(VERSIONS:%=test-%) bench lint docs tables wheel clean
 
 demo: .venv/.demo
 	.venv/bin/python -m mla_kernels demo
@@ -30,8 +31,13 @@ $(VERSIONS:%=test-%): test-%: .venv-%/.ready .venv-ascend/.ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests -n $(PYTEST_WORKERS) --dist worksteal --backend cpu,interpret \
 	    --ignore tests/npu --ignore tests/autotune
 
-test-engines: .venv-vllm/.ready
+test-engines: test-engines-vllm test-engines-sglang
+
+test-engines-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest tests/engines --confcutdir tests/engines --override-ini addopts=--import-mode=importlib
+
+test-engines-sglang: .venv-sglang/.ready
+	OMP_NUM_THREADS=2 .venv-sglang/bin/python -m pytest tests/engines_sglang --confcutdir tests/engines_sglang --override-ini addopts=--import-mode=importlib
 
 bench: .venv/.dev
 	OMP_NUM_THREADS=2 .venv/bin/python -m pytest bench --benchmark-enable --benchmark-only -s
@@ -85,6 +91,11 @@ endef
 .venv-vllm/.ready: pyproject.toml .venv/.created
 	$(call environment,.venv-vllm,3.11 3.12 3.10)
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout --editable ".[vllm]"
+	touch $@
+
+.venv-sglang/.ready: pyproject.toml .venv/.created
+	$(call environment,.venv-sglang,3.11 3.12 3.10)
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout --editable ".[sglang]"
 	touch $@
 
 $(VERSIONS:%=.venv-%/.ready): .venv-%/.ready: tests/versions/%.txt pyproject.toml .venv/.created

@@ -16,6 +16,9 @@ from mla_kernels.placement import cpu_mode
 
 TILE = "tile"
 """Type of an argument in a declaration: boxes that TMA copies, of a tensor with the kernel's element type."""
+CODE_TILE = "tile of codes"
+"""Likewise, of a tensor of e4m3 codes."""
+_ELEMENTS = {CODE_TILE: "fp8e4nv"}
 
 
 class Tiles(NamedTuple):
@@ -56,7 +59,7 @@ class GluonKernel(Kernel):
         module: the module that holds it, and with it imports Gluon.
         name: the ``@gluon.jit`` function. Its parameters are ``arguments``, ``statics`` and the constants of ``tiles``,
             in this order. The first argument is a pointer.
-        boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type ``"tile"`` are copied.
+        boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type TILE or CODE_TILE are copied.
         worker_warps: warps that the kernel starts beside ``num_warps``.
         declaration: as for :class:`mla_kernels.launch.Kernel`. A constant REGISTERS of ``tiles`` is also the limit a
             thread at launch, from which partitions are dealt theirs.
@@ -84,7 +87,8 @@ class GluonKernel(Kernel):
         """As :meth:`Kernel.signature`; a tile is ``tile<bf16[1,64,128]>``, whose layout the compiler process adds."""
         boxes = {name: ",".join(map(str, box)) for name, box in self.boxes(statics).items()}
         known = super().signature(dtype, statics)
-        return {name: f"{TILE}<{dtype}[{boxes[name]}]>" if kind == TILE else kind for name, kind in known.items()}
+        elements = {name: _ELEMENTS.get(self.arguments[name], dtype) for name in boxes}
+        return known | {name: f"{TILE}<{elements[name]}[{box}]>" for name, box in boxes.items()}
 
     def options(self, chip, tile):
         """As :meth:`Kernel.options`, and the registers a thread that partitions are dealt from."""
@@ -92,7 +96,7 @@ class GluonKernel(Kernel):
         return super().options(chip, tile) | dealt
 
     def launch(self, chip, work: int, args: tuple, statics: Mapping, tile: Mapping) -> None:
-        """As :meth:`Kernel.launch`, with :class:`Tiles` for arguments of type ``"tile"``.
+        """As :meth:`Kernel.launch`, with :class:`Tiles` for arguments of type TILE or CODE_TILE.
 
         Triton's launcher encodes their TMA descriptors at every launch.
         """

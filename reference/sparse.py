@@ -178,5 +178,5 @@ def _attend(q, picked, valid, softmax_scale, latent_dim, sink, return_max_logits
     lse = lse.masked_fill(empty, -torch.inf)
     if not return_max_logits:
         return out, lse
-    floor = torch.full_like(scores[..., :1], -torch.inf)  # for K = 0
+    floor = torch.full_like(lse, -torch.inf)[..., None]  # for K = 0
     return out, lse, torch.cat([scores.detach(), floor], dim=-1).amax(dim=-1)

@@ -47,7 +47,7 @@ def _backends(arguments: list[str]) -> tuple[str, ...]:
     return tuple(os.environ.get("PYTEST_BACKENDS", f"cpu,interpret,npu-emulated,{VARIANTS}").split(","))
 
 
-collect_ignore = ["engines"]  # in an environment of its own: make test-engines
+collect_ignore = ["engines", "engines_sglang"]  # in environments of their own: make test-engines
 CHOSEN = _backends(sys.argv)
 ON_DEVICE = bool(set(DEVICES) & set(CHOSEN))
 os.environ["PYTEST_BACKENDS"] = ",".join(CHOSEN)  # xdist workers see no command line

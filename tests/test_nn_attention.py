@@ -11,6 +11,8 @@ from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.tools.gather import gather_tokens
 from mla_kernels.nn import AttentionConfig, LatentAttention, rope_tables
 from mla_kernels.nn import attention as nn_attention
+from mla_kernels.nn.indexer import Indexer
+from mla_kernels.reference import indexer as indexer_reference
 from tests.compat.models import YARN, fast_cpu, tiny
 
 PAGE_SIZE = 8
@@ -276,7 +278,8 @@ def test_stacked_projections(variant):
 
 
 def test_an_indexer_cache_in_fp8():
-    """Its keys are rounded after a Hadamard transform: most choices stay, and attention is close to that over them."""
+    """Keys and queries are rounded after a Hadamard transform: most choices stay, and attention is close to that over
+    them."""
     layer = Layer("v3.2", leading=(0, 0), index_topk=12)
     keys = layer.indexer["indexer_cache"]
     layer.indexer = {"indexer_cache": IndexerCache.allocate(keys.num_pages, PAGE_SIZE, head_dim=32, layout="fp8")}
@@ -284,6 +287,29 @@ def test_an_indexer_cache_in_fp8():
     layer.prefill(0, 17)
     error = (layer.decode(17, 23) - expected[:, 17:]).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < 0.15
+
+
+@pytest.mark.parametrize("layout", ["fp8", "bf16"])
+def test_queries_of_the_indexer_are_codes_where_its_keys_are(layout):
+    """What it chooses is the reference's choice by queries of the cache's kind."""
+    torch.manual_seed(3)
+    config = AttentionConfig(64, 4, 48, 32, 32, 16, 32, index_top_k=5, index_heads=16, index_head_dim=32)
+    indexer = Indexer(config)
+    cache = IndexerCache.allocate(4, 16, head_dim=32, dtype=torch.float32, layout=layout)
+    hidden, q_latent, slots = torch.randn(40, 64), torch.randn(40, 48), torch.arange(40, dtype=torch.int32)
+    angles = torch.rand(40, 8) * 6
+    tables = angles.cos(), angles.sin(), slots
+    indexer.write(hidden, *tables, slots, cache)
+    newest, lengths = slice(38, 40), torch.tensor([40], dtype=torch.int32)
+    at = hidden[newest], q_latent[newest], (*tables[:2], slots[newest])
+    table = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    got = indexer.select_slots(*at, (1, 2), cache, table, lengths)
+    with torch.no_grad():
+        q, weights = indexer._query(*at, hadamard=layout == "fp8")
+    if layout == "fp8":
+        q, weights = indexer_reference.quantise_indexer_query(q, weights)
+    want = indexer_reference.select_slots(q[None].double(), cache.data, weights[None].double(), table, lengths, 5)
+    assert torch.equal(got, want)
 
 
 def test_weights_that_move_are_noticed():

@@ -14,7 +14,10 @@ from mla_kernels.device.machine import is_hopper
 OURS = "mla_kernels"
 INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper kernel"
 """Names of variants."""
-HOPPER_OPS = ("mla_decode", "sparse_mla_decode", "mla_prefill")
+HOPPER_OPS = (
+    "mla_decode", "sparse_mla_decode", "sparse_mla_prefill", "mla_prefill", "indexer_logits", "paged_indexer_logits",
+    "select_keys", "select_slots",
+)  # fmt: skip
 """Public functions with kernels in :mod:`mla_kernels.hopper`."""
 KINDS = {
     "ours": "this library as a user calls it",
@@ -133,15 +136,17 @@ def accepts(function: Callable, keyword: str) -> bool:
     return keyword in inspect.signature(function).parameters
 
 
-def variants(problem: Problem, function: Callable, call: Callable[..., Callable[[int], Any]], place: Place) -> Problem:
+def variants(
+    problem: Problem, function: Callable, call: Callable[..., Call], place: Place, carried: bool = True
+) -> Problem:
     """Enter the variants that ``function`` has; ``call(**more)`` gives a contestant's call with more keywords.
 
     ``batch_invariant=True`` where the function takes it; on Hopper the portable kernel and the Hopper kernel, each by
-    name, where there is one.
+    name, where there is one and the form of the call is ``carried``.
     """
     if accepts(function, "batch_invariant"):
         problem.add(INVARIANT, call(batch_invariant=True), "variant")
-    if function.__name__ in HOPPER_OPS and on_hopper(place):
+    if carried and function.__name__ in HOPPER_OPS and on_hopper(place):
         plain = call()
         for name, mode in ((PORTABLE, "portable"), (HOPPER, "force")):
             problem.add(name, _within(hopper.variants, mode, plain), "variant")

@@ -149,6 +149,12 @@ def last_factor(largest, total, sink_ptr, limit, SINK: gl.constexpr):
 
 
 @gluon.jit
+def largest_score(largest, total):
+    """The largest score of a row, from ``total`` sums of 2^(score - largest); -inf where none was seen."""
+    return gl.where(total != 0.0, largest * LN2, float("-inf"))
+
+
+@gluon.jit
 def finish(acc, largest, total, sink_ptr, limit, SINK: gl.constexpr):
     """(the output of a row, its natural log-sum-exp); (0, -inf) where none was seen. See last_factor."""
     factor, lse = last_factor(largest, total, sink_ptr, limit, SINK)

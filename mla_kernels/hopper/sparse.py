@@ -1,4 +1,5 @@
-"""sparse_mla_decode for Hopper: the declarations of its kernels, and their launch in place of the portable one.
+"""sparse_mla_decode and sparse_mla_prefill for Hopper: the declarations of their kernels, and their launch in place of
+the portable one. Rows of prefill are a cache of pages of one token.
 
 There are two, chosen by the heads: :mod:`mla_kernels.hopper.sparse_few_rows_kernel` up to 32,
 :mod:`mla_kernels.hopper.sparse_kernel` from 33. Both files import Gluon, and are imported by a first launch.
@@ -64,10 +65,10 @@ def _work(dtype, statics, sizes, tile):
 
 def _case(
     name, heads, *, tokens=64, top_k=2048, split=True, layout="plain", page=1, lengths=False, sink=False, latent=512,
-    rope=64, dtypes=("bf16",),
+    rope=64, max_logits=False, dtypes=("bf16",),
 ):  # fmt: skip
     statics = {"LATENT": latent, "ROPE": rope, "LAYOUT": layout, "PAGE_SIZE": page, "LENGTHS": lengths}
-    statics |= {"SINK": sink, "SPLIT": split}
+    statics |= {"SINK": sink, "MAX_LOGITS": max_logits, "SPLIT": split}
     if heads <= max(FEW_ROWS):
         statics["ROWS"] = few_rows(heads)
     return Case(name, statics, {"heads": heads, "tokens": tokens, "top_k": top_k}, dtypes)
@@ -75,7 +76,7 @@ def _case(
 
 _ARGUMENTS = {
     "out_ptr": "*T",
-    **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "lse_ptr", "max_ptr"), "*fp32"),
     "latent_ptr": "*L",
     "scale_ptr": "*fp32",
     **dict.fromkeys(("indices_ptr", "lengths_ptr"), "*i32"),
@@ -90,8 +91,8 @@ _ARGUMENTS = {
         "i32",
     ),
 }  # fmt: skip
-_FORM = ("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE")
-_STATICS = (*_FORM, "LENGTHS", "SINK", "SPLIT")
+_FORM = ("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE", "MAX_LOGITS")
+_STATICS = ("LATENT", "ROPE", "LAYOUT", "PAGE_SIZE", "LENGTHS", "SINK", "MAX_LOGITS", "SPLIT")
 _SHARED = {
     "arguments": _ARGUMENTS,
     "boxes": _boxes,
@@ -112,6 +113,7 @@ HOPPER_SPARSE_MLA = GluonKernel(
     cases=(
         _case("v32", 128, dtypes=("bf16", "fp16")),
         _case("v32_fp8", 128, layout="fp8_v32"),
+        _case("v32_prefill", 128, tokens=1024, split=False, max_logits=True),
         _case("lengths_and_sink", 64, split=False, lengths=True, sink=True, page=64),
         _case("no_rope", 128, rope=0),
         _case("narrow", 64, latent=128, rope=16, dtypes=("fp16",)),
@@ -129,6 +131,7 @@ HOPPER_SPARSE_MLA_FEW_ROWS = GluonKernel(
     cases=(
         _case("v32_tp8", 16, dtypes=("bf16", "fp16")),
         _case("v32_tp8_fp8", 16, layout="fp8_v32"),
+        _case("v32_prefill_tp8", 16, tokens=1024, split=False, max_logits=True),
         _case("v32_tp4", 32),
         _case("lengths_and_sink", 20, split=False, lengths=True, sink=True, page=64),
         _case("no_rope", 16, rope=0),
@@ -150,10 +153,10 @@ class Choice(NamedTuple):
 
 
 def choose(chip, dtype, heads: int, strides: tuple[int, int], statics) -> Choice | None:
-    """The kernel that decode steps over a source of this form launch; see :func:`mla_kernels.hopper.chosen`.
+    """The kernel that calls over a source of this form launch; see :func:`mla_kernels.hopper.chosen`.
 
-    ``strides``: of pages and tokens, as the portable kernel takes them. ``statics``: its LATENT, ROPE, LAYOUT and
-    PAGE_SIZE.
+    ``strides``: of pages and tokens, as the portable kernel takes them. ``statics``: its LATENT, ROPE, LAYOUT,
+    PAGE_SIZE and MAX_LOGITS.
     """
     few = heads <= max(FEW_ROWS)
     kernel, name = HOPPER_SPARSE_MLA_FEW_ROWS if few else HOPPER_SPARSE_MLA, DTYPE_NAMES[dtype]
@@ -199,7 +202,8 @@ def launch(chip, choice: Choice, q, places, results, sink, numbers) -> None:
         q: [tokens, heads, width].
         places: (latents, or codes as int8, with the first token's first; scales or None; indices [tokens, top_k];
             topk_length or None).
-        results: (out, partial results, lse of these or of out), None if unused, as the portable kernel fills them.
+        results: (out, partial results, lse of these or of out, largest scores), None if unused, as the portable kernel
+            fills them.
         sink: [heads] float32 or None.
         numbers: (score_scale, page_stride and token_stride as the portable kernel takes them, queries, slots, share,
             splits).
@@ -210,12 +214,13 @@ def launch(chip, choice: Choice, q, places, results, sink, numbers) -> None:
         q = q.clone(memory_format=torch.contiguous_format)
         strides = heads * width, width, 1
     latents, scales, indices, lengths = places
-    out, partial, lse = results
+    out, partial, lse, largest = results
     score_scale, page_stride, token_stride, queries, slots, share, splits = numbers
     unit = _UNIT if choice.statics["LAYOUT"] == "plain" else 1
     args = (
-        q if out is None else out, lse if partial is None else partial, lse, latents, lse if scales is None else scales,
-        indices, indices if lengths is None else lengths, lse if sink is None else sink, Tiles(q, shape, strides),
+        q if out is None else out, lse if partial is None else partial, lse, lse if largest is None else largest,
+        latents, lse if scales is None else scales, indices, indices if lengths is None else lengths,
+        lse if sink is None else sink, Tiles(q, shape, strides),
         score_scale, page_stride // unit, token_stride // unit, indices.stride(0), tokens, queries, heads, slots,
         indices.shape[1], share, splits, 0,
     )  # fmt: skip

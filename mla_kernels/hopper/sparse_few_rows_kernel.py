@@ -1,4 +1,5 @@
-"""The Gluon kernel of sparse_mla_decode for capability 9.0 with at most 32 heads, where memory is the bound.
+"""The Gluon kernel of sparse_mla_decode and sparse_mla_prefill for capability 9.0 with at most 32 heads, where memory
+is the bound.
 
 As :mod:`mla_kernels.hopper.few_rows_kernel`: keys are the rows of the products, a token's heads the columns.
 
@@ -29,7 +30,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import BLOCK, COLUMNS, LN2, LOWEST, new_barriers
+from mla_kernels.hopper.parts import BLOCK, COLUMNS, LN2, LOWEST, largest_score, new_barriers
 
 STAGES = gl.constexpr(2)  # blocks in shared memory
 _NUMBERS = [
@@ -41,12 +42,12 @@ _NUMBERS = [
 @gluon.jit
 def _multiply(
     q, keys, rope, weights_tile, barriers, picks, start, blocks, zero, rule, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr, MAX_LOGITS: gl.constexpr,
 ):  # fmt: skip
     q_full, full, free = barriers
     indices, end, num_slots, _, _ = picks
     score_scale, heads = rule
-    out_ptr, lse_ptr, sink_ptr = results
+    out_ptr, lse_ptr, max_ptr, sink_ptr = results
     DTYPE: gl.constexpr = q.dtype
     ROWS: gl.constexpr = q.shape[2]
     PARTS: gl.constexpr = LATENT // COLUMNS
@@ -106,6 +107,8 @@ def _multiply(
     at = line[None, :] * LATENT + column[:, None]
     gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(line < heads)[None, :])
     gl.store(lse_ptr + line, lse, mask=line < heads)
+    if MAX_LOGITS:
+        gl.store(max_ptr + line, largest_score(largest, total), mask=line < heads)
 
 
 @gluon.jit
@@ -136,10 +139,10 @@ def _gather(
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_sparse_mla_few_rows_kernel(
-    out_ptr, partial_ptr, lse_ptr, latent_ptr, scale_ptr, indices_ptr, lengths_ptr, sink_ptr, q_tiles,
+    out_ptr, partial_ptr, lse_ptr, max_ptr, latent_ptr, scale_ptr, indices_ptr, lengths_ptr, sink_ptr, q_tiles,
     score_scale, page_stride, token_stride, index_stride, tokens, queries, heads, num_slots, top_k, share, splits, zero,
     LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, PAGE_SIZE: gl.constexpr, LENGTHS: gl.constexpr,
-    SINK: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr, REGISTERS: gl.constexpr,
+    SINK: gl.constexpr, MAX_LOGITS: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all ``heads`` <= ROWS of a token over ``share`` of its picks. A program is token * splits + split.
 
@@ -172,12 +175,12 @@ def hopper_sparse_mla_few_rows_kernel(
     barriers = (q_full, full, free)
     picks = (indices, end, num_slots, page_stride, token_stride)
     rule = (score_scale, heads)
-    results = ((partial_ptr if SPLIT else out_ptr) + target * LATENT, lse_ptr + target, sink_ptr)
+    results = ((partial_ptr if SPLIT else out_ptr) + target * LATENT, lse_ptr + target, max_ptr + target, sink_ptr)
     sources = (latent_ptr, scale_ptr)
     gl.warp_specialize(
         [
             (_multiply, (q, keys, rope, weights_tile, barriers, picks, start, blocks, zero, rule, results,
-                         LATENT, ROPE, LAYOUT, SINK)),
+                         LATENT, ROPE, LAYOUT, SINK, MAX_LOGITS)),
             (_gather, (keys, rope, barriers, picks, start, blocks, sources, LATENT, ROPE, LAYOUT, PAGE_SIZE)),
         ],
         [4],

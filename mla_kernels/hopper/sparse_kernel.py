@@ -1,4 +1,4 @@
-"""The Gluon kernel of sparse_mla_decode for capability 9.0.
+"""The Gluon kernel of sparse_mla_decode and sparse_mla_prefill for capability 9.0.
 
 One program multiplies 64 heads of a token by one split of its picks, on two warp groups, **even** and **odd**, as
 :mod:`mla_kernels.hopper.decode_kernel` does: each owns one half of the output's columns, computes the weights of every
@@ -37,7 +37,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import BLOCK, COLUMNS, LOWEST, finish, new_barriers, store_rows, whole
+from mla_kernels.hopper.parts import BLOCK, COLUMNS, LOWEST, finish, largest_score, new_barriers, store_rows, whole
 
 PAIR = gl.constexpr(128)  # picks of an iteration
 WORKER = gl.constexpr(224)  # registers a thread of the odd group; the even one gets what is left
@@ -74,7 +74,7 @@ def _add_scores(scores, q, keys, full, phase, spot, LAYOUT: gl.constexpr, FRESH:
 @gluon.jit
 def _even_group(
     q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr, MAX_LOGITS: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rope = q
     left, right, rope = even
@@ -83,7 +83,7 @@ def _even_group(
     even_max, odd_max, even_sum, odd_sum = stats
     indices, end, num_slots, _, _ = picks
     start, pairs, zero = keys
-    out_ptr, lse_ptr, sink_ptr, stored_rows = results
+    out_ptr, lse_ptr, max_ptr, sink_ptr, stored_rows = results
     HALF: gl.constexpr = LATENT // 2
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -137,12 +137,14 @@ def _even_group(
     acc, lse = finish(acc, largest, total, sink_ptr, stored_rows, SINK)
     store_rows(acc, out_ptr, stored_rows, LATENT)
     gl.store(lse_ptr + line, lse, mask=line < stored_rows)
+    if MAX_LOGITS:
+        gl.store(max_ptr + line, largest_score(largest, total), mask=line < stored_rows)
 
 
 @gluon.jit
 def _odd_group(
     q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, SINK: gl.constexpr, MAX_LOGITS: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rope = q
     _, even_right, even_rope = even
@@ -151,7 +153,7 @@ def _odd_group(
     even_max, odd_max, even_sum, odd_sum = stats
     indices, end, num_slots, _, _ = picks
     start, pairs, zero = keys
-    out_ptr, _, sink_ptr, stored_rows = results
+    out_ptr, _, _, sink_ptr, stored_rows = results
     HALF: gl.constexpr = LATENT // 2
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -254,10 +256,10 @@ def _gather(
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_sparse_mla_kernel(
-    out_ptr, partial_ptr, lse_ptr, latent_ptr, scale_ptr, indices_ptr, lengths_ptr, sink_ptr, q_tiles,
+    out_ptr, partial_ptr, lse_ptr, max_ptr, latent_ptr, scale_ptr, indices_ptr, lengths_ptr, sink_ptr, q_tiles,
     score_scale, page_stride, token_stride, index_stride, tokens, queries, heads, num_slots, top_k, share, splits, zero,
     LATENT: gl.constexpr, ROPE: gl.constexpr, LAYOUT: gl.constexpr, PAGE_SIZE: gl.constexpr, LENGTHS: gl.constexpr,
-    SINK: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    SINK: gl.constexpr, MAX_LOGITS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 heads of a token over ``share`` of its picks; arguments as those of sparse_mla_kernel.
 
@@ -315,14 +317,15 @@ def hopper_sparse_mla_kernel(
     stats = (even_max, odd_max, even_sum, odd_sum)
     picks = (indices, end, num_slots, page_stride, token_stride)
     keys = (start, pairs, zero)
-    results = ((partial_ptr if SPLIT else out_ptr) + target * LATENT, lse_ptr + target, sink_ptr + head, heads - head)
+    out = (partial_ptr if SPLIT else out_ptr) + target * LATENT
+    results = (out, lse_ptr + target, max_ptr + target, sink_ptr + head, heads - head)
     sources = (latent_ptr, scale_ptr)
     gl.warp_specialize(
         [
             (_even_group, (q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-                           LATENT, ROPE, LAYOUT, SINK)),
+                           LATENT, ROPE, LAYOUT, SINK, MAX_LOGITS)),
             (_odd_group, (q, even, odd, full, free, signals, stats, picks, keys, score_scale, results,
-                          LATENT, ROPE, LAYOUT, SINK)),
+                          LATENT, ROPE, LAYOUT, SINK, MAX_LOGITS)),
             (_gather, (even, odd, full, free, picks, keys, sources, LATENT, ROPE, LAYOUT, PAGE_SIZE)),
         ],
         [4, 4],

@@ -7,6 +7,7 @@ from mla_kernels.attention.indexer.select import select_keys, select_slots
 from mla_kernels.latent.heads import rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.indexer.key import write_indexer_key
+from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.nn.layers import INNER_EPS, AttentionConfig, project
 from mla_kernels.nn.loading import dequantise_state
 from mla_kernels.nn.precision import Float32LayerNorm, Float32Linear
@@ -22,7 +23,8 @@ class Indexer(nn.Module):
     them.
 
     Queries and keys for an fp8 cache go through the Hadamard transform first, as in DeepSeek's own code: it spreads
-    outliers before keys are rounded and changes no score.
+    outliers before keys are rounded and changes no score. Over such a cache queries are codes, too
+    (:func:`mla_kernels.quantise_indexer_query`), so that products are of fp8 where the chip has them.
     """
 
     def __init__(self, config: AttentionConfig):
@@ -58,6 +60,8 @@ class Indexer(nn.Module):
         sequence; tables (cos, sin, positions [batch * tokens]); shape (batch, tokens).
         """
         q, weights = self._query(hidden, q_latent, tables, hadamard=cache.quantised)
+        if cache.quantised:
+            q, weights = quantise_indexer_query(q, weights)
         q, weights = q.unflatten(0, shape), weights.unflatten(0, shape)
         return select_slots(q, cache, weights, block_table, seq_lens, self.top_k)
 

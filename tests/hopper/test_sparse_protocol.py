@@ -10,7 +10,7 @@ from mla_kernels.attention import splits as splits_module
 from mla_kernels.hopper.sparse import HOPPER_SPARSE_MLA, HOPPER_SPARSE_MLA_FEW_ROWS
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
-from tests.attention.sparse_problems import make_decode
+from tests.attention.sparse_problems import make_decode, make_prefill
 from tests.attention.test_sparse import unchecked
 from tests.hopper.test_protocol import ORDERING, load
 
@@ -143,3 +143,33 @@ def test_a_fault_is_found(kernel, fault, tmp_path, monkeypatch):
     assert kernel.source.count(before) == times
     text = kernel.source.replace(before, after)
     assert any(goes_wrong(kernel, text, layout, tmp_path, monkeypatch) for layout in LAYOUTS)
+
+
+OF_PREFILL = {
+    "the largest score is one of base 2": ("total != 0.0, largest * LN2", "total != 0.0, largest"),
+    "the largest score is stored beyond the last head": (
+        "largest_score(largest, total), mask=line <", "largest_score(largest, total), mask=line <=",
+    ),
+    "the largest score is that of the first head": (
+        "gl.store(max_ptr + line, largest", "gl.store(max_ptr + line * 0, largest",
+    ),
+}  # fmt: skip
+
+
+@KERNELS
+@pytest.mark.parametrize("fault", [None, *OF_PREFILL])
+def test_a_fault_in_what_prefill_alone_gives_is_found(kernel, fault, tmp_path, monkeypatch):
+    text = kernel.source
+    if fault is not None:
+        before, after = OF_PREFILL[fault]
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    monkeypatch.setattr(kernel, "fn", types.SimpleNamespace(loaded=getattr(load(text, tmp_path), kernel.name)))
+    made = make_prefill(2, 70, heads=HEADS[kernel], dtype=torch.bfloat16, latent_dim=128, rope_dim=16)
+    try:
+        with on_cpu("hopper-emulated"), hopper.variants("force"):
+            made.check(made.run())
+    except (EmulationError, AssertionError):
+        assert fault is not None
+    else:
+        assert fault is None

@@ -1,4 +1,4 @@
-"""Which kernel sparse_mla_decode launches: the listed variant, the one asked for, or the portable one."""
+"""Which kernel sparse_mla_decode and sparse_mla_prefill launch: the listed, the one asked for, or the portable one."""
 
 import json
 import re
@@ -42,14 +42,27 @@ def test_a_variant_that_is_asked_for_is_launched(launched, heads, name, layout):
     assert launched[:2] == [f"hopper_sparse_mla_{name}"] * 2 and launched[2] == "sparse_merge_kernel"
 
 
-def test_prefill_has_no_variant(launched):  # noqa: F811
-    with launch.on_cpu("interpret"), hopper.variants("force"):
-        make_prefill(3, 20, dtype=BF16, latent_dim=128).run()
-    assert launched == [PORTABLE]
+@pytest.mark.parametrize("heads, name", [(16, "few_rows_kernel"), (128, "kernel")])
+def test_prefill_launches_the_kernels_of_decode_steps(launched, heads, name):  # noqa: F811
+    made = make_prefill(3, 20, dtype=BF16, latent_dim=128, heads=heads)
+    with launch.on_cpu("interpret"):
+        made.run()
+        with hopper.variants("force"):
+            made.run()
+    assert launched == [PORTABLE, f"hopper_sparse_mla_{name}"]
+
+
+def test_rows_of_prefill_that_are_not_copied_16_bytes_at_a_time_are_refused(launched):  # noqa: F811
+    made = make_prefill(3, 20, dtype=BF16, latent_dim=128)
+    apart = torch.nn.functional.pad(made.kv, (0, 1))[:, :144]
+    words = "a cache with strides 145 and 145; rows are copied from multiples of 16 bytes"
+    with launch.on_cpu("interpret"), hopper.variants("force"), pytest.raises(NotImplementedError, match=words):
+        made.run(kv=apart)
+    assert launched == []
 
 
 def entry(kernel):
-    form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "LAYOUT": "plain", "PAGE_SIZE": 1}
+    form = {"dtype": "bf16", "LATENT": 128, "ROPE": 16, "LAYOUT": "plain", "PAGE_SIZE": 1, "MAX_LOGITS": False}
     version = ".".join(map(str, TRITON_VERSION))
     known = {"kernel": kernel.name, "source": kernel.source_hash, "form": form, "triton": f"{version}.0"}
     return known | dict.fromkeys(("card", "date", "torch"), "none")
@@ -63,7 +76,9 @@ def test_a_listed_form_is_launched_by_default_and_no_other(launched, listed):  #
     call(heads=16, layout="fp8_v32")
     call(heads=16, rope_dim=32)
     call("sm_100", heads=16)
-    assert launched == [kernel.name, *[PORTABLE] * 4]
+    with launch.on_cpu("interpret"):
+        make_prefill(3, 20, dtype=BF16, latent_dim=128, heads=16).run()
+    assert launched == [kernel.name, *[PORTABLE] * 5]
     assert json.loads(hopper.RAN.read_text())
 
 

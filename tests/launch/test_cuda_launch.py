@@ -13,7 +13,8 @@ from tests.children import child_environment
 
 HERE = Path(__file__).parent
 FILES = tuple(
-    HERE / f"cuda_{name}.py" for name in ("cases", "hyper_cases", "same_bits_cases", "v4_cases", "window_cases")
+    HERE / f"cuda_{name}.py"
+    for name in ("cases", "hopper_cases", "hyper_cases", "same_bits_cases", "v4_cases", "window_cases")
 )
 CASES = {name: file for file in FILES for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
 

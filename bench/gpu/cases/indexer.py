@@ -64,7 +64,7 @@ def scores(batch: int, keys: int, codes: bool, place: Place, peers) -> Problem:
         call(), at.first, lambda found: found.reshape(-1, found.shape[-1])[0, : at.keys],
         bytes=at.bytes + 4 * at.batch * at.keys, flops=at.flops, copies=at.copies,
     )  # fmt: skip
-    variants(problem, mk.paged_indexer_logits, call, place)
+    variants(problem, mk.paged_indexer_logits, call, place, codes)
     if peers.deepgemm:
         scored = peers.deepgemm.paged_logits(at.cache, at.q, at.w, at.lengths, at.keys)
         problem.add("DeepGEMM", lambda copy: scored(at.tables[copy]))
@@ -93,7 +93,7 @@ def selection(batch: int, keys: int, codes: bool, place: Place, peers) -> Proble
         call(), lambda: at.first().topk(top_k).values.sort().values, values_of_slots, bytes=at.bytes, flops=at.flops,
         copies=at.copies, host=at.batch == 1,
     )  # fmt: skip
-    variants(problem, mk.select_slots, call, place)
+    variants(problem, mk.select_slots, call, place, codes)
     if place.values and at.batch * at.keys <= UNPAGED_KEYS:
         rows = at.in_rows()
 
@@ -132,37 +132,65 @@ def top_k(rows: int, columns: int, place: Place, peers) -> Problem:
     return problem
 
 
-def prompt(tokens: int, keys: int, codes: bool, place: Place, peers) -> Problem:
-    tokens, keys, chosen = place.size(tokens, 16), place.size(keys, 512), place.size(TOP_K, 64)
-    k = place.normal(keys, WIDTH).to(E4M3)
-    k_scale = torch.full((keys,), KEY_SCALE, device=place.device)
-    quantised, w = place.normal(tokens, HEADS, WIDTH).to(E4M3), place.normal(tokens, HEADS, dtype=torch.float32)
-    q = quantised.bfloat16()
-    asked = quantised if codes else q
-    ends = place.ints(torch.arange(keys - tokens + 1, keys + 1))
-    starts = torch.zeros_like(ends)
+class Prompt:
+    """A causal chunk of a prompt over keys in rows that are codes; ``asked``: the queries as our op takes them."""
 
-    def last() -> torch.Tensor:
-        return logits(q[-1], w[-1], k.float() * KEY_SCALE)
+    def __init__(self, tokens: int, keys: int, codes: bool, place: Place):
+        self.tokens, self.keys = place.size(tokens, 16), place.size(keys, 512)
+        self.k = place.normal(self.keys, WIDTH).to(E4M3)
+        self.k_scale = torch.full((self.keys,), KEY_SCALE, device=place.device)
+        quantised = place.normal(self.tokens, HEADS, WIDTH).to(E4M3)
+        self.w = place.normal(self.tokens, HEADS, dtype=torch.float32)
+        self.q = quantised.bfloat16()
+        self.asked = quantised if codes else self.q
+        self.ends = place.ints(torch.arange(self.keys - self.tokens + 1, self.keys + 1))
+        self.starts = torch.zeros_like(self.ends)
+        self.flops = 2 * self.tokens * self.keys * HEADS * WIDTH
+
+    def last(self) -> torch.Tensor:
+        """Exact scores of the last token."""
+        return logits(self.q[-1], self.w[-1], self.k.float() * KEY_SCALE)
+
+
+def prompt_scores(tokens: int, keys: int, codes: bool, place: Place, peers) -> Problem:
+    at = Prompt(tokens, keys, codes, place)
 
     def call(**more):
-        return lambda copy: mk.select_keys(asked, k, w, starts, ends, chosen, k_scale=k_scale, **more)
+        return lambda copy: mk.indexer_logits(at.asked, at.k, at.w, at.starts, at.ends, k_scale=at.k_scale, **more)
 
     problem = Problem(
-        call(), lambda: last().topk(chosen).values.sort().values, lambda ids: last()[ids[-1].long()].sort().values,
-        bytes=keys * (WIDTH + 4), flops=2 * tokens * keys * HEADS * WIDTH,
+        call(), at.last, lambda found: found[-1, : at.keys],
+        bytes=at.keys * (WIDTH + 4) + 4 * at.tokens * at.keys, flops=at.flops,
     )  # fmt: skip
-    variants(problem, mk.select_keys, call, place)
+    variants(problem, mk.indexer_logits, call, place, codes)
+    if peers.deepgemm:
+        scored = peers.deepgemm.prompt_logits(at.q, at.k, at.k_scale, at.w, at.starts, at.ends)
+        problem.add("DeepGEMM", lambda copy: scored())
+    return problem
+
+
+def prompt(tokens: int, keys: int, codes: bool, place: Place, peers) -> Problem:
+    at, chosen = Prompt(tokens, keys, codes, place), place.size(TOP_K, 64)
+
+    def call(**more):
+        given = at.asked, at.k, at.w, at.starts, at.ends, chosen
+        return lambda copy: mk.select_keys(*given, k_scale=at.k_scale, **more)
+
+    problem = Problem(
+        call(), lambda: at.last().topk(chosen).values.sort().values,
+        lambda ids: at.last()[ids[-1].long()].sort().values, bytes=at.keys * (WIDTH + 4), flops=at.flops,
+    )  # fmt: skip
+    variants(problem, mk.select_keys, call, place, codes)
 
     def composed(copy: int):
-        found = torch.relu(torch.einsum("thd,kd->thk", q, k.bfloat16() * KEY_SCALE).float())
-        unseen = torch.arange(keys, device=q.device) >= ends[:, None]
-        return torch.einsum("th,thk->tk", w, found).masked_fill(unseen, float("-inf")).topk(chosen, -1).indices
+        found = torch.relu(torch.einsum("thd,kd->thk", at.q, at.k.bfloat16() * KEY_SCALE).float())
+        unseen = torch.arange(at.keys, device=at.q.device) >= at.ends[:, None]
+        return torch.einsum("th,thk->tk", at.w, found).masked_fill(unseen, float("-inf")).topk(chosen, -1).indices
 
     problem.add("torch", composed)
     if peers.deepgemm and peers.vllm:
-        scored = peers.deepgemm.prompt_logits(q, k, k_scale, w, starts, ends)
-        best = peers.vllm.top_k_of_prompt(starts, ends, chosen)
+        scored = peers.deepgemm.prompt_logits(at.q, at.k, at.k_scale, at.w, at.starts, at.ends)
+        best = peers.vllm.top_k_of_prompt(at.starts, at.ends, chosen)
         problem.add("DeepGEMM and vLLM's top-k", lambda copy: best(scored()))
     return problem
 
@@ -185,6 +213,7 @@ CASES = (
             *(_case(f"logits b{b} {k // 1024}k{form}", "logits", min(2, p + 1), scores, b, k, codes)
               for b, k, p in _BATCHES),
             _case(f"select_keys 1024x16k{form}", "selection", 1, prompt, 1024, 16384, codes),
+            _case(f"prompt logits 1024x16k{form}", "logits", 1, prompt_scores, 1024, 16384, codes),
         )
     ),
     _case("topk 64x16k", "top-k", 1, top_k, 64, 16384),

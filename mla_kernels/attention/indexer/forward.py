@@ -10,6 +10,8 @@ from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_h
 from mla_kernels.attention.indexer.stream import INDEXER_STREAM, launch_stream, stream_plan
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
@@ -289,13 +291,24 @@ def launch_indexer_logits(
     whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile
     is looked up for, never that of a batch."""
     keys, fp8, codes = out.shape[1], shape[3], shape[6]
-    plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled))
+    plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled, MODE.get()))
     if plan is None:
         statics = _statics(*shape)
         dtype = "bf16" if codes else DTYPE_NAMES[q.dtype]
         tile = INDEXER_LOGITS.tile_for(chip, dtype, statics, {"tokens": tiled})
-        plan = INDEXER_LOGITS.keep(key, (statics, tile))
-    statics, tile = plan
+        heads, width, page_size, _, fill, limits, _ = shape
+        own = hopper_indexer.statics_of(heads, tiled, page_size, limits, fill, False)
+        variant = hopper_indexer.choose(chip, q.dtype, heads, width, own)
+        plan = INDEXER_LOGITS.keep(key, (statics, tile, variant))
+    statics, tile, variant = plan
+    if variant is not None:
+        page_size = statics["PAGE_SIZE"]
+        _, _, page_stride, key_stride, scale_stride, _ = strides
+        source = hopper_indexer.Source(k, scale, num_pages, page_size or keys, page_stride, key_stride, scale_stride)
+        if hopper_indexer.serves(variant, source):
+            places = starts, ends, block_table
+            hopper_indexer.launch(chip, variant, q, weights, source, places, out, sequences, keys)
+            return
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     q = q.view(torch.int8) if codes else q

@@ -18,6 +18,7 @@ from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, log
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
+from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
 from mla_kernels.launch import NO_MEMORY, Case, Cost, Kernel, Work, chip_of
@@ -266,9 +267,32 @@ def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean
         out.fill_(float("-inf"))
     tokens, heads, width = q.shape
     q = as_multiplied(q) if form == "fp8" else q
+    if _launch_variant(q, k, k_scale, weights, (starts, ends, ends), out, compact):
+        return
     statics = _statics(heads, width, 0, form, compact, q.dtype == E4M3)
     shape = 1, tokens, k.shape[0], 0
     _launch(q, k, k_scale, weights, starts, ends, ends, out, (0, k.stride(0), 0, 0), shape, statics)
+
+
+def _variant(chip, q, tokens: int, page_size: int, compact: bool):
+    """The kernel for Hopper where it is to be launched for queries [..., heads, width]; None of mxfp8 and mxfp4."""
+    heads, width = q.shape[-2:]
+    statics = hopper_indexer.statics_of(heads, tokens, page_size, page_size > 0, False, compact)
+    return hopper_indexer.choose(chip, q.dtype, heads, width, statics)
+
+
+def _launch_variant(q, k, k_scale, weights, places, out, compact) -> bool:
+    """Launch the kernel for Hopper where it is to be; whether it was."""
+    chip, keys = chip_of(q.device), k.shape[0]
+    choice = _variant(chip, q, 32, 0, compact)
+    if choice is None:
+        return False
+    source = hopper_indexer.Source(k, k_scale, 1, keys, 0, k.stride(0), 0)
+    if not hopper_indexer.serves(choice, source):
+        return False
+    seen = keys if compact else min(keys, out.shape[1])
+    hopper_indexer.launch(chip, choice, q, weights, source, places, out, 1, seen)
+    return True
 
 
 def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
@@ -283,6 +307,7 @@ def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
         lengths = limits.amax(1) if tokens > 1 else limits.view(-1)
         launch_paged_logits(q, cache, width, weights, block_table, lengths, limits, fill=False, out=out)
         return
+    _variant(chip_of(q.device), q, tokens, page_size, False)  # refused where it is asked for by name
     words = cache.view(torch.int32)
     strides = cache.stride(0), key_bytes, words.stride(0), block_table.stride(0)
     scale = words[:, page_size * key_bytes // SCALE_BYTES :]

@@ -209,7 +209,7 @@ def _source_plan(chip, dtype, heads, width, shape, strides, latent_dim, layout, 
     tile = SPARSE_MLA.tile_for(chip, DTYPE_NAMES[dtype], statics, {"heads": heads})
     unit = ALIGNMENT if layout in QUANTISED else 1
     strides = page_stride // unit, token_stride // unit
-    variant = hopper_sparse.choose(chip, dtype, heads, strides, statics) if decode else None
+    variant = hopper_sparse.choose(chip, dtype, heads, strides, statics)
     return slots, strides, statics, tile, variant
 
 
@@ -224,7 +224,7 @@ def attend(chip, q, source, indices, queries, scale, share, results, sink=None):
     if variant is not None:
         places = latents, scales, indices, lengths
         numbers = score_scale, *strides, queries, slots, share, parts
-        hopper_sparse.launch(chip, variant, q, places, (out, partial, lse), sink, numbers)
+        hopper_sparse.launch(chip, variant, q, places, results, sink, numbers)
         return
     work = tokens * parts * -(-heads // tile["BLOCK_H"])
     args = (
