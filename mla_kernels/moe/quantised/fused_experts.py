@@ -99,6 +99,14 @@ def _constants(activation):
     return {"CLAMP": activation.clamp.value, "INTERLEAVED": activation.interleaved}
 
 
+def _unpaired(tile, dtype, format, codes, scales, zeros):
+    """The tile, without PAIRS where words cannot be loaded or scales would be rounded; the results are the same bits."""
+    addresses = codes.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())
+    if addresses % 4 or (format == "int4" and scales.dtype != dtype):
+        return tile | {"PAIRS": 0}
+    return tile
+
+
 def _launch_weight_only(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, and the activation, P * I elements."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
@@ -112,6 +120,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
         plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
+    tile = _unpaired(tile, dtype, stored.format, stored.gate_up, stored.gate_up_scale, zero)
     args = (
         hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
@@ -126,6 +135,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         statics = weight_only.statics_of(*common, bias is not None, inner)
         plan = _plan(weight_only.DOWN, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    tile = _unpaired(tile, dtype, stored.format, stored.down, stored.down_scale, zero)
     args = (
         activated, stored.down, stored.down_scale, stored.down if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
