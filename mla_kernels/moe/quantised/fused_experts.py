@@ -146,7 +146,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
 
 def _launch_eight_bit(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, codes and scales of hidden (T * H bytes) and of the activation (P * I bytes;
-    int8_w8a8: P * I elements and the largest magnitudes of their parts)."""
+    int8_w8a8: P * I elements and the largest magnitudes of their parts, with many rows also P * I bytes)."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
     pairs, activation, fp8 = tokens * top_k, call.activation, stored.format == "fp8_block"
     blocks, inner_blocks = -(-width // COLUMNS), -(-inner // COLUMNS)
@@ -186,10 +186,13 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     )  # fmt: skip
     kernel.launch(chip, work, args, statics, tile)
 
+    ahead = eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))
+    if ahead:
+        activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     bias, kernel = stored.down_bias, eight_bit.DOWN
     plan = kernel.kept.plans.get(call.key)
     if plan is None:
-        statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
+        statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner) | {"AHEAD": ahead}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
     args = (
@@ -197,6 +200,22 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
     )  # fmt: skip
     kernel.launch(chip, work, args, statics, tile)
+
+
+def _launch_activation_codes(chip, call, activated, parts_largest, dtype):
+    """Codes of the activation, and a scale a row."""
+    tokens, top_k, _, _, inner = call.sizes
+    pairs, kernel = tokens * top_k, eight_bit.ACTIVATION
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], {}, sizes_of(*call.sizes))
+        plan = kernel.keep(call.key, (-(-pairs // tile["BLOCK_M"]), tile))
+    work, tile = plan
+    codes = activated.new_empty(activated.shape, dtype=torch.int8)
+    scales = parts_largest.new_empty(parts_largest.shape[1])
+    args = activated, parts_largest, codes, scales, pairs, inner, parts_largest.shape[0]
+    kernel.launch(chip, work, args, {}, tile)
+    return codes, scales
 
 
 def _fake(hidden, *_):
