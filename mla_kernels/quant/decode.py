@@ -120,7 +120,8 @@ def int4_pairs(pairs, zero, scale, HIGH: tl.constexpr):
     values = as_bf16(bits)
     if less.shape[1] == 2:
         halves = tl.reshape(values, [values.shape[0], 2, values.shape[1] // 2])
-        values = tl.reshape(tl.fma(halves, tl.full([1, 1, 1], CODE_UNIT, tl.float32).to(tl.bfloat16), less[:, :, None]), [values.shape[0], values.shape[1]])
+        halves = tl.fma(halves, bf16_number(CODE_UNIT)[:, :, None], less[:, :, None])
+        values = tl.reshape(halves, [values.shape[0], values.shape[1]])
     else:
         values = tl.fma(values, bf16_number(CODE_UNIT), less)
     return scaled_pairs(values, (scale.to(tl.float32) * (1.0 / UNIT)).to(tl.bfloat16))
@@ -134,10 +135,7 @@ def e2m1_pairs(pairs, scale, HIGH: tl.constexpr):
     One multiplication makes two copies of a nibble, one whose highest bit is where the sign belongs, one whose others
     are at the end of the exponent. bfloat16 reads those 2^126 too small: its bias is 127, not 1.
     """
-    if HIGH:
-        bits = (pairs & PAIR_HIGH) * 0x104
-    else:
-        bits = (pairs & PAIR_LOW) * 0x1040
+    bits = (pairs & PAIR_HIGH) * 0x104 if HIGH else (pairs & PAIR_LOW) * 0x1040
     return scaled_pairs(as_bf16(bits & PAIR_E2M1) * bf16_number(2.0**126), scale)
 
 

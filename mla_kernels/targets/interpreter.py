@@ -3,8 +3,8 @@
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
 right here. Products of bfloat16 and ``fma`` are rounded once, as chips that have them do. Other arithmetic on bfloat16,
-of which the interpreter would make nonsense, is refused: kernels compute in float32. Products are summed in float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside
-other rows.
+of which the interpreter would make nonsense, is refused: kernels compute in float32. Products of matrices are summed in
+float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside other rows.
 
 It also does much that a launch of small tiles spends most of its time on, and that changes no result: it replaces the
 language's functions anew in every call of a device function, by a search through all of their modules; it looks for

@@ -243,8 +243,8 @@ def eb_down_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
-    are read: its buffers hold 128 rows more than P. ``parts`` is how many largest magnitudes a row has (int8_w8a8). AHEAD:
-    activation is codes with a scale a row."""
+    are read: its buffers hold 128 rows more than P. ``parts`` is how many largest magnitudes a row has (int8_w8a8).
+    AHEAD: activation is codes with a scale a row."""
     DTYPE: tl.constexpr = tl.float32 if FORMAT == "fp8_block" else tl.int32
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
@@ -302,7 +302,9 @@ def _rule(products):
             most = 16 if products == 2 and not eight else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
         most = 64
-        if chip.dot_from_shared and (eight or products == 1 or not chip.tensor_memory):
+        # Two scaled sums of 128 rows fill a thread's registers: one more scale, or a longer search, and they spill.
+        lean = not chip.tensor_memory and statics.get("ALIGNED") and statics["BLOCK_E"] < 512
+        if chip.dot_from_shared and (eight or products == 1 or lean):
             most = 128
         elif products == 2 and not eight and chip.vendor == "nvidia" and not chip.dot_from_shared:
             most = 32

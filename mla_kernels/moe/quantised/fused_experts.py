@@ -100,7 +100,7 @@ def _constants(activation):
 
 
 def _unpaired(tile, dtype, format, codes, scales, zeros):
-    """The tile, without PAIRS where words cannot be loaded or scales would be rounded; the results are the same bits."""
+    """The tile, without PAIRS where words cannot be loaded or scales would be rounded; results are the same bits."""
     addresses = codes.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())
     if addresses % 4 or (format == "int4" and scales.dtype != dtype):
         return tile | {"PAIRS": 0}

@@ -173,8 +173,9 @@ def wo_gate_up_kernel(
                 gate = gate * by_columns(tl.load(scales + expert_rows + gate_row, mask=mask, other=0.0) * UNIT, SWAP)
                 up = up * by_columns(tl.load(scales + expert_rows + up_row, mask=mask, other=0.0) * UNIT, SWAP)
             else:
-                TWO: tl.constexpr = PAIRS and EVEN_K and GROUP == 32  # groups in half a block
-                RUN: tl.constexpr = HALF if TWO or GROUP > HALF else GROUP
+                FULL: tl.constexpr = PAIRS and BLOCK_M == 128  # two sums leave registers for few decoded weights
+                TWO: tl.constexpr = PAIRS and EVEN_K and GROUP == 32 and not FULL  # groups in half a block
+                RUN: tl.constexpr = HALF if TWO or (GROUP > 32 and not FULL) else 32
                 lane = tl.arange(0, RUN)[None, :]
                 row_bytes = tl.cdiv(hidden_size, BLOCK) * HALF
                 codes = gate_up + expert_rows * row_bytes
@@ -271,7 +272,10 @@ def _rule(products):
     the decoded weights of a step, limits BLOCK_N."""
 
     def rule(chip, dtype, statics, sizes):
-        return _shape(chip, dtype, statics, sizes) | {"PAIRS": int(_pairs(chip, dtype, statics))}
+        tile = _shape(chip, dtype, statics, sizes)
+        # Words of codes take registers that two sums of 128 rows and a bias do not leave.
+        crowded = products == 2 and tile["BLOCK_M"] == 128 and statics["HAS_BIAS"] and statics["FORMAT"] != "mxfp4"
+        return tile | {"PAIRS": int(_pairs(chip, dtype, statics) and not crowded)}
 
     def _shape(chip, dtype, statics, sizes):
         crowded = chip.tensor_memory and (products == 2 or statics["GROUP"] == 32)  # see below
