@@ -62,7 +62,7 @@ def four_bit_values(
             zero = tl.join(two & 0xFF, two >> 8).to(tl.float32)
     else:
         stored = tl.load(scales + group, mask=mask, other=0)
-        zero = tl.full([1, 1], 8.0, tl.float32)
+        zero = tl.full([1, 1], 8.0, tl.float32) if PAIRS else 8.0
         if ZEROS:
             zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None]
         if PAIRS and FORMAT == "mxfp4":
@@ -74,9 +74,14 @@ def four_bit_values(
         else:
             scale = stored.to(tl.float32)[:, None]
     if FORMAT == "mxfp4":
-        values = e2m1_pairs(packed, scale, HIGH) if PAIRS else e2m1_values(packed, HIGH) * scale
+        if PAIRS:
+            values = e2m1_pairs(packed, scale, HIGH)
+        else:
+            values = e2m1_values(packed, HIGH) * scale
+    elif PAIRS:
+        values = int4_pairs(packed, zero, scale, HIGH)
     else:
-        values = int4_pairs(packed, zero, scale, HIGH) if PAIRS else int4_values(packed, zero, HIGH) * scale
+        values = int4_values(packed, zero, HIGH) * scale
     return values.to(DTYPE)
 
 
@@ -174,7 +179,7 @@ def wo_gate_up_kernel(
                 up = up * by_columns(tl.load(scales + expert_rows + up_row, mask=mask, other=0.0) * UNIT, SWAP)
             else:
                 FULL: tl.constexpr = PAIRS and BLOCK_M == 128  # two sums leave registers for few decoded weights
-                TWO: tl.constexpr = PAIRS and EVEN_K and GROUP == 32 and not FULL  # groups in half a block
+                TWO: tl.constexpr = (PAIRS and EVEN_K) and (GROUP == 32 and not FULL)  # groups in half a block
                 RUN: tl.constexpr = HALF if TWO or (GROUP > 32 and not FULL) else 32
                 lane = tl.arange(0, RUN)[None, :]
                 row_bytes = tl.cdiv(hidden_size, BLOCK) * HALF
@@ -244,7 +249,7 @@ def wo_down_kernel(
                 UNIT: tl.constexpr = 64.0 if PAIRS else 1.0
                 total = total * by_columns(tl.load(scales + expert_rows + n, mask=mask, other=0.0) * UNIT, SWAP)
             else:
-                TWO: tl.constexpr = PAIRS and EVEN_K and GROUP == 32  # groups in half a block
+                TWO: tl.constexpr = (PAIRS and EVEN_K) and GROUP == 32  # groups in half a block
                 RUN: tl.constexpr = HALF if TWO or GROUP > HALF else GROUP
                 lane = tl.arange(0, RUN)[None, :]
                 row_bytes = tl.cdiv(intermediate, BLOCK) * HALF
