@@ -61,7 +61,7 @@ def _launch(
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
-    combine."""
+    combine. Of int8_w8a8 with many rows a fifth: the activation's codes."""
     tokens, width = hidden.shape
     if tokens == 0:
         return hidden.new_empty(hidden.shape)
@@ -99,14 +99,6 @@ def _constants(activation):
     return {"CLAMP": activation.clamp.value, "INTERLEAVED": activation.interleaved}
 
 
-def _unpaired(tile, dtype, format, codes, scales, zeros):
-    """The tile, without PAIRS where words cannot be loaded or scales would be rounded; results are the same bits."""
-    addresses = codes.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())
-    if addresses % 4 or (format == "int4" and scales.dtype != dtype):
-        return tile | {"PAIRS": 0}
-    return tile
-
-
 def _launch_weight_only(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, and the activation, P * I elements."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
@@ -115,12 +107,19 @@ def _launch_weight_only(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner))
     bias, zero, group = stored.gate_up_bias, stored.gate_up_zero, stored.group_size
     common = experts, stored.format, group, zero is not None
+    # PAIRS loads words, and rounds no scale; codes decoded one by one give the same bits.
+    addresses = stored.gate_up.data_ptr() | stored.gate_up_scale.data_ptr()
+    addresses |= stored.down.data_ptr() | stored.down_scale.data_ptr()
+    if zero is not None:
+        addresses |= zero.data_ptr() | stored.down_zero.data_ptr()
+    types = {dtype, stored.gate_up_scale.dtype, stored.down_scale.dtype}
+    in_words = addresses % 4 == 0 and (stored.format != "int4" or len(types) == 1)
     plan = weight_only.GATE_UP.kept.plans.get(call.key)
     if plan is None:
         statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
         plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
-    tile = _unpaired(tile, dtype, stored.format, stored.gate_up, stored.gate_up_scale, zero)
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
@@ -135,7 +134,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         statics = weight_only.statics_of(*common, bias is not None, inner)
         plan = _plan(weight_only.DOWN, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
-    tile = _unpaired(tile, dtype, stored.format, stored.down, stored.down_scale, zero)
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         activated, stored.down, stored.down_scale, stored.down if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
@@ -186,15 +185,15 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     )  # fmt: skip
     kernel.launch(chip, work, args, statics, tile)
 
-    ahead = eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))
-    if ahead:
-        activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     bias, kernel = stored.down_bias, eight_bit.DOWN
     plan = kernel.kept.plans.get(call.key)
     if plan is None:
-        statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner) | {"AHEAD": ahead}
+        statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
+        statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    if statics["AHEAD"]:
+        activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     args = (
         activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
         call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
@@ -247,7 +246,8 @@ def fused_experts(
 
     On a device four kernel launches: order of the rows, gate_up, down, combine; with the router five. With fp8_block
     and int8_w8a8 the first one quantises hidden, too. The activation is quantised by gate_up's epilogue (fp8_block), or
-    by down on the scale that gate_up's epilogue prepared (int8_w8a8). Nothing waits for the host.
+    on the scale that gate_up's epilogue prepared by down (int8_w8a8); where experts have more than 32 rows on average,
+    on GPUs, by a launch of its own, with P I bytes more. Nothing waits for the host.
 
     ============= ============================================================= ========================================
     format        products                                                      memory besides the result, bytes
