@@ -74,7 +74,7 @@ def four_bit_values(
         else:
             scale = stored.to(tl.float32)[:, None]
     if FORMAT == "mxfp4":
-        if PAIRS:
+        if PAIRS:  # noqa: SIM108 - as the branch below
             values = e2m1_pairs(packed, scale, HIGH)
         else:
             values = e2m1_values(packed, HIGH) * scale
