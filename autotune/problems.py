@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import mla_kernels as mk
-from mla_kernels.autotune import v4_problems
+from mla_kernels.autotune import deep_gemm_problems, v4_problems
 from mla_kernels.autotune.making import CHECKED, CONTEXT, PAGE, Call, Make, Operation, each
 from mla_kernels.autotune.models import Geometry
 from mla_kernels.launch import DTYPE_NAMES, on_cpu
@@ -311,6 +311,34 @@ OPERATIONS: dict[str, Operation] = {
         Operation("entry_slots", v4_problems.is_v4, each("sequences", 1, 64), v4_problems.entry_slots),
         Operation("hyper_post_pre", lambda g: g.streams > 0, _TOKENS, v4_problems.hyper_step),
         Operation("hyper backward", lambda g: g.streams > 0, each("tokens", 512, 4096), v4_problems.hyper_backward),
+        Operation(
+            "fp8_mqa_logits",
+            lambda g: g.index_heads > 0,
+            deep_gemm_problems.PREFILLED,
+            deep_gemm_problems.row_logits("fp8"),
+        ),
+        Operation(
+            "fp8_paged_mqa_logits",
+            lambda g: g.index_heads > 0,
+            deep_gemm_problems.DECODED,
+            deep_gemm_problems.paged_logits("fp8"),
+        ),
+        Operation(
+            "mxfp4_mqa_logits", v4_problems.is_v4, deep_gemm_problems.PREFILLED, deep_gemm_problems.row_logits("mxfp4")
+        ),
+        Operation(
+            "mxfp4_paged_mqa_logits",
+            v4_problems.is_v4,
+            deep_gemm_problems.DECODED,
+            deep_gemm_problems.paged_logits("mxfp4"),
+        ),
+        Operation(
+            "fp8_gemm_nt",
+            deep_gemm_problems.projects_fp8,
+            deep_gemm_problems.PROJECTIONS,
+            deep_gemm_problems.projection,
+        ),
+        Operation("prenorm_product", lambda g: g.streams > 0, deep_gemm_problems.ROWS, deep_gemm_problems.prenorm),
         Operation("merge_states", _has_latent, each("tokens", 64, 512, 4096), _merge),
     )
 }

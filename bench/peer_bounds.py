@@ -1,10 +1,13 @@
-"""Sparse attention and the indexer's scores beside vLLM's Triton kernels, compiled for one chip: modelled, never run.
+"""Attention and the indexer's scores beside vLLM's and SGLang's Triton kernels, compiled for a chip: modelled, not run.
 
-``python -m bench.peer_bounds --vllm FOLDER --target sm_80 sm_120`` reads vLLM's sources in FOLDER (its installed
-package), compiles its kernels with the blocks and warps that vLLM launches them with for DeepSeek-V3.2 (128 heads of
-512 + 64 values; 64 index heads of 128 in pages of 64), and this library's with their rules' tiles. It prints clocks of
-the main loop's busiest unit and without overlap (:mod:`mla_kernels.targets.bounds`) for each head and key, or each key,
-and the bytes that all programs of a token load for one key.
+``python -m bench.peer_bounds --vllm FOLDER --sglang FOLDER --target sm_80 sm_120`` reads the engines' sources in these
+folders (their installed packages), compiles their kernels with the blocks and warps that they launch them with for
+DeepSeek-V3.2 (128 heads of 512 + 64 values; 64 index heads of 128 in pages of 64), and this library's with their rules'
+tiles. SGLang's sparse prefill has all heads of a token in one program, and 128 fit none of these chips: it is compared
+at 16, the share of one of eight devices, with the first of its tiles that fits the shared memory, as it is launched.
+
+Printed are clocks of the main loop's busiest unit and without overlap (:mod:`mla_kernels.targets.bounds`) for each head
+and key, or each key, and the bytes that all programs of a token load for one key. All these loops run over keys.
 """
 
 import argparse
@@ -16,8 +19,8 @@ from mla_kernels.targets import service
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many
 
-OPS = Path("v1/attention/ops")
 HEADS, TOKEN = 128, 2 * (512 + 64)
+TOLD = ("BLOCK_H", "BLOCK_N", "BLOCK_KV", "num_warps", "num_stages")
 
 
 def _signature(kinds: dict[str, str]) -> dict[str, str]:
@@ -25,7 +28,9 @@ def _signature(kinds: dict[str, str]) -> dict[str, str]:
 
 
 SPARSE = {
-    "file": "xpu_mla_sparse.py",
+    "engine": "vllm",
+    "beside": ("sparse_mla_kernel", "v32_prefill"),
+    "file": "v1/attention/ops/xpu_mla_sparse.py",
     "function": "_bf16_mla_sparse_kernel",
     "signature": _signature({
         "*bf16": "q_buffer k_buffer v_buffer out_ptr",
@@ -41,9 +46,12 @@ SPARSE = {
         "BLOCK_DMODEL": 512, "BLOCK_DPE": 64, "LOGE2": 0.6931471805599453,
     },
     "options": {"num_warps": 4, "num_stages": 3},
+    "loaded": HEADS // 16 * (TOKEN + 1024),  # keys, then values anew
 }  # fmt: skip
 LOGITS = {
-    "file": "rocm_aiter_mla_sparse.py",
+    "engine": "vllm",
+    "beside": ("indexer_stream_kernel", "v32_decode_codes"),
+    "file": "v1/attention/ops/rocm_aiter_mla_sparse.py",
     "function": "_fp8_paged_mqa_logits_decode_kernel",
     "signature": _signature({
         "*fp8e4nv": "q_ptr kv_val_ptr",
@@ -60,64 +68,134 @@ LOGITS = {
 }  # fmt: skip
 
 
+SGLANG_SPARSE = {
+    "engine": "sglang",
+    "beside": ("sparse_mla_kernel", "v32_tp8"),
+    "heads": 16,
+    "file": "kernels/ops/attention/dsa/triton_sparse_mla_prefill.py",
+    "function": "_sparse_mla_prefill_kernel",
+    "signature": _signature({
+        "*bf16": "q_ptr kv_ptr o_ptr", "*i32": "idx_ptr len_ptr", "fp32": "sm_scale", "i32:16": "topk",
+    }),
+    "constexprs": {"H": 16, "BLOCK_H": 16, "D_QK": 576, "D_V": 512, "BLOCK_N": 64, "IDX64": False},
+    "options": {"num_warps": 8, "num_stages": 3},
+    "pinned": {"sm_120": {"num_warps": 4, "num_stages": 2}, "sm_121": {"num_warps": 4, "num_stages": 2}},
+    "loaded": TOKEN,
+}  # fmt: skip
+SGLANG_DECODE = {
+    "engine": "sglang",
+    "beside": ("mla_decode_kernel", "v3"),
+    "file": "kernels/ops/attention/decode_attention.py",
+    "function": "_fwd_grouped_kernel_stage1",
+    "signature": _signature({
+        "*bf16": "Q K_Buffer V_Buffer",
+        "*fp32": "Att_Out Att_Lse",
+        "*i32": "kv_indptr num_kv_splits",
+        "*i64": "kv_indices",
+        "fp32": "sm_scale_withk",
+        "i32:16": "stride_qbs stride_qh stride_buf_kbs stride_buf_kh stride_buf_vbs stride_buf_vh stride_mid_ob "
+        "stride_mid_oh stride_mid_os",
+        "i32": "stride_buf_kpage stride_buf_ktok stride_buf_vpage stride_buf_vtok aux0_stride_t aux0_stride_h aux0_len "
+        "forced_kv_splits",
+    }),
+    "constexprs": {
+        "kv_group_num": HEADS, "q_head_num": HEADS, "BLOCK_DMODEL": 512, "BLOCK_DPE": 64, "BLOCK_DV": 512,
+        "BLOCK_N": 32, "BLOCK_H": 16, "MIN_BLOCK_KV": 32, "logit_cap": 0.0, "xai_temperature_len": -1,
+        "Lk": 576, "Lv": 512,
+        "HAS_MLA": True, "USE_PDL": False, "IS_GFX1250": False, "PAGE_SIZE": 1, "SCORE_MOD": None, "Aux0": None,
+        "USE_FORCED": False, "uneven_batch": None, "ROTATE_BATCH": False,
+    },
+    "options": {"num_warps": 4, "num_stages": 2},
+    "loaded": HEADS // 16 * TOKEN,
+}  # fmt: skip
+PEERS = (SPARSE, LOGITS, SGLANG_SPARSE, SGLANG_DECODE)
+
+
 def kernel_text(source: str, function: str) -> str:
     """A module with one kernel of ``source``: from its decorator to the next two empty lines."""
     start = source.rindex("@triton.jit", 0, source.index(f"def {function}("))
     return f"import triton\nimport triton.language as tl\n\n\n{source[start:].split(chr(10) * 3)[0]}\n"
 
 
-def of_peer(peer: dict, folder: Path, chip) -> dict:
-    """What the compiler says of vLLM's kernel."""
-    text = kernel_text((folder / OPS / peer["file"]).read_text(), peer["function"])
-    job = {name: peer[name] for name in ("function", "signature", "constexprs", "options")}
-    job |= {"action": "report", "source": text, "language": "triton", "vendor": chip.vendor}
-    return service.pool().submit("gpu", job | {"architecture": chip.architecture}).result()
+def smaller_tiles(block: int, stages: int) -> list[dict]:
+    """The (BLOCK_N, stages) that SGLang's prefill tries one after the other, as options and blocks."""
+    tries = (block, stages), (block, 2), (block // 2, stages), (block // 2, 2), (block // 4, 2), (16, 2)
+    return [dict(zip(("BLOCK_N", "num_stages"), one)) for one in dict.fromkeys(tries)]
+
+
+def of_peer(peer: dict, folder: Path, chip) -> tuple[dict, dict]:
+    """(blocks, what the compiler says of an engine's kernel): the first that fits the chip's shared memory."""
+    text = kernel_text((folder / peer["file"]).read_text(), peer["function"])
+    options = peer["options"] | peer.get("pinned", {}).get(chip.name, {})
+    tries = [{}] if peer is not SGLANG_SPARSE else smaller_tiles(peer["constexprs"]["BLOCK_N"], options["num_stages"])
+    for one in tries:
+        blocks = peer["constexprs"] | {name: size for name, size in one.items() if name == "BLOCK_N"}
+        launched = options | {name: size for name, size in one.items() if name == "num_stages"}
+        job = {"function": peer["function"], "signature": peer["signature"], "constexprs": blocks, "options": launched}
+        job |= {"action": "report", "source": text, "language": "triton", "vendor": chip.vendor}
+        answer = service.pool().submit("gpu", job | {"architecture": chip.architecture}).result()
+        if not answer["ok"] or answer["memory"]["shared"] <= chip.memory["shared"]:
+            return blocks | launched, answer
+    return blocks | launched, {"ok": False, "reason": f"no tile fits {chip.memory['shared']:,} bytes of shared memory"}
 
 
 def of_ours(kernel: str, case: str, chip) -> tuple[dict, dict]:
     """(tile, loop bounds) of a declared case."""
     kernel = KERNELS[kernel]
     case = next(one for one in kernel.cases if one.name == case)
-    tile = kernel.rule(chip, "bf16", case.statics, case.sizes)
-    (report,) = compile_many([Request(kernel, chip, "bf16", case.statics, tile, case.name)])
-    return tile, report.detail["loop_bounds"] | {"spills": report.spills}
+    dtype = (
+        "bf16" if "fp16" not in case.dtypes or len(case.dtypes) > 2 else "fp16"
+    )  # as queries in codes are multiplied
+    tile = kernel.rule(chip, dtype, case.statics, case.sizes)
+    (report,) = compile_many([Request(kernel, chip, dtype, case.statics, tile, case.name)])
+    return tile, report.detail["loop_bounds"] | {"spills": report.spills, "loop_spills": report.loop_spills}
 
 
 def line(label: str, bounds: dict, work: int, loaded: float) -> str:
     return (
         f"{label}: busiest unit {bounds['core'] / work:.2f}, without overlap {bounds['serial'] / work:.2f} clocks; "
-        f"{bounds['spills']} spills; {loaded:,.0f} bytes"
+        f"{bounds['spills']} spills, {bounds['loop_spills']} in the loop; {loaded:,.0f} bytes"
     )
 
 
-def show(folder: Path, target: str) -> None:
-    chip = CHIPS[target]
-    for peer, kernel, case in ((SPARSE, "sparse_mla_kernel", "v32_prefill"), (LOGITS, "indexer_logits_kernel", None)):
-        sparse = peer is SPARSE
-        answer, blocks = of_peer(peer, folder, chip), peer["constexprs"]
-        if answer["ok"]:
-            work = blocks["BLOCK_H"] * blocks["BLOCK_N"] if sparse else blocks["BLOCK_KV"]
-            loaded = HEADS / blocks.get("BLOCK_H", HEADS) * (TOKEN + 1024) if sparse else 132  # keys, then values anew
-            bounds = answer["detail"]["loop_bounds"] | {"spills": answer["spills"]}
-            print(line(f"{target} vLLM {peer['function']}", bounds, work, loaded))
-        else:
-            print(f"{target} vLLM {peer['function']}: {answer['reason']}")
-        case = case or ("v32_decode_codes" if chip.dot_e4m3 else "v32_decode_fp8")
-        tile, bounds = of_ours(kernel, case, chip)
-        work = tile["BLOCK_H"] * tile["BLOCK_N"] if sparse else tile["BLOCK_N"]
-        print(
-            line(f"{target} {kernel} {case} {tile}", bounds, work, HEADS / tile["BLOCK_H"] * TOKEN if sparse else 132)
+def show(peer: dict, folder: Path, target: str) -> None:
+    chip, logits = CHIPS[target], peer is LOGITS
+    label = f"{target} {peer['engine']} {peer['function']}"
+    blocks, answer = of_peer(peer, folder, chip)
+    if answer["ok"]:
+        work = blocks["BLOCK_KV"] if logits else blocks["BLOCK_H"] * blocks["BLOCK_N"]
+        label = f"{label} { ({name: blocks[name] for name in TOLD if name in blocks}) }"
+        print(line(label, answer["detail"]["loop_bounds"] | answer, work, peer.get("loaded", 132)))
+    else:
+        print(f"{label}: {answer['reason']}")
+    kernel, case = peer["beside"]
+    if logits and not chip.dot_e4m3:
+        case = "v32_decode_fp8"
+    tile, bounds = of_ours(kernel, case, chip)
+    work = tile["BLOCK_N"] if logits else tile["BLOCK_H"] * tile["BLOCK_N"]
+    print(
+        line(
+            f"{target} {kernel} {case} {tile}",
+            bounds,
+            work,
+            132 if logits else peer.get("heads", HEADS) / tile["BLOCK_H"] * TOKEN,
         )
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peer_bounds", description=__doc__.splitlines()[0])
-    parser.add_argument("--vllm", type=Path, required=True, metavar="FOLDER", help="vLLM's package")
+    for engine in ("vllm", "sglang"):
+        parser.add_argument(f"--{engine}", type=Path, metavar="FOLDER", help=f"{engine}'s package")
     known = [name for name, chip in CHIPS.items() if chip.vendor == "nvidia" and not chip.tensor_memory]
     parser.add_argument("--target", nargs="+", choices=known, default=["sm_80", "sm_120"])
     options = parser.parse_args(arguments)
+    peers = [(peer, getattr(options, peer["engine"])) for peer in PEERS if getattr(options, peer["engine"])]
+    if not peers:
+        parser.error("--vllm or --sglang: neither is given, one folder or both are needed")
     for target in options.target:
-        show(options.vllm, target)
+        for peer, folder in peers:
+            show(peer, folder, target)
 
 
 if __name__ == "__main__":

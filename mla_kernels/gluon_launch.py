@@ -61,6 +61,7 @@ class GluonKernel(Kernel):
             in this order. The first argument is a pointer.
         boxes: ``statics -> {argument: shape}``: the boxes in which arguments of type TILE or CODE_TILE are copied.
         worker_warps: warps that the kernel starts beside ``num_warps``.
+        box_type: ``(dtype, statics) -> Triton type`` of the elements of type TILE; None: the kernel's element type.
         declaration: as for :class:`mla_kernels.launch.Kernel`. A constant REGISTERS of ``tiles`` is also the limit a
             thread at launch, from which partitions are dealt theirs.
     """
@@ -76,9 +77,11 @@ class GluonKernel(Kernel):
         *,
         boxes: Callable[[Mapping], Mapping[str, tuple[int, ...]]],
         worker_warps: int,
+        box_type: Callable[[str, Mapping], str] | None = None,
         **declaration,
     ):
         self.boxes, self.worker_warps = boxes, worker_warps
+        self.box_type = box_type
         constants = (tile for tile in declaration["tiles"] if not tile.startswith("num_"))
         parameters = (*declaration["arguments"], *declaration["statics"], *constants)
         super().__init__(_Function(module, name, parameters), **declaration)
@@ -87,7 +90,8 @@ class GluonKernel(Kernel):
         """As :meth:`Kernel.signature`; a tile is ``tile<bf16[1,64,128]>``, whose layout the compiler process adds."""
         boxes = {name: ",".join(map(str, box)) for name, box in self.boxes(statics).items()}
         known = super().signature(dtype, statics)
-        elements = {name: _ELEMENTS.get(self.arguments[name], dtype) for name in boxes}
+        own = self.box_type(dtype, statics) if self.box_type else dtype
+        elements = {name: _ELEMENTS.get(self.arguments[name], own) for name in boxes}
         return known | {name: f"{TILE}<{elements[name]}[{box}]>" for name, box in boxes.items()}
 
     def options(self, chip, tile):
@@ -115,7 +119,8 @@ class GluonKernel(Kernel):
             if name in boxes:
                 base, shape, strides = args[place]
                 bits = 8 * base.element_size()
-                layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(shape))
+                width = min(128, boxes[name][-1] * base.element_size())
+                layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=len(shape))
                 described[place] = TensorDescriptor(base, list(shape), list(strides), list(boxes[name]), layout)
         return described
 

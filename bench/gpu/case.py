@@ -16,7 +16,7 @@ INVARIANT, PORTABLE, HOPPER = "batch_invariant=True", "portable kernel", "Hopper
 """Names of variants."""
 HOPPER_OPS = (
     "mla_decode", "sparse_mla_decode", "sparse_mla_prefill", "mla_prefill", "indexer_logits", "paged_indexer_logits",
-    "select_keys", "select_slots",
+    "select_keys", "select_slots", "fused_moe", "fused_experts",
 )  # fmt: skip
 """Public functions with kernels in :mod:`mla_kernels.hopper`."""
 KINDS = {

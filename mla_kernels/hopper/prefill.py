@@ -4,7 +4,10 @@ The kernel, :mod:`mla_kernels.hopper.prefill_kernel`, imports Gluon, and is impo
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
@@ -14,8 +17,8 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, 
 ROWS = 64
 """Query rows of a group of warps."""
 TILE_ROWS = 2 * ROWS
-BLOCK = 128
-"""Keys of a block."""
+CARRIED = ((128, 0, 64, 128), (128, 64, 0, 128), (64, 0, 32, 64), (128, 64, 64, 256))
+"""KEY and REST columns of a head's own key, of the rotated key that all heads share, of a value."""
 KEPT_TOGETHER = 32 << 20
 """Bytes of keys and values that programs at work at a time should share: what fits the L2 of 50 MB beside the rest."""
 _STAGES = 2
@@ -23,29 +26,41 @@ _UNIT = 8  # elements of 16 bits that TMA wants strides to be multiples of
 _MOST_ROWS = 1 << 31  # of a matrix: coordinates of TMA have 32 bits
 
 
+def block(statics) -> int:
+    """Keys of a block."""
+    return 128 if statics["VALUE"] <= 128 else 64
+
+
 def _boxes(statics):
-    key, rope, value = statics["KEY"], statics["ROPE"], statics["VALUE"]
+    key, keys = statics["KEY"], block(statics)
+    rest, rope = (statics[part] or key for part in ("REST", "ROPE"))  # where there is none the first is given again
     return {
         "q_tiles": (ROWS, key),
+        "q_rest_tiles": (ROWS, rest),
         "q_rope_tiles": (ROWS, rope),
-        "k_tiles": (BLOCK, key),
-        "rope_tiles": (BLOCK, rope),
-        "v_tiles": (BLOCK, value),
+        "k_tiles": (keys, key),
+        "rest_tiles": (keys, rest),
+        "rope_tiles": (keys, rope),
+        "v_tiles": (keys, statics["VALUE"]),
     }
+
+
+def _width(statics):
+    return statics["KEY"] + statics["REST"] + statics["ROPE"]
 
 
 def _memory(chip, dtype, statics, tile):
     """Queries, two blocks of keys and of values, barriers."""
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
-    width = statics["KEY"] + statics["ROPE"]
-    return {"shared": (TILE_ROWS * width + _STAGES * BLOCK * (width + statics["VALUE"])) * 2 + 1024}
+    width = _width(statics)
+    return {"shared": (TILE_ROWS * width + _STAGES * block(statics) * (width + statics["VALUE"])) * 2 + 1024}
 
 
 def _cost(dtype, statics, sizes):
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
     rope, value, size = statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
-    width = statics["KEY"] + rope
+    width = _width(statics)
     pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
     return Cost(
         flops=2.0 * sequences * heads * pairs * (width + value),
@@ -55,9 +70,9 @@ def _cost(dtype, statics, sizes):
 
 
 def _work(dtype, statics, sizes, tile):
-    width, value, size = statics["KEY"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = _width(statics), statics["VALUE"], DTYPE_BYTES[dtype]
     seen = sizes["keys"] - (sizes["queries"] / 2 if statics["CAUSAL"] else 0)
-    keys = math.ceil(seen / BLOCK) * BLOCK
+    keys = math.ceil(seen / block(statics)) * block(statics)
     return Work(
         programs=sizes["batch"] * sizes["heads"] * -(-sizes["queries"] // TILE_ROWS),
         flops=2.0 * TILE_ROWS * keys * (width + value),
@@ -65,8 +80,8 @@ def _work(dtype, statics, sizes, tile):
     )
 
 
-def _case(name, heads, *, queries=4096, keys=4096, causal=True, dtypes=("bf16", "fp16")):
-    statics = {"KEY": 128, "ROPE": 64, "VALUE": 128, "CAUSAL": causal}
+def _case(name, heads, carried, *, queries=4096, keys=4096, causal=True, dtypes=("bf16", "fp16")):
+    statics = dict(zip(("KEY", "REST", "ROPE", "VALUE"), carried)) | {"CAUSAL": causal}
     return Case(name, statics, {"heads": heads, "batch": 1, "queries": queries, "keys": keys}, dtypes)
 
 
@@ -78,7 +93,9 @@ HOPPER_MLA_PREFILL = GluonKernel(
         "out_ptr": "*T",
         "lse_ptr": "*fp32",
         **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
-        **dict.fromkeys(("q_tiles", "q_rope_tiles", "k_tiles", "rope_tiles", "v_tiles"), TILE),
+        **dict.fromkeys(
+            ("q_tiles", "q_rest_tiles", "q_rope_tiles", "k_tiles", "rest_tiles", "rope_tiles", "v_tiles"), TILE
+        ),
         "score_scale": "fp32",
         **dict.fromkeys(
             (
@@ -89,13 +106,19 @@ HOPPER_MLA_PREFILL = GluonKernel(
         ),
     },
     boxes=_boxes,
-    statics=("KEY", "ROPE", "VALUE", "CAUSAL"),
+    statics=("KEY", "REST", "ROPE", "VALUE", "CAUSAL"),
     tiles={"REGISTERS": (168,), "num_warps": (4,)},
     rule=lambda chip, dtype, statics, sizes: {"REGISTERS": 168, "num_warps": 4},
     memory=_memory,
     cost=_cost,
     work=_work,
-    cases=(_case("v3", 128), _case("v3_context", 128, queries=2048, keys=16384, causal=False)),
+    cases=(
+        _case("v3", 128, CARRIED[0]),
+        _case("v3_context", 128, CARRIED[0], queries=2048, keys=16384, causal=False),
+        _case("expanded_rope", 16, CARRIED[1], dtypes=("bf16",)),
+        _case("minicpm3", 40, CARRIED[2], dtypes=("bf16",)),
+        _case("glm4_lite", 20, CARRIED[3], dtypes=("bf16",)),
+    ),
     uses_dot=True,
     unsupported=hopper.ELSEWHERE,
 )  # fmt: skip
@@ -118,7 +141,7 @@ def choose(chip, dtype, statics) -> Choice | None:
     form = {"dtype": name, **statics}
     if not hopper.chosen(HOPPER_MLA_PREFILL, chip, form, lambda: refusal(name, statics)):
         return None
-    own = {"KEY": statics["FIRST"], **{constant: statics[constant] for constant in ("ROPE", "VALUE", "CAUSAL")}}
+    own = {"KEY": statics["FIRST"], **{constant: statics[constant] for constant in HOPPER_MLA_PREFILL.statics[1:]}}
     return Choice(own, HOPPER_MLA_PREFILL.rule(chip, name, own, {}), hopper.frozen(form))
 
 
@@ -126,10 +149,15 @@ def refusal(dtype: str, statics) -> str:
     """Why the kernel does not serve a form, or nothing."""
     if dtype not in ("bf16", "fp16"):
         return f"tensors of {dtype}; bf16 and fp16 are carried"
-    key, rope, value = statics["FIRST"] + statics["REST"], statics["ROPE"], statics["VALUE"]
-    if (key, rope, value) != (128, 64, 128):
-        return f"keys of {key} + {rope} and values of {value}; 128 + 64 and 128 are carried"
+    key, rest, rope, value = (statics[name] for name in ("FIRST", "REST", "ROPE", "VALUE"))
+    if (key, rest, rope, value) not in CARRIED:
+        return f"keys of {key + rest} + {rope} and values of {value}; {widths(CARRIED)} are carried"
     return ""
+
+
+def widths(carried) -> str:
+    """Carried widths in words."""
+    return ", ".join(f"{key + rest} + {rope} and {value}" for key, rest, rope, value in carried)
 
 
 class Matrix(NamedTuple):
@@ -157,6 +185,17 @@ def matrix(tensor) -> Matrix | None:
     return Matrix(Tiles(tensor, (rows, columns), (along, 1)), row, column)
 
 
+def readable(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[dict[str, Matrix | None], str]:
+    """(name -> matrix, why one of them is none)."""
+    found = {}
+    for name, tensor in tensors:
+        found[name] = matrix(tensor)
+        if found[name] is None:
+            at = tensor.data_ptr() % (2 * _UNIT)
+            return found, f"{name} with strides {tensor.stride()} at byte {at} of 16; TMA reads rows of a matrix"
+    return found, ""
+
+
 class Reading(NamedTuple):
     """The tensors of a call as matrices."""
 
@@ -172,16 +211,12 @@ def read(choice: Choice, q, k, rope, v, softmax_scale: float) -> Reading | None:
     Raises:
         NotImplementedError: it cannot, and the kernel is asked for by name.
     """
-    reason, found = "", {}
+    reason = ""
     if not softmax_scale >= SMALLEST_SCALE:
         reason = f"softmax_scale {softmax_scale}; {SMALLEST_SCALE} and more is carried"
-    for name, tensor in (("q", q), ("k", k), ("rope", rope), ("v", v)):
-        found[name] = matrix(tensor)
-        if found[name] is None:
-            at = tensor.data_ptr() % (2 * _UNIT)
-            reason = f"{name} with strides {tensor.stride()} at byte {at} of 16; TMA reads rows of a matrix"
-            break
-    return Reading(**found) if hopper.served(HOPPER_MLA_PREFILL, choice.form, reason) else None
+    matrices, unreadable = readable((("q", q), ("k", k), ("rope", rope), ("v", v)))
+    reason = reason or unreadable
+    return Reading(**matrices) if hopper.served(HOPPER_MLA_PREFILL, choice.form, reason) else None
 
 
 def launch(chip, choice: Choice, reading: Reading, bounds, results, numbers) -> None:
@@ -198,10 +233,11 @@ def launch(chip, choice: Choice, reading: Reading, bounds, results, numbers) -> 
     score_scale, max_queries, max_keys = numbers
     tiles = -(-max_queries // TILE_ROWS)
     pairs = heads * (bounds[0].shape[0] - 1)
-    together = KEPT_TOGETHER // max(1, 2 * max_keys * (choice.statics["KEY"] + value))
+    together = KEPT_TOGETHER // max(1, 2 * max_keys * (choice.statics["KEY"] + choice.statics["REST"] + value))
+    tokens = v.tiles.base.shape[0]
     args = (
-        out, lse, *bounds, q.tiles, q.tiles, k.tiles, rope.tiles, v.tiles, score_scale, q.row, q.column, k.row,
-        k.column, v.row, v.column, heads, queries, rope.tiles.shape[0], max_queries, max_keys, tiles,
+        out, lse, *bounds, q.tiles, q.tiles, q.tiles, k.tiles, k.tiles, rope.tiles, v.tiles, score_scale,
+        q.row, q.column, k.row, k.column, v.row, v.column, heads, queries, tokens, max_queries, max_keys, tiles,
         max(1, min(together, pairs)), 0,
     )  # fmt: skip
     HOPPER_MLA_PREFILL.launch(chip, pairs * tiles, args, choice.statics, choice.tile)

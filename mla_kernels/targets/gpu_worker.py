@@ -86,12 +86,14 @@ def gluon_source(*arguments):
 
 
 def descriptor(tile: str) -> str:
-    """Triton's type of the TMA descriptor of a ``tile<bf16[1,64,128]>``: boxes swizzled over 128 bytes."""
+    """Triton's type of the TMA descriptor of a ``tile<bf16[1,64,128]>``: boxes swizzled over the bytes of a row, at
+    most 128."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     inner = tile.removeprefix("tile<").removesuffix(">")
     bits = 8 if inner.startswith("fp8") else 16
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=inner.count(",") + 1)
+    width = min(128, bits // 8 * int(inner.rstrip("]").replace("[", ",").rpartition(",")[2]))
+    layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=inner.count(",") + 1)
     return f"tensordesc<{inner},{layout!r}>"
 
 

@@ -47,7 +47,7 @@ def test_every_known_model_has_problems_on_every_kind_of_device():
 def test_a_recording_is_what_real_tensors_look_up_and_results_are_the_reference_s(name):
     operation = OPERATIONS[name]
     size = {"tokens": 24, "batch": 2, "queries": 1, "causal": 1, "keys": 128}
-    size |= {"sequences": 2, "ratio": 4, "width": 128, "codes": 1}
+    size |= {"sequences": 2, "ratio": 4, "width": 128, "codes": 1, "projection": 1}
     size = {key: size[key] for key in operation.sizes[0]}
     geometry = SMALL if operation.applies(SMALL) else SMALL_V4
     assert operation.applies(geometry)

@@ -40,6 +40,17 @@ def test_parity(backend, device, heads, dtype, causal, lengths):
     problem.check(problem.run())
 
 
+WIDTHS = {"expanded": (192, 0, 128), "small": (64, 32, 64), "wide": (192, 64, 256)}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_parity_of_other_widths(backend, device, widths, causal):
+    key, rope, value = WIDTHS[widths]
+    problem = make([(70, 300), (1, 65)], key=key, rope=rope, value=value, causal=causal, device=device)
+    problem.check(problem.run())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch):

@@ -19,7 +19,7 @@ NEEDLESS_HERE = (
     "fence_async_shared()  # what follows uses the barriers just made",  # the emulator's barriers need none
 )
 """Statements without which the emulator finds nothing wrong."""
-OWN = (*ORDERING, "_clear_rows(")
+OWN = (*ORDERING, "clear_rows(")
 
 
 def problem(causal: bool) -> Problem:
@@ -67,7 +67,8 @@ def test_every_statement_that_orders_something_is_needed(tmp_path, monkeypatch):
 
 FAULTS = {
     "keys are reloaded before their product is done": (
-        "        scores = warpgroup_mma_wait(1, [scores])  # [64, 128]\n        mbarrier.arrive(k_free.index(stage))\n",
+        "        scores = warpgroup_mma_wait(1, [scores])  # [64, BLOCK]\n"
+        "        mbarrier.arrive(k_free.index(stage))\n",
         "        mbarrier.arrive(k_free.index(stage))\n        scores = warpgroup_mma_wait(1, [scores])\n",
         1,
     ),
@@ -85,18 +86,18 @@ FAULTS = {
     "both groups take the same queries": ("q_own.index(GROUP + spot)", "q_own.index(spot)", 1),
     "rotated keys of the other stage": ("rope.index(stage).permute", "rope.index((stage + 1) % STAGES).permute", 1),
     "rotated keys of the block before": ("rope_row + block * BLOCK", "rope_row + (block - 1) * BLOCK", 1),
-    "the output is not scaled": ("        acc = acc * keep[:, None]\n", "", 1),
+    "the output is not scaled": ("acc * gl.convert_layout(keep,", "acc * gl.convert_layout(keep * 0 + 1,", 1),
     "sums are not scaled": ("total * keep + gl.sum", "total + gl.sum", 1),
     "a row sees the key after its own": ("limit = keys - q_count + row + 1", "limit = keys - q_count + row + 2", 1),
     "the right group masks as the left one": ("        limit += GROUP * ROWS\n", "        limit += 0\n", 1),
     "a block is whole though one row sees less": (", limit), 0) // BLOCK", ", limit + BLOCK), 0) // BLOCK", 1),
     "keys behind the end are attended to": ("seen = (key < limit)", "seen = (key < limit + 1)", 1),
     "a row of values behind the end is not cleared": ("atom * ATOM < count)", "atom * ATOM < count + 1)", 1),
-    "the last atom of values is not cleared": ("BLOCK // ATOM):\n", "BLOCK // ATOM - 1):\n", 1),
+    "the last atom of values is not cleared": ("ROWS // ATOM):\n", "ROWS // ATOM - 1):\n", 1),
     "one panel of values is not cleared": ("gl.static_range(PANELS)", "gl.static_range(PANELS - 1)", 1),
-    "queries of the next rows": ("q_row + group * ROWS, q_column]", "q_row + ROWS, q_column]", 1),
+    "queries of the next rows": ("row = q_row + group * ROWS", "row = q_row + ROWS", 1),
     "a row too many is stored": ("inside = line < stored_rows - GROUP", "inside = line <= stored_rows - GROUP", 1),
-    "spare rows are left as they are": ("mask=(line < end - first)[:, None])", "mask=(line < 0)[:, None])", 1),
+    "spare rows are left as they are": ("mask=(line < count)[:, None])", "mask=(line < 0)[:, None])", 1),
     "programs take heads in another order": ("pair = set_first + within - tile", "pair = set_first + tile", 1),
 }  # fmt: skip
 

@@ -2,22 +2,26 @@
 
 import pytest
 
-from mla_kernels.hopper.prefill import BLOCK, HOPPER_MLA_PREFILL, ROWS, TILE_ROWS
+from mla_kernels.hopper.prefill import HOPPER_MLA_PREFILL, ROWS, TILE_ROWS, block
 from mla_kernels.targets import sass
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many, write_artefacts
 
 SM_90 = CHIPS["sm_90"]
 TILE = HOPPER_MLA_PREFILL.rule(SM_90, "bf16", {}, {})
-SCORES, OUTPUT = (128 + 64) // 16, BLOCK // 16  # wgmma instructions of a group and block
 
 
-def requests(dtypes=None):
+def requests(cases=HOPPER_MLA_PREFILL.cases, dtypes=None):
     return [
         Request(HOPPER_MLA_PREFILL, SM_90, dtype, case.statics, TILE, case.name)
-        for case in HOPPER_MLA_PREFILL.cases
+        for case in cases
         for dtype in dtypes or case.dtypes
     ]
+
+
+def products(statics) -> tuple[int, int]:
+    """wgmma instructions of a group and block: for scores, and for the output."""
+    return sum(statics[part] for part in ("KEY", "REST", "ROPE")) // 16, block(statics) // 16
 
 
 def check(found):
@@ -29,14 +33,17 @@ def check(found):
         assert report.registers == TILE["REGISTERS"]
         assert 32 * report.detail["warps"] * report.registers <= 65536  # of a multiprocessor
         # Of each group: the first block's scores, two loops, the last block's output.
-        assert report.tensor_instructions == TILE_ROWS // ROWS * (SCORES + 2 * (SCORES + OUTPUT) + OUTPUT)
-        assert report.detail["loop_tensor_shapes"] == {"HGMMA.64x128x16": SCORES + OUTPUT}
+        scores, output = products(request.statics)
+        assert report.tensor_instructions == TILE_ROWS // ROWS * (scores + 2 * (scores + output) + output)
+        shapes = {f"HGMMA.64x{block(request.statics)}x16": scores}
+        wide = f"HGMMA.64x{request.statics['VALUE']}x16"
+        assert report.detail["loop_tensor_shapes"] == shapes | {wide: shapes.get(wide, 0) + output}
         memory = HOPPER_MLA_PREFILL.memory(SM_90, request.dtype, request.statics, TILE)["shared"]
         assert report.memory["shared"] <= memory <= SM_90.memory["shared"]
 
 
 def test_cases_compile_without_spills_and_multiply_once():
-    check(requests(["bf16"]))
+    check(requests(HOPPER_MLA_PREFILL.cases[::4], ["bf16"]))  # of two blocks
 
 
 @pytest.mark.slow
@@ -49,19 +56,18 @@ def test_the_exponentials_stand_between_the_scores_and_the_wait_for_the_output(t
 
     ptxas would rather wait first. Then the weights would overlap no product of their own group.
     """
-    write_artefacts(requests(["bf16"])[0], tmp_path / "kernel")
+    write_artefacts(requests(dtypes=["bf16"])[0], tmp_path / "kernel")
     instructions = sass.parse((tmp_path / "kernel.sass").read_text())
     kinds = [sass.kind(instruction) for instruction in instructions]
-    loops = [
-        loop for loop in sass.loops(instructions) if sum(kinds[i] == "tensor" for i in loop) == SCORES + OUTPUT
-    ]  # fmt: skip
+    once = sum(products(HOPPER_MLA_PREFILL.cases[0].statics))
+    loops = [loop for loop in sass.loops(instructions) if sum(kinds[i] == "tensor" for i in loop) == once]
     assert len(loops) == 4  # of two groups: with masks, and without
     for loop in loops:
-        products = [i for i in loop if kinds[i] == "tensor"]
+        queued = [i for i in loop if kinds[i] == "tensor"]
         waits = [i for i in loop if instructions[i].opcode.startswith("WARPGROUP.DEPBAR")]
         exponentials = [i for i in loop if instructions[i].name == "MUFU"]
-        assert len(waits) == 2 and len(exponentials) >= ROWS * BLOCK // 128
-        assert max(products) < waits[0] < min(exponentials) and max(exponentials) < waits[1]
+        assert len(waits) == 2 and len(exponentials) >= ROWS * 128 // 128
+        assert max(queued) < waits[0] < min(exponentials) and max(exponentials) < waits[1]
 
 
 def test_the_declaration_names_the_parameters_in_order():
@@ -79,5 +85,5 @@ def test_an_output_in_flight_across_iterations_is_told(monkeypatch):
     before = "acc = warpgroup_mma_wait(0, [acc])  # [64, VALUE]\n        mbarrier"
     assert kernel.source.count(before) == 1
     monkeypatch.setitem(kernel.__dict__, "source", kernel.source.replace(before, before.replace("wait(0", "wait(1")))
-    (report,) = compile_many(requests(["bf16"])[:1])
+    (report,) = compile_many(requests(dtypes=["bf16"])[:1])
     assert not report.ok and report.problem.startswith("products one at a time") and "(C75" in report.problem

@@ -10,6 +10,7 @@ import torch
 import mla_kernels
 from mla_kernels import gpu_launch, hopper
 from mla_kernels.hopper import decode as hopper_decode
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.hopper import prefill as hopper_prefill
 from mla_kernels.hopper import sparse as hopper_sparse
 from mla_kernels.launch import KERNELS
@@ -222,7 +223,7 @@ def test_mla_prefill_and_its_gradients(causal):
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_hopper_mla_prefill(heads_first):
-    """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; gradients stay portable."""
+    """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; of the gradients, too."""
     q, rope = torch.randn(300, 3, 192).to(BF16), torch.randn(350, 64).to(BF16)
     kv = torch.randn(350, 3, 256).to(BF16)
     if heads_first:
@@ -237,8 +238,20 @@ def test_hopper_mla_prefill(heads_first):
         mla_kernels.mla_prefill(q.clone(), k, v, *bounds, **sizes, k_rope=rope)
         assert kernel.launches_known == known
         torch.autograd.grad(out.sum() + lse.sum(), leaves)
-    first, again, *gradients = launches
-    assert first.kernel == again.kernel == kernel.name and gradients[0].kernel == "mla_prefill_delta_kernel"
+    first, again, stats, *gradients, heads = launches
+    assert first.kernel == again.kernel == kernel.name and stats.kernel == "mla_prefill_delta_kernel"
+    assert [launch.kernel for launch in gradients] == [
+        "hopper_mla_prefill_key_gradient_kernel", "hopper_mla_prefill_query_gradient_kernel",
+    ]  # fmt: skip
+    assert [launch.grid for launch in gradients] == [18, 18] and [launch.threads for launch in gradients] == [384, 384]
+    for launch in gradients:
+        assert pointers(launch)["stats_ptr"] == pointers(stats)["stats_ptr"]
+        assert {t.data_ptr() for t in bounds} <= set(pointers(launch).values())
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("rope", rope)):
+            assert launch.arguments[f"{name}_tiles"].base.data_ptr() == tensor.data_ptr()
+        assert launch.arguments["grad_tiles"].block_shape == [64, 128]
+        assert (launch.arguments["queries"], launch.arguments["tokens"]) == (300, 350)
+    assert pointers(gradients[0])["rope_grad_ptr"] == pointers(heads)["partial_ptr"]
     assert first.grid == 2 * 3 * 3 and first.threads == 384
     assert first.shared_bytes > 128 * 192 * 2 + 2 * 128 * (192 + 128) * 2  # queries, two blocks of keys and values
     given = {t.data_ptr() for t in (out, lse, *bounds)}
@@ -498,3 +511,28 @@ def test_what_is_known_goes_to_triton_s_c_launcher_at_once(monkeypatch):
         launcher = Launcher()
         setattr(launcher, name, value)
         assert gpu_launch._without_python_half(launcher, 5, (4, 1, 0)) is None, name
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "plain"])
+def test_hopper_experts(format):
+    """A program a multiprocessor, all warps, descriptors over rows and weights, and rows in units of 16 bytes."""
+    hidden, ids = torch.randn(40, 144).to(BF16), torch.arange(80, dtype=I32).view(40, 2) % 3
+    gate_up, down = torch.randn(3, 256, 144).to(BF16), torch.randn(3, 144, 128).to(BF16)
+    experts = mla_kernels.ExpertWeights.quantise(gate_up, down, format)
+    kernel = hopper_experts.HOPPER_EXPERTS
+    with record() as launches, hopper.variants("force"):
+        mla_kernels.fused_experts(hidden, experts, torch.rand(40, 2), ids)
+        known = kernel.launches_known
+        mla_kernels.fused_experts(hidden.clone(), experts, torch.rand(40, 2), ids)
+        assert kernel.launches_known == known
+    own = [launch for launch in launches if launch.kernel == kernel.name]
+    assert len(launches) == 8 and len(own) == 4
+    element = torch.float8_e4m3fn if format == "fp8_block" else BF16
+    for launch, weight, depth in zip(own, (experts.gate_up, experts.down), (144, 128)):
+        rows, columns = weight.shape[1:]
+        assert launch.threads == 384 and launch.grid == launch.arguments["items"] == 4
+        tiles = launch.arguments["w_tiles"]
+        assert (tiles.base.data_ptr(), tiles.shape) == (weight.data_ptr(), [3, rows, columns])
+        assert tiles.base.dtype == element and tiles.block_shape == [1, 128, 128 // element.itemsize]
+        assert launch.arguments["depth_units"] == depth * element.itemsize // 16
+        assert launch.shared_bytes > 4 * 128 * 2 * 128  # stages of weights

@@ -152,7 +152,7 @@ def training(shape: str, tokens: int, place: Place, peers) -> Problem:
     problem = Problem(
         call(), exact, pick, bytes=6 * routing.parameters + 4 * hidden.nbytes, flops=3 * routing.flops, graph=False
     )
-    variants(problem, mk.fused_moe, call, place)
+    variants(problem, mk.fused_moe, call, place, carried=False)
     problem.add("torch grouped_mm", step(grouped_mm))
     return problem
 

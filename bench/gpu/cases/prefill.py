@@ -134,4 +134,5 @@ CASES = (
     _case(16, 8192, 1),
     _case(128, 2048, 1),
     Case("prefill fwd+bwd h16 4096", "prefill", "prefill, forward and backward", 0, partial(backward, 16, 4096)),
+    Case("prefill fwd+bwd h128 2048", "prefill", "prefill, forward and backward", 1, partial(backward, 128, 2048)),
 )

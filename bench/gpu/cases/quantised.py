@@ -60,7 +60,7 @@ def experts(shape: str, format: str, tokens: int, place: Place, peers) -> Proble
         bytes=every.bytes_per_parameter * routing.parameters + 2 * hidden.nbytes, flops=routing.flops,
         copies=routing.copies, limit=FP8_LIMIT if format == "fp8_block" else 2e-2,
     )  # fmt: skip
-    variants(problem, mk.fused_experts, call, place)
+    variants(problem, mk.fused_experts, call, place, carried=format == "fp8_block")
     problem.add(
         "mla_kernels, bf16", lambda copy: mk.fused_moe(hidden, gate_up, down, routing.weights, routing.ids[copy]),
         "own", exact=exact_bf16,

@@ -6,6 +6,8 @@ Symbols: T tokens, H index heads, d head_dim, S keys, B sequences, S_q query tok
 
 import torch
 
+from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
+from mla_kernels.attention.indexer.stream import INDEXER_STREAM, launch_stream, stream_plan
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.hopper import MODE
@@ -13,7 +15,6 @@ from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
@@ -22,21 +23,29 @@ E4M3 = torch.float8_e4m3fn
 
 
 @triton.jit
-def load_keys(k, codes, tile, exists, FP8: tl.constexpr):
-    """A tile of keys in their own type, or codes as the queries' values."""
+def write_token(
+    k, scale, exists, key, key_f, token, row, first, first_key, length, q_ptr, weights_ptr, starts_ptr, ends_ptr, out,
+    q_stride, weights_stride, out_stride, tokens, keys,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, LIMITS: tl.constexpr,
+    CODES: tl.constexpr, BLOCK_H: tl.constexpr, E4M3: tl.constexpr,
+):  # fmt: skip
+    """Logits of token ``row + token`` against keys k [BLOCK_N, HEAD_DIM], those out of its range -inf."""
+    q, w = q_ptr + (row + token) * q_stride, weights_ptr + (row + token) * weights_stride
+    logits = sum_of_heads(k, k, q, w, HEADS, HEAD_DIM, False, CODES, BLOCK_H, E4M3)  # [BLOCK_N]
     if FP8:
-        return decode_e4m3(tl.load(codes + tile, mask=exists[:, None], other=0)).to(tl.float32).to(k.dtype.element_ty)
+        logits = logits * scale
+    if PAGE_SIZE > 0:
+        logits = tl.where(exists, logits, float("-inf"))
+        if LIMITS:
+            above = tl.load(starts_ptr + row + token).to(tl.float32) - first_key
+        else:
+            above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
+        logits = tl.where(key_f < above, logits, float("-inf"))
     else:
-        return tl.load(k + tile, mask=exists[:, None], other=0.0)
-
-
-@triton.jit
-def load_codes(pointer, places, mask, MASKED: tl.constexpr, E4M3: tl.constexpr):
-    """A tile of e4m3 codes: themselves where products take them (E4M3), else as fp16, which holds their values."""
-    if E4M3:
-        pointer = pointer.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-    codes = tl.load(pointer + places, mask=mask[:, None], other=0.0) if MASKED else tl.load(pointer + places)
-    return codes if E4M3 else decode_e4m3(codes)
+        below = tl.load(starts_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
+        above = tl.load(ends_ptr + row + token).to(tl.float32) - first_key
+        logits = tl.where((key_f >= below) & (key_f < above), logits, float("-inf"))
+    tl.store(out + token * out_stride + key, logits, mask=key < keys - first_key)
 
 
 @triton.jit
@@ -46,7 +55,7 @@ def indexer_logits_kernel(
     tokens, keys, num_pages, token_tiles, key_tiles, work,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, FILL: tl.constexpr,
     LIMITS: tl.constexpr, CODES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once.
 
@@ -57,10 +66,10 @@ def indexer_logits_kernel(
     FP8: keys are e4m3 codes with a scale each; CODES: queries are codes, too, and their scales in the weights. E4M3:
     the product takes both as they are, else as fp16, which is exact.
     Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
+    PEEL: the first token stands before the loop over the others. Its product is what makes Triton (3.6 to 3.9) keep
+    the keys in registers within the loop, decoded once; else each token reads and decodes them from shared memory.
     """
-    HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     key = tl.arange(0, BLOCK_N)
-    head = tl.arange(0, BLOCK_H)
     column = tl.arange(0, HEAD_DIM)
     lane = tl.arange(0, BLOCK_T)
     key_f = key.to(tl.float32)
@@ -71,6 +80,7 @@ def indexer_logits_kernel(
         count = tl.minimum(tokens - first, BLOCK_T)
         present = tl.minimum(keys - first_key, BLOCK_N)
         row = tl.cast(sequence, tl.int64) * tokens + first
+        length = 0
         if PAGE_SIZE > 0:
             length = tl.minimum(tl.maximum(tl.load(ends_ptr + sequence), 0), keys + tokens)
             low = 0.0
@@ -87,6 +97,7 @@ def indexer_logits_kernel(
         out = out_ptr + row * out_stride + first_key
         if seen:
             exists = key < present  # [BLOCK_N]
+            scale = 1.0
             if PAGE_SIZE == 0:
                 place = tl.cast(first_key, tl.int64) * key_stride
                 rows = key * key_stride
@@ -113,43 +124,18 @@ def indexer_logits_kernel(
                 k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
             else:
                 k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)
-            for token in range(0, count):
-                q = q_ptr + (row + token) * q_stride
-                w = weights_ptr + (row + token) * weights_stride
-                logits = tl.zeros([BLOCK_N], tl.float32)
-                for part in range(HEAD_TILES):
-                    place_of_heads = part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
-                    if HEADS % BLOCK_H == 0:
-                        if CODES:
-                            q_heads = load_codes(q, place_of_heads, head, False, E4M3)  # [BLOCK_H, HEAD_DIM]
-                        else:
-                            q_heads = tl.load(q + place_of_heads)
-                        w_heads = tl.load(w + part * BLOCK_H + head)  # [BLOCK_H]
-                    else:
-                        real = head < HEADS - part * BLOCK_H
-                        if CODES:
-                            q_heads = load_codes(q, place_of_heads, real, True, E4M3)
-                        else:
-                            q_heads = tl.load(q + place_of_heads, mask=real[:, None], other=0.0)
-                        w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)
-                    w_heads = w_heads.to(tl.float32)
-                    dots = tl.dot(k, tl.trans(q_heads), input_precision="ieee")  # [BLOCK_N, BLOCK_H]
-                    dots = tl.where(dots < 0.0, 0.0, dots)  # keeps NaN
-                    logits += tl.sum(dots * w_heads[None, :], 1)
-                if FP8:
-                    logits = logits * scale
-                if PAGE_SIZE > 0:
-                    logits = tl.where(exists, logits, float("-inf"))
-                    if LIMITS:
-                        above = tl.load(starts_ptr + row + token).to(tl.float32) - first_key
-                    else:
-                        above = (length - tokens + 1 + first + token - first_key).to(tl.float32)
-                    logits = tl.where(key_f < above, logits, float("-inf"))
-                else:
-                    below = tl.load(starts_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
-                    above = tl.load(ends_ptr + row + token).to(tl.float32) - first_key
-                    logits = tl.where((key_f >= below) & (key_f < above), logits, float("-inf"))
-                tl.store(out + token * out_stride + key, logits, mask=key < keys - first_key)
+            if PEEL:
+                write_token(
+                    k, scale, exists, key, key_f, 0, row, first, first_key, length, q_ptr, weights_ptr, starts_ptr,
+                    ends_ptr, out, q_stride, weights_stride, out_stride, tokens, keys, HEADS, HEAD_DIM, PAGE_SIZE, FP8,
+                    LIMITS, CODES, BLOCK_H, E4M3,
+                )  # fmt: skip
+            for token in range(PEEL, count):
+                write_token(
+                    k, scale, exists, key, key_f, token, row, first, first_key, length, q_ptr, weights_ptr, starts_ptr,
+                    ends_ptr, out, q_stride, weights_stride, out_stride, tokens, keys, HEADS, HEAD_DIM, PAGE_SIZE, FP8,
+                    LIMITS, CODES, BLOCK_H, E4M3,
+                )  # fmt: skip
         elif FILL:
             for token in range(0, count):
                 nothing = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -237,12 +223,12 @@ INDEXER_LOGITS = Kernel(
 
 
 def as_multiplied(q):
-    """Codes of queries, as bf16 where the matrix units do not take e4m3: made once a query, not once a tile of keys."""
+    """Codes of queries, as 16 bits where the matrix units take no e4m3: made once a query, not once a tile of keys."""
     chip = chip_of(q.device)
     if chip.dot_e4m3:
         return q
     if chip.is_gpu:
-        return q.bfloat16()
+        return q.half()
     return bytes_to_fp16(q.contiguous().view(torch.uint8)).bfloat16()  # torch casts no float8 on every NPU
 
 
@@ -256,7 +242,9 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     scale, k = (k_scale, k.view(torch.int8)) if fp8 else (out, k)
     strides = q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0
     shape = heads, width, 0, fp8, fill, False, q.dtype == E4M3
-    launch_indexer_logits(q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32)
+    launch_indexer_logits(
+        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32
+    )
     return out
 
 
@@ -273,24 +261,36 @@ def launch_paged_logits(
     if out is None:
         capacity = block_table.shape[1] * page_size
         out = torch.empty((sequences * tokens, capacity), dtype=torch.float32, device=q.device)
-    shape = heads, width, page_size, parts is not None, fill, limits is not None, q.dtype == E4M3
+    has_limits, codes = limits is not None, q.dtype == E4M3
+    shape = heads, width, page_size, parts is not None, fill, has_limits, codes
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
+    chip, columns = chip_of(q.device), out.shape[1]
+    if tokens == 1 and parts is not None and not batch_invariant:
+        one = heads, width, page_size, fill, has_limits, codes
+        plan = INDEXER_STREAM.kept.plans.get(key := (chip.device, q.dtype, one, sequences, columns, pages > 0))
+        if plan is None:
+            plan = INDEXER_STREAM.keep(key, stream_plan(chip, *key[1:]))
+        if plan:
+            strides = q.stride()[0], weights.stride()[0], data.stride()[0], scale_stride, block_table.stride()[0]
+            q = q.view(torch.int8) if codes else q
+            launch_stream(chip, plan, q, parts, weights, seq_lens, limits, block_table, out, strides, pages)
+            return out.view(sequences, tokens, columns)
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
-        q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
+        chip, q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
         32 if batch_invariant else tokens,
     )  # fmt: skip
     return out.view(sequences, tokens, out.shape[1])
 
 
 def launch_indexer_logits(
-    q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
+    chip, q, k, scale, weights, starts, ends, block_table, out, strides, sequences, tokens, num_pages, shape, tiled
 ):
     """``k``: keys in q's dtype, or codes as int8. ``shape``: heads, width, page size (0: rows), whether ``k`` is codes,
     whether to fill, whether ``starts`` are limits, whether ``q`` is codes. ``tiled``: the number of tokens that a tile
     is looked up for, never that of a batch."""
-    chip, keys, fp8, codes = chip_of(q.device), out.shape[1], shape[3], shape[6]
+    keys, fp8, codes = out.shape[1], shape[3], shape[6]
     plan = INDEXER_LOGITS.kept.plans.get(key := (chip.device, q.dtype, shape, tiled, MODE.get()))
     if plan is None:
         statics = _statics(*shape)

@@ -12,7 +12,8 @@ in the low nibble.
 
 import torch
 
-from mla_kernels.attention.indexer.forward import E4M3, as_multiplied, launch_paged_logits, load_codes
+from mla_kernels.attention.indexer.forward import E4M3, as_multiplied, launch_paged_logits
+from mla_kernels.attention.indexer.scores import load_codes, sum_of_heads
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
@@ -35,13 +36,41 @@ def scaled_keys(codes, words, group, FORMAT: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def write_token(
+    k, k_odd, scale, exists, key, key_f, row, first_key, present, columns, q_ptr, weights_ptr, starts_ptr, ends_ptr,
+    out_ptr, q_stride, weights_stride, out_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, COMPACT: tl.constexpr,
+    CODES: tl.constexpr, BLOCK_H: tl.constexpr, E4M3: tl.constexpr,
+):  # fmt: skip
+    """Logits of token ``row`` against a tile of keys; those that it does not see are not written."""
+    q, w = q_ptr + row * q_stride, weights_ptr + row * weights_stride
+    HALVES: tl.constexpr = FORMAT == "mxfp4"
+    logits = sum_of_heads(k, k_odd, q, w, HEADS, HEAD_DIM, HALVES, CODES, BLOCK_H, E4M3)  # [BLOCK_N]
+    if FORMAT == "fp8":
+        logits = logits * scale
+    start = 0
+    if PAGE_SIZE == 0:
+        start = tl.maximum(tl.load(starts_ptr + row), 0)
+    else:
+        logits = tl.where(exists, logits, float("-inf"))
+    below = (start - first_key).to(tl.float32)
+    above = tl.load(ends_ptr + row).to(tl.float32) - first_key  # fp32 cannot wrap around
+    visible = (key_f >= below) & (key_f < above) & (key < present)
+    target = out_ptr + row * out_stride + first_key
+    if COMPACT:
+        visible = visible & (key_f - below < columns)
+        target = target - start
+    tl.store(target + key, logits, mask=visible)
+
+
+@triton.jit
 def mqa_logits_kernel(
     q_ptr, codes_ptr, scale_ptr, weights_ptr, starts_ptr, ends_ptr, block_table_ptr, out_ptr,
     q_stride, weights_stride, page_stride, key_stride, scale_stride, table_stride, out_stride,
     tokens, keys, columns, num_pages, token_tiles, key_tiles, work,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, COMPACT: tl.constexpr,
     CODES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, E4M3: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Logits of up to BLOCK_T tokens of one sequence against BLOCK_N keys, which are loaded once; those that a token
     does not see are not written.
@@ -49,12 +78,12 @@ def mqa_logits_kernel(
     Item: (sequence * token_tiles + token tile) * key_tiles + key tile. PAGE_SIZE 0: one sequence, keys in rows, seen
     from ``starts`` to ``ends``; else the first ``ends`` of each token. COMPACT: column 0 is a token's first key.
     Queries are e4m3 codes (CODES, with FORMAT "fp8" alone) or bf16 values, with "mxfp4" those of the even columns in
-    front. E4M3: codes are multiplied as they are, else as fp16.
+    front. E4M3: codes are multiplied as they are, else as fp16. PEEL: as in
+    :func:`mla_kernels.attention.indexer.forward.indexer_logits_kernel`.
     """
-    HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     WIDTH: tl.constexpr = HEAD_DIM // 2 if FORMAT == "mxfp4" else HEAD_DIM  # bytes of a key's codes
+    GROUP: tl.constexpr = 16 if FORMAT == "mxfp4" else 32  # of these columns share an exponent
     key = tl.arange(0, BLOCK_N)
-    head = tl.arange(0, BLOCK_H)
     column = tl.arange(0, WIDTH)
     lane = tl.arange(0, BLOCK_T)
     key_f = key.to(tl.float32)
@@ -97,47 +126,25 @@ def mqa_logits_kernel(
                 k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
             elif FORMAT == "fp8":
                 codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
-                k = decode_e4m3(codes).to(tl.float32).to(tl.bfloat16)
+                k = decode_e4m3(codes).to(tl.float32).to(q_ptr.dtype.element_ty)
             else:
-                GROUP: tl.constexpr = 16 if FORMAT == "mxfp4" else 32  # of these columns share an exponent
                 codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
                 k = scaled_keys(codes, scale, column // GROUP, FORMAT, False)  # [BLOCK_N, WIDTH]
-                if FORMAT == "mxfp4":
-                    k_odd = scaled_keys(codes, scale, column // GROUP, FORMAT, True)
-            for token in range(0, count):
-                q = q_ptr + (row + token) * q_stride
-                w = weights_ptr + (row + token) * weights_stride
-                logits = tl.zeros([BLOCK_N], tl.float32)
-                for part in range(HEAD_TILES):
-                    real = head < HEADS - part * BLOCK_H
-                    place_of_heads = part * BLOCK_H * HEAD_DIM + head[:, None] * HEAD_DIM + column[None, :]
-                    w_heads = tl.load(w + part * BLOCK_H + head, mask=real, other=0.0)  # [BLOCK_H]
-                    if CODES:
-                        q_heads = load_codes(q, place_of_heads, real, True, E4M3)  # [BLOCK_H, HEAD_DIM]
-                    else:
-                        q_heads = tl.load(q + place_of_heads, mask=real[:, None], other=0.0)  # [BLOCK_H, WIDTH]
-                    dots = tl.dot(k, tl.trans(q_heads))  # [BLOCK_N, BLOCK_H]
-                    if FORMAT == "mxfp4":
-                        q_odd = tl.load(q + place_of_heads + WIDTH, mask=real[:, None], other=0.0)
-                        dots = tl.dot(k_odd, tl.trans(q_odd), dots)
-                    dots = tl.where(dots < 0.0, 0.0, dots)  # keeps NaN
-                    logits += tl.sum(dots * w_heads[None, :], 1)
-                if FORMAT == "fp8":
-                    logits = logits * scale
-                start = 0
-                if PAGE_SIZE == 0:
-                    start = tl.maximum(tl.load(starts_ptr + row + token), 0)
-                else:
-                    logits = tl.where(exists, logits, float("-inf"))
-                below = (start - first_key).to(tl.float32)
-                above = tl.load(ends_ptr + row + token).to(tl.float32) - first_key  # fp32 cannot wrap around
-                visible = (key_f >= below) & (key_f < above) & (key < present)
-                if COMPACT:
-                    visible = visible & (key_f - below < columns)
-                    target = out_ptr + (row + token) * out_stride + (first_key - start)
-                else:
-                    target = out_ptr + (row + token) * out_stride + first_key
-                tl.store(target + key, logits, mask=visible)
+            k_odd = k
+            if FORMAT == "mxfp4":
+                k_odd = scaled_keys(codes, scale, column // GROUP, FORMAT, True)
+            if PEEL:
+                write_token(
+                    k, k_odd, scale, exists, key, key_f, row, first_key, present, columns, q_ptr, weights_ptr,
+                    starts_ptr, ends_ptr, out_ptr, q_stride, weights_stride, out_stride, HEADS, HEAD_DIM, PAGE_SIZE,
+                    FORMAT, COMPACT, CODES, BLOCK_H, E4M3,
+                )  # fmt: skip
+            for token in range(PEEL, count):
+                write_token(
+                    k, k_odd, scale, exists, key, key_f, row + token, first_key, present, columns, q_ptr, weights_ptr,
+                    starts_ptr, ends_ptr, out_ptr, q_stride, weights_stride, out_stride, HEADS, HEAD_DIM, PAGE_SIZE,
+                    FORMAT, COMPACT, CODES, BLOCK_H, E4M3,
+                )  # fmt: skip
 
 
 def _key_bytes(statics):
@@ -183,8 +190,9 @@ def _memory(chip, dtype, statics, tile):
     if chip.vendor == "amd":
         return {"shared": 2 * (keys + tile["BLOCK_H"] * statics["HEAD_DIM"]) + 1024}
     if not chip.is_gpu:
-        gathered = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0
-        memory["UB"] = (3 + gathered) * 4 * tile["BLOCK_N"] * tile["BLOCK_H"] + (18 + 20 * gathered) * keys
+        gathered, several = statics["PAGE_SIZE"] % tile["BLOCK_N"] != 0, statics["HEADS"] > tile["BLOCK_H"]
+        dots = 4 * tile["BLOCK_N"] * tile["BLOCK_H"]
+        memory["UB"] = (3 + gathered + several) * dots + (18 + 20 * gathered) * keys
     return memory
 
 

@@ -7,24 +7,38 @@ LOGITS_TILES = {
     "BLOCK_H": (16, 32, 64),
     "BLOCK_N": (32, 64, 128, 256),
     "E4M3": (0, 1),
+    "PEEL": (0, 1),
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3),
 }
 
 
+def from_registers(chip):
+    """Whether products take both operands from registers (mma.sync)."""
+    return chip.vendor == "nvidia" and not chip.dot_from_shared
+
+
 def logits_rule(chip, dtype, statics, sizes):
-    """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once."""
+    """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once.
+
+    With mma.sync a warp has 32 keys and few heads at a time: it alone sums over a key's heads, and the keys fit its
+    registers.
+    """
     heads = max(16, 1 << (statics["HEADS"] - 1).bit_length())
     tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
-    tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128}
+    tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128, "num_stages": 2}
+    tile["E4M3"] = int(statics["CODES"] and chip.dot_e4m3)
+    if from_registers(chip) and dtype != "fp32":
+        return tile | {"BLOCK_H": max(16, heads // 4), "PEEL": 1, "num_warps": 4}
     if dtype == "fp32":
-        tile["BLOCK_N"] = 32
+        tile |= {"BLOCK_N": 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
     page = statics["PAGE_SIZE"]
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
+    if not chip.is_gpu and heads > 64:
+        tile["BLOCK_N"] = min(tile["BLOCK_N"], 64)  # sums of head tiles share UB with a tile
     wide = chip.vendor == "nvidia" and (tile["BLOCK_N"] >= 128 or dtype == "fp32")
-    tile["E4M3"] = int(statics["CODES"] and chip.dot_e4m3)
-    return tile | {"num_warps": 8 if wide else 4, "num_stages": 2}
+    return tile | {"PEEL": 0, "num_warps": 8 if wide else 4}
 
 
 def logits_memory(chip, dtype, statics, tile):
@@ -34,15 +48,19 @@ def logits_memory(chip, dtype, statics, tile):
     size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size
     dots = tile["BLOCK_N"] * tile["BLOCK_H"] * 4
+    several = statics["HEADS"] > tile["BLOCK_H"]
     if chip.vendor == "amd":
-        return {"shared": max(k, q) * max(1, stages - 1) + 1024}
+        together = k + q if statics["FP8"] and not statics["CODES"] else 0
+        return {"shared": max(together, max(k, q) * max(1, stages - 1)) + 1024}
     if chip.is_gpu:
+        q *= -(-statics["HEADS"] // tile["BLOCK_H"]) if dtype == "fp32" else 1
         buffers = stages if chip.dot_from_shared and dtype != "fp32" else max(1, stages - 1)
         return {"shared": k + q * buffers + 1024}
+    more = dots * (several + 2 * (statics["PAGE_SIZE"] > 0))
     if statics["PAGE_SIZE"] % tile["BLOCK_N"]:  # rows are gathered through UB
-        vectors = 4 * dots + 16 * tile["BLOCK_N"] * width
+        vectors = more + 4 * dots + 16 * tile["BLOCK_N"] * width
     else:
-        vectors = 3 * dots + (3 * k if statics["FP8"] else 4096)
+        vectors = more + 3 * dots + (3 * k if statics["FP8"] else 4096)
     return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
 
 

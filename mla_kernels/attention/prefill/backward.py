@@ -39,6 +39,10 @@ from mla_kernels.attention.prefill.tiles import (
     query_gradient_rule,
 )
 from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_backward
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import prefill_gradients as hopper_gradients
+from mla_kernels.hopper import variants as hopper_variants
+from mla_kernels.hopper.prefill_gradients import HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -328,9 +332,9 @@ def _launch(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if k_rope is None else k_rope.stride(0),
         v.stride(0), v.stride(1), out_grad.stride(0), out_grad.stride(1),
     )  # fmt: skip
-    for kernel, outputs, longest, block in (
-        (MLA_PREFILL_KEY_GRADIENT, (k_grad, partial, v_grad), max_seqlen_k, "BLOCK_N"),
-        (MLA_PREFILL_QUERY_GRADIENT, (q_grad,), max_seqlen_q, "BLOCK_M"),
+    for kernel, hopper_kernel, outputs, longest, block in (
+        (MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_KEY_GRADIENT, (k_grad, partial, v_grad), max_seqlen_k, "BLOCK_N"),
+        (MLA_PREFILL_QUERY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT, (q_grad,), max_seqlen_q, "BLOCK_M"),
     ):
         tile = kernel.tile_for(chip, dtype, statics, {"heads": heads})  # whatever the batch, so that its bits stay
         tiles = -(-longest // tile[block])
@@ -339,6 +343,15 @@ def _launch(
         if work == 0:  # no program to clear what no sequence owns
             for output in outputs:
                 output.zero_()
+        elif queries and tokens and (variant := hopper_gradients.choose(hopper_kernel, chip, q.dtype, statics)):
+            tensors = (*inputs[:4], out_grad)
+            reading = hopper_gradients.read(variant, tensors, softmax_scale)
+            if reading is not None:
+                numbers = softmax_scale, max_seqlen_q, max_seqlen_k
+                hopper_gradients.launch(
+                    chip, variant, reading, outputs, (cu_seqlens_q, cu_seqlens_k), stats, numbers
+                )  # fmt: skip
+                continue
         kernel.launch(chip, work, (*inputs, *outputs, softmax_scale, *strides, *sizes), statics, tile)
 
     if rope:
@@ -377,10 +390,12 @@ _mla_prefill_backward = define_op(
 def save_for_backward(ctx, inputs, output):
     q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *ctx.settings, _ = inputs
     ctx.save_for_backward(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, *output)
+    ctx.hopper_variants = MODE.get()  # autograd calls the backward in a thread of its own, where it is the default
 
 
 def mla_prefill_gradients(ctx, out_grad, lse_grad):
     """Gradients of the arguments of the op ``mla_prefill``, in their order."""
     saved = ctx.saved_tensors  # once: under a checkpoint a second look computes the forward again, or is refused
-    grads = _mla_prefill_backward(out_grad, lse_grad, *saved, *ctx.settings)
+    with hopper_variants(ctx.hopper_variants):
+        grads = _mla_prefill_backward(out_grad, lse_grad, *saved, *ctx.settings)
     return *grads[:3], None if saved[3] is None else grads[3], *(None,) * 7

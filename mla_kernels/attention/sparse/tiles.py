@@ -23,6 +23,9 @@ def forward_rule(chip, dtype, statics, sizes):
             tile |= {"BLOCK_H": 32, "BLOCK_N": 64}  # 64 rows spill, and 32 with 32 picks do
         elif layout == "int8":
             tile["BLOCK_N"] = 32  # Triton 3.7 spills at 64
+    small = chip.generation in ("89", "120") and layout == "plain" and tile["BLOCK_H"] == 16
+    if small and statics["ROPE"] and dtype != "fp32":
+        tile["BLOCK_N"] = 64  # one program a core of 99 KB in any case: twice the keys for a load of the queries
     if chip.generation == "100" and tile["BLOCK_H"] == 32 and not statics["ROPE"]:
         tile["num_stages"] = 3  # with 2 a decode step spills in its loop
     if layout == "fp8_v4" and chip.is_gpu and tile["BLOCK_H"] < 64:  # 32 picks spill, on NVIDIA 16 in one stage, too
@@ -49,7 +52,10 @@ def pair_rule(chip, dtype, statics, sizes):
 
 
 def forward_memory(chip, dtype, statics, tile):
-    return decode_tiles.memory(chip, dtype, _as_decode(statics), tile | {"VALUE_TILES": 1})
+    memory = decode_tiles.memory(chip, dtype, _as_decode(statics), tile | {"VALUE_TILES": 1})
+    if chip.vendor == "nvidia":
+        memory["shared"] += 4 * tile["BLOCK_N"]  # the picks
+    return memory
 
 
 def _gradient_rule(chip, dtype, statics, sizes):

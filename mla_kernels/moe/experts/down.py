@@ -5,6 +5,8 @@ Symbols: P rows in expert order (pairs), E experts, H hidden size, I intermediat
 
 import torch
 
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_NAMES, Kernel, chip_of
 from mla_kernels.moe.experts.grouped import (
@@ -159,10 +161,12 @@ def launch_down(
     weight_at: str = "none",
     by_pair: bool = False,
     batch_invariant: bool = False,
+    variant: bool = False,
 ) -> torch.Tensor:
     """Rows [P, H], in expert order (those without an expert 0) or, with ``by_pair``, in the order of (token, slot),
     where pairs without an expert hold anything; ``weights`` [T, K], contiguous, multiply the product before the bias or
-    after it, as ``weight_at`` ("activation", "output") says. One launch."""
+    after it, as ``weight_at`` ("activation", "output") says. One launch; with ``variant``, which takes ``by_pair``, of
+    the kernel for Hopper, where :mod:`mla_kernels.hopper` says so."""
     pairs, inner = activation.shape
     experts, width, _ = down.shape
     out = activation.new_empty((pairs, width))
@@ -171,7 +175,7 @@ def launch_down(
     (order, offsets, top_k), chip, strides = rows, chip_of(activation.device), down.stride()
     transposed = strides[2] != 1 and inner > 1
     shapes = pairs, top_k, experts, width, inner, transposed, bias is None, batch_invariant
-    key = chip.device, activation.dtype, shapes, weight_at, by_pair
+    key = chip.device, activation.dtype, shapes, weight_at, by_pair, variant and MODE.get()
     plan = DOWN.kept.plans.get(key)
     if plan is None:
         wide = by_pair and pairs * width >= 1 << 31
@@ -182,8 +186,16 @@ def launch_down(
         # this tile may divide a row that not every tile divides; where a weight stands changes no tile
         statics |= {"EVEN_K": inner % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
         work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"])
-        plan = DOWN.keep(key, (work, statics, tile))
-    work, statics, tile = plan
+        choice = None
+        if variant:
+            layer = hopper_experts.Layer("plain", "none", False, bias is not None, transposed)
+            choice = hopper_experts.choose(chip, activation.dtype, layer, False, weight_at, sizes)
+        plan = DOWN.keep(key, (work, statics, tile, choice))
+    work, statics, tile, choice = plan
+    if choice is not None:
+        product, placed = (activation, None, down, None, width), (order, offsets, top_k, pairs // top_k)
+        if hopper_experts.launch(chip, choice, product, placed, (out, None), weights):
+            return out
     args = (
         activation, down, down if bias is None else bias, out, order, offsets,
         offsets if weight_at == "none" else weights, pairs, experts, width, inner,

@@ -27,7 +27,7 @@ def _launch(
     rows = Rows(order, offsets, ids.shape[1])
     of_pairs, at = weights.contiguous(), places(weight_at, hidden.dtype)
     activation = activation_of(clamp, limit, alpha, interleaved)
-    options = {"weights": of_pairs, "batch_invariant": batch_invariant}
+    options = {"weights": of_pairs, "batch_invariant": batch_invariant, "variant": True}
     first = {"bias": gate_up_bias, "activation": activation, "weight_at": at.gate_up}
     inner = launch_gate_up(hidden, gate_up, rows, **first, **options)
     results = launch_down(inner, down, rows, bias=down_bias, weight_at=at.down, by_pair=True, **options)

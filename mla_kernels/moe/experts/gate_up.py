@@ -5,6 +5,8 @@ Symbols: T tokens, K slots of a token, P rows in expert order (pairs), E experts
 
 import torch
 
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_NAMES, Kernel, chip_of
 from mla_kernels.moe.experts.activation import SWIGLU, Activation, gated
@@ -226,9 +228,11 @@ def launch_gate_up(
     weights: torch.Tensor | None = None,
     weight_at: str = "none",
     batch_invariant: bool = False,
+    variant: bool = False,
 ) -> torch.Tensor:
     """The activation [P, I] in expert order; ``weights`` [T, K], contiguous, multiply the input or the activation, as
-    ``weight_at`` says. One launch."""
+    ``weight_at`` says. One launch; with ``variant`` of the kernel for Hopper, where :mod:`mla_kernels.hopper` says
+    so."""
     order, offsets, top_k = rows
     (tokens, width), pairs, (experts, doubled, _) = hidden.shape, order.shape[0], gate_up.shape
     inner, chip = doubled // 2, chip_of(hidden.device)
@@ -239,7 +243,7 @@ def launch_gate_up(
     wide = tokens * hidden_stride >= 1 << 31
     transposed = strides[2] != 1 and width > 1
     shapes = tokens, pairs, experts, width, inner, wide, transposed, bias is None, batch_invariant
-    key = chip.device, hidden.dtype, shapes, activation.arguments, weight_at
+    key = chip.device, hidden.dtype, shapes, activation.arguments, weight_at, variant and MODE.get()
     plan = GATE_UP.kept.plans.get(key)
     if plan is None:
         statics = _statics(experts, width, wide, transposed, activation, bias is not None)
@@ -249,8 +253,18 @@ def launch_gate_up(
         # this tile may divide a row that not every tile divides; where a weight stands changes no tile
         statics |= {"EVEN_K": width % tile["BLOCK_K"] == 0, "WEIGHT_AT": weight_at}
         work = num_slots(pairs, experts, tile["BLOCK_M"]) * -(-inner // tile["BLOCK_N"])
-        plan = GATE_UP.keep(key, (work, statics, tile))
-    work, statics, tile = plan
+        choice = None
+        if variant:
+            constants = activation.clamp.value, activation.interleaved
+            layer = hopper_experts.Layer("plain", *constants, bias is not None, transposed)
+            choice = hopper_experts.choose(chip, hidden.dtype, layer, True, weight_at, sizes)
+        plan = GATE_UP.keep(key, (work, statics, tile, choice))
+    work, statics, tile, choice = plan
+    if choice is not None:
+        product, numbers = (hidden, None, gate_up, None, inner), (activation.limit or 0.0, activation.alpha)
+        placed = order, offsets, top_k, tokens
+        if hopper_experts.launch(chip, choice, product, placed, (out, None), weights, numbers):
+            return out
     args = (
         hidden, gate_up, gate_up if bias is None else bias, out, order, offsets,
         offsets if weight_at == "none" else weights, tokens, pairs, top_k, experts, width, inner,

@@ -11,6 +11,8 @@ import torch
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
 from mla_kernels.cpu import quantised as cpu
 from mla_kernels.cpu.alone import by_row
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.invariance import wanted
 from mla_kernels.launch import DTYPE_NAMES, chip_of
 from mla_kernels.moe.dispatch.combine import launch_combine_pairs
@@ -54,6 +56,7 @@ class Call(NamedTuple):
     sizes: tuple[int, int, int, int, int]  # T, K, E, H, I
     key: tuple  # all that the launches' constants, tiles and grids follow from
     batch_invariant: bool
+    variants: "_Variants"
 
 
 def _launch(
@@ -61,7 +64,7 @@ def _launch(
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
-    combine."""
+    combine. Of int8_w8a8 with many rows a fifth: the activation's codes."""
     tokens, width = hidden.shape
     if tokens == 0:
         return hidden.new_empty(hidden.shape)
@@ -77,7 +80,11 @@ def _launch(
     sizes = tokens, top_k, experts, width, doubled // 2
     tensors_given = gate_up_zero is None, gate_up_bias is None, down_bias is None
     key = chip.device, hidden.dtype, sizes, format, group_size, tensors_given, clamp, interleaved, at, batch_invariant
-    call = Call(activation, at, weights.contiguous(), ids, sizes, key, batch_invariant)
+    key = *key, MODE.get()
+    variants = hopper_experts.HOPPER_EXPERTS.kept.plans.get(key)
+    if variants is None:
+        variants = _variants(chip, hidden.dtype, stored, activation, at, key)
+    call = Call(activation, at, weights.contiguous(), ids, sizes, key, batch_invariant, variants)
     results = hidden.new_empty((tokens * top_k, width))
     (_launch_eight_bit if format in EIGHT_BIT_ACTIVATIONS else _launch_weight_only)(chip, hidden, stored, call, results)
     return launch_combine_pairs(results, call.of_pairs if at.combine else None, ids, experts)
@@ -95,6 +102,24 @@ def _plan(kernel, chip, dtype, call, statics, weight_at, row, columns):
     return kernel.keep(call.key, (work, statics | {"WEIGHT_AT": weight_at}, tile))  # which changes no tile
 
 
+class _Variants(NamedTuple):
+    """What is launched in place of the portable products, where it can read their tensors."""
+
+    gate_up: hopper_experts.Choice | None
+    down: hopper_experts.Choice | None
+
+
+def _variants(chip, dtype, stored, activation, at, key):
+    """For a call of this key, kept."""
+    biased = stored.gate_up_bias is not None or stored.down_bias is not None
+    layer = hopper_experts.Layer(stored.format, activation.clamp.value, activation.interleaved, biased, False)
+    _, _, sizes, *_, batch_invariant, _ = key
+    sizes = sizes_of_tile(sizes_of(*sizes), batch_invariant)
+    gate_up = hopper_experts.choose(chip, dtype, layer, True, at.gate_up, sizes)
+    down = hopper_experts.choose(chip, dtype, layer, False, at.down, sizes)
+    return hopper_experts.HOPPER_EXPERTS.keep(key, _Variants(gate_up, down))
+
+
 def _constants(activation):
     return {"CLAMP": activation.clamp.value, "INTERLEAVED": activation.interleaved}
 
@@ -107,11 +132,19 @@ def _launch_weight_only(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner))
     bias, zero, group = stored.gate_up_bias, stored.gate_up_zero, stored.group_size
     common = experts, stored.format, group, zero is not None
+    # PAIRS loads words, and rounds no scale; codes decoded one by one give the same bits.
+    addresses = stored.gate_up.data_ptr() | stored.gate_up_scale.data_ptr()
+    addresses |= stored.down.data_ptr() | stored.down_scale.data_ptr()
+    if zero is not None:
+        addresses |= zero.data_ptr() | stored.down_zero.data_ptr()
+    types = {dtype, stored.gate_up_scale.dtype, stored.down_scale.dtype}
+    in_words = addresses % 4 == 0 and (stored.format != "int4" or len(types) == 1)
     plan = weight_only.GATE_UP.kept.plans.get(call.key)
     if plan is None:
         statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
         plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
@@ -126,6 +159,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         statics = weight_only.statics_of(*common, bias is not None, inner)
         plan = _plan(weight_only.DOWN, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         activated, stored.down, stored.down_scale, stored.down if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
@@ -136,7 +170,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
 
 def _launch_eight_bit(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, codes and scales of hidden (T * H bytes) and of the activation (P * I bytes;
-    int8_w8a8: P * I elements and the largest magnitudes of their parts)."""
+    int8_w8a8: P * I elements and the largest magnitudes of their parts, with many rows also P * I bytes)."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
     pairs, activation, fp8 = tokens * top_k, call.activation, stored.format == "fp8_block"
     blocks, inner_blocks = -(-width // COLUMNS), -(-inner // COLUMNS)
@@ -169,24 +203,51 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner_blocks * COLUMNS), dtype=torch.int8 if fp8 else dtype)
     scales_shape = (pairs + COLUMNS, inner_blocks) if fp8 else (parts, pairs + COLUMNS)
     activated_scales = hidden.new_empty(scales_shape, dtype=torch.float32)
-    args = (
-        codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
-        call.of_pairs, activated, activated_scales, order, offsets,
-        tokens, pairs, experts, top_k, width, blocks * COLUMNS, inner, activation.limit or 0.0, activation.alpha,
-    )  # fmt: skip
-    kernel.launch(chip, work, args, statics, tile)
+    rows, numbers = (order, offsets, top_k, tokens), (activation.limit or 0.0, activation.alpha)
+    variant = call.variants.gate_up
+    product = codes, code_scales, stored.gate_up, stored.gate_up_scale, inner
+    results_of = activated, activated_scales
+    if variant is None or not hopper_experts.launch(chip, variant, product, rows, results_of, call.of_pairs, numbers):
+        args = (
+            codes, code_scales, stored.gate_up, stored.gate_up_scale, hidden if bias is None else bias,
+            call.of_pairs, activated, activated_scales, order, offsets,
+            tokens, pairs, experts, top_k, width, blocks * COLUMNS, inner, *numbers,
+        )  # fmt: skip
+        kernel.launch(chip, work, args, statics, tile)
 
     bias, kernel = stored.down_bias, eight_bit.DOWN
     plan = kernel.kept.plans.get(call.key)
     if plan is None:
         statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
+        statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
-    args = (
-        activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
-        call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
-    )  # fmt: skip
-    kernel.launch(chip, work, args, statics, tile)
+    if statics["AHEAD"]:
+        activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
+    variant = call.variants.down
+    product = activated, activated_scales, stored.down, stored.down_scale, width
+    if variant is None or not hopper_experts.launch(chip, variant, product, rows, (results, None), call.of_pairs):
+        args = (
+            activated, activated_scales, stored.down, stored.down_scale, hidden if bias is None else bias,
+            call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
+        )  # fmt: skip
+        kernel.launch(chip, work, args, statics, tile)
+
+
+def _launch_activation_codes(chip, call, activated, parts_largest, dtype):
+    """Codes of the activation, and a scale a row."""
+    tokens, top_k, _, _, inner = call.sizes
+    pairs, kernel = tokens * top_k, eight_bit.ACTIVATION
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], {}, sizes_of(*call.sizes))
+        plan = kernel.keep(call.key, (-(-pairs // tile["BLOCK_M"]), tile))
+    work, tile = plan
+    codes = activated.new_empty(activated.shape, dtype=torch.int8)
+    scales = parts_largest.new_empty(parts_largest.shape[1])
+    args = activated, parts_largest, codes, scales, pairs, inner, parts_largest.shape[0]
+    kernel.launch(chip, work, args, {}, tile)
+    return codes, scales
 
 
 def _fake(hidden, *_):
@@ -218,7 +279,8 @@ def fused_experts(
 
     On a device four kernel launches: order of the rows, gate_up, down, combine; with the router five. With fp8_block
     and int8_w8a8 the first one quantises hidden, too. The activation is quantised by gate_up's epilogue (fp8_block), or
-    by down on the scale that gate_up's epilogue prepared (int8_w8a8). Nothing waits for the host.
+    on the scale that gate_up's epilogue prepared by down (int8_w8a8); where experts have more than 32 rows on average,
+    on GPUs, by a launch of its own, with P I bytes more. Nothing waits for the host.
 
     ============= ============================================================= ========================================
     format        products                                                      memory besides the result, bytes
