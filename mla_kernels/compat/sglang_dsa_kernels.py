@@ -13,11 +13,11 @@ Source: SGLang 0.5.23, ``sglang/kernels/ops/attention/dsa``, ``sglang/kernels/op
 """
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.checks import FLOATS, INDICES, check_tensor
 from mla_kernels.compat.deep_gemm import fp8_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa_logits_metadata
+from mla_kernels.compat.engine_rope import rope_tables
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.heads import rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
@@ -30,7 +30,6 @@ KEY = 128  # width of an index key, which shares one scale
 PAGE = 64
 LATENT, ROPE = 512, 64
 _CODES = 528  # bytes of a cached token before its rotated key: 512 codes and 4 scales
-_TABLES = WeakTensorKeyDictionary()  # SGLang's [positions, cos and sin] -> two float32 tables
 
 
 def act_quant(
@@ -66,7 +65,7 @@ def fused_q_indexer_rope_first_quant(
         (float8_e4m3fn [T, H, 128], float32 [T, H, 1]: ``weight`` [T, H] times ``weight_scale`` and the codes' scale).
     """
     turned = rotate_indexer_query(
-        q_input, *_tables(cos_sin_cache), positions, rope_dim=cos_sin_cache.shape[1], rope="interleaved"
+        q_input, *rope_tables(cos_sin_cache), positions, rope_dim=cos_sin_cache.shape[1], rope="interleaved"
     )
     codes, weights = quantise_indexer_query(turned, weight.float() * weight_scale)
     return codes, weights[..., None]
@@ -88,7 +87,7 @@ def fused_k_indexer_norm_rope_store(
         k_input,
         weight,
         bias,
-        *_tables(cos_sin_cache),
+        *rope_tables(cos_sin_cache),
         positions,
         out_cache_loc,
         _pages(cache, page_size),
@@ -182,10 +181,3 @@ def best_positions(
 def _pages(cache: torch.Tensor, page_size: int) -> IndexerCache:
     check_tensor("cache", cache, shape=(None, page_size * (KEY + 4)), dtypes=(torch.uint8,))
     return IndexerCache(cache, KEY)
-
-
-def _tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """SGLang's cosines and sines, side by side, as two float32 tables, made once."""
-    if both not in _TABLES:
-        _TABLES[both] = tuple(part.float().contiguous() for part in both.chunk(2, dim=1))
-    return _TABLES[both]

@@ -9,8 +9,8 @@ e4m3 is made by integer arithmetic, and moved as bytes.
 import functools
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mla_kernels.compat.engine_rope import rope_tables
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.cache import IndexerCache
@@ -19,7 +19,6 @@ from mla_kernels.latent.indexer.query import quantise_indexer_query
 from mla_kernels.latent.write import write_latent
 
 CACHES = ("auto", "bfloat16", "float16", "fp8_ds_mla")
-_KEPT = WeakTensorKeyDictionary()  # vLLM's [positions, cos and sin] in the model's dtype -> float32 tables
 
 
 def fused_norm_rope(
@@ -31,10 +30,10 @@ def fused_norm_rope(
 ):  # fmt: skip
     """Normalised ``q_c``; latents, rotated keys and index keys are written to their caches, the picks are cleared.
 
-    ``kv_c_out`` and ``k_pe_out`` are left as they are: prefill over expanded keys reads them alone, which this
-    library's sparse backend does not have. ``mla_k_scale`` and ``skip_scale`` are of caches that are refused. An index
-    key has the scale of ``write_indexer_key``, at least 2^-13 where vLLM's falls on to 2^-22; it is stored, so that
-    readers take either.
+    ``kv_c_out`` and ``k_pe_out`` are left as they are: prefill over expanded keys alone reads them, and this library's
+    sparse backend takes those keys from the cache. ``mla_k_scale`` and ``skip_scale`` are of caches that are refused.
+    An index key has the scale of ``write_indexer_key``, at least 2^-13 where vLLM's falls on to 2^-22; it is stored, so
+    that readers take either.
 
     Raises:
         NotImplementedError: a shuffled index cache, index keys to be returned (context parallelism), or a cache in
@@ -131,10 +130,3 @@ def warming_bytes(get_warmup_keys):
         return get_warmup_keys(dtype=torch.uint8 if codes else dtype, pad_value=0 if codes else pad_value)
 
     return keys
-
-
-def rope_tables(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM's cosines and sines, side by side, as two float32 tables, made once."""
-    if both not in _KEPT:
-        _KEPT[both] = tuple(part.float().contiguous() for part in both.chunk(2, dim=1))
-    return _KEPT[both]

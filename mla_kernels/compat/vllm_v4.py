@@ -41,7 +41,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat import vllm_hyper
-from mla_kernels.compat.vllm_dsa import rope_tables
+from mla_kernels.compat.engine_rope import rope_tables
 from mla_kernels.compat.vllm_gather import indexer_cache
 from mla_kernels.compat.vllm_plugin import LEAST_CAPABILITY, NATIVE, SPARSE
 from mla_kernels.compat.vllm_rope import (

@@ -27,6 +27,9 @@ ASKED = {
     "fp16 over fp8": {
         "use_sparse": True, "backend": "MLA_KERNELS_SPARSE", "kv_cache_dtype": "fp8_ds_mla", "dtype": torch.float16,
     },
+    "another model": {"use_mla": False, "head_size": 128, "num_heads": 32},
+    "another model in fp8": {"use_mla": False, "head_size": 128, "num_heads": 32, "kv_cache_dtype": "fp8"},
+    "another model with sinks": {"use_mla": False, "head_size": 64, "num_heads": 64, "has_sink": True},
 }  # fmt: skip
 
 
@@ -34,11 +37,17 @@ def choose(asked: dict) -> str:
     from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
-    asked = {"head_size": 576, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "num_heads": 16} | asked
+    asked = {
+        "head_size": 576,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "num_heads": 16,
+        "use_mla": True,
+    } | asked
     try:
         config = VllmConfig(attention_config=AttentionConfig(backend=asked.pop("backend", None)))
         with set_current_vllm_config(config):
-            backend = get_attn_backend(use_mla=True, **asked)
+            backend = get_attn_backend(**asked)
     except ValueError as error:
         return f"refused: {error}"
     return f"{backend.__module__}.{backend.__qualname__}"
@@ -77,6 +86,9 @@ def main() -> None:
     answers["deep_gemm"] = getattr(sys.modules.get("deep_gemm"), "__name__", None)
     kernels = sys.modules.get("vllm.models.deepseek_v32.common.kernels")
     answers["fused_q"] = kernels and kernels.fused_q.__module__
+    from vllm.utils.deep_gemm import is_deep_gemm_supported
+
+    answers["products by deep_gemm"] = is_deep_gemm_supported()
     answers |= {"v4": choose_v4(None), "v4 by name": choose_v4("MLA_KERNELS_SPARSE"), "v4 by FlashMLA's":
                 choose_v4("FLASHMLA_SPARSE")}  # fmt: skip
     print(json.dumps(answers))

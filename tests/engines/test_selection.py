@@ -45,6 +45,14 @@ def test_chips_without_kernels_get_ours(answers, capability):
     assert chosen["v4"] == "V4Attention" and "DeepSeek-V4's layers" in log
 
 
+@pytest.mark.parametrize("capability", ["8.0", "8.9"])
+def test_other_models_are_left_alone(answers, capability):
+    chosen, without = answers(capability)[0], answers(capability, "--without")[0]
+    others = [name for name in chosen if "another model" in name]
+    assert len(others) == 3 and "mla_kernels" not in json.dumps([chosen[name] for name in others])
+    assert not chosen["products by deep_gemm"] and all(chosen[name] == without[name] for name in others)
+
+
 def test_chips_without_bfloat16_get_nothing(answers):
     chosen, log = answers("7.5")
     assert all("refused" in chosen[name] for name in ("sparse", "sparse by name", "dense by name"))

@@ -339,3 +339,12 @@ def test_options_that_are_not_supported_are_refused(options, message, monkeypatc
         monkeypatch.setattr(sglang_attention, space, lambda held=held: SimpleNamespace(**held | options))
     with pytest.raises(NotImplementedError, match=message):
         ATTENTION_BACKENDS[NAME](runner)
+
+
+def test_diffusion_is_refused(monkeypatch):
+    """Its tokens see those behind them, too."""
+    runner, now = Held(case(DECODE, 64, (5,), (), 4), 4).runner, sglang_attention.get_exec()
+    asked = SimpleNamespace(deterministic=now.deterministic, dllm=SimpleNamespace(dllm_algorithm="LowConfidence"))
+    monkeypatch.setattr(sglang_attention, "get_exec", lambda: asked)
+    with pytest.raises(NotImplementedError, match="--dllm-algorithm: got LowConfidence, none is accepted"):
+        ATTENTION_BACKENDS[NAME](runner)

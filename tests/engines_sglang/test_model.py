@@ -80,13 +80,13 @@ def test_experts_in_fp8(folder, tmp_path):
     compare(judge, found, 0.08)
 
 
-def test_experts_of_other_methods_are_refused(folder):
+def test_experts_of_other_methods_are_refused(judge, folder):
     """When the layer is built, before SGLang makes their weights."""
     with pytest.raises(RuntimeError, match="--moe-runner-backend: got mla_kernels for experts of W8A8Int8MoEMethod"):
         run(folder, (*ENGINES["pages of 64"], "--quantization", "w8a8_int8"))
 
 
-def test_adapters_of_experts_are_refused(folder):
+def test_adapters_of_experts_are_refused(judge, folder):
     """SGLang computes such experts by its own Triton runner, whatever runner the layer has."""
     adapters = ("--enable-lora", "--max-lora-rank", "8", "--lora-backend", "torch_native", "--lora-target-modules")
     with pytest.raises(RuntimeError, match="--enable-lora: got adapters of experts that mla_kernels computes"):

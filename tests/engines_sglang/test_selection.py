@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.engines_sglang.choose import ASKED, OTHERS
+
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.3", "12.0", "12.1")
 
 
@@ -40,5 +42,12 @@ def test_by_name_everywhere(answers, capability):
 def test_nothing_changes_unless_it_is_asked_for(answers, capability):
     without, _ = answers(capability, "--without")
     assert answers(capability)[0]["nothing"] == without["nothing"]
-    for name, chosen in without.items():
-        assert name == "nothing" or "invalid choice: 'mla_kernels'" in chosen
+    for name in ASKED:
+        assert name == "nothing" or "invalid choice: 'mla_kernels'" in without[name]
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+@pytest.mark.parametrize("model", OTHERS)
+def test_other_models_are_left_alone(answers, capability, model):
+    chosen, without = answers(capability)[0][model], answers(capability, "--without")[0][model]
+    assert chosen == without and len(chosen) > 500 and "mla_kernels" not in json.dumps(chosen)
