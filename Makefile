@@ -1,8 +1,8 @@
 # make demo: install and run the main job.  make test: install the test tools and both toolchains, run the suite.
 # make quick: lint, imports and one parity case an op, without the Ascend toolchain.
 # make test-versions: what depends on the versions of torch, Triton and transformers, on older ones (tests/versions).
-# make test-engines: the plugins inside vLLM's and SGLang's own packages, without a GPU (tests/engines, engines_sglang; each
-#   10 GB, by hand); test-engines-vllm and test-engines-sglang one of them.
+# make test-engines: the plugins inside vLLM's and SGLang's own packages, without a GPU (tests/engines, engines_sglang;
+#   10 GB each, by hand); test-engines-vllm and test-engines-sglang one of them.
 # make tables: choose the tiles that ship.  make docs: the pages of docs/ as a site in site/.
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
