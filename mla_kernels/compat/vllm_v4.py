@@ -43,7 +43,7 @@ from mla_kernels.attention.sparse.op import sparse_mla_decode
 from mla_kernels.compat import vllm_hyper
 from mla_kernels.compat.engine_rope import rope_tables
 from mla_kernels.compat.vllm_gather import indexer_cache
-from mla_kernels.compat.vllm_plugin import LEAST_CAPABILITY, NATIVE, SPARSE
+from mla_kernels.compat.vllm_plugin import DENSE, LEAST_CAPABILITY, NATIVE, SPARSE
 from mla_kernels.compat.vllm_rope import (
     fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert,
     fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert,
@@ -269,8 +269,14 @@ def served() -> bool:
 
 
 def choose(vllm_config, *, vllms):
-    """The class of a layer's attention: this library's where it is asked for by name, or there is no other."""
+    """The class of a layer's attention: this library's where it is asked for by name, or there is no other.
+
+    Raises:
+        ValueError: this library's dense attention by name, which vLLM would take for its own.
+    """
     backend, members = vllm_config.attention_config.backend, AttentionBackendEnum
+    if backend == members[DENSE]:
+        raise ValueError(f"--attention-backend: got {DENSE}, {SPARSE} is accepted with DeepSeek-V4")
     ours = [members[SPARSE]]
     if served():  # there these names are this library's, too
         ours += [None, members.FLASHMLA_SPARSE, members.FLASHMLA_SPARSE_DSV4]

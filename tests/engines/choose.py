@@ -64,7 +64,10 @@ def choose_v4(name: str | None) -> str | None:
     from vllm.models.deepseek_v4.nvidia import model
 
     config = SimpleNamespace(backend=None if name is None else AttentionBackendEnum[name])
-    return model._select_dsv4_attn_cls(SimpleNamespace(attention_config=config)).__name__
+    try:
+        return model._select_dsv4_attn_cls(SimpleNamespace(attention_config=config)).__name__
+    except ValueError as error:
+        return f"refused: {error}"
 
 
 def _on_cpu(make, *args, device=None, **others):
@@ -90,7 +93,7 @@ def main() -> None:
 
     answers["products by deep_gemm"] = is_deep_gemm_supported()
     answers |= {"v4": choose_v4(None), "v4 by name": choose_v4("MLA_KERNELS_SPARSE"), "v4 by FlashMLA's":
-                choose_v4("FLASHMLA_SPARSE")}  # fmt: skip
+                choose_v4("FLASHMLA_SPARSE"), "v4 by the dense name": choose_v4("MLA_KERNELS")}  # fmt: skip
     print(json.dumps(answers))
 
 

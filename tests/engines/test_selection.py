@@ -78,6 +78,9 @@ def test_by_name_everywhere(answers, capability):
     assert chosen["sparse by name"] == chosen["sparse fp8 by name"] == OURS + "SparseBackend"
     assert chosen["dense by name"] == OURS + "DenseBackend"
     assert chosen["v4 by name"] == "V4Attention"
+    assert chosen["v4 by the dense name"].startswith(
+        "refused: --attention-backend: got MLA_KERNELS, MLA_KERNELS_SPARSE"
+    )
     assert chosen["v4 by FlashMLA's"] == ("V4" if capability in LEFT_BEHIND else "DeepseekV4FlashMLA") + "Attention"
 
 
