@@ -266,7 +266,8 @@ def launch_paged_logits(
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
     chip, columns = chip_of(q.device), out.shape[1]
-    if tokens == 1 and parts is not None and not batch_invariant:
+    streamed = MODE.get() != "force"  # else the launch below says whether the variant for Hopper is there
+    if tokens == 1 and parts is not None and not batch_invariant and streamed:
         one = heads, width, page_size, fill, has_limits, codes
         plan = INDEXER_STREAM.kept.plans.get(key := (chip.device, q.dtype, one, sequences, columns, pages > 0))
         if plan is None:

@@ -18,6 +18,7 @@ from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, log
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
+from mla_kernels.hopper import MODE
 from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
@@ -277,8 +278,13 @@ def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean
 def _variant(chip, q, tokens: int, page_size: int, compact: bool):
     """The kernel for Hopper where it is to be launched for queries [..., heads, width]; None of mxfp8 and mxfp4."""
     heads, width = q.shape[-2:]
-    statics = hopper_indexer.statics_of(heads, tokens, page_size, page_size > 0, False, compact)
-    return hopper_indexer.choose(chip, q.dtype, heads, width, statics)
+    kept = MQA_LOGITS.kept.plans.get(
+        key := (chip.device, q.dtype, heads, width, tokens, page_size, compact, MODE.get())
+    )
+    if kept is None:
+        statics = hopper_indexer.statics_of(heads, tokens, page_size, page_size > 0, False, compact)
+        kept = MQA_LOGITS.keep(key, (hopper_indexer.choose(chip, q.dtype, heads, width, statics),))
+    return kept[0]
 
 
 def _launch_variant(q, k, k_scale, weights, places, out, compact) -> bool:
