@@ -30,8 +30,9 @@ def call(target="sm_90", made=None, grad=None, **options):
     out, lse = torch.zeros(*made.q.shape[:2], made.v.shape[2], dtype=made.q.dtype), torch.zeros(made.q.shape[:2])
     with launch.on_cpu("interpret", target):
         backward._launch(
-            out if grad is None else grad, lse, made.q, made.k, made.v, made.k_rope, made.cu_seqlens_q, made.cu_seqlens_k, out, lse,
-            made.max_seqlen_q, made.max_seqlen_k, made.softmax_scale, made.causal,
+            out if grad is None else grad, lse, made.q, made.k, made.v, made.k_rope, made.cu_seqlens_q,
+            made.cu_seqlens_k, out, lse, made.max_seqlen_q, made.max_seqlen_k, made.softmax_scale,
+            made.causal,
         )  # fmt: skip
 
 
