@@ -2,9 +2,9 @@
 
 The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It multiplies those integers in ``tl.dot``
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
-right here. Other arithmetic on bfloat16, of which it would make nonsense, is refused: kernels compute in float32.
-Products are summed in float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside
-other rows.
+right here. Products of bfloat16 and ``fma`` are rounded once, as chips that have them do. Other arithmetic on bfloat16,
+of which the interpreter would make nonsense, is refused: kernels compute in float32. Products of matrices are summed in
+float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside other rows.
 
 It also does much that a launch of small tiles spends most of its time on, and that changes no result: it replaces the
 language's functions anew in every call of a device function, by a search through all of their modules; it looks for
@@ -36,6 +36,16 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
+
+
+def fp64_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float64 to bfloat16 bit patterns (uint16), rounded once, to nearest even."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = values.astype(np.float32)
+        # Rounded to odd instead of to even, float32 still says on which side of a middle a value lies.
+        toward = np.where(np.abs(near) > np.abs(values), np.nextafter(near, np.float32(0)), near)
+    odd = toward.view(np.uint32) | ((toward != values) & np.isfinite(toward)).astype(np.uint32)
+    return fp32_to_bf16(odd.view(np.float32))
 
 
 def check_numpy(triton_version: tuple[int, int], numpy_version: str) -> None:
@@ -98,9 +108,13 @@ def _correct_bfloat16() -> None:
 
         def run(self, *operands):
             if operands[-1] is not np.where:  # chooses, computes nothing
-                for operand in operands:
-                    if isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16:
+                handles = [operand for operand in operands if isinstance(operand, TensorHandle)]
+                if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
+                    if name != "create_fma" and operands[-1] is not np.multiply:
                         raise TypeError(f"{name}: got an operand in bfloat16; a kernel computes in float32")
+                    x, y, *z = (bf16_to_fp32(handle.data).astype(np.float64) for handle in handles)
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        return TensorHandle(fp64_to_bf16(x * y + z[0] if z else x * y), tl.bfloat16)
             return compute(self, *operands)
 
         return run

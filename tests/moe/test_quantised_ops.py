@@ -1,12 +1,13 @@
 """fused_experts as torch sees it: opcheck, torch.compile, fake tensors, launches; what it refuses, in which words."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mla_kernels import launch
+from mla_kernels import launch, tiles
 from mla_kernels.launch import KERNELS
 from mla_kernels.moe.experts.activation import SWIGLU
 from mla_kernels.moe.quantised import eight_bit, weight_only
@@ -144,5 +145,44 @@ def test_what_the_kernels_declare_is_what_formats_have():
         for case in weight_only.GATE_UP.cases
     }
     assert {form: kind["scales"] for form, kind in kinds.items()} == {"int8": "*fp32", "int4": "*fp16", "mxfp4": "*i8"}
-    kinds = {case.statics["FORMAT"]: eight_bit.DOWN.signature("bf16", case.statics) for case in eight_bit.DOWN.cases}
-    assert {form: kind["activation"] for form, kind in kinds.items()} == {"fp8_block": "*i8", "int8_w8a8": "*bf16"}
+    kinds = {
+        (case.statics["FORMAT"], case.statics["AHEAD"]): eight_bit.DOWN.signature("bf16", case.statics)["activation"]
+        for case in eight_bit.DOWN.cases
+    }
+    assert kinds == {("fp8_block", False): "*i8", ("int8_w8a8", False): "*bf16", ("int8_w8a8", True): "*i8"}
+
+
+@pytest.mark.parametrize("form, options", [("int8", {}), ("int4", {"group_size": 32}), ("int4", {}), ("mxfp4", {})])
+@pytest.mark.slow(when=lambda form, options: form == "mxfp4" or not options)
+def test_codes_at_any_address_and_scales_of_any_type_give_the_same_bits(form, options):
+    """What words cannot be loaded of is decoded one by one."""
+    if form == "int4":
+        options = {"group_size": 128} | options
+    problem = quantised_layer(form, 3, 2, 1, 128, 128, torch.bfloat16, **options)
+    with launch.on_cpu("interpret"):
+        expected = problem.run()
+        moved = dict(problem.experts.tensors())
+        for name in ("gate_up", "down"):
+            codes = moved[name]
+            odd = torch.empty(codes.nbytes + 1, dtype=torch.uint8)[1:].view(codes.dtype).view(codes.shape).copy_(codes)
+            assert odd.data_ptr() % 2
+            moved[name] = odd
+        again = problem.but(experts=replace(problem.experts, **moved)).run()
+        assert torch.equal(again, expected)
+        if form == "int4":
+            wide = {name: scale.float() for name, scale in moved.items() if name.endswith("scale")}
+            assert torch.equal(problem.but(experts=replace(problem.experts, **wide)).run(), expected)
+    problem.check(expected)
+
+
+@pytest.mark.parametrize("inner", [200, 256])
+def test_codes_of_the_activation_made_once_or_in_each_tile_give_the_same_bits(inner, monkeypatch):
+    problem = quantised_layer("int8_w8a8", 40, 2, 2, 128, inner, torch.bfloat16)
+    with launch.on_cpu("interpret"):
+        once = problem.run()
+        monkeypatch.setattr(eight_bit, "ahead", lambda *_: False)
+        tiles.reload()
+        each = problem.run()
+    tiles.reload()
+    assert torch.equal(once, each)
+    problem.check(once)

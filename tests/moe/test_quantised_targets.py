@@ -21,31 +21,34 @@ def requests(kernels, form, rows, group=None):
     experts, top_k, hidden, inner = V3
     sizes = sizes_of(rows * experts // top_k, top_k, experts, hidden, inner)
     options = (form,) if group is None else (form, group, False)
-    for kernel, more in ((kernels.GATE_UP, PLAIN | {"ALIGNED": True}), (kernels.DOWN, {})):
-        statics = kernels.statics_of(experts, *options, False, hidden if more else inner) | more
+    ahead = form == "int8_w8a8" and eight_bit.ahead(CHIPS["sm_90"], form, sizes)
+    for kernel, more in ((kernels.GATE_UP, PLAIN | {"ALIGNED": True}), (kernels.DOWN, {"AHEAD": ahead})):
+        statics = kernels.statics_of(experts, *options, False, hidden if "CLAMP" in more else inner) | more
         statics = {name: value for name, value in statics.items() if name in kernel.statics}
         yield kernel, CHIPS["sm_90"], "bf16", statics, kernel.rule(CHIPS["sm_90"], "bf16", statics, sizes), f"{rows}"
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
-@pytest.mark.slow(when=lambda rows: rows == 32)
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.slow(when=lambda rows: rows in (32, 64))
 def test_fp8_on_hopper_is_multiplied_as_it_is(rows):
     """Codes go from device memory to shared memory and from there to the tensor cores: no conversions, no registers in
     between, whatever the number of rows."""
     for report in compile_many(requests(eight_bit, "fp8_block", rows)):
-        assert report.ok and report.spills == 0, report.problem
+        assert report.ok and (report.spills == 0 or rows == 128), report.problem
         assert report.tile["BLOCK_M"] == rows
         assert set(report.detail["loop_tensor_shapes"]) == {f"QGMMA.64x{rows}x32"}
         assert report.detail["async_copy"]
         mix = report.detail["loop_mix"]
         assert mix.get("convert", 0) == 0 and mix.get("shared store", 0) == 0
+        if rows == 128:  # 1.21 and 1.36 of the tensor cores' clocks, where 64 rows take 1.8 and 2.0
+            assert report.detail["loop_bounds"]["core"] <= 1.4 * report.detail["loop_bounds"]["tensor"]
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows", [16, 64, 128])
 @pytest.mark.slow(when=lambda rows: rows == 16)
 def test_int8_on_hopper_is_multiplied_as_it_is(rows):
     for report in compile_many(requests(eight_bit, "int8_w8a8", rows)):
-        assert report.ok and report.spills == 0, report.problem
+        assert report.ok and (report.spills == 0 or rows == 128), report.problem
         assert set(report.detail["loop_tensor_shapes"]) == {f"IGMMA.64x{rows}x32"}
         assert report.detail["async_copy"]
 
@@ -81,7 +84,11 @@ def test_weights_on_hopper_are_decoded_in_registers(form, group, rows):
         assert report.ok, report.problem
         assert set(report.detail["loop_tensor_shapes"]) == {f"HGMMA.64x{rows}x16"}
         assert report.detail["async_copy"]
-        assert report.detail["loop_mix"].get("shared store", 0) == 0
+        mix = report.detail["loop_mix"]
+        assert mix.get("shared store", 0) == 0 and mix.get("convert", 0) == 0
+        weights = report.detail["loop_bounds"]["multiply_adds"] / rows
+        each = report.detail["loop_instructions"] * report.detail["warps"] * 32 / weights
+        assert each <= {"int8": 5.2, "int4": 4.8, "mxfp4": 6.2}[form]  # decoded one by one 6.5 to 12.4
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -33,7 +33,9 @@ def unwidened_kernel(x_ptr, y_ptr, N: tl.constexpr, OP: tl.constexpr):
     elif OP == "negate":
         y = -x
     elif OP == "fma":
-        y = tl.fma(x, x, x)
+        y = tl.fma(x, x, first)
+    elif OP == "multiply":
+        y = x * first
     elif OP == "abs":
         y = tl.abs(x)
     elif OP == "compare":
@@ -77,12 +79,31 @@ def test_integers_reach_bfloat16_as_numbers():
     assert torch.equal(y, x.bfloat16())
 
 
-@pytest.mark.parametrize("op", ["add", "negate", "fma", "abs", "compare"])
+@pytest.mark.parametrize("op", ["add", "negate", "abs", "compare"])
 def test_arithmetic_on_bfloat16_is_refused(op):
     x, y = torch.randn(16).bfloat16(), torch.empty(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="got an operand in bfloat16; a kernel computes in float32"):
         unwidened_kernel[(1,)](x, y, N=16, OP=op)
     unwidened_kernel[(1,)](x.half(), y.half(), N=16, OP=op)
+
+
+@pytest.mark.parametrize("op", ["multiply", "fma"])
+def test_products_of_bfloat16_are_rounded_once(op):
+    x, y = torch.randn(512).bfloat16(), torch.empty(512, dtype=torch.bfloat16)
+    x[0], x[1:3] = 2.0**-30, 1.0625  # squared 1 + 2^-3 + 2^-8, in the middle of two numbers
+    unwidened_kernel[(1,)](x, y, N=512, OP=op)
+    wide, first = x.double(), 2.0**-30
+    exact = wide * wide + first if op == "fma" else wide * first
+    assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8).all()
+    if op == "fma":
+        assert (y[1:3] == 1.1328125).all()  # rounded to float32 first it would be the even one, 1.125
+    else:
+        assert torch.equal(y, exact.float().bfloat16())  # float32 holds the products
+    largest, subnormal = torch.tensor([3e38, 2.0, -2.0, 0.0]).bfloat16(), torch.tensor([2.0**-127, 3.0, 0.5, 0.0])
+    for values in (largest, subnormal.bfloat16()):
+        out = torch.empty(4, dtype=torch.bfloat16)
+        unwidened_kernel[(1,)](values, out, N=4, OP="multiply")
+        assert torch.equal(out, (values.float() * values[0].float()).bfloat16())
 
 
 def test_a_choice_between_bfloat16_values_is_none():

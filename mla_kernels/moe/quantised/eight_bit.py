@@ -6,10 +6,13 @@ those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fus
 fp8_block: hidden and the activation are e4m3 codes with a power of two for every token and 128 columns. Chips that
 multiply e4m3 do so (FP8); on others codes are read as fp16, which holds them all, so that products are the same.
 int8_w8a8: codes with one scale a token. Gate and up's kernel knows a part of a row only: it writes the activation and
-the largest magnitude of each part, from which the kernel of down has the scale and makes the codes.
+the largest magnitude of each part, from which down's kernel has the scale and makes the codes of each tile; where rows
+are many, another kernel makes them once (AHEAD), which gives the same codes.
 
 Rows of codes, and of the activation, are padded with zeros to a multiple of 128 columns.
 """
+
+from dataclasses import replace
 
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
@@ -199,14 +202,49 @@ def eb_gate_up_kernel(
 
 
 @triton.jit
+def row_scales(parts_largest, rows, stride, parts, BLOCK_M: tl.constexpr):
+    """Scales fp32 [BLOCK_M] of activations (int8_w8a8) from the largest magnitudes [parts, stride] of their parts."""
+    scale = tl.zeros([BLOCK_M], tl.float32)
+    poison = tl.zeros([BLOCK_M], tl.float32)
+    for part in range(0, parts):
+        largest = tl.load(parts_largest + tl.cast(part, tl.int64) * stride + rows)
+        scale = tl.maximum(scale, largest)
+        poison += largest * 0.0
+    return int8_scale(scale) + poison
+
+
+@triton.jit
+def eb_activation_kernel(
+    activation, activation_scales, codes, scales, pairs, intermediate, parts,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of BLOCK_M rows of the activation an item (int8_w8a8). Rows past P, up to a whole block, are
+    read and written too: buffers hold 128 rows more."""
+    wide = tl.cdiv(intermediate, BLOCK) * BLOCK
+    lane = tl.arange(0, BLOCK_H)[None, :]
+    for item in range(tl.program_id(0), tl.cdiv(pairs, BLOCK_M), tl.num_programs(0)):
+        m = item * BLOCK_M + tl.arange(0, BLOCK_M)
+        scale = row_scales(activation_scales, m, pairs + BLOCK, parts, BLOCK_M)
+        tl.store(scales + m, scale)
+        inverse = 1.0 / scale
+        at = m.to(tl.int64)[:, None] * wide
+        for start in range(0, wide, BLOCK_H):
+            x = tl.load(activation + at + (start + lane), mask=lane < wide - start, other=0.0)  # [BLOCK_M, BLOCK_H]
+            code = round_to_int8(x.to(tl.float32) * inverse[:, None])
+            tl.store(codes + at + (start + lane), code, mask=lane < wide - start)
+
+
+@triton.jit
 def eb_down_kernel(
     activation, activation_scales, down, scales, bias, weights, rows, order, offsets,
     pairs, experts, hidden_size, intermediate, parts,
-    FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
-    are read: its buffers hold 128 rows more than P. ``parts`` is how many largest magnitudes a row has (int8_w8a8)."""
+    are read: its buffers hold 128 rows more than P. ``parts`` is how many largest magnitudes a row has (int8_w8a8).
+    AHEAD: activation is codes with a scale a row."""
     DTYPE: tl.constexpr = tl.float32 if FORMAT == "fp8_block" else tl.int32
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
@@ -226,14 +264,10 @@ def eb_down_kernel(
             w_rows = e4m3_pointer(down, FP8) + expert_rows * intermediate + n[:, None] * intermediate
             row_blocks = tl.cdiv(hidden_size, BLOCK)
             w_scales = scales + tl.cast(expert, tl.int64) * row_blocks * blocks
-            if FORMAT == "int8_w8a8":
-                scale = tl.zeros([BLOCK_M], tl.float32)
-                poison = tl.zeros([BLOCK_M], tl.float32)
-                for part in range(0, parts):
-                    largest = tl.load(activation_scales + tl.cast(part, tl.int64) * (pairs + BLOCK) + first + m)
-                    scale = tl.maximum(scale, largest)
-                    poison += largest * 0.0
-                scale = int8_scale(scale) + poison
+            if AHEAD:
+                scale = tl.load(activation_scales + first + m)
+            elif FORMAT == "int8_w8a8":
+                scale = row_scales(activation_scales + first, m, pairs + BLOCK, parts, BLOCK_M)
                 inverse = 1.0 / scale
             total = empty_sum(BLOCK_M, BLOCK_N, SWAP, DTYPE)
             for block in range(0, blocks):
@@ -244,6 +278,8 @@ def eb_down_kernel(
                     x_scale = tl.load(x_scales + block)
                     w_scale = load_block_scale(w_scales, column * BLOCK_N, n, block, row_blocks, blocks, True)
                     total = add_scaled(total, operand(x, FORMAT, FP8), x_scale, w, w_scale, True, SWAP)
+                elif AHEAD:
+                    total = multiply(x, w, total, SWAP)
                 else:
                     total = multiply(round_to_int8(x.to(tl.float32) * inverse[:, None]), w, total, SWAP)
             y = upright(total, SWAP)
@@ -253,22 +289,38 @@ def eb_down_kernel(
 
 
 def _rule(products):
-    """Tile rule. On GPUs weights are the first operand. A tile of fp8_block's gate_up has the 128 columns that share a
-    scale; sums of scaled products need registers of their own, so it has at most 64 rows."""
+    """Tile rule. A tile of fp8_block's gate_up has the 128 columns that share a scale, and sums of scaled products need
+    registers of their own: how many rows it has follows from those. 128 rows read weights half as often.
+
+    Of 64 rows or more the first operand on GPUs is the rows: a thread then holds few of them, and few of their scales.
+    Fewer rows are the second, of which tensor cores take any number; int8's order matters to theirs alone."""
 
     def rule(chip, dtype, statics, sizes):
-        fp8 = int(statics["FORMAT"] == "fp8_block" and chip.dot_e4m3)
+        eight, fp8 = statics["FORMAT"] == "int8_w8a8", int(statics["FORMAT"] == "fp8_block" and chip.dot_e4m3)
         tile = {"BLOCK_N": 128, "GROUP_M": 8, "FP8": fp8, "num_stages": 2 if chip.vendor == "amd" else 3}
         if chip.vendor == "ascend":
-            most = 16 if products == 2 and statics["FORMAT"] == "fp8_block" else 64
+            most = 16 if products == 2 and not eight else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
         most = 64
-        if products == 2 and statics["FORMAT"] == "fp8_block" and chip.vendor == "nvidia":
-            most = 64 if chip.dot_from_shared and not chip.tensor_memory else 32
+        # Two scaled sums of 128 rows fill a thread's registers: one more scale, or a longer search, and they spill.
+        lean = not chip.tensor_memory and statics.get("ALIGNED") and statics["BLOCK_E"] < 512
+        if chip.dot_from_shared and (eight or products == 1 or lean):
+            most = 128
+        elif products == 2 and not eight and chip.vendor == "nvidia" and not chip.dot_from_shared:
+            most = 32
+        elif statics.get("AHEAD"):
+            most = 128
         m = rows_for(sizes, most)
-        return tile | {"BLOCK_M": m, "SWAP": 1, "num_warps": 8 if m == most else 4}
+        swap = int(m < 64 or (eight and not chip.dot_from_shared))
+        return tile | {"BLOCK_M": m, "SWAP": swap, "num_warps": 8 if m >= min(most, 64) else 4}
 
     return rule
+
+
+def ahead(chip, format, sizes) -> bool:
+    """Whether codes of the activation are made once, by a launch of their own: with fewer rows a tile makes its own in
+    less time than a launch takes."""
+    return format == "int8_w8a8" and chip.is_gpu and rows_for(sizes, 64) == 64
 
 
 def statics_of(experts, format, bias, width, weight_at="none"):
@@ -286,9 +338,13 @@ def _case_statics(products):
     def of(format, sizes):
         width = sizes["hidden"] if products == 2 else sizes["intermediate"]
         statics = statics_of(sizes["experts"], format, False, width)
-        return statics | (PLAIN | {"ALIGNED": True} if products == 2 else {})
+        return statics | (PLAIN | {"ALIGNED": True} if products == 2 else {"AHEAD": False})
 
     return of
+
+
+def _case_ahead(case):
+    return replace(case, name=f"{case.name}_ahead", statics={**case.statics, "AHEAD": True})
 
 
 def _memory(products):
@@ -325,6 +381,25 @@ def _dispatch_work(dtype, statics, sizes, tile):
     return Work(programs, whole.flops / programs, whole.bytes / programs)
 
 
+def _activation_rule(chip, dtype, statics, sizes):
+    return {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4}
+
+
+def _activation_memory(chip, dtype, statics, tile):
+    return {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]}
+
+
+def _activation_cost(dtype, statics, sizes):
+    values, parts = sizes["pairs"] * sizes["intermediate"], -(-sizes["intermediate"] // COLUMNS)
+    scales = 4.0 * sizes["pairs"] * (parts + 1)
+    return Cost(3.0 * values, values * (DTYPE_BYTES[dtype] + 1) + scales, values + 4.0 * sizes["pairs"])
+
+
+def _activation_work(dtype, statics, sizes, tile):
+    whole, programs = _activation_cost(dtype, statics, sizes), -(-sizes["pairs"] // tile["BLOCK_M"])
+    return Work(programs, whole.flops / programs, whole.bytes / programs)
+
+
 def dispatch_items(format, tokens, hidden, columns):
     """Items of eb_dispatch_kernel that quantise."""
     return tokens * (-(-hidden // columns) if format == "fp8_block" else 1)
@@ -339,7 +414,7 @@ _CASES = (
 )
 _STATICS = ("FORMAT", "HAS_BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
-    "BLOCK_M": (16, 32, 64),
+    "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (64, 128),
     "GROUP_M": (1, 8, 16),
     "SWAP": (0, 1),
@@ -381,18 +456,32 @@ GATE_UP = Kernel(
     types=TYPES,
 )
 
+ACTIVATION = Kernel(
+    eb_activation_kernel,
+    arguments={"activation": "*T", "activation_scales": "*fp32", "codes": "*i8", "scales": "*fp32", "pairs": "i32"}
+    | {"intermediate": "i32:16", "parts": "i32"},
+    statics=(),
+    tiles={"BLOCK_M": (4, 8, 16, 32), "BLOCK_H": (128, 256, 512), "num_warps": (4, 8)},
+    rule=_activation_rule,
+    memory=_activation_memory,
+    cost=_activation_cost,
+    work=_activation_work,
+    cases=cases(_CASES[3:], lambda format, sizes: {}),
+    uses_dot=False,
+)
+
 DOWN = Kernel(
     eb_down_kernel,
     arguments={"activation": "*A", "activation_scales": "*fp32", "down": "*i8", "scales": "*fp32", "bias": "*T"}
     | {"weights": "*fp32", "rows": "*T", "order": "*i32", "offsets": "*i32", "pairs": "i32", "experts": "i32"}
     | {"hidden_size": "i32:16", "intermediate": "i32:16", "parts": "i32"},
-    statics=_STATICS,
+    statics=(*_STATICS[:-1], "AHEAD", "BLOCK_E"),
     tiles=_TILES,
     rule=_rule(1),
     memory=_memory(1),
     cost=cost(1),
     work=work(1),
-    cases=cases(_CASES, _case_statics(1)),
+    cases=cases(_CASES, _case_statics(1)) + tuple(_case_ahead(case) for case in cases(_CASES[3:], _case_statics(1))),
     uses_dot=True,
     types=TYPES,
 )

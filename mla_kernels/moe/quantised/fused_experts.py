@@ -64,7 +64,7 @@ def _launch(
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
-    combine."""
+    combine. Of int8_w8a8 with many rows a fifth: the activation's codes."""
     tokens, width = hidden.shape
     if tokens == 0:
         return hidden.new_empty(hidden.shape)
@@ -132,11 +132,19 @@ def _launch_weight_only(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner))
     bias, zero, group = stored.gate_up_bias, stored.gate_up_zero, stored.group_size
     common = experts, stored.format, group, zero is not None
+    # PAIRS loads words, and rounds no scale; codes decoded one by one give the same bits.
+    addresses = stored.gate_up.data_ptr() | stored.gate_up_scale.data_ptr()
+    addresses |= stored.down.data_ptr() | stored.down_scale.data_ptr()
+    if zero is not None:
+        addresses |= zero.data_ptr() | stored.down_zero.data_ptr()
+    types = {dtype, stored.gate_up_scale.dtype, stored.down_scale.dtype}
+    in_words = addresses % 4 == 0 and (stored.format != "int4" or len(types) == 1)
     plan = weight_only.GATE_UP.kept.plans.get(call.key)
     if plan is None:
         statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
         plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
@@ -151,6 +159,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         statics = weight_only.statics_of(*common, bias is not None, inner)
         plan = _plan(weight_only.DOWN, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    tile = tile if in_words else tile | {"PAIRS": 0}
     args = (
         activated, stored.down, stored.down_scale, stored.down if zero is None else zero,
         hidden if bias is None else bias, call.of_pairs, results, order, offsets,
@@ -161,7 +170,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
 
 def _launch_eight_bit(chip, hidden, stored, call, results):
     """Workspace: the order of the rows, codes and scales of hidden (T * H bytes) and of the activation (P * I bytes;
-    int8_w8a8: P * I elements and the largest magnitudes of their parts)."""
+    int8_w8a8: P * I elements and the largest magnitudes of their parts, with many rows also P * I bytes)."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
     pairs, activation, fp8 = tokens * top_k, call.activation, stored.format == "fp8_block"
     blocks, inner_blocks = -(-width // COLUMNS), -(-inner // COLUMNS)
@@ -210,8 +219,11 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     plan = kernel.kept.plans.get(call.key)
     if plan is None:
         statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
+        statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    if statics["AHEAD"]:
+        activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     variant = call.variants.down
     product = activated, activated_scales, stored.down, stored.down_scale, width
     if variant is None or not hopper_experts.launch(chip, variant, product, rows, (results, None), call.of_pairs):
@@ -220,6 +232,22 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
             call.of_pairs, results, order, offsets, pairs, experts, width, inner, parts,
         )  # fmt: skip
         kernel.launch(chip, work, args, statics, tile)
+
+
+def _launch_activation_codes(chip, call, activated, parts_largest, dtype):
+    """Codes of the activation, and a scale a row."""
+    tokens, top_k, _, _, inner = call.sizes
+    pairs, kernel = tokens * top_k, eight_bit.ACTIVATION
+    plan = kernel.kept.plans.get(call.key)
+    if plan is None:
+        tile = kernel.tile_for(chip, DTYPE_NAMES[dtype], {}, sizes_of(*call.sizes))
+        plan = kernel.keep(call.key, (-(-pairs // tile["BLOCK_M"]), tile))
+    work, tile = plan
+    codes = activated.new_empty(activated.shape, dtype=torch.int8)
+    scales = parts_largest.new_empty(parts_largest.shape[1])
+    args = activated, parts_largest, codes, scales, pairs, inner, parts_largest.shape[0]
+    kernel.launch(chip, work, args, {}, tile)
+    return codes, scales
 
 
 def _fake(hidden, *_):
@@ -251,7 +279,8 @@ def fused_experts(
 
     On a device four kernel launches: order of the rows, gate_up, down, combine; with the router five. With fp8_block
     and int8_w8a8 the first one quantises hidden, too. The activation is quantised by gate_up's epilogue (fp8_block), or
-    by down on the scale that gate_up's epilogue prepared (int8_w8a8). Nothing waits for the host.
+    on the scale that gate_up's epilogue prepared by down (int8_w8a8); where experts have more than 32 rows on average,
+    on GPUs, by a launch of its own, with P I bytes more. Nothing waits for the host.
 
     ============= ============================================================= ========================================
     format        products                                                      memory besides the result, bytes

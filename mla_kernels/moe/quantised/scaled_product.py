@@ -27,7 +27,7 @@ from mla_kernels.quant.fp8 import decode_e4m3
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 from mla_kernels.shim import define_op
 
-MOST_ROWS = 64  # of a tile
+MOST_ROWS = 64  # of a tile, but on Hopper
 FEW_ROWS = 16  # up to which making fp16 of a is not worth a launch
 
 
@@ -123,18 +123,25 @@ def scaled_product_kernel(
 
 
 def _rule(chip, dtype, statics, sizes):
-    """GPUs take weights as the first operand; sums of scaled products need registers of their own. Where tiles of 128
-    columns are too few for the cores, or the sums and decoded codes too many for the registers, half of them."""
+    """Sums of scaled products need registers of their own. Where tiles of 128 columns are too few for the cores, or the
+    sums and decoded codes too many for the registers, half of them. The first operand on GPUs is b, or rows of a from
+    64 on: of those a thread holds few, and few of their scales, which leaves Hopper registers for 128."""
     rows, alignment = sizes["rows"], statics["ALIGNMENT"]
     if statics["MODE"] == "contiguous":
         rows = alignment & -alignment  # the largest power of two that divides it
-    m = max(16, min(MOST_ROWS, 1 << (max(rows, 1) - 1).bit_length()))
+    fp8 = int(chip.dot_e4m3 and not statics["HALVES"])
+    most = MOST_ROWS
+    if fp8 and chip.dot_from_shared and not chip.tensor_memory and _one_scale(statics):
+        most = 2 * MOST_ROWS
+        programs = _work(dtype, statics, sizes, {"BLOCK_M": most, "BLOCK_N": 128}).programs
+        most = MOST_ROWS if programs < 2 * chip.dot_cores else most
+    m = max(16, min(most, 1 << (max(rows, 1) - 1).bit_length()))
     tile = {
         "BLOCK_M": m,
         "BLOCK_N": 128,
         "GROUP_M": 8,
-        "FP8": int(chip.dot_e4m3 and not statics["HALVES"]),
-        "SWAP": int(chip.is_gpu),
+        "FP8": fp8,
+        "SWAP": int(chip.is_gpu and (m < MOST_ROWS or not (fp8 and _one_scale(statics)))),
     }
     narrow = min(statics["GRAN_A"], statics["GRAN_B"]) < 128
     if not chip.is_gpu and statics["GRAN_N"] == 1:  # factors of rows and columns meet in UB, 48 bytes an element
@@ -143,8 +150,13 @@ def _rule(chip, dtype, statics, sizes):
         programs = _work(dtype, statics, sizes, tile).programs
         if programs < 2 * chip.dot_cores or (chip.vendor == "amd" and not chip.dot_e4m3):
             tile["BLOCK_N"] = 64
-    warps = 8 if tile["BLOCK_M"] * tile["BLOCK_N"] == MOST_ROWS * 128 else 4
+    warps = 8 if tile["BLOCK_M"] * tile["BLOCK_N"] >= MOST_ROWS * 128 else 4
     return tile | {"num_warps": warps, "num_stages": 2 if chip.vendor == "amd" else 4 if narrow else 3}
+
+
+def _one_scale(statics):
+    """Whether a tile of b has one scale a step, and a step 128 columns."""
+    return statics["GRAN_N"] == 128 and min(statics["GRAN_A"], statics["GRAN_B"]) == 128
 
 
 def _memory(chip, dtype, statics, tile):

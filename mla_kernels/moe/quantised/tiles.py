@@ -19,7 +19,7 @@ MODELS = {  # experts, top_k, hidden, intermediate
 
 TYPES = {
     "S": lambda dtype, statics: {"int4": dtype, "mxfp4": "i8"}.get(statics["FORMAT"], "fp32"),
-    "A": lambda dtype, statics: "i8" if statics["FORMAT"] == "fp8_block" else dtype,
+    "A": lambda dtype, statics: "i8" if statics["FORMAT"] == "fp8_block" or statics.get("AHEAD") else dtype,
 }
 """Types that the constant FORMAT fixes: of weights' scales, and of the activation that is stored."""
 

@@ -5,7 +5,7 @@ those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fus
 """
 
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import Kernel
+from mla_kernels.launch import NO_MEMORY, Kernel
 from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
 from mla_kernels.moe.quantised.parts import (
     activate,
@@ -17,7 +17,18 @@ from mla_kernels.moe.quantised.parts import (
     upright,
 )
 from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
-from mla_kernels.quant.decode import e2m1_values, int4_values, int8_values, ue8m0_values
+from mla_kernels.quant.decode import (
+    as_bf16,
+    e2m1_pairs,
+    e2m1_values,
+    int4_pairs,
+    int4_values,
+    int8_pairs,
+    int8_values,
+    spread,
+    ue8m0_bf16,
+    ue8m0_values,
+)
 
 HALF = tl.constexpr(64)  # bytes of a packed block, and columns in either half of it
 BLOCK = tl.constexpr(COLUMNS)
@@ -26,35 +37,89 @@ BLOCK = tl.constexpr(COLUMNS)
 @triton.jit
 def four_bit_values(
     packed, scales, zeros, group, mask,
-    FORMAT: tl.constexpr, ZEROS: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr, ZEROS: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """Weights [BLOCK_N, columns] in DTYPE of one nibble of ``packed`` (int32), whose columns share a group.
+    """Weights [BLOCK_N, columns] in DTYPE of one nibble of ``packed``, bytes (int32) or PAIRS of them, spread, whose
+    columns share a group, or, by TWO, belong to two groups of 32.
 
     The group's scale multiplies the weights, not their sum: one more operation a weight costs less than one a sum, and
     on Ascend the matrix units keep the sum.
     """
-    stored = tl.load(scales + group, mask=mask, other=0)
-    if FORMAT == "mxfp4":
-        values = e2m1_values(packed, HIGH) * ue8m0_values(stored)[:, None]
+    if TWO:
+        if FORMAT == "mxfp4":
+            # One load for the four groups of a block: words are copied ahead, single bytes are not.
+            four = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + group // 4, mask=mask, other=0)
+            if HIGH:
+                four = four >> 16
+            scale = ue8m0_bf16(tl.join(four, four >> 8))  # [BLOCK_N, 2]
+        else:
+            two = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + group // 2, mask=mask, other=0)
+            scale = as_bf16(two[:, None])
+        zero = tl.full([1, 1], 8.0, tl.float32)
+        if ZEROS:
+            two = tl.load(zeros.to(tl.pointer_type(tl.uint16), bitcast=True) + group // 2, mask=mask, other=0)
+            zero = tl.join(two & 0xFF, two >> 8).to(tl.float32)
     else:
-        zero = 8.0
+        stored = tl.load(scales + group, mask=mask, other=0)
+        zero = tl.full([1, 1], 8.0, tl.float32) if PAIRS else 8.0
         if ZEROS:
             zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None]
-        values = int4_values(packed, zero, HIGH) * stored.to(tl.float32)[:, None]
+        if PAIRS and FORMAT == "mxfp4":
+            scale = ue8m0_bf16(stored)[:, None]
+        elif PAIRS:
+            scale = stored[:, None]
+        elif FORMAT == "mxfp4":
+            scale = ue8m0_values(stored)[:, None]
+        else:
+            scale = stored.to(tl.float32)[:, None]
+    if FORMAT == "mxfp4":
+        if PAIRS:  # noqa: SIM108 - as the branch below
+            values = e2m1_pairs(packed, scale, HIGH)
+        else:
+            values = e2m1_values(packed, HIGH) * scale
+    elif PAIRS:
+        values = int4_pairs(packed, zero, scale, HIGH)
+    else:
+        values = int4_values(packed, zero, HIGH) * scale
     return values.to(DTYPE)
+
+
+@triton.jit
+def load_bytes(codes, at, mask, RUN: tl.constexpr, PAIRS: tl.constexpr):
+    """RUN packed bytes of each row [BLOCK_N, RUN] from ``at`` on, as :func:`four_bit_values` takes them."""
+    if PAIRS:
+        words = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (at // 2 + tl.arange(0, RUN // 2)[None, :])
+        packed = spread(tl.load(words, mask=mask[:, None], other=0))  # [BLOCK_N, RUN / 2]
+    else:
+        packed = tl.load(codes + (at + tl.arange(0, RUN)[None, :]), mask=mask[:, None], other=0).to(tl.int32)
+    return packed
 
 
 @triton.jit
 def add_run(
     total, x_low, x_high, codes, scales, zeros, at, low_group, high_group, mask,
-    FORMAT: tl.constexpr, ZEROS: tl.constexpr, SWAP: tl.constexpr,
+    FORMAT: tl.constexpr, ZEROS: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, PAIRS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
     """total plus the products of a run of packed bytes: x_low by their low nibbles, x_high by their high ones."""
-    packed = tl.load(codes + at, mask=mask[:, None], other=0).to(tl.int32)  # [BLOCK_N, RUN]
-    w = four_bit_values(packed, scales, zeros, low_group, mask, FORMAT, ZEROS, False, x_low.dtype)
+    packed = load_bytes(codes, at, mask, RUN, PAIRS)
+    w = four_bit_values(packed, scales, zeros, low_group, mask, FORMAT, ZEROS, False, x_low.dtype, PAIRS, TWO)
     total = multiply(x_low, w, total, SWAP)
-    w = four_bit_values(packed, scales, zeros, high_group, mask, FORMAT, ZEROS, True, x_low.dtype)
+    w = four_bit_values(packed, scales, zeros, high_group, mask, FORMAT, ZEROS, True, x_low.dtype, PAIRS, TWO)
     return multiply(x_high, w, total, SWAP)
+
+
+@triton.jit
+def eight_bit_values(codes, start, mask, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr):
+    """int8 codes [BLOCK_N, BLOCK_K] of columns from ``start`` on in DTYPE, or, by PAIRS, 1/64 of them."""
+    if PAIRS:
+        words = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (start // 2 + tl.arange(0, BLOCK_K // 2)[None, :])
+        values = int8_pairs(tl.load(words, mask=mask[:, None], other=0))
+    else:
+        w = tl.load(codes + (start + tl.arange(0, BLOCK_K)[None, :]), mask=mask[:, None], other=0)
+        values = int8_values(w, DTYPE)
+    return values
 
 
 @triton.jit
@@ -64,12 +129,14 @@ def wo_gate_up_kernel(
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
     INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """activation[row] = act(gate_up @ hidden[token of row]): one item is a tile [BLOCK_M, BLOCK_N].
 
     Rows of hidden are gathered unmasked (rows past the expert's last repeat pair 0), since a masked gather reads every
     row on Ascend. A row that BLOCK_K does not divide ends with its last BLOCK_K columns; weights of columns already
-    counted are masked (int8), or are 0 as packed.
+    counted are masked (int8), or are 0 as packed. PAIRS decodes two codes an instruction: for bfloat16 rows on chips
+    that compute in it, with scales (int4) in bfloat16, and codes at even addresses.
     """
     columns = tl.cdiv(intermediate, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
@@ -95,10 +162,10 @@ def wo_gate_up_kernel(
                 whole = hidden_size // BLOCK_K * BLOCK_K
                 for start in range(0, whole, BLOCK_K):
                     x = tl.load(x_rows + (start + lane))
-                    w = tl.load(gate_codes + (start + lane), mask=mask[:, None], other=0)
-                    gate = multiply(x, int8_values(w, x.dtype), gate, SWAP)
-                    w = tl.load(up_codes + (start + lane), mask=mask[:, None], other=0)
-                    up = multiply(x, int8_values(w, x.dtype), up, SWAP)
+                    w = eight_bit_values(gate_codes, start, mask, x.dtype, BLOCK_K, PAIRS)
+                    gate = multiply(x, w, gate, SWAP)
+                    w = eight_bit_values(up_codes, start, mask, x.dtype, BLOCK_K, PAIRS)
+                    up = multiply(x, w, up, SWAP)
                 if not EVEN_K:
                     k = hidden_size - BLOCK_K + lane
                     x = tl.load(x_rows + k)
@@ -107,10 +174,13 @@ def wo_gate_up_kernel(
                     gate = multiply(x, int8_values(w, x.dtype), gate, SWAP)
                     w = tl.load(up_codes + k, mask=new, other=0)
                     up = multiply(x, int8_values(w, x.dtype), up, SWAP)
-                gate = gate * by_columns(tl.load(scales + expert_rows + gate_row, mask=mask, other=0.0), SWAP)
-                up = up * by_columns(tl.load(scales + expert_rows + up_row, mask=mask, other=0.0), SWAP)
+                UNIT: tl.constexpr = 64.0 if PAIRS else 1.0
+                gate = gate * by_columns(tl.load(scales + expert_rows + gate_row, mask=mask, other=0.0) * UNIT, SWAP)
+                up = up * by_columns(tl.load(scales + expert_rows + up_row, mask=mask, other=0.0) * UNIT, SWAP)
             else:
-                RUN: tl.constexpr = HALF if GROUP > HALF else GROUP
+                FULL: tl.constexpr = PAIRS and BLOCK_M == 128  # two sums leave registers for few decoded weights
+                TWO: tl.constexpr = (PAIRS and EVEN_K) and (GROUP == 32 and not FULL)  # groups in half a block
+                RUN: tl.constexpr = HALF if TWO or (GROUP > 32 and not FULL) else 32
                 lane = tl.arange(0, RUN)[None, :]
                 row_bytes = tl.cdiv(hidden_size, BLOCK) * HALF
                 codes = gate_up + expert_rows * row_bytes
@@ -120,18 +190,18 @@ def wo_gate_up_kernel(
                         low = start + run
                         x_low = tl.load(x_rows + (low + lane))
                         x_high = tl.load(x_rows + (low + HALF + lane))
-                        at = block * HALF + run + lane
+                        at = block * HALF + run
                         gate = add_run(
                             gate, x_low, x_high, codes + gate_row[:, None] * row_bytes,
                             scales + expert_rows * groups + gate_row * groups,
                             zeros + expert_rows * groups + gate_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, SWAP,
+                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
                         up = add_run(
                             up, x_low, x_high, codes + up_row[:, None] * row_bytes,
                             scales + expert_rows * groups + up_row * groups,
                             zeros + expert_rows * groups + up_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, SWAP,
+                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
             y = activate(
                 upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
@@ -148,6 +218,7 @@ def wo_down_kernel(
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_AT: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """rows[pair of row] = down @ activation[row]: one item is a tile [BLOCK_M, BLOCK_N]. Whole tiles of the activation
     are read: its buffer is BLOCK_M rows longer than P."""
@@ -169,16 +240,17 @@ def wo_down_kernel(
                 whole = intermediate // BLOCK_K * BLOCK_K
                 for start in range(0, whole, BLOCK_K):
                     x = tl.load(x_rows + (start + lane))
-                    w = tl.load(codes + (start + lane), mask=mask[:, None], other=0)
-                    total = multiply(x, int8_values(w, x.dtype), total, SWAP)
+                    total = multiply(x, eight_bit_values(codes, start, mask, x.dtype, BLOCK_K, PAIRS), total, SWAP)
                 if not EVEN_K:
                     k = intermediate - BLOCK_K + lane
                     x = tl.load(x_rows + k)
                     w = tl.load(codes + k, mask=mask[:, None] & (k >= whole), other=0)
                     total = multiply(x, int8_values(w, x.dtype), total, SWAP)
-                total = total * by_columns(tl.load(scales + expert_rows + n, mask=mask, other=0.0), SWAP)
+                UNIT: tl.constexpr = 64.0 if PAIRS else 1.0
+                total = total * by_columns(tl.load(scales + expert_rows + n, mask=mask, other=0.0) * UNIT, SWAP)
             else:
-                RUN: tl.constexpr = HALF if GROUP > HALF else GROUP
+                TWO: tl.constexpr = (PAIRS and EVEN_K) and GROUP == 32  # groups in half a block
+                RUN: tl.constexpr = HALF if TWO or GROUP > HALF else GROUP
                 lane = tl.arange(0, RUN)[None, :]
                 row_bytes = tl.cdiv(intermediate, BLOCK) * HALF
                 codes = down + expert_rows * row_bytes + n[:, None] * row_bytes
@@ -190,8 +262,8 @@ def wo_down_kernel(
                         x_high = tl.load(x_rows + (low + HALF + lane))
                         total = add_run(
                             total, x_low, x_high, codes, scales + expert_rows * groups + n * groups,
-                            zeros + expert_rows * groups + n * groups, block * HALF + run + lane,
-                            low // GROUP, (low + HALF) // GROUP, mask, FORMAT, ZEROS, SWAP,
+                            zeros + expert_rows * groups + n * groups, block * HALF + run,
+                            low // GROUP, (low + HALF) // GROUP, mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
             store_pairs(
                 upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
@@ -205,6 +277,12 @@ def _rule(products):
     the decoded weights of a step, limits BLOCK_N."""
 
     def rule(chip, dtype, statics, sizes):
+        tile = _shape(chip, dtype, statics, sizes)
+        # Words of codes take registers that two sums of 128 rows and a bias do not leave.
+        crowded = products == 2 and tile["BLOCK_M"] == 128 and statics["HAS_BIAS"] and statics["FORMAT"] != "mxfp4"
+        return tile | {"PAIRS": int(_pairs(chip, dtype, statics) and not crowded)}
+
+    def _shape(chip, dtype, statics, sizes):
         crowded = chip.tensor_memory and (products == 2 or statics["GROUP"] == 32)  # see below
         if chip.vendor == "ascend":
             tile = {"BLOCK_M": rows_for(sizes, 64), "BLOCK_N": 64 if dtype == "fp32" else 128, "SWAP": 0}
@@ -227,6 +305,23 @@ def _rule(products):
         return tile | {"BLOCK_K": 128, "num_stages": stages, "GROUP_M": 8}
 
     return rule
+
+
+def _pairs(chip, dtype, statics):
+    """Whether codes are decoded two an instruction: of CDNA chips not even gfx950 adds and multiplies pairs of
+    bfloat16 in one, and Ascend's vector units convert."""
+    return chip.vendor == "nvidia" and dtype == "bf16" and (statics["FORMAT"] != "int8" or statics["EVEN_K"])
+
+
+def _memory(products):
+    within = operand_memory(products)
+
+    def memory(chip, dtype, statics, tile):
+        if tile["PAIRS"] and not _pairs(chip, dtype, statics):
+            return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
+        return within(chip, dtype, statics, tile)
+
+    return memory
 
 
 def statics_of(experts, format, group, zeros, bias, width, weight_at="none"):
@@ -261,6 +356,7 @@ _TILES = {
     "BLOCK_K": (64, 128),
     "GROUP_M": (1, 8, 16),
     "SWAP": (0, 1),
+    "PAIRS": (0, 1),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
@@ -275,7 +371,7 @@ GATE_UP = Kernel(
     statics=(*_STATICS, *PLAIN),
     tiles=_TILES,
     rule=_rule(2),
-    memory=operand_memory(2),
+    memory=_memory(2),
     cost=cost(2),
     work=work(2),
     cases=cases(_CASES, _case_statics(2)),
@@ -290,7 +386,7 @@ DOWN = Kernel(
     statics=_STATICS,
     tiles=_TILES,
     rule=_rule(1),
-    memory=operand_memory(1),
+    memory=_memory(1),
     cost=cost(1),
     work=work(1),
     cases=cases(_CASES, _case_statics(1)),
