@@ -18,6 +18,8 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
+FIXED_QUERIES = 32
+"""Queries for which a tile is looked up that must not depend on how many there are."""
 E4M3 = torch.float8_e4m3fn
 """dtype of queries that are codes."""
 
@@ -243,7 +245,7 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     strides = q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0
     shape = heads, width, 0, fp8, fill, False, q.dtype == E4M3
     launch_indexer_logits(
-        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32
+        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, FIXED_QUERIES
     )
     return out
 
@@ -280,7 +282,7 @@ def launch_paged_logits(
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
         chip, q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
-        32 if batch_invariant else tokens,
+        FIXED_QUERIES if batch_invariant else tokens,
     )  # fmt: skip
     return out.view(sequences, tokens, out.shape[1])
 
