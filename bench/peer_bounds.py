@@ -139,13 +139,10 @@ def of_peer(peer: dict, folder: Path, chip) -> tuple[dict, dict]:
     return blocks | launched, {"ok": False, "reason": f"no tile fits {chip.memory['shared']:,} bytes of shared memory"}
 
 
-def of_ours(kernel: str, case: str, chip) -> tuple[dict, dict]:
+def of_ours(kernel: str, case: str, dtype: str, chip) -> tuple[dict, dict]:
     """(tile, loop bounds) of a declared case."""
     kernel = KERNELS[kernel]
     case = next(one for one in kernel.cases if one.name == case)
-    dtype = (
-        "bf16" if "fp16" not in case.dtypes or len(case.dtypes) > 2 else "fp16"
-    )  # as queries in codes are multiplied
     tile = kernel.rule(chip, dtype, case.statics, case.sizes)
     (report,) = compile_many([Request(kernel, chip, dtype, case.statics, tile, case.name)])
     return tile, report.detail["loop_bounds"] | {"spills": report.spills, "loop_spills": report.loop_spills}
@@ -164,23 +161,17 @@ def show(peer: dict, folder: Path, target: str) -> None:
     blocks, answer = of_peer(peer, folder, chip)
     if answer["ok"]:
         work = blocks["BLOCK_KV"] if logits else blocks["BLOCK_H"] * blocks["BLOCK_N"]
-        label = f"{label} { ({name: blocks[name] for name in TOLD if name in blocks}) }"
-        print(line(label, answer["detail"]["loop_bounds"] | answer, work, peer.get("loaded", 132)))
+        told = {name: blocks[name] for name in TOLD if name in blocks}
+        print(line(f"{label} {told}", answer["detail"]["loop_bounds"] | answer, work, peer.get("loaded", 132)))
     else:
         print(f"{label}: {answer['reason']}")
-    kernel, case = peer["beside"]
+    (kernel, case), dtype = peer["beside"], "bf16"
     if logits and not chip.dot_e4m3:
-        case = "v32_decode_fp8"
-    tile, bounds = of_ours(kernel, case, chip)
+        case, dtype = "v32_decode_fp8", "fp16"  # as queries in codes are multiplied
+    tile, bounds = of_ours(kernel, case, dtype, chip)
     work = tile["BLOCK_N"] if logits else tile["BLOCK_H"] * tile["BLOCK_N"]
-    print(
-        line(
-            f"{target} {kernel} {case} {tile}",
-            bounds,
-            work,
-            132 if logits else peer.get("heads", HEADS) / tile["BLOCK_H"] * TOKEN,
-        )
-    )
+    loaded = 132 if logits else peer.get("heads", HEADS) / tile["BLOCK_H"] * TOKEN
+    print(line(f"{target} {kernel} {case} {tile}", bounds, work, loaded))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -44,7 +44,7 @@ def test_a_kernel_that_a_chip_cannot_take_is_said(monkeypatch, tmp_path, capsys)
     """Compilers stand in: the peer fails where there is no e4m3, and this library's case is the one without it."""
     failed = {"ok": False, "reason": "fp8e4nv not supported"}
     monkeypatch.setattr(peer_bounds, "of_peer", lambda *_: ({}, failed))
-    monkeypatch.setattr(peer_bounds, "of_ours", lambda kernel, case, chip: ({"BLOCK_H": 16, "BLOCK_N": 64}, BOUNDS))
+    monkeypatch.setattr(peer_bounds, "of_ours", lambda *_: ({"BLOCK_H": 16, "BLOCK_N": 64}, BOUNDS))
     peer_bounds.main(["--vllm", str(tmp_path), "--target", "sm_86"])
     printed = capsys.readouterr().out
     assert printed.count("fp8e4nv not supported") == 2 and "v32_decode_fp8" in printed and "sglang" not in printed

@@ -83,8 +83,9 @@ def write(result: Mapping, path: Path) -> None:
 
 def forms_that_ran(result: Mapping) -> list[dict]:
     """Entries for the list of Hopper kernels that are launched by default (``mla_kernels.hopper.RAN``): the forms whose
-    results were right. None of a group of cases in one of which the Hopper kernel was wrong or broke, and none at all
-    where one of its parity tests failed or did not run."""
+    results were right. None that was launched in a group of cases in one of which the Hopper kernel was wrong or broke
+    (cases of several groups launch a form: forward alone, and with its backward), and none at all where one of its
+    parity tests failed or did not run."""
     parity = result["parity"] or {}
     unsure = [*parity.get("failed", ()), *parity.get("not_run", ())]
     if not parity.get("passed") or any(name.startswith(HOPPER_ROOM) for name in unsure):
@@ -98,8 +99,9 @@ def forms_that_ran(result: Mapping) -> list[dict]:
             if one["name"] == HOPPER and "problem" in one and not refused:
                 broken.add(case["group"])
             for entry in one.get("forms", ()):
-                found[json.dumps(entry, sort_keys=True)] = case["group"], entry | about
-    return [entry for group, entry in found.values() if group not in broken]
+                _, groups = found.setdefault(json.dumps(entry, sort_keys=True), (entry | about, set()))
+                groups.add(case["group"])
+    return [entry for entry, groups in found.values() if groups.isdisjoint(broken)]
 
 
 def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:

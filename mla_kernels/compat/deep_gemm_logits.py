@@ -10,6 +10,7 @@ from mla_kernels.attention.indexer.mqa import mqa_logits, paged_mqa_logits
 from mla_kernels.attention.indexer.topk import MAX_KEYS
 from mla_kernels.attention.paging import check_page_size
 from mla_kernels.checks import check_choice, check_int, check_no_grad, check_tensor
+from mla_kernels.invariance import wanted
 from mla_kernels.latent.indexer.cache import HEAD_DIMS, SCALE_BYTES, misplaced
 from mla_kernels.quant.fp8_block import decode_e4m3
 from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0, exponents_of
@@ -96,8 +97,8 @@ def fp8_fp4_mqa_logits(
     check_no_grad("fp8_mqa_logits", **{"kv[1]": k_scale, "weights": weights})
     out = _rows(tokens, max_seqlen_k or k.shape[0], q.device)
     q, weights = _values(q, q_scale, form), weights.float().contiguous()
-    starts, ends = cu_seq_len_k_start.contiguous(), cu_seq_len_k_end.contiguous()
-    mqa_logits(q, k, k_scale.contiguous(), form, weights, starts, ends, out, max_seqlen_k > 0, clean_logits)
+    starts, ends, compact = cu_seq_len_k_start.contiguous(), cu_seq_len_k_end.contiguous(), max_seqlen_k > 0
+    mqa_logits(q, k, k_scale.contiguous(), form, weights, starts, ends, out, compact, clean_logits, wanted(None))
     return out if dtype == torch.float32 else out.to(dtype)
 
 
@@ -150,8 +151,7 @@ def fp8_fp4_paged_mqa_logits(
         schedule_meta: what :func:`get_paged_mqa_logits_metadata` gave, or None; not needed.
         max_context_len: columns of the result.
         indices: None, or int32 [B] with N 1: which request a row belongs to. Rows have block tables of their own.
-        clean_logits: whether columns from a query's length on become -inf; else they may hold anything. In each page
-            that a query sees in part they are -inf.
+        clean_logits: whether columns from a query's length on become -inf; else they may hold anything.
         logits_dtype: as in :func:`fp8_fp4_mqa_logits`.
 
     Returns:
@@ -187,7 +187,7 @@ def fp8_fp4_paged_mqa_logits(
     check_no_grad("fp8_paged_mqa_logits", weights=weights)
     out = _rows(sequences * queries, max_context_len, device)
     q, weights = _values(q, q_scale, form), weights.float().contiguous()
-    paged_mqa_logits(q, cache, form, weights, block_table, limits, out, clean_logits)
+    paged_mqa_logits(q, cache, form, weights, block_table, limits, out, clean_logits, wanted(None))
     return out if dtype == torch.float32 else out.to(dtype)
 
 

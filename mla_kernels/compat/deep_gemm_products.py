@@ -12,6 +12,7 @@ from mla_kernels.checks import check_int, check_no_grad, check_tensor, readable
 from mla_kernels.compat.deep_gemm_layout import check_recipe, check_scale, get_mk_alignment_for_contiguous_layout
 from mla_kernels.compat.torch_npu_parts import same
 from mla_kernels.hyper.prenorm import prenorm_product
+from mla_kernels.invariance import wanted
 from mla_kernels.moe.quantised.scaled_product import scaled_product
 
 E4M3 = torch.float8_e4m3fn
@@ -118,8 +119,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
     check_tensor("d", d, shape=(rows, columns), dtypes=_RESULTS, device=a.device)
     if expected_m_for_psum_layout is not None and not use_psum_layout:
         raise ValueError("expected_m_for_psum_layout: got an int without use_psum_layout, None is accepted then")
-    wanted = groups if use_psum_layout else rows
-    check_tensor("grouped_layout", grouped_layout, shape=(wanted,), dtypes=(torch.int32,), device=a.device)
+    length = groups if use_psum_layout else rows
+    check_tensor("grouped_layout", grouped_layout, shape=(length,), dtypes=(torch.int32,), device=a.device)
     grans = _grans(recipe, recipe_a, recipe_b, b_scale)
     check_scale("a[1]", a_scale, rows, depth, 1, grans[0], None, a.device)
     check_scale("b[1]", b_scale, columns, depth, *grans[1:], groups, a.device)
@@ -254,7 +255,7 @@ def tf32_hc_prenorm_gemm(
     check_no_grad("tf32_hc_prenorm_gemm", a=a, b=b, d=d, sqr_sum=sqr_sum)
     if rows == 0:
         return
-    products, squares = prenorm_product(a, b.contiguous())
+    products, squares = prenorm_product(a, b.contiguous(), wanted(None))
     if num_splits is not None:
         d[1:].zero_()
         sqr_sum[1:].zero_()
@@ -335,4 +336,4 @@ def _multiply(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, c=None)
         return
     if c is not None and not same(c, d):
         d.copy_(c)
-    scaled_product(a, a_scale, b, b_scale, d, layout, mode, list(grans), alignment, c is not None)
+    scaled_product(a, a_scale, b, b_scale, d, layout, mode, list(grans), alignment, c is not None, wanted(None))

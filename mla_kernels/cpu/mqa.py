@@ -4,13 +4,20 @@ are made values first."""
 import torch
 
 from mla_kernels.cpu import indexer
+from mla_kernels.cpu.alone import copied
 from mla_kernels.quant.mxfp4 import decode_e2m1, decode_ue8m0, exponents_of
 
 _GROUP = 32  # columns that share an exponent
 
 
-def mqa_logits(q, k, k_scale, form, weights, starts, ends, out, compact, clean) -> None:
+def mqa_logits(q, k, k_scale, form, weights, starts, ends, out, compact, clean, batch_invariant) -> None:
     """q [T, H, d] against k [S, bytes] -> out [T, C], with ``compact`` from each token's first key on."""
+    if batch_invariant and len(q) != 1:
+        for row in range(len(q)):
+            one = slice(row, row + 1)
+            own = copied(q[one]), k, k_scale, form, copied(weights[one]), starts[one], ends[one], out[one]
+            mqa_logits(*own, compact, clean, False)
+        return
     values = dequantised(k.view(torch.uint8), k_scale, form)
     logits = indexer.indexer_logits(_queries(q, form), values, weights, starts, ends, None)
     if not compact:
@@ -26,9 +33,15 @@ def mqa_logits(q, k, k_scale, form, weights, starts, ends, out, compact, clean) 
         out.fill_(float("-inf"))
 
 
-def paged_mqa_logits(q, cache, form, weights, block_table, limits, out, clean) -> None:
+def paged_mqa_logits(q, cache, form, weights, block_table, limits, out, clean, batch_invariant) -> None:
     """q [B, S_q, H, d] against the first limits [B, S_q] keys of each sequence -> out [B * S_q, C]."""
     sequences, tokens, heads, width = q.shape
+    if batch_invariant and sequences * tokens != 1:
+        for row in range(sequences * tokens):
+            one, place = slice(row, row + 1), (row // tokens, row % tokens)
+            own = copied(q[place][None, None]), cache, form, copied(weights[one])
+            paged_mqa_logits(*own, block_table[place[0]][None], limits[place][None, None], out[one], clean, False)
+        return
     key_bytes = width // 2 if form == "mxfp4" else width
     page_size = cache.shape[1] // (key_bytes + 4)
     q, weights = _queries(q, form), weights.view(sequences, tokens, heads)

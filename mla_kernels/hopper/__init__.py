@@ -25,7 +25,8 @@ TRITON_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 RAN = Path(__file__).parent / "ran.json"
 """Forms that ran right on a device: entries of kernel, source (its hash), form (constants that decide what is compiled,
-and the dtype), card, date, torch, triton. A kernel whose source has changed since has not run."""
+and the dtype; not whether there are sinks, splits or lengths, nor how many experts), card, date, torch, triton. A
+kernel whose source has changed since has not run."""
 
 ELSEWHERE = {
     name: "unsupported because it is written in TMA and wgmma, which only compute capability 9.0 has"

@@ -261,13 +261,12 @@ def choose(chip, dtype, queries: int, heads: int, statics) -> Choice | None:
     rows, together = queries * heads, heads if statics["FIXED"] else queries * heads
     kernel = kernel_for(together, statics["LAYOUT"])
     name = DTYPE_NAMES[dtype]
-    form = {"dtype": name, **statics}
+    few = {"ROWS": few_rows(together)} if "ROWS" in kernel.statics else {}
+    form = {"dtype": name, **statics, **few}
     if not hopper.chosen(kernel, chip, form, lambda: refusal(name, statics)):
         return None
-    own = {constant: value for constant, value in statics.items() if constant in kernel.statics}
-    tall = ROWS
-    if "ROWS" in kernel.statics:
-        tall = own["ROWS"] = few_rows(together)
+    own = {constant: value for constant, value in statics.items() if constant in kernel.statics} | few
+    tall = own.get("ROWS", ROWS)
     return Choice(kernel, own, kernel.rule(chip, name, own, {}), -(-rows // tall), hopper.frozen(form))
 
 

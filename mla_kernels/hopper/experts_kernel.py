@@ -23,7 +23,8 @@ want of registers; the other group multiplies meanwhile. Of fewer, both panels' 
 
 Step s uses stage s % STAGES. FULL ends a phase once what TMA brings has come (an arrival, and bytes) and, where there
 is cp.async, each of the loader's threads has its copies (128 arrivals); FREE once both groups have read it. Steps count
-on over a program's items. MET: a group has left its largest magnitudes, in one of two places by turns, for the other.
+on over a program's items. MET: both groups have left their largest magnitudes, in one of two places by turns. It takes
+both arrivals to end a phase, so that no group ends the next one while the other has yet to see the end of this.
 """
 
 from mla_kernels.hopper.language import (
@@ -369,8 +370,8 @@ def _multiply(
                     if SWAP:  # the other group has the other 64 columns of the 128
                         here = turn % 2 * 2
                         largest_of.index(here + GROUP).store(largest)
-                        mbarrier.arrive(met.index(GROUP))
-                        mbarrier.wait(met.index(1 - GROUP), turn & 1)
+                        mbarrier.arrive(met.index(0))
+                        mbarrier.wait(met.index(0), turn & 1)
                         theirs = largest_of.index(here + 1 - GROUP).load(TOKEN)
                         largest = gl.maximum(largest, theirs) + (largest + theirs) * 0.0
                         turn += 1
@@ -417,7 +418,7 @@ def hopper_experts_kernel(
     largest_of = gl.allocate_shared_memory(gl.float32, [4, TOKENS], LINES)
     full = new_barriers(STAGES, LOADERS + 1 if GATED or FORMAT == "fp8_block" else 1)
     free = new_barriers(STAGES, 2)
-    met = new_barriers(2)
+    met = new_barriers(1, 2)
     fence_async_shared()  # what follows uses the barriers just made
 
     buffers = (x, w, x_scales)

@@ -160,13 +160,12 @@ def choose(chip, dtype, heads: int, strides: tuple[int, int], statics) -> Choice
     """
     few = heads <= max(FEW_ROWS)
     kernel, name = HOPPER_SPARSE_MLA_FEW_ROWS if few else HOPPER_SPARSE_MLA, DTYPE_NAMES[dtype]
-    form = {constant: statics[constant] for constant in _FORM}
-    whole = {"dtype": name, **form}
-    if not hopper.chosen(kernel, chip, whole, lambda: refusal(name, strides, form)):
-        return None
     rows = few_rows(heads) if few else ROWS
-    statics = form | ({"ROWS": rows} if few else {})
-    return Choice(kernel, statics, kernel.rule(chip, name, form, {}), rows, hopper.frozen(whole))
+    own = {constant: statics[constant] for constant in _FORM} | ({"ROWS": rows} if few else {})
+    form = {"dtype": name, **own}
+    if not hopper.chosen(kernel, chip, form, lambda: refusal(name, strides, own)):
+        return None
+    return Choice(kernel, own, kernel.rule(chip, name, own, {}), rows, hopper.frozen(form))
 
 
 def refusal(dtype: str, strides: tuple[int, int], statics) -> str:

@@ -30,7 +30,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import BLOCK, COLUMNS, LN2, LOWEST, largest_score, new_barriers
+from mla_kernels.hopper.parts import BLOCK, COLUMNS, LOWEST, largest_score, last_factor, new_barriers, store_columns
 
 STAGES = gl.constexpr(2)  # blocks in shared memory
 _NUMBERS = [
@@ -95,17 +95,8 @@ def _multiply(
         mbarrier.arrive(free.index(stage))
 
     total = gl.sum(sums, 0)
-    some = total > 0.0
-    divisor = gl.where(some, total, 1.0)
-    lse = gl.where(some, (largest + gl.log2(divisor)) * LN2, float("-inf"))
-    factor = 1.0 / divisor
-    if SINK:
-        sink = gl.load(sink_ptr + line, mask=line < heads, other=0.0)
-        factor = gl.where(some, factor / (1.0 + gl.exp(sink - gl.where(some, lse, 0.0))), 0.0)
-    acc = acc * factor[None, :]
-    column = gl.arange(0, LATENT, layout=gl.SliceLayout(1, ACC))
-    at = line[None, :] * LATENT + column[:, None]
-    gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(line < heads)[None, :])
+    factor, lse = last_factor(largest, total, sink_ptr, heads, SINK)
+    store_columns(acc * factor[None, :], out_ptr, heads)
     gl.store(lse_ptr + line, lse, mask=line < heads)
     if MAX_LOGITS:
         gl.store(max_ptr + line, largest_score(largest, total), mask=line < heads)

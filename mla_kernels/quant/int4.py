@@ -10,7 +10,15 @@ from mla_kernels.quant.nibbles import pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (32, 64, 128)
 SYMMETRIC_ZERO = 8
+LARGEST_SCALE = 2.0**122  # NVIDIA chips decode bfloat16 scales times 64 (decode.int4_pairs)
 SHRINKAGE = tuple(1 - 0.05 * step for step in range(9))  # parts of a group's range that a search tries
+
+
+def check_int4_scales(where: str, scales: torch.Tensor) -> None:
+    """Refuse scales in bfloat16 that chips would not all decode to the same numbers. Reads the values."""
+    if scales.dtype == torch.bfloat16 and not bool((scales.abs() < LARGEST_SCALE).all()):
+        largest = float(scales.abs().max()) if scales.numel() else 0.0
+        raise ValueError(f"{where}: got scales up to {largest:.3g}; in bfloat16 magnitudes below 2^122 are accepted")
 
 
 def quantise_int4(

@@ -4,11 +4,12 @@ launched. It runs in the interpreter with the tiles of chips that launch it."""
 import pytest
 import torch
 
-from mla_kernels import launch
+from mla_kernels import batch_invariant, launch
 from mla_kernels.attention.indexer import stream
 from mla_kernels.attention.indexer.forward import launch_paged_logits
 from mla_kernels.attention.indexer.stream import INDEXER_STREAM, share_of
 from mla_kernels.attention.paging import COMMON_PAGE_SIZE
+from mla_kernels.compat.deep_gemm import fp8_paged_mqa_logits
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel
 from tests.attention.indexer_problems import E4M3, make_paged
@@ -69,6 +70,18 @@ def test_elsewhere_another_kernel(launched):
         with launch.on_cpu("interpret", target):
             make_paged([70], **shape).run()
     assert not launched
+
+
+def test_deepgemms_name_follows_the_block(launched):
+    """One query is scored by the kernel that scores several, where bits must not depend on how many there are."""
+    problem = make_paged([70, 300], heads=32, dtype=E4M3, layout="fp8")
+    pages = problem.cache.data.unflatten(1, (problem.cache.page_size, 1, -1))
+    arguments = problem.q, pages, problem.weights[:, 0], problem.seq_lens, problem.block_table, None, 256
+    with launch.on_cpu("interpret", "sm_120"):
+        with batch_invariant():
+            fixed = fp8_paged_mqa_logits(*arguments, True)
+        assert not launched
+        assert torch.equal(fp8_paged_mqa_logits(*arguments, True), fixed) and launched
 
 
 def test_rows_that_are_given(launched):

@@ -5,7 +5,9 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
+from mla_kernels.attention.indexer.mqa import MQA_LOGITS
 from mla_kernels.attention.indexer.select import SLOTS
+from mla_kernels.attention.indexer.stream import INDEXER_STREAM
 from mla_kernels.attention.indexer.topk import TOPK, indexer_topk
 from mla_kernels.latent.heads import ROTATE_HEADS
 from mla_kernels.latent.indexer.key import WRITE_INDEXER_KEY
@@ -13,7 +15,7 @@ from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel, compile_many
 from tests.attention.indexer_problems import make_ragged, rows_of
 
-KERNELS = (INDEXER_LOGITS, TOPK, SLOTS, WRITE_INDEXER_KEY, ROTATE_HEADS)
+KERNELS = (INDEXER_LOGITS, INDEXER_STREAM, MQA_LOGITS, TOPK, SLOTS, WRITE_INDEXER_KEY, ROTATE_HEADS)
 DEFAULTS = [
     (kernel, chip, dtype, case.statics, kernel.rule(chip, dtype, case.statics, case.sizes), case.name)
     for kernel in KERNELS

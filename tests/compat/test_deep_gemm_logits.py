@@ -1,9 +1,12 @@
 """compat.deep_gemm's scores of the indexer against the reference, and against DeepGEMM's own formula and tolerance."""
 
+import functools
+
 import pytest
 import torch
 from torch.library import opcheck
 
+import mla_kernels as mk
 from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.latent.indexer.cache import IndexerCache
@@ -209,6 +212,27 @@ def test_bytes_of_a_page_are_those_of_our_caches(page_size):
     cache = IndexerCache(fill_pages(k, k_scale, page_size, [[1, 0]], lengths).flatten(1), 128)
     assert torch.equal(cache.keys[1], k[:page_size].view(torch.uint8))
     assert torch.equal(cache.scales[1], k_scale[:page_size]) and torch.equal(cache.scales[0, :5], k_scale[page_size:])
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_batch_invariant_queries_alone_and_among_others(device, form):
+    q, kv, weights, starts, ends, _ = moved(ragged(form, 32, 64), device)
+    with mk.batch_invariant():
+        together = deep_gemm.fp8_fp4_mqa_logits(q, kv, weights, starts, ends, 0, clean_logits=True)
+        for row in (0, 4):
+            one = slice(row, row + 1)
+            own = (q[0][one], None if q[1] is None else q[1][one]), kv, weights[one], starts[one], ends[one]
+            assert torch.equal(deep_gemm.fp8_fp4_mqa_logits(*own, 0, clean_logits=True), together[one])
+    q, cache, weights, table, _ = moved(paged(form, 32, 64, 2, 64, LENGTHS), device)
+    limits = (torch.tensor(LENGTHS)[:, None] + torch.tensor([-1, 0])).int().to(device)
+    columns = table.shape[1] * 64
+    with mk.batch_invariant():
+        run = functools.partial(deep_gemm.fp8_fp4_paged_mqa_logits, clean_logits=True)
+        together = run(q, cache, weights, limits, table, None, columns)
+        for row in (0, 5):
+            at = slice(row // 2, row // 2 + 1), slice(row % 2, row % 2 + 1)
+            own = (q[0][at], None if q[1] is None else q[1][at]), cache, weights[row : row + 1]
+            assert torch.equal(run(*own, limits[at], table[at[0]], None, columns), together[row : row + 1])
 
 
 def test_no_rows_and_no_keys(cpu_code):

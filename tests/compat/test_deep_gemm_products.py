@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import mla_kernels as mk
 from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
+from mla_kernels.moe.quantised.scaled_product import SCALED_PRODUCT
 from mla_kernels.reference import block_scaled as reference
 from tests.compat.deep_gemm_problems import calc_diff, cast_blocks, cast_rows
 from tests.support import assert_close, poisoned
@@ -58,6 +60,38 @@ def test_gemm(device, name):
     deep_gemm.fp8_gemm_nt(*on(device, (a, a_scale), (b, b_scale)), d, **options)
     check(d, exact)
     assert calc_diff(d, x @ w.T) < 1e-3  # DeepGEMM's own check, with what fp8 takes away
+
+
+def test_batch_invariant_rows_alone_and_among_others(device):
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(40, 256)), cast_blocks(torch.randn(72, 256))
+    x, fn = torch.randn(40, 256, device=device).bfloat16(), torch.randn(24, 256, device=device)
+    (a, a_scale), b = on(device, (a, a_scale), (b, b_scale))
+
+    def run(rows):
+        d = torch.empty(len(x[rows]), 72, device=device)
+        sums = torch.empty(len(d), 24, device=device), torch.empty(len(d), device=device)
+        with mk.batch_invariant():
+            deep_gemm.fp8_gemm_nt((a[rows], a_scale[rows]), b, d)
+            deep_gemm.tf32_hc_prenorm_gemm(x[rows], fn, *sums)
+        return d, *sums
+
+    together = run(slice(0, 40))
+    for rows in (slice(0, 1), slice(3, 20)):
+        assert all(torch.equal(own, all_rows[rows]) for own, all_rows in zip(run(rows), together))
+
+
+@pytest.mark.no_launch("launches are counted, not run")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_batch_invariant_rows_have_one_tile(target, monkeypatch, cpu_code):
+    tiles = []
+    monkeypatch.setattr(SCALED_PRODUCT, "launch", lambda chip, work, args, statics, tile: tiles.append((statics, tile)))
+    (b, b_scale), d = cast_blocks(torch.randn(200, 256)), torch.empty(300, 200)
+    with launch.on_cpu("interpret", target):
+        for invariant in (True, False):
+            with mk.batch_invariant(invariant):
+                for rows in (1, 17, 300):
+                    deep_gemm.fp8_gemm_nt(cast_rows(torch.randn(rows, 256)), (b, b_scale), d[:rows])
+    assert tiles[0] == tiles[1] == tiles[2] and tiles[3] != tiles[5]
 
 
 @pytest.mark.parametrize("rows", [5, 37])

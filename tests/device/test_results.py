@@ -71,6 +71,7 @@ def test_forms_that_ran_right_become_entries_of_the_list():
     assert found == [form | about for form in forms]
     wrong = hopper("d", "decode", 0, forms=[], problem="WRONG: error nan")
     assert entries(right, *cases, wrong) == [forms[2] | about]
+    assert entries(right, *cases, wrong, hopper("f", "decode and more", 0)) == [forms[2] | about]
     for doubt in ("failed", "not_run"):
         assert entries(right | {doubt: ["tests/hopper/test_decode.py::test_parity[cuda]"]}, *cases) == []
     assert entries(None, *cases) == entries({"problem": "it needs pytest"}, *cases) == []

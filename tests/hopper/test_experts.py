@@ -70,6 +70,15 @@ def test_sizes_that_no_tile_divides(backend, device):
     check(problem, "plain")
 
 
+@formats
+@pytest.mark.parametrize("seed", range(3))
+def test_many_tiles_of_one_step(backend, device, form, seed, monkeypatch):
+    """A group may be ahead of the other by a whole tile, where a tile takes few of the loader's stages."""
+    monkeypatch.setattr(variant, "programs", lambda chip, items: 2)
+    monkeypatch.setattr(GluonKernel, "emulated_seed", seed)
+    check(MAKE[form](3, 8, 8, 16, 128, device=device), form)
+
+
 OPTIONS = [
     ("pre", "input", BF16),
     ("post", "activation", FP16),

@@ -24,7 +24,6 @@ def check(names=None, options=({},)):
         assert report.ok, f"{report.label}: {report.problem}"
         assert report.spills == 0 and report.detail["serialised"] == [], report.label
         assert report.detail["tma"]
-        assert report.detail["async_copy"] == (request.statics["GATED"] or codes)
         assert report.detail["warps"] == 4 + kernel.worker_warps and report.registers == request.tile["REGISTERS"]
         assert 32 * report.detail["warps"] * report.registers <= 65536  # of a multiprocessor
         shape = f"{'QGMMA' if codes else 'HGMMA'}.64x{PANEL if tokens == MANY else tokens}x{32 if codes else 16}"

@@ -7,7 +7,9 @@ import torch
 
 from mla_kernels import hopper, launch
 from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
+from mla_kernels.attention.indexer.mqa import MQA_LOGITS
 from mla_kernels.compat import deep_gemm
+from mla_kernels.hopper import indexer as variant
 from mla_kernels.hopper.indexer import HOPPER_INDEXER_LOGITS, chunks_of, statics_of
 from mla_kernels.language import TRITON_VERSION
 from mla_kernels.latent.indexer.cache import IndexerCache
@@ -21,7 +23,8 @@ CODES = dict(dtype=E4M3, head_dim=128)
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(INDEXER_LOGITS, "kept", Kept())
+    for kernel in (INDEXER_LOGITS, MQA_LOGITS):
+        monkeypatch.setattr(kernel, "kept", Kept())
 
 
 def rows(target="sm_90", **options):
@@ -29,9 +32,27 @@ def rows(target="sm_90", **options):
         return make_ragged(fp8=True, **CODES | options).run()
 
 
-def pages(**options):
-    with launch.on_cpu("interpret"):
+def pages(target="sm_90", **options):
+    with launch.on_cpu("interpret", target):
         return make_paged((65, 3), layout="fp8", **CODES | options).run()
+
+
+def named(heads=64):
+    """Under DeepGEMM's name."""
+    problem = make_ragged(heads=heads, fp8=True, **CODES)
+    keys = problem.k.view(E4M3), problem.k_scale
+    with launch.on_cpu("interpret"):
+        deep_gemm.fp8_mqa_logits(problem.q, keys, problem.weights, problem.starts, problem.ends)
+
+
+def test_which_kernel_it_is_is_asked_once_a_form_and_mode(launched, monkeypatch):  # noqa: F811
+    asked, choose = [], variant.choose
+    monkeypatch.setattr(variant, "choose", lambda *arguments: asked.append(hopper.MODE.get()) or choose(*arguments))
+    for mode in ("listed", "force", "listed", "force"):
+        with hopper.variants(mode):
+            rows(), pages(), named()
+    assert asked == ["listed"] * 3 + ["force"] * 3
+    assert launched == [PORTABLE, PORTABLE, "mqa_logits_kernel", *[OURS] * 3] * 2
 
 
 def test_the_portable_kernel_is_the_default_for_what_ran_on_no_device(launched):  # noqa: F811
@@ -44,10 +65,7 @@ def test_a_variant_that_is_asked_for_is_launched(launched, heads):  # noqa: F811
     with hopper.variants("force"):
         rows(heads=heads)
         pages(heads=heads, queries=2, limits=True)
-        problem = make_ragged(heads=heads, fp8=True, **CODES)
-        keys = problem.k.view(E4M3), problem.k_scale
-        with launch.on_cpu("interpret"):
-            deep_gemm.fp8_mqa_logits(problem.q, keys, problem.weights, problem.starts, problem.ends)
+        named(heads)
     assert launched == [OURS] * 3
 
 
@@ -69,6 +87,14 @@ def test_a_variant_on_another_chip_is_refused_by_its_capability(launched):  # no
     with hopper.variants("force"), pytest.raises(NotImplementedError, match=re.escape(words)):
         rows("sm_100")
     assert launched == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_one_token_a_sequence_is_refused_where_a_kernel_of_its_own_serves_it(launched, target):  # noqa: F811
+    with hopper.variants("force"), pytest.raises(NotImplementedError, match=r"it needs compute capability 9\.0"):
+        pages(target, heads=64)
+    pages(target, heads=64)
+    assert launched == ["indexer_stream_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,15 @@ def problem(**options):
     return make([(5, 7)], poison=False, **dict(key=128, rope=64, value=128, dtype=BF16) | options)
 
 
-def call(target="sm_90", made=None, **options):
-    """The backward's launches, of results that nobody computed."""
+def call(target="sm_90", made=None, grad=None, **options):
+    """The backward's launches, of results that nobody computed; ``grad``: of out."""
     made = made or problem(**options)
     out, lse = torch.zeros(*made.q.shape[:2], made.v.shape[2], dtype=made.q.dtype), torch.zeros(made.q.shape[:2])
     with launch.on_cpu("interpret", target):
         backward._launch(
-            out, lse, made.q, made.k, made.v, made.k_rope, made.cu_seqlens_q, made.cu_seqlens_k, out, lse,
-            made.max_seqlen_q, made.max_seqlen_k, made.softmax_scale, made.causal,
+            out if grad is None else grad, lse, made.q, made.k, made.v, made.k_rope, made.cu_seqlens_q,
+            made.cu_seqlens_k, out, lse, made.max_seqlen_q, made.max_seqlen_k, made.softmax_scale,
+            made.causal,
         )  # fmt: skip
 
 
@@ -65,6 +66,16 @@ def test_the_mode_at_the_forward_is_that_of_the_backward_in_another_thread(launc
         thread.start()
         thread.join()
     assert gradient_kernels(launched) == OWN
+
+
+def test_a_gradient_of_out_that_tma_cannot_read_is_copied_once(launched, monkeypatch):  # noqa: F811
+    read = []
+    monkeypatch.setattr(variant, "launch", lambda chip, choice, reading, *rest: read.append(reading.out_grad.tiles))
+    odd = torch.zeros(5 * 3 * 128 + 1, dtype=BF16)[1:].view(5, 3, 128)
+    with hopper.variants("force"):
+        call(grad=odd)
+    keys, queries = (tiles.base for tiles in read)
+    assert keys is queries and keys is not odd and keys.data_ptr() % 16 == 0
 
 
 def entry(kernel):

@@ -248,3 +248,16 @@ def test_a_slot_that_is_none_is_not_read(backend, device):
     problem.indices = pick(2, 130, 69, invalid=0.5).view(2, 1, 130).to(device)
     problem.indices[(problem.indices >= 0) & (problem.indices < 70)] += 1
     problem.check(problem.run())
+
+
+@BOTH
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nan_stays_with_its_head_and_is_not_lost(backend, device, rows, splits, monkeypatch):
+    problem = small(200, **rows, device=device)
+    split_into(splits, monkeypatch)
+    want = problem.run()
+    problem.q[1, 0, 2, 3] = float("nan")
+    for got, clean in zip(problem.run(), want):
+        assert got[1, 0, 2].isnan().all()
+        got[1, 0, 2] = clean[1, 0, 2]
+        assert torch.equal(got, clean)

@@ -119,7 +119,7 @@ FAULTS = {
         "the scale is that of the first group": ("column // SCALED_TOGETHER + group", "column // SCALED_TOGETHER", 1),
         "sums are not scaled": ("sums * keep[None, :] + weights", "sums + weights", 1),
         "the output is not scaled": ("        acc = acc * keep[None, :]\n", "", 1),
-        "rows of queries are stored beyond the last": ("(line < heads)[None, :])", "(line <= heads)[None, :])", 1),
+        "rows of queries are stored beyond the last": ("limit)[None, :])", "limit + 1)[None, :])", 1),
     },
 }  # fmt: skip
 GATHERING = {

@@ -186,3 +186,19 @@ def test_codes_of_the_activation_made_once_or_in_each_tile_give_the_same_bits(in
     tiles.reload()
     assert torch.equal(once, each)
     problem.check(once)
+
+
+@pytest.mark.no_launch("launches are counted, not run")
+def test_batch_invariant_codes_of_the_activation_come_from_one_kernel(monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        eight_bit.DOWN, "launch", lambda chip, work, args, statics, tile: launched.append((statics, tile))
+    )
+    with launch.on_cpu("interpret"):
+        for tokens in (1, 60):
+            problem = quantised_layer("int8_w8a8", tokens, 2, 2, 128, 128, torch.bfloat16)
+            options = problem.hidden, problem.experts, problem.weights, problem.ids
+            fused_experts(*options, batch_invariant=True)
+            fused_experts(*options)
+    assert launched[0] == launched[2] and launched[0][0]["AHEAD"]
+    assert [statics["AHEAD"] for statics, _ in launched[1::2]] == [False, True]

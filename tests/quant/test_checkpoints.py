@@ -117,6 +117,21 @@ def test_gptq(version, with_g_idx):
     assert_restores(experts, weights)
 
 
+@pytest.mark.parametrize("largest, accepted", [(2.0**121, True), (2.0**122, False), (float("nan"), False)])
+def test_scales_that_chips_would_decode_to_other_numbers(largest, accepted):
+    """Which are of int4 in bfloat16 alone."""
+    tensors = gptq_expert(32)
+    scales = {name: value.float() for name, value in tensors.items() if name.endswith("scales")}
+    scales["up_proj.scales"][0, 0] = largest
+    ExpertWeights.from_gptq([tensors | scales])
+    tensors |= {name: value.bfloat16() for name, value in scales.items()}
+    if accepted:
+        ExpertWeights.from_gptq([tensors])
+        return
+    with pytest.raises(ValueError, match=r"up_proj: got scales up to .*; in bfloat16 magnitudes below 2\^122 are"):
+        ExpertWeights.from_gptq([tensors])
+
+
 @pytest.mark.parametrize(
     ("zeros", "word"),
     [

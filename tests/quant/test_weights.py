@@ -223,6 +223,7 @@ def from_tensors(tensors):
 def refusals():
     int4, int8, fp8, plain = (quantised(name) for name in ("int4 with zeros", "int8", "fp8_block", "plain"))
     weights = plain.gate_up, plain.down
+    large = [torch.full_like(weight, 2.0**125).bfloat16() for weight in weights]
     return [
         (remade(int8, format="int5"), ValueError, r"format: got 'int5', accepted: 'plain', 'fp8_block'"),
         (remade(int8, down=int4.down), TypeError, r"down: got torch.uint8, format 'int8' has codes of torch.int8"),
@@ -256,6 +257,7 @@ def refusals():
         (rounded(*weights, format="int4", group_size=128), ValueError, r"gate_up: got 192 columns"),
         (rounded(*weights, format="int4", group_size=32, scale_dtype=torch.int8), ValueError, r"scale_dtype: got"),
         (rounded(weights[0] / 0, weights[1], format="int8"), ValueError, r"gate_up: got values that are not finite in"),
+        (rounded(*large, format="int4", group_size=32), ValueError, r"gate_up: expert 0: got scales up to 6.06e"),
         (rounded(int8.gate_up, int8.down, format="int8"), TypeError, r"gate_up: got torch.int8, format 'plain'"),
         (from_tensors({"gate": plain.gate_up}), ValueError, r"tensors: name: got 'gate', accepted: 'gate_up'"),
         (from_tensors({"down": plain.down}), ValueError, r"tensors: got none named 'gate_up'"),

@@ -100,8 +100,8 @@ def _nvidia(chip, dtype, statics, rows):
     if hopper and rows > 32:  # without a rope part a branch has no cheap second product
         block_n = 32 if statics["CAUSAL"] and statics["WINDOW"] else 64
         return {"BLOCK_H": 64, "BLOCK_N": block_n, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
-    # 32 rows have the registers for the branch that keeps scores from being computed twice, as all chips with mma.sync
-    # do without one: more than a third of the products.
+    # Without the branch chips with mma.sync compute scores twice, which is more than a third of the products; 32 rows
+    # leave registers for it.
     branch = int(statics["ROPE"] > 0 and chip.generation in ("80", "89", "120"))
     if layout in _FP8 and rows > 16:
         tile = {"BLOCK_H": 32, "BLOCK_N": 32 if roomy else 16, "num_warps": 8, "num_stages": 1}

@@ -18,6 +18,8 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Wor
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
+FIXED_QUERIES = 32
+"""Queries for which a tile is looked up that must not depend on how many there are."""
 E4M3 = torch.float8_e4m3fn
 """dtype of queries that are codes."""
 
@@ -243,7 +245,7 @@ def launch_logits(q, k, weights, starts, ends, k_scale, batch_invariant=False, f
     strides = q.stride()[0], weights.stride()[0], 0, k.stride()[0], 0, 0
     shape = heads, width, 0, fp8, fill, False, q.dtype == E4M3
     launch_indexer_logits(
-        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, 32
+        chip_of(q.device), q, k, scale, weights, starts, ends, ends, out, strides, 1, tokens, 1, shape, FIXED_QUERIES
     )
     return out
 
@@ -266,7 +268,8 @@ def launch_paged_logits(
     limits = seq_lens if limits is None else limits.contiguous()
     keys, scale, scale_stride = (data, out, 0) if parts is None else (*parts, parts[1].stride()[0])
     chip, columns = chip_of(q.device), out.shape[1]
-    if tokens == 1 and parts is not None and not batch_invariant:
+    streamed = MODE.get() != "force"  # else the launch below says whether the variant for Hopper is there
+    if tokens == 1 and parts is not None and not batch_invariant and streamed:
         one = heads, width, page_size, fill, has_limits, codes
         plan = INDEXER_STREAM.kept.plans.get(key := (chip.device, q.dtype, one, sequences, columns, pages > 0))
         if plan is None:
@@ -279,7 +282,7 @@ def launch_paged_logits(
     strides = q.stride()[0], weights.stride()[0], data.stride()[0], width, scale_stride, block_table.stride()[0]
     launch_indexer_logits(
         chip, q, keys, scale, weights, limits, seq_lens, block_table, out, strides, sequences, tokens, pages, shape,
-        32 if batch_invariant else tokens,
+        FIXED_QUERIES if batch_invariant else tokens,
     )  # fmt: skip
     return out.view(sequences, tokens, out.shape[1])
 

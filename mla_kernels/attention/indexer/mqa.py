@@ -12,12 +12,13 @@ in the low nibble.
 
 import torch
 
-from mla_kernels.attention.indexer.forward import E4M3, as_multiplied, launch_paged_logits
+from mla_kernels.attention.indexer.forward import E4M3, FIXED_QUERIES, as_multiplied, launch_paged_logits
 from mla_kernels.attention.indexer.scores import load_codes, sum_of_heads
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
+from mla_kernels.hopper import MODE
 from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
@@ -246,12 +247,12 @@ MQA_LOGITS = Kernel(
 )
 
 
-def _launch(q, codes, scale, weights, starts, ends, table, out, strides, shape, statics):
+def _launch(q, codes, scale, weights, starts, ends, table, out, strides, shape, statics, tiled=FIXED_QUERIES):
     """``strides``: of pages, keys, scales' pages and the table's rows. ``shape``: sequences, tokens of each, keys and
-    pages."""
+    pages. ``tiled``: the number of tokens that a tile is looked up for."""
     sequences, tokens, keys, num_pages = shape
     chip = chip_of(q.device)
-    tile = MQA_LOGITS.tile_for(chip, "bf16", statics, {"tokens": tokens if num_pages else 32})
+    tile = MQA_LOGITS.tile_for(chip, "bf16", statics, {"tokens": tiled})
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     args = (
@@ -262,7 +263,7 @@ def _launch(q, codes, scale, weights, starts, ends, table, out, strides, shape, 
     MQA_LOGITS.launch(chip, work, args, statics, tile)
 
 
-def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean):
+def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean, batch_invariant=False):
     if clean:
         out.fill_(float("-inf"))
     tokens, heads, width = q.shape
@@ -277,14 +278,19 @@ def _launch_rows(q, k, k_scale, form, weights, starts, ends, out, compact, clean
 def _variant(chip, q, tokens: int, page_size: int, compact: bool):
     """The kernel for Hopper where it is to be launched for queries [..., heads, width]; None of mxfp8 and mxfp4."""
     heads, width = q.shape[-2:]
-    statics = hopper_indexer.statics_of(heads, tokens, page_size, page_size > 0, False, compact)
-    return hopper_indexer.choose(chip, q.dtype, heads, width, statics)
+    kept = MQA_LOGITS.kept.plans.get(
+        key := (chip.device, q.dtype, heads, width, tokens, page_size, compact, MODE.get())
+    )
+    if kept is None:
+        statics = hopper_indexer.statics_of(heads, tokens, page_size, page_size > 0, False, compact)
+        kept = MQA_LOGITS.keep(key, (hopper_indexer.choose(chip, q.dtype, heads, width, statics),))
+    return kept[0]
 
 
 def _launch_variant(q, k, k_scale, weights, places, out, compact) -> bool:
     """Launch the kernel for Hopper where it is to be; whether it was."""
     chip, keys = chip_of(q.device), k.shape[0]
-    choice = _variant(chip, q, 32, 0, compact)
+    choice = _variant(chip, q, FIXED_QUERIES, 0, compact)
     if choice is None:
         return False
     source = hopper_indexer.Source(k, k_scale, 1, keys, 0, k.stride(0), 0)
@@ -295,7 +301,7 @@ def _launch_variant(q, k, k_scale, weights, places, out, compact) -> bool:
     return True
 
 
-def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
+def _launch_pages(q, cache, form, weights, block_table, limits, out, clean, batch_invariant=False):
     sequences, tokens, heads, width = q.shape
     key_bytes = width // 2 if form == "mxfp4" else width
     page_size = _page_size(cache, q, form)
@@ -305,7 +311,9 @@ def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
     if form == "fp8":
         weights = weights.view(sequences, tokens, heads)
         lengths = limits.amax(1) if tokens > 1 else limits.view(-1)
-        launch_paged_logits(q, cache, width, weights, block_table, lengths, limits, fill=False, out=out)
+        launch_paged_logits(
+            q, cache, width, weights, block_table, lengths, limits, batch_invariant, fill=False, out=out
+        )
         return
     _variant(chip_of(q.device), q, tokens, page_size, False)  # refused where it is asked for by name
     words = cache.view(torch.int32)
@@ -314,10 +322,11 @@ def _launch_pages(q, cache, form, weights, block_table, limits, out, clean):
     shape = sequences, tokens, out.shape[1], cache.shape[0]
     statics = _statics(heads, width, page_size, form, False, False)
     ends = limits.reshape(-1)
-    _launch(q.flatten(0, 1), cache, scale, weights, ends, ends, block_table, out, strides, shape, statics)
+    tiled = FIXED_QUERIES if batch_invariant else tokens
+    _launch(q.flatten(0, 1), cache, scale, weights, ends, ends, block_table, out, strides, shape, statics, tiled)
 
 
-def _check_pages(q, cache, form, weights, block_table, limits, out, clean):
+def _check_pages(q, cache, form, weights, block_table, limits, *_):
     """Refuse lengths beyond the table, and pages outside the cache that a length reaches. Reads the values."""
     pages, page_size = block_table.shape[1], _page_size(cache, q, form)
     meaning = f"block_table holds {pages} pages of {page_size} a row"
@@ -336,7 +345,7 @@ def _page_size(cache, q, form):
 mqa_logits = define_op(
     "mqa_logits",
     "(Tensor q, Tensor k, Tensor k_scale, str form, Tensor weights, Tensor starts, Tensor ends, Tensor(a!) out, "
-    "bool compact, bool clean) -> ()",
+    "bool compact, bool clean, bool batch_invariant=False) -> ()",
     cpu=cpu.mqa_logits,
     device=_launch_rows,
     fake=lambda *_: None,
@@ -346,8 +355,8 @@ mqa_logits = define_op(
 
 paged_mqa_logits = define_op(
     "paged_mqa_logits",
-    "(Tensor q, Tensor cache, str form, Tensor weights, Tensor block_table, Tensor limits, Tensor(a!) out, bool clean) "
-    "-> ()",
+    "(Tensor q, Tensor cache, str form, Tensor weights, Tensor block_table, Tensor limits, Tensor(a!) out, bool clean, "
+    "bool batch_invariant=False) -> ()",
     cpu=cpu.paged_mqa_logits,
     device=_launch_pages,
     fake=lambda *_: None,

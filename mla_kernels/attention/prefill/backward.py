@@ -347,6 +347,7 @@ def _launch(
             tensors = (*inputs[:4], out_grad)
             reading = hopper_gradients.read(variant, tensors, softmax_scale)
             if reading is not None:
+                out_grad = reading.out_grad.tiles.base  # a copy, where TMA cannot read it: for both kernels
                 numbers = softmax_scale, max_seqlen_q, max_seqlen_k
                 hopper_gradients.launch(
                     chip, variant, reading, outputs, (cu_seqlens_q, cu_seqlens_k), stats, numbers

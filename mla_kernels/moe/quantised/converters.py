@@ -9,7 +9,7 @@ import torch
 from mla_kernels.checks import check_tensor
 from mla_kernels.moe.quantised.formats import FORMATS, WeightFormat
 from mla_kernels.quant.fp8_block import BLOCK as SCALE_BLOCK
-from mla_kernels.quant.int4 import SYMMETRIC_ZERO
+from mla_kernels.quant.int4 import SYMMETRIC_ZERO, check_int4_scales
 from mla_kernels.quant.mxfp4 import GROUP
 from mla_kernels.quant.nibbles import BLOCK, pack_nibbles, packed_bytes
 from mla_kernels.quant.stored import StoredWeight
@@ -82,6 +82,8 @@ def write_projection(where: str, parts: dict[str, torch.Tensor], index: int, nam
     """Write gate_proj, up_proj or down_proj of one expert to its rows in ``parts``."""
     both = "down" if name == DOWN else "gate_up"
     codes, scales, zeros = stored.packed(f"{where}: {name}")
+    if stored.format == "int4":
+        check_int4_scales(f"{where}: {name}", scales)
     if name != DOWN and stored.format == "fp8_block" and stored.shape[0] % SCALE_BLOCK:
         raise NotImplementedError(
             f"{where}: got an intermediate size of {stored.shape[0]}, multiples of {SCALE_BLOCK} are accepted: a block "

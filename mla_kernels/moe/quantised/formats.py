@@ -11,7 +11,7 @@ import torch
 from mla_kernels.checks import FLOATS
 from mla_kernels.quant.fp8_block import BLOCK as SCALE_BLOCK
 from mla_kernels.quant.fp8_block import dequantise_fp8_block, quantise_fp8_block
-from mla_kernels.quant.int4 import dequantise_int4, quantise_int4
+from mla_kernels.quant.int4 import check_int4_scales, dequantise_int4, quantise_int4
 from mla_kernels.quant.int8_channel import dequantise_int8_channel, quantise_int8_channel
 from mla_kernels.quant.mxfp4 import dequantise_mxfp4, quantise_mxfp4
 from mla_kernels.quant.nibbles import BLOCK, packed_bytes
@@ -106,6 +106,8 @@ def quantise_weight(
             if not part.isfinite().all():
                 raise ValueError(f"{name}: got values that are not finite in expert {expert}, finite ones are accepted")
             rounded = _quantise(part, format, options)
+            if format is WeightFormat.INT4:
+                check_int4_scales(f"{name}: expert {expert}", rounded[1])
             at, scale_at = slice(first, first + _ROWS), slice(first // scale_rows, (first + _ROWS) // scale_rows)
             codes[expert, at], scales[expert, scale_at] = rounded[:2]
             if asymmetric:

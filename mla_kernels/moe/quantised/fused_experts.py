@@ -64,7 +64,7 @@ def _launch(
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
-    combine. Of int8_w8a8 with many rows a fifth: the activation's codes."""
+    combine. Of int8_w8a8 with many rows, or batch-invariant, a fifth: the activation's codes."""
     tokens, width = hidden.shape
     if tokens == 0:
         return hidden.new_empty(hidden.shape)
@@ -219,7 +219,8 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
     plan = kernel.kept.plans.get(call.key)
     if plan is None:
         statics = eight_bit.statics_of(experts, stored.format, bias is not None, inner)
-        statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes_of(*call.sizes))}
+        sizes = sizes_of_tile(sizes_of(*call.sizes), call.batch_invariant)
+        statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes)}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
     if statics["AHEAD"]:
@@ -280,7 +281,8 @@ def fused_experts(
     On a device four kernel launches: order of the rows, gate_up, down, combine; with the router five. With fp8_block
     and int8_w8a8 the first one quantises hidden, too. The activation is quantised by gate_up's epilogue (fp8_block), or
     on the scale that gate_up's epilogue prepared by down (int8_w8a8); where experts have more than 32 rows on average,
-    on GPUs, by a launch of its own, with P I bytes more. Nothing waits for the host.
+    or bits must not depend on how many, on GPUs by a launch of its own, with P I bytes more. Nothing waits for the
+    host.
 
     ============= ============================================================= ========================================
     format        products                                                      memory besides the result, bytes

@@ -17,6 +17,7 @@ in each tile, and those of a, which each tile of columns reads, once in front wh
 import torch
 
 from mla_kernels.cpu import scaled_product as cpu
+from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.experts.schedule import tile_of_item
@@ -248,19 +249,20 @@ SCALED_PRODUCT = Kernel(
 )  # fmt: skip
 
 
-def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add):
+def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add, batch_invariant=False):
     groups, (rows, depth), columns = b.shape[0], a.shape[1:], b.shape[1]
     packed = a_scale.dtype == torch.int32, b_scale.dtype == torch.int32
     out = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[d.dtype]
     chip = chip_of(a.device)
-    halves = not chip.dot_e4m3 and rows > FEW_ROWS and mode != "masked"  # masked rows are mostly not there
+    looked_up = FIXED_TOKENS if batch_invariant else rows
+    halves = not chip.dot_e4m3 and looked_up > FEW_ROWS and mode != "masked"  # masked rows are mostly not there
     if halves:  # torch casts no float8 on every NPU
         a = a.view(torch.float8_e4m3fn).half() if chip.is_gpu else bytes_to_fp16(a.contiguous().view(torch.uint8))
     else:
         a = a.view(torch.int8)
     even = depth % min(grans[0], grans[2]) == 0
     statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out, halves)
-    most = 1 << max(rows - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
+    most = 1 << max(looked_up - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
     sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
     row_tiles = -(-rows // tile["BLOCK_M"])
@@ -273,7 +275,7 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add):
     SCALED_PRODUCT.launch(chip, work, args, statics, tile)
 
 
-def _check_values(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add):
+def _check_values(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, *_):
     """Refuse lengths beyond the rows, and rows whose group is not that of the ALIGNMENT rows around them."""
     if mode == "masked" and bool(((layout < 0) | (layout > a.shape[1])).any()):
         raise ValueError(f"masked_m: got {layout.tolist()}, 0 to {a.shape[1]} are accepted")
@@ -296,7 +298,7 @@ def _check_values(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add
 scaled_product = define_op(
     "scaled_product",  # no argument is called "mode": findings/torch_ops_with_an_argument_called_mode.sh
     "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor(a!) d, Tensor? layout, str kind, int[] grans, "
-    "int alignment, bool add) -> ()",
+    "int alignment, bool add, bool batch_invariant=False) -> ()",
     cpu=cpu.scaled_product,
     device=_launch,
     fake=lambda *_: None,

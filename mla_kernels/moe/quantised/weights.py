@@ -58,7 +58,9 @@ class ExpertWeights:
         format: a :class:`WeightFormat` or its value.
         gate_up, down: codes. A plain weight may be a transposed view ([E, K, N] in memory); all other tensors are
             contiguous. float8_e4m3fn codes are taken as bytes.
-        gate_up_scale, down_scale: scales. float8_e8m0fnu is taken as bytes in mxfp4, as fp32 in fp8_block.
+        gate_up_scale, down_scale: scales. float8_e8m0fnu is taken as bytes in mxfp4, as fp32 in fp8_block. Those of
+            int4 in bf16 are below 2^122 in magnitude: what makes or converts weights refuses others, here nothing looks
+            at values, and NVIDIA chips would read inf and NaN.
         gate_up_zero, down_zero: int4 only, uint8 [E, N, K / group_size], 0 to 15; None means 8 everywhere.
         gate_up_bias, down_bias: None, or [E, 2I] and [E, H] in the activations' dtype.
         group_size: columns that share a scale: 32, 64 or 128 with int4, 32 or None with mxfp4, else None.
@@ -152,8 +154,8 @@ class ExpertWeights:
             gate_up_bias, down_bias: kept as they are.
 
         Raises:
-            ValueError: sizes the format cannot hold, an option of another format, weights that are not finite.
-            TypeError: a wrong dtype.
+            ValueError: sizes the format cannot hold, an option of another format, weights that are not finite, or with
+            int4 scales in bf16 of 2^122 and more. TypeError: a wrong dtype.
         """
         check_choice("format", format, tuple(known.value for known in WeightFormat))
         format = WeightFormat(format)
