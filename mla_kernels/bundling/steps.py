@@ -144,6 +144,14 @@ def _sizes(name: str, g: Geometry, limits: Limits) -> Iterator[dict]:
             rest = {"ratio": ratio, "width": width}
             yield from ({"sequences": batch, "tokens": 1} | rest for batch in batches)
             yield from ({"sequences": 1, "tokens": tokens} | rest for tokens in limits.counts())
+    elif name.endswith("_paged_mqa_logits"):
+        yield from ({"batch": batch, "keys": keys} for keys in limits.contexts for batch in batches)
+    elif name.endswith("_mqa_logits"):
+        for keys, more in itertools.product(limits.contexts, (0, 1)):
+            yield from ({"tokens": tokens, "keys": keys + more} for tokens in limits.counts())
+    elif name == "fp8_gemm_nt":
+        for number in range(4):  # MLA's three and the shared experts'
+            yield from ({"tokens": tokens, "projection": number} for tokens in limits.counts())
     elif name == "entry_slots":
         yield from ({"sequences": batch} for batch in batches)
     else:

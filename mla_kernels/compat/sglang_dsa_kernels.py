@@ -17,6 +17,7 @@ import torch
 from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.checks import FLOATS, INDICES, check_tensor
 from mla_kernels.compat.deep_gemm import fp8_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa_logits_metadata
+from mla_kernels.compat.engine_invariance import invariant
 from mla_kernels.compat.engine_rope import rope_tables
 from mla_kernels.latent.cache import CacheLayout, LatentCache
 from mla_kernels.latent.heads import rotate_indexer_query
@@ -148,13 +149,20 @@ def resolve_paged_mqa_logits_metadata_fn():
 
 
 def resolve_fp8_paged_mqa_logits_fn():
-    """:func:`mla_kernels.compat.deep_gemm.fp8_paged_mqa_logits`."""
-    return fp8_paged_mqa_logits
+    """:func:`mla_kernels.compat.deep_gemm.fp8_paged_mqa_logits`, batch-invariant in SGLang's deterministic mode."""
+    return _in_mode(fp8_paged_mqa_logits)
 
 
 def resolve_fp8_mqa_logits_fn():
-    """:func:`mla_kernels.compat.deep_gemm.fp8_mqa_logits`, with what a token does not see left as it is."""
-    return _fp8_mqa_logits
+    """:func:`mla_kernels.compat.deep_gemm.fp8_mqa_logits`, with what a token does not see left as it is,
+    batch-invariant in SGLang's deterministic mode."""
+    return _in_mode(_fp8_mqa_logits)
+
+
+def _in_mode(function):
+    from sglang.srt.runtime_context import get_exec
+
+    return invariant(function) if get_exec().deterministic.enable_deterministic_inference else function
 
 
 def _fp8_mqa_logits(q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits=False, max_seqlen_k=0):

@@ -30,6 +30,8 @@ import inspect
 import logging
 import sys
 
+from mla_kernels.compat.engine_invariance import invariant_module
+
 TRIED = ("0.33.0",)
 """Versions of vLLM that the backends were run with."""
 
@@ -110,8 +112,12 @@ def register() -> None:
 
 
 def _offer_deep_gemm() -> bool:
-    """Whether ``deep_gemm`` is this library's module."""
+    """Whether ``deep_gemm`` is this library's module, which is batch-invariant if vLLM was asked to be."""
+    from vllm import envs
+
     module = importlib.import_module("mla_kernels.compat.deep_gemm")
+    if envs.VLLM_BATCH_INVARIANT:
+        module = invariant_module(module)
     if importlib.util.find_spec("deep_gemm") is None:
         sys.modules["deep_gemm"] = module
     return sys.modules.get("deep_gemm") is module

@@ -1,6 +1,7 @@
 """What of vLLM's plugin needs no vLLM; tests/engines has the rest, inside vLLM's own package."""
 
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mla_kernels.compat import vllm_dsa, vllm_plugin
+from mla_kernels import invariance
+from mla_kernels.compat import deep_gemm, engine_invariance, vllm_dsa, vllm_plugin
 from mla_kernels.reference import heads, indexer, latent
 
 TOKENS, HEADS, INDEX_HEADS, PAGES, PAGE = 5, 3, 4, 3, 64
@@ -51,6 +53,21 @@ def test_chips_below_the_least_capability_keep_what_vllm_has(monkeypatch, caplog
         vllm_plugin.register()
     assert not placed and "capability 7.5: the attention here needs 8.0" in caplog.text
     assert "serves" not in caplog.text and sys.modules.get("deep_gemm") is None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_scores_are_batch_invariant_where_vllm_is_asked_to_be(monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_BATCH_INVARIANT=asked)))
+    monkeypatch.setattr(deep_gemm, "fp8_mqa_logits", lambda q: seen.append((q, invariance.wanted(None))))
+    engine_invariance.invariant_module.cache_clear()
+    assert vllm_plugin._offer_deep_gemm() and vllm_plugin._offer_deep_gemm()
+    offered = sys.modules["deep_gemm"]
+    assert set(vars(deep_gemm)) <= set(vars(offered))
+    offered.fp8_mqa_logits("q")
+    assert seen == [("q", asked)] and not invariance.wanted(None)
 
 
 def test_vllm_finds_the_plugin():

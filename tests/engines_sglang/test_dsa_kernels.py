@@ -2,12 +2,14 @@
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.kernels.ops.attention.dsa.dequant_k_cache import dequantize_k_cache
 from sglang.srt.plugins import load_plugins
 
+from mla_kernels import invariance
 from mla_kernels.compat import sglang_dsa
 from mla_kernels.compat import sglang_dsa_kernels as kernels
 
@@ -112,6 +114,18 @@ def test_what_is_not_supported_is_refused_by_name():
         kernels.fused_store_index_k_cache(x, torch.zeros(2, 32 * 132, dtype=torch.uint8), torch.tensor([0, 1]))
     assert not kernels.can_use_dsa_fused_store(torch.bfloat16, torch.int64, 16)
     assert kernels.can_use_dsa_fused_store(torch.bfloat16, torch.int64, 64)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_scores_are_batch_invariant_in_the_deterministic_mode(monkeypatch, asked):
+    seen = []
+    mode = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=asked))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: mode)
+    for name in ("fp8_mqa_logits", "fp8_paged_mqa_logits"):
+        monkeypatch.setattr(kernels, name, lambda *given: seen.append(invariance.wanted(None)))
+    kernels.resolve_fp8_mqa_logits_fn()(1, 2, 3, 4, 5)
+    kernels.resolve_fp8_paged_mqa_logits_fn()(1, 2)
+    assert seen == [asked, asked]
 
 
 def test_cores_are_those_of_the_chip():
