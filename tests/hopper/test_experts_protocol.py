@@ -1,6 +1,5 @@
 """Faults put into the protocol of the experts' Hopper kernel, as test_protocol.py does for mla_decode's."""
 
-import re
 import types
 
 import pytest
@@ -11,6 +10,7 @@ from mla_kernels.hopper import experts as variant
 from mla_kernels.hopper.experts import HOPPER_EXPERTS
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
+from tests.hopper.problems import needless
 from tests.hopper.test_experts import MAKE, check
 from tests.hopper.test_protocol import ORDERING, load
 
@@ -66,18 +66,7 @@ def test_the_kernel_itself_is_right(goes_wrong):
 
 @pytest.mark.slow
 def test_every_statement_that_orders_something_is_needed(goes_wrong):
-    lines = HOPPER_EXPERTS.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in OWN) or statement.startswith(("def ", "from ", "arrive_with_copies =")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(OWN) else re.sub(r"_wait\(\d", "_wait(9", line)
-        assert without != line, f"left as it is: {statement}"
-        if not goes_wrong("\n".join([*lines[:number], without, *lines[number + 1 :]])):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS_HERE)
+    assert needless(HOPPER_EXPERTS.source, OWN, goes_wrong, besides=("arrive_with_copies =",)) == sorted(NEEDLESS_HERE)
 
 
 FAULTS = {

@@ -13,7 +13,7 @@ from mla_kernels.placement import on_cpu
 from mla_kernels.reference import indexer as reference
 from mla_kernels.targets.gluon.errors import EmulationError
 from tests.attention.indexer_problems import E4M3, make_paged, make_ragged
-from tests.hopper.problems import unwritten_is_nan
+from tests.hopper.problems import needless, unwritten_is_nan
 from tests.hopper.test_protocol import ORDERING, load
 
 KERNEL = HOPPER_INDEXER_LOGITS
@@ -81,18 +81,10 @@ def test_the_kernel_itself_is_right(tmp_path, monkeypatch):
 
 
 def test_every_statement_that_orders_something_is_needed(tmp_path, monkeypatch):
-    lines = KERNEL.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in OWN) or statement.startswith(("def ", "from ")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(OWN) else line.replace("_wait(0", "_wait(9")
-        assert without != line, f"left as it is: {statement}"
-        if not goes_wrong("\n".join([*lines[:number], without, *lines[number + 1 :]]), tmp_path, monkeypatch):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS)
+    def wrong(text):
+        return goes_wrong(text, tmp_path, monkeypatch)
+
+    assert needless(KERNEL.source, OWN, wrong) == sorted(NEEDLESS)
 
 
 FAULTS = {

@@ -1,7 +1,6 @@
 """Faults put into the protocols of mla_prefill's gradients for Hopper, as test_protocol.py does for mla_decode's."""
 
 import functools
-import re
 import types
 
 import pytest
@@ -16,6 +15,7 @@ from mla_kernels.launch import chip_of
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
 from tests.attention.prefill_problems import make
+from tests.hopper.problems import needless
 from tests.hopper.test_protocol import ORDERING, load
 
 KEYS, QUERIES = HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT
@@ -92,19 +92,10 @@ def test_the_kernel_itself_is_right(kernel, tmp_path, monkeypatch):
 
 @every_kernel
 def test_every_statement_that_orders_something_is_needed(kernel, tmp_path, monkeypatch):
-    lines = kernel.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in OWN) or statement.startswith(("def ", "from ")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(OWN) else re.sub(r"_wait\(\d", "_wait(9", line)
-        assert without != line, f"left as it is: {statement}"
-        text = "\n".join([*lines[:number], without, *lines[number + 1 :]])
-        if not goes_wrong(kernel, text, tmp_path, monkeypatch):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS_HERE)
+    def wrong(text):
+        return goes_wrong(kernel, text, tmp_path, monkeypatch)
+
+    assert needless(kernel.source, OWN, wrong) == sorted(NEEDLESS_HERE)
 
 
 FAULTS = {

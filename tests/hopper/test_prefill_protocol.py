@@ -1,6 +1,5 @@
 """Faults put into the protocol of mla_prefill's Hopper kernel, as test_protocol.py does for mla_decode's."""
 
-import re
 import types
 
 import pytest
@@ -12,6 +11,7 @@ from mla_kernels.hopper.prefill import HOPPER_MLA_PREFILL
 from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
 from tests.attention.prefill_problems import Problem, make
+from tests.hopper.problems import needless
 from tests.hopper.test_protocol import ORDERING, load
 
 NEEDLESS_HERE = (
@@ -51,18 +51,10 @@ def test_the_kernel_itself_is_right(tmp_path, monkeypatch):
 
 
 def test_every_statement_that_orders_something_is_needed(tmp_path, monkeypatch):
-    lines = HOPPER_MLA_PREFILL.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in OWN) or statement.startswith(("def ", "from ")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(OWN) else re.sub(r"_wait\(\d", "_wait(9", line)
-        assert without != line, f"left as it is: {statement}"
-        if not goes_wrong("\n".join([*lines[:number], without, *lines[number + 1 :]]), tmp_path, monkeypatch):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS_HERE)
+    def wrong(text):
+        return goes_wrong(text, tmp_path, monkeypatch)
+
+    assert needless(HOPPER_MLA_PREFILL.source, OWN, wrong) == sorted(NEEDLESS_HERE)
 
 
 FAULTS = {

@@ -24,6 +24,7 @@ from mla_kernels.targets.gluon.errors import EmulationError
 from mla_kernels.tiles import Kept
 from tests.attention.problems import make
 from tests.attention.test_decode import unchecked
+from tests.hopper.problems import needless
 
 MANY, FEW = HOPPER_MLA_DECODE, HOPPER_MLA_DECODE_FEW_ROWS
 MANY_CODES, FEW_CODES = HOPPER_MLA_DECODE_CODES, HOPPER_MLA_DECODE_FEW_ROWS_CODES
@@ -105,20 +106,10 @@ def test_the_kernel_itself_is_right(kernel, problem, tmp_path, monkeypatch):
 
 @every_kernel
 def test_every_statement_that_orders_something_is_needed(kernel, tmp_path, monkeypatch):
-    lines = kernel.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in ORDERING) or statement.startswith(("def ", "from ")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(ORDERING) else line.replace("_wait(0", "_wait(9")
-        assert without != line, f"left as it is: {statement}"
-        if not found(
-            kernel, "\n".join([*lines[:number], without, *lines[number + 1 :]]), plain_problem, tmp_path, monkeypatch
-        ):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS_HERE[kernel])
+    def wrong(text):
+        return found(kernel, text, plain_problem, tmp_path, monkeypatch)
+
+    assert needless(kernel.source, ORDERING, wrong) == sorted(NEEDLESS_HERE[kernel])
 
 
 FAULTS = {

@@ -12,6 +12,7 @@ from mla_kernels.placement import on_cpu
 from mla_kernels.targets.gluon.errors import EmulationError
 from tests.attention.sparse_problems import make_decode, make_prefill
 from tests.attention.test_sparse import unchecked
+from tests.hopper.problems import needless
 from tests.hopper.test_protocol import ORDERING, load
 
 MANY, FEW = HOPPER_SPARSE_MLA, HOPPER_SPARSE_MLA_FEW_ROWS
@@ -71,19 +72,10 @@ def test_the_kernel_itself_is_right(kernel, layout, tmp_path, monkeypatch):
 
 @KERNELS
 def test_every_statement_that_orders_something_is_needed(kernel, tmp_path, monkeypatch):
-    lines = kernel.source.splitlines()
-    survivors = []
-    for number, line in enumerate(lines):
-        statement = line.strip()
-        if not any(name in line for name in OWN) or statement.startswith(("def ", "from ")):
-            continue
-        indent = line[: len(line) - len(line.lstrip())]
-        without = f"{indent}pass" if statement.startswith(OWN) else line.replace("_wait(0", "_wait(9")
-        assert without != line, f"left as it is: {statement}"
-        text = "\n".join([*lines[:number], without, *lines[number + 1 :]])
-        if not any(goes_wrong(kernel, text, layout, tmp_path, monkeypatch) for layout in LAYOUTS):
-            survivors.append(statement)
-    assert sorted(survivors) == sorted(NEEDLESS_HERE[kernel])
+    def wrong(text):
+        return any(goes_wrong(kernel, text, layout, tmp_path, monkeypatch) for layout in LAYOUTS)
+
+    assert needless(kernel.source, OWN, wrong) == sorted(NEEDLESS_HERE[kernel])
 
 
 FAULTS = {

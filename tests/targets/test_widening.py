@@ -1,7 +1,7 @@
 """Kernels load and store 16-bit numbers and compute in float32: nothing else is done to bfloat16 and float16.
 
-Triton's interpreter has no arithmetic on bfloat16, and float16 overflows where a sum or a product does not. So the TTIR of
-every declared case is read, as Triton makes it from the source, for arithmetic on either type.
+Triton's interpreter has no arithmetic on bfloat16, and float16 overflows where a sum or a product does not. So the TTIR
+of every declared case is read, as Triton makes it from the source, for arithmetic on either type.
 """
 
 import json
