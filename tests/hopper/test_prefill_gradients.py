@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from mla_kernels import hopper
 from mla_kernels.attention.prefill import backward, forward
 from mla_kernels.gluon_launch import GluonKernel
 from mla_kernels.reference import prefill as reference
@@ -75,12 +76,19 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 
 
 def check(problem: Problem, found: list[torch.Tensor]) -> None:
-    """Within three times torch's own error where problem.check_gradients demands twice: P enters dS in 16 bits. In one
-    of 60 forms that were drawn the largest error of the keys' gradients was 2.4 and 2.6 times torch's own."""
-    exact = problem.gradients(reference.mla_prefill, torch.float64)
-    own = problem.gradients(reference.mla_prefill, problem.q.dtype)
-    for got, want, baseline in zip(found, exact, own):
-        assert_close(got, want, want + 1.5 * (baseline.double() - want))
+    """problem.check_gradients; where that finds them too far, within a tenth more than the portable kernels' error.
+
+    Of 120 drawn forms one is so, of one head in float16: delta is of the rounded output there as here, and the largest
+    error of both 2.8 times that of torch, which rounds otherwise.
+    """
+    try:
+        problem.check_gradients(found)
+    except AssertionError:
+        with hopper.variants("portable"):
+            portable = problem.gradients()
+        exact = problem.gradients(reference.mla_prefill, torch.float64)
+        for got, want, other in zip(found, exact, portable):
+            assert_close(got, want, want + 0.55 * (other.double().to(want.device) - want))
 
 
 @pytest.mark.slow
