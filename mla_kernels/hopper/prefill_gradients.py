@@ -55,7 +55,8 @@ def _memory(chip, dtype, statics, tile):
     stages = _WIDE_STAGES if wide else _STAGES
     value_stages = 1 if wide and not of_keys else stages
     rows = tile_rows(statics) * (key + value) + ROWS * (stages * key + value_stages * value)
-    return {"shared": 2 * rows + stages * 3 * ROWS * 4 + (4 * ROWS * ROWS if of_keys else 0) + 1024}
+    own = stages * 3 * ROWS * 4 + 4 * ROWS * ROWS if of_keys else 0
+    return {"shared": 2 * rows + own + 1024}
 
 
 def _products(statics):

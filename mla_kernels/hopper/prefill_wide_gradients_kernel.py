@@ -56,6 +56,8 @@ from mla_kernels.hopper.sequences import (
 STAGES = gl.constexpr(2)
 PANEL = gl.constexpr(64)  # columns of 16 bits that TMA and wgmma swizzle together
 QUERY_TILE = gl.constexpr(128)  # queries of a program
+QUERY_GROUP_REGISTERS = gl.constexpr(240)  # with 232 and 40 Triton 3.9.0 spills
+QUERY_LOADER_REGISTERS = gl.constexpr(24)
 _NUMBERS = [
     "q_row", "q_column", "k_row", "k_column", "rope_row", "rope_column", "rope_first", "v_row", "v_column", "grad_row",
     "grad_column", "heads", "queries", "tokens", "max_queries", "max_keys", "tiles", "together", "zero",
@@ -155,7 +157,7 @@ def _key_group(
         mbarrier.arrive(grad_free.index(stage))
         mbarrier.wait(kept_full.index(stage), phase)
         scores_grad = (kept.index(stage).load(SQUARE).to(gl.float32) * toward).to(kept.dtype)
-        mbarrier.wait(q_full.index(stage), phase)
+        mbarrier.wait(q_full.index(stage), phase)  # as the weights' group has
         k_grad = add(scores_grad, queries, k_grad, stage)
         k_grad = warpgroup_mma_wait(0, [k_grad])  # [64, KEY + ROPE]
         mbarrier.arrive(q_free.index(stage))
@@ -204,22 +206,23 @@ def _query_loader(
 
 @gluon.jit
 def _stats_loader(stats_ptr, to_delta, stats, barriers, blocks, count, newest, scale):
-    """A line of what dP of each block begins with, one of what its scores begin with."""
-    _, q_full, q_free, grad_full, grad_free, _ = barriers
+    """A line of what dP of each block begins with, one of what its scores begin with, one of what they are masked by.
+
+    Whoever gives dO back has read all that it reads of them.
+    """
+    _, q_full, _, grad_full, grad_free, _ = barriers
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for step in range(blocks):
         stage = step % STAGES
-        phase = step // STAGES & 1
         line = gl.arange(0, ROWS, layout=LINE) + step * ROWS
         lse = gl.load(stats_ptr + line, mask=line < count, other=float("inf"))
         delta = gl.load(stats_ptr + to_delta + line, mask=line < count, other=0.0)
-        mbarrier.wait(grad_free.index(stage), phase ^ 1)
-        stats.index(stage * 3 + 1).store(-delta)
-        mbarrier.arrive(grad_full.index(stage))
-        mbarrier.wait(q_free.index(stage), phase ^ 1)
+        mbarrier.wait(grad_free.index(stage), step // STAGES & 1 ^ 1)
         stats.index(stage * 3).store(lse * scale)
+        stats.index(stage * 3 + 1).store(-delta)
         stats.index(stage * 3 + 2).store((line + newest).to(gl.float32))
         mbarrier.arrive(q_full.index(stage))
+        mbarrier.arrive(grad_full.index(stage))
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
@@ -468,5 +471,5 @@ def hopper_mla_prefill_wide_query_gradient_kernel(
             (_key_loader, (read, corners, held, panels, values, barriers, behind, bounds, KEY, ROPE)),
         ],
         [4, 1],
-        [GROUP_REGISTERS, LOADER_REGISTERS],
+        [QUERY_GROUP_REGISTERS, QUERY_LOADER_REGISTERS],
     )
