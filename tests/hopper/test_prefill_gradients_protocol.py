@@ -243,8 +243,8 @@ FAULTS = {
         "the scale is forgotten": ("k_grad = k_grad * softmax_scale", "k_grad = k_grad", 1),
     },
     WIDE_QUERIES: {
-        "keys are free once one group is done": ("k_free = new_barriers(STAGES, 2)", "k_free = new_barriers(STAGES)", 1),
-        "values are free once one group is done": ("v_free = new_barriers(1, 2)", "v_free = new_barriers(1)", 1),
+        "keys are free after one group": ("k_free = new_barriers(STAGES, 2)", "k_free = new_barriers(STAGES)", 1),
+        "values are free after one group": ("v_free = new_barriers(1, 2)", "v_free = new_barriers(1)", 1),
         "keys are loaded before they are free": ("step // STAGES & 1 ^ 1)", "step // STAGES & 1)", 1),
         "values are loaded before they are free": ("step & 1 ^ 1)", "step & 1)", 1),
         "keys are given back before dQ": (
