@@ -20,7 +20,7 @@ ROWS = 64
 TAIL = 64
 """Columns that are counted as the tail of a key whose width is a power of two."""
 WIDE = 256
-"""Width of a key from which on a program owns 64 rows of keys, not 128."""
+"""Width of a key whose gradients have kernels of their own; a program owns 64 such keys, not 128."""
 _STAGES = 3
 _WIDE_STAGES = 2
 _PANEL = 64
@@ -43,7 +43,7 @@ def _wide_boxes(statics):
 
 
 def tile_rows(statics) -> int:
-    """Rows of keys or queries that a program owns: of a kernel's ``statics``."""
+    """Keys or queries that a program owns, by its kernel's constants."""
     return ROWS if "SHARED" in statics and _width(statics) == WIDE else 2 * ROWS
 
 
@@ -184,11 +184,12 @@ def choose(of_keys: bool, chip, dtype, statics) -> Choice | None:
     """
     name = DTYPE_NAMES[dtype]
     form = {"dtype": name, **statics}
-    own = split(statics)
-    kernel = (_OF_KEYS if of_keys else _OF_QUERIES)[_width(own) == WIDE]
+    wide = statics["FIRST"] + statics["REST"] + statics["ROPE"] == WIDE
+    kernel = (_OF_KEYS if of_keys else _OF_QUERIES)[wide]
     if not hopper.chosen(kernel, chip, form, lambda: refusal(name, statics)):
         return None
-    own |= {"VALUE": statics["VALUE"], "CAUSAL": statics["CAUSAL"], "SHARED": int(statics["ROPE"] > 0)}
+    own = split(statics) | {"VALUE": statics["VALUE"], "CAUSAL": statics["CAUSAL"]}
+    own |= {"SHARED": int(statics["ROPE"] > 0)}
     own = {constant: own[constant] for constant in kernel.statics}
     return Choice(kernel, own, kernel.rule(chip, name, own, {}), hopper.frozen(form))
 

@@ -12,7 +12,8 @@ a thread, and the first hands its weights to the second, through shared memory, 
     keys    dP = V dO^T - delta |  <- P  dS  dK += dS^T q |
 
 q and dO have barriers of their own, so that each is given back as soon as both groups have multiplied by it. Weights
-of step s stand in place s % 2, as q does: q of step s + 2, which they are of, comes once dK has been added from both.
+of step s stand in place s % 2, like their q. Nobody overwrites any that are still to be read: the next in that place
+are made of q of step s + 2, which is not copied before the second group, having added dK of step s, gives q back.
 
 ``query_gradient``, of 128 queries a program, 64 a group, as in the narrower kernel, but with two blocks of keys and one
 of values in flight. Values are given back before dS is known, so the next are copied while dQ is added.
