@@ -25,6 +25,7 @@ from tests.hopper.test_protocol import ORDERING, load
 
 KEYS, QUERIES = HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT
 WIDE_KEYS, WIDE_QUERIES = HOPPER_MLA_PREFILL_WIDE_KEY_GRADIENT, HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT
+WIDE, OF_KEYS = (WIDE_KEYS, WIDE_QUERIES), (KEYS, WIDE_KEYS)
 NAMES = {KEYS: "keys", QUERIES: "queries", WIDE_KEYS: "wide keys", WIDE_QUERIES: "wide queries"}
 every_kernel = pytest.mark.parametrize("kernel", NAMES, ids=NAMES.get)
 OWN = (*ORDERING, "clear_rows(")
@@ -49,8 +50,8 @@ def problem(kernel, causal: bool):
     """(what the launch of a kernel takes, its outputs' shapes and dtypes): rows of NaN behind all sequences."""
     torch.manual_seed(3)
     made = make(
-        LENGTHS[kernel][causal], heads=2, key=192 if kernel in (WIDE_KEYS, WIDE_QUERIES) else 128, rope=64,
-        value=256 if kernel in (WIDE_KEYS, WIDE_QUERIES) else 128, dtype=torch.bfloat16, causal=causal, poison=False,
+        LENGTHS[kernel][causal], heads=2, key=192 if kernel in WIDE else 128, rope=64,
+        value=256 if kernel in WIDE else 128, dtype=torch.bfloat16, causal=causal, poison=False,
     )  # fmt: skip
     made = made.with_inputs(lambda t: torch.cat([t, t.new_full((70, *t.shape[1:]), float("nan"))]))
     with on_cpu("interpret"):
@@ -62,19 +63,19 @@ def problem(kernel, causal: bool):
     bounds = made.cu_seqlens_q, made.cu_seqlens_k
     numbers = made.softmax_scale, made.max_seqlen_q, made.max_seqlen_k
     outputs = (made.q,)
-    if kernel in (KEYS, WIDE_KEYS):
+    if kernel in OF_KEYS:
         outputs = made.k, made.k.new_empty(2, made.k.shape[0], 64, dtype=torch.float32), made.v
     return causal, tensors, bounds, stats, numbers, [(output.shape, output.dtype) for output in outputs]
 
 
 def run(kernel, causal: bool) -> list[torch.Tensor]:
     causal, tensors, bounds, stats, numbers, shapes = problem(kernel, causal)
-    wide = kernel in (WIDE_KEYS, WIDE_QUERIES)
+    wide = kernel in WIDE
     statics = {"FIRST": 128, "REST": 64 * wide, "ROPE": 64, "VALUE": 256 if wide else 128, "CAUSAL": causal}
     outputs = [torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in shapes]
     with on_cpu("hopper-emulated"), hopper.variants("force"):
         chip = chip_of(tensors[0].device)
-        choice = variant.choose(kernel in (KEYS, WIDE_KEYS), chip, torch.bfloat16, statics)
+        choice = variant.choose(kernel in OF_KEYS, chip, torch.bfloat16, statics)
         assert choice.kernel is kernel
         reading = variant.read(choice, tensors, numbers[0])
         variant.launch(chip, choice, reading, outputs, bounds, stats, numbers)
