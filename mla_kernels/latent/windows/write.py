@@ -11,12 +11,12 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer.cache import IndexerCache, page_size_of
 from mla_kernels.latent.windows.parts import (
-    INDEXER,
     INDEXER_FP8,
     check_eps,
     check_rows,
     check_tables,
     check_whole_keys,
+    launched_layout,
     layout_of,
     normalise,
     statics,
@@ -27,7 +27,6 @@ from mla_kernels.latent.windows.parts import (
 )
 from mla_kernels.latent.write import check_fits, load_row, row_bytes
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import QUANTISED
 from mla_kernels.shim import define_op
 
 _INT32 = (torch.int32,)
@@ -215,7 +214,7 @@ def _launch(
     if kv.shape[0] == 0 or sequences == 0 or max_tokens == 0:
         return
     max_tokens = min(max_tokens, kv.shape[0])
-    stored = INDEXER_FP8 if layout == INDEXER and cache.dim() == 2 else layout if layout in QUANTISED else "unquantised"
+    stored = launched_layout(cache, layout)
     key = (
         chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap, stored, batch_invariant
     )  # fmt: skip
