@@ -46,10 +46,9 @@ class Problem:
                 ends.append((position + 1) % self.ratio == 0)
             self.table[b, : max(oldest, 0) // page_size] = 1 << 30  # pages that no window reads
             self.table[b, -(-length // page_size) :] = -7
-        padding = 3  # what captured graphs have behind a step's tokens
-        self.positions = torch.tensor(positions + [-5, 10**9, 3])
-        self.sequences = torch.tensor(sequences + [99, -1, 0], dtype=torch.int32)
-        ends = torch.tensor(ends + [False] * padding)
+        self.positions = torch.tensor([*positions, -5, 10**9, 3])  # as captured graphs have padding behind the tokens
+        self.sequences = torch.tensor([*sequences, 99, -1, 0], dtype=torch.int32)
+        ends = torch.tensor([*ends, False, False, False])
         slots = torch.randperm(int(ends.sum()) + 4)
         self.slots = torch.full_like(self.positions, -1)
         self.slots[ends] = slots[: int(ends.sum())]

@@ -20,11 +20,11 @@ from mla_kernels.latent.windows.parts import (
     check_whole_keys,
     check_window,
     first_of_window,
-    launched_layout,
     layout_of,
     normalise,
     statics,
     store_row,
+    stored_layout,
     stored_parts,
     window_rule,
 )
@@ -69,7 +69,9 @@ def paged_mean(
     return mean / total, missing
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "table_pages", "state_pages", "table_rows", "num_slots", "table_stride"]
+)
 def write_paged_windows_kernel(
     states,  # [state_pages, state_page_size, 2, W]
     positions, slot_mapping, sequences,  # [tokens]
@@ -138,9 +140,12 @@ def _work(dtype, constants, sizes, tile):
     return Work(programs, whole.flops / programs, whole.bytes / programs)
 
 
+def _statics(width, rope_dim, ratio, overlap, layout):
+    return {**statics(width, rope_dim, ratio, overlap), "LAYOUT": layout}
+
+
 def _case(name, width, ratio, overlap, layout, dtypes=("bf16",)):
-    constants = {**statics(width, 64, ratio, overlap), "LAYOUT": layout}
-    return Case(name, constants, {"tokens": 256}, dtypes)
+    return Case(name, _statics(width, 64, ratio, overlap, layout), {"tokens": 256}, dtypes)
 
 
 WRITE_PAGED_WINDOWS = Kernel(
@@ -167,7 +172,7 @@ WRITE_PAGED_WINDOWS = Kernel(
         ),
         "eps": "fp32",
     },
-    statics=(*statics(512, 64, 4, True), "LAYOUT"),
+    statics=tuple(_statics(512, 64, 4, True, "unquantised")),
     tiles={"BLOCK_T": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8)},
     rule=_rule,
     memory=_memory,
@@ -192,14 +197,16 @@ def _launch(
 ):  # fmt: skip
     tokens, width, chip = slot_mapping.shape[0], norm_weight.shape[0], chip_of(states.device)
     pages, page_size = states.shape[:2]
-    stored = launched_layout(cache, layout)
-    dtype = cache.dtype if stored == "unquantised" else torch.bfloat16
-    key = chip.device, dtype, tokens, page_size, width, cos.shape[1], ratio, overlap, stored, batch_invariant
+    key = (
+        chip.device, cache.dtype, tokens, page_size, width, cos.shape[1], ratio, overlap,
+        layout, cache.dim(), batch_invariant,
+    )  # fmt: skip
     plan = WRITE_PAGED_WINDOWS.kept.plans.get(key)
     if plan is None:
-        constants = {**statics(width, 2 * cos.shape[1], ratio, overlap), "LAYOUT": stored}
+        constants = _statics(width, 2 * cos.shape[1], ratio, overlap, stored_layout(layout, cache.dim()))
+        dtype = "bf16" if cache.dtype == torch.uint8 else DTYPE_NAMES[cache.dtype]
         sizes = {"tokens": FIXED_TOKENS if batch_invariant else tokens}
-        tile = WRITE_PAGED_WINDOWS.tile_for(chip, DTYPE_NAMES[dtype], constants, sizes)
+        tile = WRITE_PAGED_WINDOWS.tile_for(chip, dtype, constants, sizes)
         one_page = page_size & -page_size  # tokens from a multiple of it on lie together
         tile = tile | {"BLOCK_T": min(tile["BLOCK_T"], ratio, one_page)}
         plan = WRITE_PAGED_WINDOWS.keep(key, (constants, tile))

@@ -172,15 +172,16 @@ def stored_parts(cache: torch.Tensor, layout: str, width: int, fp32: torch.Tenso
     return fp32, codes, scales, fp32, width, scales.stride()[0]
 
 
-def launched_layout(cache: torch.Tensor, layout: str) -> str:
-    """The constant LAYOUT of :func:`store_row` for a cache's data."""
-    if layout == INDEXER:
-        return INDEXER_FP8 if cache.dim() == 2 else "unquantised"
+def stored_layout(layout: str, dimensions: int) -> str:
+    """The constant LAYOUT of :func:`store_row` for a cache's data of so many dimensions."""
+    if layout == INDEXER and dimensions == 2:
+        return INDEXER_FP8
     return layout if layout in QUANTISED else "unquantised"
 
 
 def check_window(ratio, overlap) -> None:
-    check_int("ratio", ratio, 1)
+    if type(ratio) is not int or ratio < 1:
+        check_int("ratio", ratio, 1)
     if ratio & (ratio - 1):
         raise ValueError(f"ratio: got {ratio}, powers of two are accepted")
     if not isinstance(overlap, bool):

@@ -16,11 +16,11 @@ from mla_kernels.latent.windows.parts import (
     check_rows,
     check_tables,
     check_whole_keys,
-    launched_layout,
     layout_of,
     normalise,
     statics,
     store_row,
+    stored_layout,
     stored_parts,
     window_mean,
     window_rule,
@@ -214,9 +214,9 @@ def _launch(
     if kv.shape[0] == 0 or sequences == 0 or max_tokens == 0:
         return
     max_tokens = min(max_tokens, kv.shape[0])
-    stored = launched_layout(cache, layout)
     key = (
-        chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap, stored, batch_invariant
+        chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap,
+        layout, cache.dim(), batch_invariant,
     )  # fmt: skip
     plans = WRITE_WINDOWS.kept.plans.get(key)
     if plans is None:
@@ -237,9 +237,12 @@ def _launch(
         WRITE_WINDOWS.launch(chip, work, (*args, per_sequence, work), constants, tile)
 
 
-def _plans(chip, dtype, sequences, max_tokens, rows, width, pairs, ratio, overlap, stored, batch_invariant):
+def _plans(
+    chip, dtype, sequences, max_tokens, rows, width, pairs, ratio, overlap, layout, dimensions, batch_invariant
+):  # fmt: skip
     """(items of a sequence, constants, tile) of each launch: one where no new token can fall on what a new window
     reads, else the entries first and then the state."""
+    stored = stored_layout(layout, dimensions)
 
     def plan(entries, keep, tokens, step):
         constants = _statics(width, 2 * pairs, ratio, overlap, stored, entries, keep)
