@@ -14,7 +14,7 @@ from mla_kernels.compat.vllm_rope import v4_cache
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.latent.windows.paged import write_paged_windows
 
-EPS, ROPE, ROOM = 1e-6, 64, 3  # tokens of padding
+EPS, ROPE, PADDING = 1e-6, 64, 3
 KINDS = {"hca": (512, 128, 8), "csa": (512, 4, 4), "indexer": (128, 4, 4)}
 """Width, tokens of a window, and of a page of states."""
 
@@ -41,8 +41,8 @@ def problem(kind):
     states = torch.full((2 * columns + 1, size + 1, 2 * row), float("nan"))[:, :size]
     states[: 2 * columns] = torch.randn(2 * columns, size, 2 * row)
     table = torch.randperm(2 * columns).view(2, columns).int()
-    positions = torch.cat((torch.arange(2 * ratio), torch.arange(ratio + 1, 3 * ratio), torch.zeros(ROOM).long()))
-    requests = torch.cat((torch.zeros(2 * ratio), torch.ones(2 * ratio - 1), torch.zeros(ROOM))).int()
+    positions = torch.cat((torch.arange(2 * ratio), torch.arange(ratio + 1, 3 * ratio), torch.zeros(PADDING).long()))
+    requests = torch.cat((torch.zeros(2 * ratio), torch.ones(2 * ratio - 1), torch.zeros(PADDING))).int()
     slots = torch.full_like(positions, -1)
     ends = (positions + 1) % ratio == 0
     slots[ends] = torch.randperm(8)[: int(ends.sum())]
