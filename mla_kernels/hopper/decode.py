@@ -27,6 +27,8 @@ _WORD = 4  # bytes in which codes are read
 _UNIT = 16  # bytes of which TMA wants multiples; strides of codes are counted in them
 SMALLEST_SCALE = 1e-30
 """Scores are masked with -inf before they are scaled: a scale of 0, or below, would make something else of it."""
+EXCHANGED = 2 * 2048
+"""Bytes in which two groups' threads exchange results of 16 bits before they store them."""
 
 
 def _boxes(statics):
@@ -43,7 +45,7 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     rows, width = statics.get("ROWS", ROWS), (statics["LATENT"] + _COLUMNS) * 2
-    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else 0) + 2048}
+    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else EXCHANGED) + 2048}
 
 
 def _codes_boxes(statics):
@@ -315,7 +317,7 @@ def tma_strides(
     if shape[1] == 1:
         row = shape[2]
     if shape[0] == 1:
-        outer = shape[1] * row
+        outer = max(1, shape[1]) * row
     aligned = address % _UNIT == 0 and row * size % _UNIT == 0
     fits = aligned and row >= shape[2] and outer >= row and outer % row == 0
     return (outer, row, 1) if fits else None
