@@ -154,6 +154,7 @@ HOPPER_MLA_DECODE = GluonKernel(
     cases=(
         _case("v3", 128, dtypes=("bf16", "fp16")),
         _case("v3_two_tokens", 128, queries=2),
+        _case("v3_unsplit", 128, batch=66, split=4096),
         _case("window_and_sink", 128, queries=2, window=512, sink=True),
         _case("pages_of_192", 64, page=192),
         _case("no_rope", 128, rope=0),
@@ -175,6 +176,7 @@ HOPPER_MLA_DECODE_FEW_ROWS = GluonKernel(
     cases=(
         _case("v3_tp8", 16, batch=64, dtypes=("bf16", "fp16")),
         _case("v3_tp8_two_tokens", 16, queries=2),
+        _case("v3_tp8_unsplit", 16, batch=132, split=4096),
         _case("window_and_sink", 16, queries=2, window=512, sink=True),
         _case("pages_of_192", 20, page=192, dtypes=("fp16",)),
         _case("no_rope", 16, rope=0),
@@ -197,6 +199,7 @@ HOPPER_MLA_DECODE_CODES = GluonKernel(
     cases=(
         _case("v3_fp8", 128, layout="fp8_v32"),
         _case("v3_int8", 128, layout="int8"),
+        _case("v3_int8_unsplit", 128, batch=66, split=4096, layout="int8"),
         _case("window_and_sink", 128, queries=2, window=512, sink=True, layout="fp8_v32"),
         _case("window_and_sink_int8", 128, queries=2, window=512, sink=True, layout="int8"),
         _case("pages_of_192", 64, page=192, layout="fp8_v32"),
@@ -226,6 +229,7 @@ HOPPER_MLA_DECODE_FEW_ROWS_CODES = GluonKernel(
     cases=(
         _case("v3_fp8_tp8", 16, batch=64, layout="fp8_v32"),
         _case("v3_int8_tp8", 16, batch=64, layout="int8"),
+        _case("v3_int8_tp8_unsplit", 16, batch=132, split=4096, layout="int8"),
         _case("window_and_sink", 16, queries=2, window=512, sink=True, layout="fp8_v32"),
         _case("window_and_sink_int8", 16, queries=2, window=512, sink=True, layout="int8"),
         _case("pages_of_192", 20, page=192, layout="int8"),
