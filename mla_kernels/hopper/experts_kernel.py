@@ -298,7 +298,10 @@ def _scales_of(largest):
 
 @gluon.jit
 def _store(values, out, rows, inside, first_column, width, SWAP: gl.constexpr):
-    """Store a group's values to rows of ``out`` from a column on, 16 bytes a thread; with SWAP transposed."""
+    """Store a group's values to rows of ``out`` from a column on, 16 bytes a thread; with SWAP transposed.
+
+    Without, codes leave from where the product left them: to exchange them Triton 3.9.0's ptxas spills two registers.
+    """
     if SWAP:
         N: gl.constexpr = values.shape[0]
         LANE: gl.constexpr = UNIT * 8 // values.dtype.primitive_bitwidth
