@@ -23,7 +23,7 @@ SHARE = 512
 """Picks of a program that makes weights: with fewer q and dO are loaded oftener, with more fewer programs share the
 multiprocessors."""
 WIDTH = 192
-"""Columns of a row that are summed up together."""
+"""Columns of queries that are summed up together."""
 _COLUMNS = 64  # of a box: 128 bytes
 _UNIT = ALIGNMENT // 2  # elements of 16 bits
 _PIECE_STAGES, _STAGES = 5, 4
@@ -36,7 +36,7 @@ def _pieces(statics) -> int:
 
 
 def _parts(statics) -> int:
-    """Programs, or turns of one, for the columns of a row."""
+    """Programs for the columns of queries."""
     return _ceil(statics["LATENT"] + statics["ROPE"], WIDTH)
 
 
@@ -56,7 +56,8 @@ def _query_memory(chip, dtype, statics, tile):
 
 def _pick_memory(chip, dtype, statics, tile):
     """Weights, the ring of heads, and sums of 16 bits on their way to memory."""
-    return _carried(chip, dtype, 2 * (2 * MOST_HEADS * PICKS + (_STAGES + 2) * HEADS * WIDTH) + 4096)
+    ring = _STAGES * HEADS * min(256, statics["LATENT"])
+    return _carried(chip, dtype, 2 * (2 * MOST_HEADS * PICKS + ring + 2 * HEADS * HEADS))
 
 
 def _pairs(sizes) -> float:
@@ -159,7 +160,7 @@ HOPPER_SPARSE_MLA_WEIGHTS = _declare(
         "q_tiles": TILE, "grad_tiles": TILE, "scale": "fp32", "score_scale": "fp32",
     },
     (
-        "token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "padded_picks", "share", "splits",
+        "token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "pick_blocks", "share", "splits",
         "zero",
     ),
     ("LATENT", "ROPE", "LENGTHS", "SINK"),
@@ -254,47 +255,69 @@ def tiles_of(tensor) -> Tiles:
     return Tiles(tensor, tuple(shape), strides)
 
 
-def launch(chip, choice: Choice, given, outputs, weights, statics, softmax_scale: float) -> None:
-    """Launch in place of the two portable kernels, over some tokens and rows that :func:`serves`.
+class Call(NamedTuple):
+    """Some tokens of a call over rows that :func:`serves`.
 
-    Args:
-        given: (q, kv, indices, topk_length, out_grad, lse, gate, shift), as the portable kernels take them.
-        outputs: (q_grad [tokens, heads, width], picks [tokens, top_k, width]).
-        weights: [tokens, 2, heads, picks] as :func:`weights_shape` says, for nobody else.
-        statics: LENGTHS and SINK: whether there are such.
+    ``given``: (q, kv, indices, topk_length, out_grad, lse, gate, shift), as the portable kernels take them. ``weights``:
+    [tokens, 2, heads, picks] as :func:`weights_shape` says, for nobody else. ``statics``: LENGTHS and SINK: whether
+    there are such.
     """
-    q, kv, indices, lengths, out_grad, lse, gate, shift = given
-    q_grad, picks = outputs
-    (tokens, heads, _), top_k = q.shape, indices.shape[1]
-    if tokens == 0:
-        return
-    _, padded_heads, padded_picks = weights.shape[1:]
-    token_stride, num_rows = kv.stride(0) // _UNIT, kv.shape[0]
-    if top_k == 0:
+
+    given: tuple
+    weights: torch.Tensor
+    statics: dict
+    softmax_scale: float
+
+
+def launch(chip, choice: Choice, call: Call, q_grad, picks) -> None:
+    """Launch in place of the two portable kernels: to q_grad [tokens, heads, width] and picks [tokens, top_k, width]."""
+    if call.given[2].shape[1] == 0:
         q_grad.zero_()
         return
-    inputs, grads = tiles_of(q), tiles_of(out_grad)
-    shape = tokens * 2 * padded_heads, padded_picks
-    matrix = Tiles(weights, shape, (padded_picks, 1))
-    summed = choice.statics | {"LENGTHS": statics["LENGTHS"]}
-    scored = summed | {"SINK": statics["SINK"]}
+    q, out_grad = (tiles_of(call.given[place]) for place in (0, 4))
+    launch_weights(chip, choice, call, q, out_grad)
+    launch_query_gradient(chip, choice, call, q_grad)
+    launch_pick_gradient(chip, choice, call, q, out_grad, picks)
 
+
+def launch_weights(chip, choice: Choice, call: Call, q: Tiles, out_grad: Tiles) -> None:
+    """dS and P of all heads and picks, to ``call.weights``."""
+    _, kv, indices, lengths, _, lse, gate, shift = call.given
+    tokens, heads, _ = q.shape
+    _, padded_heads, padded_picks = call.weights.shape[1:]
+    top_k, scale = indices.shape[1], call.softmax_scale
     splits = _ceil(top_k, SHARE)
     args = (
-        weights, kv, indices, lengths, lse, gate, shift, inputs, grads,
-        softmax_scale, softmax_scale / math.log(2.0), token_stride, indices.stride(0), heads, num_rows, top_k,
-        padded_heads, padded_picks, SHARE, splits, 0,
+        call.weights, kv, indices, lengths, lse, gate, shift, q, out_grad, scale, scale / math.log(2.0),
+        kv.stride(0) // _UNIT, indices.stride(0), heads, kv.shape[0], top_k, padded_heads, padded_picks // PICKS,
+        SHARE // PICKS, splits, 0,
     )  # fmt: skip
     work = tokens * splits * (padded_heads // HEADS)
-    HOPPER_SPARSE_MLA_WEIGHTS.launch(chip, work, args, scored, choice.tile)
+    HOPPER_SPARSE_MLA_WEIGHTS.launch(chip, work, args, choice.statics | call.statics, choice.tile)
 
+
+def launch_query_gradient(chip, choice: Choice, call: Call, q_grad) -> None:
+    """From ``call.weights``."""
+    _, kv, indices, lengths, *_ = call.given
+    tokens, heads, _ = q_grad.shape
     args = (
-        q_grad, kv, indices, lengths, matrix, token_stride, indices.stride(0), heads, num_rows, top_k,
-        padded_heads,
+        q_grad, kv, indices, lengths, _matrix(call.weights), kv.stride(0) // _UNIT, indices.stride(0), heads,
+        kv.shape[0], indices.shape[1], call.weights.shape[2],
     )  # fmt: skip
-    work = tokens * _parts(summed)
-    HOPPER_SPARSE_MLA_QUERY_GRADIENT.launch(chip, work, args, summed, choice.tile)
+    statics = choice.statics | {"LENGTHS": call.statics["LENGTHS"]}
+    HOPPER_SPARSE_MLA_QUERY_GRADIENT.launch(chip, tokens * _parts(statics), args, statics, choice.tile)
 
-    args = picks, lengths, matrix, inputs, grads, heads, top_k, padded_heads
-    work = tokens * _ceil(top_k, PICKS)
-    HOPPER_SPARSE_MLA_PICK_GRADIENT.launch(chip, work, args, summed, choice.tile)
+
+def launch_pick_gradient(chip, choice: Choice, call: Call, q: Tiles, out_grad: Tiles, picks) -> None:
+    """From ``call.weights``."""
+    _, _, indices, lengths, *_ = call.given
+    tokens, top_k = indices.shape
+    args = picks, lengths, _matrix(call.weights), q, out_grad, q.shape[1], top_k, call.weights.shape[2]
+    statics = choice.statics | {"LENGTHS": call.statics["LENGTHS"]}
+    HOPPER_SPARSE_MLA_PICK_GRADIENT.launch(chip, tokens * _ceil(top_k, PICKS), args, statics, choice.tile)
+
+
+def _matrix(weights) -> Tiles:
+    """A row for each head of dS, then of P, of each token."""
+    tokens, both, heads, picks = weights.shape
+    return Tiles(weights, (tokens * both * heads, picks), (picks, 1))

@@ -18,8 +18,8 @@ even blocks of picks, the other the odd ones: while one multiplies its pieces, t
 ``queries``. A program holds the sums of WIDTH columns of up to 128 heads, 64 a group; the ring is of 64 picks: their dS
 and these columns of their rows. Columns are WIDTH at a time because those of all are more than registers hold.
 
-``picks``. A program holds dS and P of 128 picks, 64 a group, for all heads; the ring is of 64 heads: WIDTH columns of q
-or dO, one after the other. dO ends where the rotated columns begin; TMA brings zeros for what is not there.
+``picks``. A program holds dS and P of 128 picks, 64 a group, for all heads; the ring is of 64 heads: up to 256 latent
+columns of q, then of dO, and at last the rotated columns of q.
 
 Rows that nothing picks are not read; picks that are none have rows of zeros, and weights of zero.
 """
@@ -42,7 +42,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 PICKS = gl.constexpr(128)  # of a block of weights, and of a program that sums for picks
 PIECE_STAGES = gl.constexpr(5)
 STAGES = gl.constexpr(4)
-WIDTH = gl.constexpr(192)  # columns that are summed up together, in 96 registers a thread
+WIDTH = gl.constexpr(192)  # columns of queries that are summed up together, in 96 registers a thread
 WIDE = gl.constexpr(128)  # of them, by one product: shapes are powers of two
 NARROW = gl.constexpr(64)  # and the rest by another
 WORKER = gl.constexpr(224)  # registers a thread of a group
@@ -50,7 +50,7 @@ GATHERER = gl.constexpr(56)
 LOADER = gl.constexpr(40)
 FLAT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _WEIGHTS_NUMBERS = [
-    "token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "padded_picks", "share", "splits",
+    "token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "pick_blocks", "share", "splits",
     "zero",
 ]  # fmt: skip
 _QUERY_NUMBERS = ["token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads"]
@@ -158,11 +158,11 @@ def _gather_pieces(keys, barriers, picks, span, kv_ptr, LATENT: gl.constexpr, RO
 @gluon.jit(do_not_specialize=_WEIGHTS_NUMBERS)
 def hopper_sparse_mla_weights_kernel(
     weights_ptr, kv_ptr, indices_ptr, lengths_ptr, lse_ptr, gate_ptr, shift_ptr, q_tiles, grad_tiles, scale,
-    score_scale, token_stride, index_stride, heads, num_rows, top_k, padded_heads, padded_picks, share, splits, zero,
+    score_scale, token_stride, index_stride, heads, num_rows, top_k, padded_heads, pick_blocks, share, splits, zero,
     LATENT: gl.constexpr, ROPE: gl.constexpr, LENGTHS: gl.constexpr, SINK: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dS and g P of 64 heads of a token over ``share`` of its picks, in 16 bits: to weights [tokens, 2, padded_heads,
-    padded_picks].
+    """dS and g P of 64 heads of a token over ``share`` blocks of its picks, in 16 bits: to weights [tokens, 2,
+    padded_heads, pick_blocks * PICKS].
 
     A program is (token * splits + split) * head tiles + head tile. All heads of a tile and all picks of a block of 128
     are written, zeros where there is none; blocks behind the token's last pick are left as they are. q_tiles [tokens,
@@ -174,8 +174,8 @@ def hopper_sparse_mla_weights_kernel(
     head = gl.program_id(0) % head_tiles * BLOCK
     split = gl.program_id(0) // head_tiles % splits
     token = gl.program_id(0) // (head_tiles * splits)
-    start = split * share
-    end = gl.minimum(_end_of(lengths_ptr, token, top_k, LENGTHS), start + share)
+    start = split * share * PICKS
+    end = gl.minimum(_end_of(lengths_ptr, token, top_k, LENGTHS), start + share * PICKS)
     blocks = gl.maximum(end - start + PICKS - 1, 0) // PICKS
 
     DTYPE: gl.constexpr = q_tiles.dtype
@@ -203,9 +203,10 @@ def hopper_sparse_mla_weights_kernel(
     span = (start, blocks, zero)
     rule = (scale, score_scale, heads - head)
     sources = (lse_ptr + row, gate_ptr + row, shift_ptr + row)
-    to_weights = padded_heads.to(gl.int64) * padded_picks
-    out_ptr = weights_ptr + token.to(gl.int64) * 2 * to_weights + head.to(gl.int64) * padded_picks + start
-    target = (out_ptr, to_weights, padded_picks)
+    stride = pick_blocks * PICKS
+    to_weights = padded_heads.to(gl.int64) * stride
+    out_ptr = weights_ptr + token.to(gl.int64) * 2 * to_weights + head.to(gl.int64) * stride + start
+    target = (out_ptr, to_weights, stride)
     q_tile = reinterpret(q, DTYPE, [PIECES, BLOCK, COLUMNS], FLAT)
     grad_tile = reinterpret(grads, DTYPE, [PARTS, BLOCK, COLUMNS], FLAT)
     gl.warp_specialize(
@@ -295,7 +296,8 @@ def hopper_sparse_mla_query_gradient_kernel(
 ):  # fmt: skip
     """dq of up to 128 heads of a token, WIDTH columns from part * WIDTH on: q_grad [tokens, heads, LATENT + ROPE].
 
-    A program is token * parts + part. weight_tiles: weights as a matrix [tokens * 2 * padded_heads, padded_picks].
+    A program is token * parts + part. weight_tiles: weights as a matrix [tokens * 2 * padded_heads,
+    pick_blocks * PICKS].
     Other arguments as above.
     """
     STRIDE: gl.constexpr = LATENT + ROPE
@@ -334,74 +336,89 @@ def hopper_sparse_mla_query_gradient_kernel(
 
 
 @gluon.jit
-def _store_lines(sums, out_ptr, rows, columns, STRIDE: gl.constexpr):
-    """As _store_sums, but 16 bytes a thread: what a row has here are whole lines of memory."""
+def _store_lines(sums, out_ptr, rows, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
+    """As _store_sums, 16 bytes a thread: what a row has here are whole lines of memory. The first WIDTH columns."""
     values = gl.convert_layout(sums.to(out_ptr.dtype.element_ty), COPIES)
-    _store_sums(values, out_ptr, rows, columns, STRIDE)
+    _store_sums(values, out_ptr, rows, WIDTH, STRIDE)
 
 
 @gluon.jit
-def _pick_group(weights, streamed, barriers, span, target, GROUP: gl.constexpr, STRIDE: gl.constexpr):
+def _pick_group(
+    weights, streamed, barriers, span, target, GROUP: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr
+):  # fmt: skip
     held_full, full, free = barriers
     parts, steps = span
-    wide, narrow = streamed
     out_ptr, rows = target
+    STRIDE: gl.constexpr = LATENT + ROPE
+    WIDTH: gl.constexpr = streamed.shape[2]
     rows -= GROUP * BLOCK
     out_ptr += GROUP * BLOCK * STRIDE
     for part in range(parts):
-        wide_sums = _no_sums(WIDE)
-        narrow_sums = _no_sums(NARROW)
+        sums = _no_sums(WIDTH)
         for step in range(steps):
             number = part * steps + step
             stage = number % STAGES
             mbarrier.wait(held_full.index(step), 0)
             mbarrier.wait(full.index(stage), number // STAGES & 1)
-            mine = weights.index(step * 2 + GROUP).permute((1, 0))  # [64 picks, 64 heads]
-            wide_sums = warpgroup_mma(mine, wide.index(stage), wide_sums, is_async=True)
-            narrow_sums = warpgroup_mma(mine, narrow.index(stage), narrow_sums, is_async=True)
-            wide_sums, narrow_sums = warpgroup_mma_wait(2, [wide_sums, narrow_sums])
+            own = weights.index(step * 2 + GROUP).permute((1, 0))  # [64 picks, 64 heads]
+            sums = warpgroup_mma(own, streamed.index(stage), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, [sums])
             mbarrier.arrive(free.index((number + STAGES - 1) % STAGES), pred=step > 0)
-        wide_sums, narrow_sums = warpgroup_mma_wait(0, [wide_sums, narrow_sums])  # [64 picks, WIDTH]
+        sums = warpgroup_mma_wait(0, [sums])  # [64 picks, WIDTH]
         mbarrier.arrive(free.index((part * steps + steps - 1) % STAGES))
-        first = part * WIDTH
-        _store_lines(wide_sums, out_ptr + first, rows, STRIDE - first, STRIDE)
-        _store_lines(narrow_sums, out_ptr + first + WIDE, rows, STRIDE - first - WIDE, STRIDE)
+        _store_lines(sums, out_ptr + part * WIDTH, rows, WIDTH, STRIDE)
+    if ROPE > 0:
+        rotated = tiles(streamed, STAGES * WIDTH // COLUMNS)
+        sums = _no_sums(COLUMNS)
+        for block in range(steps // 2):
+            number = parts * steps + block
+            stage = number % STAGES
+            mbarrier.wait(full.index(stage), number // STAGES & 1)
+            own = weights.index(block * 4 + GROUP).permute((1, 0))  # dS: [64 picks, 64 heads]
+            sums = warpgroup_mma(own, rotated.index(stage * (WIDTH // COLUMNS)), sums, is_async=True)
+            sums = warpgroup_mma_wait(0, [sums])  # [64 picks, COLUMNS]
+        _store_lines(sums, out_ptr + LATENT, rows, ROPE, STRIDE)
 
 
 @gluon.jit
-def _load_heads(tiles_of, streamed, bar, stage, token, head, column):
-    """64 heads and WIDTH columns to a stage, a box of COLUMNS at a time."""
-    wide, narrow = streamed
-    WIDE_PARTS: gl.constexpr = WIDE // COLUMNS
-    wide_boxes = reinterpret(wide, wide.dtype, [STAGES * WIDE_PARTS, 1, BLOCK, COLUMNS], tiles_of.layout)
-    narrow_boxes = reinterpret(narrow, narrow.dtype, [STAGES, 1, BLOCK, COLUMNS], tiles_of.layout)
-    for part in gl.static_range(WIDE_PARTS):
-        box = wide_boxes.index(stage * WIDE_PARTS + part)
-        tma_load(tiles_of, [token, head, column + part * COLUMNS], bar, box)
-    tma_load(tiles_of, [token, head, column + WIDE], bar, narrow_boxes.index(stage))
+def _load_heads(source, boxes, bar, stage, at, NUMBER: gl.constexpr, APART: gl.constexpr):
+    """64 heads to the first NUMBER boxes of COLUMNS columns of a stage, of APART."""
+    token, head, column = at
+    mbarrier.expect(bar, BLOCK * NUMBER * COLUMNS * 2)
+    for box in gl.static_range(NUMBER):
+        tma_load(source, [token, head, column + box * COLUMNS], bar, boxes.index(stage * APART + box))
 
 
 @gluon.jit
-def _head_loader(weights, streamed, barriers, span, sources):
+def _head_loader(weights, streamed, barriers, span, sources, LATENT: gl.constexpr, ROPE: gl.constexpr):
     held_full, full, free = barriers
     parts, steps = span
     weight_tiles, q_tiles, grad_tiles, token, first, padded_heads = sources
+    WIDTH: gl.constexpr = streamed.shape[2]
+    BOXES: gl.constexpr = WIDTH // COLUMNS
+    boxes = reinterpret(streamed, streamed.dtype, [STAGES * BOXES, 1, BLOCK, COLUMNS], q_tiles.layout)
     for step in range(steps):
         row = token * 2 * padded_heads + (step & 1) * padded_heads + (step >> 1) * BLOCK
-        mbarrier.expect(held_full.index(step), 2 * BLOCK * BLOCK * 2)
-        tma_load(weight_tiles, [row, first], held_full.index(step), weights.index(step * 2))
-        tma_load(weight_tiles, [row, first + BLOCK], held_full.index(step), weights.index(step * 2 + 1))
+        bar = held_full.index(step)
+        mbarrier.expect(bar, 2 * BLOCK * BLOCK * 2)
+        tma_load(weight_tiles, [row, first], bar, weights.index(step * 2))
+        tma_load(weight_tiles, [row, first + BLOCK], bar, weights.index(step * 2 + 1))
     for number in range(parts * steps):
         stage = number % STAGES
         part = number // steps
         step = number - part * steps
-        bar = full.index(stage)
+        at = (token, (step >> 1) * BLOCK, part * WIDTH)
         mbarrier.wait(free.index(stage), number // STAGES & 1 ^ 1)
-        mbarrier.expect(bar, BLOCK * WIDTH * 2)
         if step & 1 == 0:
-            _load_heads(q_tiles, streamed, bar, stage, token, (step >> 1) * BLOCK, part * WIDTH)
+            _load_heads(q_tiles, boxes, full.index(stage), stage, at, BOXES, BOXES)
         else:
-            _load_heads(grad_tiles, streamed, bar, stage, token, (step >> 1) * BLOCK, part * WIDTH)
+            _load_heads(grad_tiles, boxes, full.index(stage), stage, at, BOXES, BOXES)
+    if ROPE > 0:
+        for block in range(steps // 2):
+            number = parts * steps + block
+            stage = number % STAGES
+            mbarrier.wait(free.index(stage), number // STAGES & 1 ^ 1)
+            _load_heads(q_tiles, boxes, full.index(stage), stage, (token, block * BLOCK, LATENT), 1, BOXES)
 
 
 @gluon.jit(do_not_specialize=_PICK_NUMBERS)
@@ -413,33 +430,31 @@ def hopper_sparse_mla_pick_gradient_kernel(
 
     A program is token * pick tiles + pick tile; up to 128 heads. Arguments as above.
     """
-    STRIDE: gl.constexpr = LATENT + ROPE
+    WIDTH: gl.constexpr = LATENT if LATENT < 256 else 256
     pick_tiles = (top_k + PICKS - 1) // PICKS
     first = gl.program_id(0) % pick_tiles * PICKS
     token = gl.program_id(0) // pick_tiles
     rows = _end_of(lengths_ptr, token, top_k, LENGTHS) - first
-    parts = gl.where(rows > 0, (STRIDE + WIDTH - 1) // WIDTH, 0)
+    parts = gl.where(rows > 0, LATENT // WIDTH, 0)
     steps = gl.where(rows > 0, padded_heads // BLOCK * 2, 0)
 
     DTYPE: gl.constexpr = weight_tiles.dtype
     weights = gl.allocate_shared_memory(DTYPE, [8, BLOCK, BLOCK], weight_tiles.layout)
-    wide = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, WIDE], FLAT)
-    narrow = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, NARROW], FLAT)
+    streamed = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, WIDTH], FLAT)
     held_full = new_barriers(4)  # dS and P of 64 heads, then of 64 more
     full = new_barriers(STAGES)
     free = new_barriers(STAGES, 2)
     fence_async_shared()  # what follows uses the barriers just made
 
-    streamed = (wide, narrow)
     barriers = (held_full, full, free)
     span = (parts, steps)
-    target = (picks_ptr + (token.to(gl.int64) * top_k + first) * STRIDE, rows)
+    target = (picks_ptr + (token.to(gl.int64) * top_k + first) * (LATENT + ROPE), rows)
     sources = (weight_tiles, q_tiles, grad_tiles, token, first, padded_heads)
     gl.warp_specialize(
         [
-            (_pick_group, (weights, streamed, barriers, span, target, 0, STRIDE)),
-            (_pick_group, (weights, streamed, barriers, span, target, 1, STRIDE)),
-            (_head_loader, (weights, streamed, barriers, span, sources)),
+            (_pick_group, (weights, streamed, barriers, span, target, 0, LATENT, ROPE)),
+            (_pick_group, (weights, streamed, barriers, span, target, 1, LATENT, ROPE)),
+            (_head_loader, (weights, streamed, barriers, span, sources, LATENT, ROPE)),
         ],
         [4, 1],
         [WORKER, LOADER],

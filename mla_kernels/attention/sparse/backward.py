@@ -186,7 +186,8 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
 
     wide = (num_rows - 1) * kv.stride(0) + width >= 1 << 31
     plain = {"LATENT": latent_dim, "ROPE": width - latent_dim, "WIDE": wide, "LENGTHS": False, "SINK": False}
-    statics = plain | {"LENGTHS": topk_length is not None, "SINK": sink is not None}
+    added = {"LENGTHS": topk_length is not None, "SINK": sink is not None}
+    statics = plain | added
     query_tile = SPARSE_QUERY_GRAD.tile_for(chip, dtype, plain, {"heads": heads})
     pick_tile = SPARSE_PICK_GRAD.tile_for(chip, dtype, plain, {"heads": heads})
     sum_statics = {"LATENT": latent_dim, "ROPE": width - latent_dim}
@@ -208,8 +209,8 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
             gate[chunk], shift[chunk],
         )  # fmt: skip
         if variant is not None:
-            outputs = q_grad[chunk], picks
-            hopper_gradients.launch(chip, variant, given, outputs, weights[:count], statics, softmax_scale)
+            call = hopper_gradients.Call(given, weights[:count], added, softmax_scale)
+            hopper_gradients.launch(chip, variant, call, q_grad[chunk], picks)
         else:
             sizes = (
                 softmax_scale, softmax_scale / math.log(2.0), q.stride(0), q.stride(1), kv.stride(0),
