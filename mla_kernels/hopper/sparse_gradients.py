@@ -172,7 +172,7 @@ HOPPER_SPARSE_MLA_WEIGHTS = _declare(
 HOPPER_SPARSE_MLA_QUERY_GRADIENT = _declare(
     "query_gradient",
     {"q_grad_ptr": "*T", **_PICKED, "weight_tiles": TILE},
-    ("token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads"),
+    ("token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "parts"),
     ("LATENT", "ROPE", "LENGTHS"),
     memory=_query_memory,
     cost=_query_cost,
@@ -302,7 +302,7 @@ def launch_query_gradient(chip, choice: Choice, call: Call, q_grad) -> None:
     tokens, heads, _ = q_grad.shape
     args = (
         q_grad, kv, indices, lengths, _matrix(call.weights), kv.stride(0) // _UNIT, indices.stride(0), heads,
-        kv.shape[0], indices.shape[1], call.weights.shape[2],
+        kv.shape[0], indices.shape[1], call.weights.shape[2], _parts(choice.statics),
     )  # fmt: skip
     statics = choice.statics | {"LENGTHS": call.statics["LENGTHS"]}
     HOPPER_SPARSE_MLA_QUERY_GRADIENT.launch(chip, tokens * _parts(statics), args, statics, choice.tile)

@@ -10,10 +10,12 @@ kernel leaves both in memory, in 16 bits, and two others only multiply what it l
 
 In all three, two *groups* of four warps multiply and a partition of its own keeps a ring of STAGES full: a stage's FULL
 ends a phase each time it is filled, its FREE each time it was multiplied; the n-th filling waits for phase
-n // STAGES & 1 of them. Nobody waits for anything else, and every sum is made by one group in the order of its loop.
+n // STAGES & 1 of them. Every sum is made by one group in the order of its loop.
 
 ``weights``. A program holds q and dO of 64 heads; the ring is of *pieces*, 64 columns of 128 picks. One group takes the
 even blocks of picks, the other the odd ones: while one multiplies its pieces, the other has its exponentials and stores.
+A group has its turn once the other has queued the last product of the block before: phases have but two names, and a
+wait for a stage's next filling but one would be taken for done.
 
 ``queries``. A program holds the sums of WIDTH columns of up to 128 heads, 64 a group; the ring is of 64 picks: their dS
 and these columns of their rows. Columns are WIDTH at a time because those of all are more than registers hold.
@@ -53,16 +55,16 @@ _WEIGHTS_NUMBERS = [
     "token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "pick_blocks", "share", "splits",
     "zero",
 ]  # fmt: skip
-_QUERY_NUMBERS = ["token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads"]
+_QUERY_NUMBERS = ["token_stride", "index_stride", "heads", "num_rows", "top_k", "padded_heads", "parts"]
 _PICK_NUMBERS = ["heads", "top_k", "padded_heads"]
 
 
 @gluon.jit
 def _end_of(lengths_ptr, token, top_k, LENGTHS: gl.constexpr):
-    """Where a token's picks end."""
+    """Where a token's picks end, whatever its length says."""
     end = top_k
     if LENGTHS:
-        end = gl.minimum(gl.load(lengths_ptr + token), top_k)
+        end = gl.minimum(gl.maximum(gl.load(lengths_ptr + token), 0), top_k)
     return end
 
 
@@ -84,7 +86,7 @@ def _score_group(
     q, grads, keys, barriers, picks, span, rule, sources, target,
     GROUP: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
-    inputs_full, full, free = barriers
+    inputs_full, full, free, turns = barriers
     indices, end, num_rows, _, _ = picks
     start, blocks, zero = span
     scale, score_scale, heads = rule
@@ -112,6 +114,7 @@ def _score_group(
         hidden = hide_absent(indices, first, end, num_rows, LINE, PICKS)
         scores = nothing
         toward = nothing
+        mbarrier.wait(turns.index(GROUP), block // 2 + GROUP + 1 & 1, pred=block > 0)
         for piece in gl.static_range(PIECES):
             number = block * PIECES + piece
             stage = number % PIECE_STAGES
@@ -124,6 +127,7 @@ def _score_group(
             if piece > 0:
                 scores, toward = warpgroup_mma_wait(2 if piece < PARTS else 1, [scores, toward])
                 mbarrier.arrive(free.index((number - 1) % PIECE_STAGES))
+        mbarrier.arrive(turns.index(1 - GROUP))
         scores, toward = warpgroup_mma_wait(0, [scores, toward])  # [64 heads, PICKS]
         mbarrier.arrive(free.index((block * PIECES + PIECES - 1) % PIECE_STAGES))
         hidden = gl.convert_layout(hidden, gl.SliceLayout(0, SCORES))
@@ -139,7 +143,7 @@ def _score_group(
 
 @gluon.jit
 def _gather_pieces(keys, barriers, picks, span, kv_ptr, LATENT: gl.constexpr, ROPE: gl.constexpr):
-    _, full, free = barriers
+    _, full, free, _ = barriers
     start, blocks, _ = span
     PARTS: gl.constexpr = LATENT // COLUMNS
     PIECES: gl.constexpr = PARTS + (1 if ROPE > 0 else 0)
@@ -187,6 +191,7 @@ def hopper_sparse_mla_weights_kernel(
     inputs_full = new_barriers(1)
     full = tile_barriers(PIECE_STAGES, "plain")
     free = new_barriers(PIECE_STAGES)
+    turns = new_barriers(2)
     fence_async_shared()  # what follows uses the barriers just made
 
     some = blocks > 0
@@ -198,7 +203,7 @@ def hopper_sparse_mla_weights_kernel(
         tma_load(q_tiles, [token, head, LATENT], inputs_full.index(0), q.index(PARTS), pred=some)
 
     row = token.to(gl.int64) * heads + head
-    barriers = (inputs_full, full, free)
+    barriers = (inputs_full, full, free, turns)
     picks = (indices_ptr + token.to(gl.int64) * index_stride, end, num_rows, 0, token_stride)
     span = (start, blocks, zero)
     rule = (scale, score_scale, heads - head)
@@ -291,7 +296,7 @@ def _gather_columns(weights, keys, barriers, picks, blocks, sources, columns):
 @gluon.jit(do_not_specialize=_QUERY_NUMBERS)
 def hopper_sparse_mla_query_gradient_kernel(
     q_grad_ptr, kv_ptr, indices_ptr, lengths_ptr, weight_tiles,
-    token_stride, index_stride, heads, num_rows, top_k, padded_heads,
+    token_stride, index_stride, heads, num_rows, top_k, padded_heads, parts,
     LATENT: gl.constexpr, ROPE: gl.constexpr, LENGTHS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of up to 128 heads of a token, WIDTH columns from part * WIDTH on: q_grad [tokens, heads, LATENT + ROPE].
@@ -301,9 +306,8 @@ def hopper_sparse_mla_query_gradient_kernel(
     Other arguments as above.
     """
     STRIDE: gl.constexpr = LATENT + ROPE
-    PARTS: gl.constexpr = (STRIDE + WIDTH - 1) // WIDTH
-    first = gl.program_id(0) % PARTS * WIDTH
-    token = gl.program_id(0) // PARTS
+    first = gl.program_id(0) % parts * WIDTH
+    token = gl.program_id(0) // parts
     end = _end_of(lengths_ptr, token, top_k, LENGTHS)
     blocks = gl.maximum(end + BLOCK - 1, 0) // BLOCK
 
@@ -390,13 +394,13 @@ def _load_heads(source, boxes, bar, stage, at, NUMBER: gl.constexpr, APART: gl.c
 
 
 @gluon.jit
-def _head_loader(weights, streamed, barriers, span, sources, LATENT: gl.constexpr, ROPE: gl.constexpr):
+def _head_loader(
+    weights, boxes, barriers, span, sources, WIDTH: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr
+):  # fmt: skip
     held_full, full, free = barriers
     parts, steps = span
     weight_tiles, q_tiles, grad_tiles, token, first, padded_heads = sources
-    WIDTH: gl.constexpr = streamed.shape[2]
     BOXES: gl.constexpr = WIDTH // COLUMNS
-    boxes = reinterpret(streamed, streamed.dtype, [STAGES * BOXES, 1, BLOCK, COLUMNS], q_tiles.layout)
     for step in range(steps):
         row = token * 2 * padded_heads + (step & 1) * padded_heads + (step >> 1) * BLOCK
         bar = held_full.index(step)
@@ -440,12 +444,13 @@ def hopper_sparse_mla_pick_gradient_kernel(
 
     DTYPE: gl.constexpr = weight_tiles.dtype
     weights = gl.allocate_shared_memory(DTYPE, [8, BLOCK, BLOCK], weight_tiles.layout)
-    streamed = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK, WIDTH], FLAT)
+    boxes = gl.allocate_shared_memory(DTYPE, [STAGES * (WIDTH // COLUMNS), 1, BLOCK, COLUMNS], q_tiles.layout)
     held_full = new_barriers(4)  # dS and P of 64 heads, then of 64 more
     full = new_barriers(STAGES)
     free = new_barriers(STAGES, 2)
     fence_async_shared()  # what follows uses the barriers just made
 
+    streamed = reinterpret(boxes, DTYPE, [STAGES, BLOCK, WIDTH], FLAT)
     barriers = (held_full, full, free)
     span = (parts, steps)
     target = (picks_ptr + (token.to(gl.int64) * top_k + first) * (LATENT + ROPE), rows)
@@ -454,7 +459,7 @@ def hopper_sparse_mla_pick_gradient_kernel(
         [
             (_pick_group, (weights, streamed, barriers, span, target, 0, LATENT, ROPE)),
             (_pick_group, (weights, streamed, barriers, span, target, 1, LATENT, ROPE)),
-            (_head_loader, (weights, streamed, barriers, span, sources, LATENT, ROPE)),
+            (_head_loader, (weights, boxes, barriers, span, sources, WIDTH, LATENT, ROPE)),
         ],
         [4, 1],
         [WORKER, LOADER],
