@@ -1,4 +1,4 @@
-"""Gradients of sparse_mla_prefill for Hopper: declarations of the kernels, and their launch in place of the portable ones.
+"""Gradients of sparse_mla_prefill for Hopper: the kernels' declarations, and their launch in place of the portable ones.
 
 The kernels, :mod:`mla_kernels.hopper.sparse_gradients_kernel`, import Gluon, and are imported by a first launch.
 """
@@ -220,7 +220,9 @@ def refusal(dtype: str, heads: int, statics) -> str:
     if dtype not in ("bf16", "fp16"):
         return f"gradients of {dtype}; bf16 and fp16 are carried"
     if latent not in _LATENTS:
-        return f"gradients with latent_dim {latent}; {', '.join(map(str, _LATENTS[:-1]))} and {_LATENTS[-1]} are carried"
+        return (
+            f"gradients with latent_dim {latent}; {', '.join(map(str, _LATENTS[:-1]))} and {_LATENTS[-1]} are carried"
+        )
     if rope > _COLUMNS:
         return f"gradients with rope_dim {rope}; at most {_COLUMNS} is carried"
     if heads > MOST_HEADS:
@@ -258,9 +260,9 @@ def tiles_of(tensor) -> Tiles:
 class Call(NamedTuple):
     """Some tokens of a call over rows that :func:`serves`.
 
-    ``given``: (q, kv, indices, topk_length, out_grad, lse, gate, shift), as the portable kernels take them. ``weights``:
-    [tokens, 2, heads, picks] as :func:`weights_shape` says, for nobody else. ``statics``: LENGTHS and SINK: whether
-    there are such.
+    ``given``: (q, kv, indices, topk_length, out_grad, lse, gate, shift), as the portable kernels take them.
+    ``weights``: [tokens, 2, heads, picks] as :func:`weights_shape` says, for nobody else.
+    ``statics``: LENGTHS and SINK, whether there are such.
     """
 
     given: tuple
@@ -270,7 +272,7 @@ class Call(NamedTuple):
 
 
 def launch(chip, choice: Choice, call: Call, q_grad, picks) -> None:
-    """Launch in place of the two portable kernels: to q_grad [tokens, heads, width] and picks [tokens, top_k, width]."""
+    """Launch in place of the two portable kernels, to q_grad [tokens, heads, width], picks [tokens, top_k, width]."""
     if call.given[2].shape[1] == 0:
         q_grad.zero_()
         return

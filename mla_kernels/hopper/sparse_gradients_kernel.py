@@ -12,10 +12,10 @@ In all three, two *groups* of four warps multiply and a partition of its own kee
 ends a phase each time it is filled, its FREE each time it was multiplied; the n-th filling waits for phase
 n // STAGES & 1 of them. Every sum is made by one group in the order of its loop.
 
-``weights``. A program holds q and dO of 64 heads; the ring is of *pieces*, 64 columns of 128 picks. One group takes the
-even blocks of picks, the other the odd ones: while one multiplies its pieces, the other has its exponentials and stores.
-A group has its turn once the other has queued the last product of the block before: phases have but two names, and a
-wait for a stage's next filling but one would be taken for done.
+``weights``. A program holds q and dO of 64 heads; the ring is of *pieces*, 64 columns of 128 picks. One group takes
+the even blocks of picks, the other the odd ones: while one multiplies its pieces, the other has its exponentials and
+stores. A group has its turn once the other has queued the last product of the block before: phases have but two names,
+and a wait for a stage's next filling but one would be taken for done.
 
 ``queries``. A program holds the sums of WIDTH columns of up to 128 heads, 64 a group; the ring is of 64 picks: their dS
 and these columns of their rows. Columns are WIDTH at a time because those of all are more than registers hold.

@@ -77,7 +77,9 @@ def test_products_are_at_most_three_times_those_of_the_forward():
     assert 2.5 < asked / forward < 2.6
     weights = 2 * 16 * 68 * 64 * 128 * 16  # head tiles, blocks, products of a block
     queries = 3 * 32 * 2 * 4 * 64 * (128 + 64) * 16  # parts, blocks, groups, products
-    picks = 16 * 2 * (2 * 4 * 4 * 64 * 256 * 16 + 2 * 4 * 64 * 64 * 16)  # tiles, groups, parts x steps, the rotated ones
+    picks = (
+        16 * 2 * (2 * 4 * 4 * 64 * 256 * 16 + 2 * 4 * 64 * 64 * 16)
+    )  # tiles, groups, parts x steps, the rotated ones
     assert (weights + queries + picks) / 2048 == asked
 
 
