@@ -1,4 +1,4 @@
-"""Gradients of sparse_mla_prefill for Hopper: the kernels' declarations, and their launch in place of the portable ones.
+"""Gradients of sparse_mla_prefill for Hopper: the kernels' declarations, and their launch beside the portable ones'.
 
 The kernels, :mod:`mla_kernels.hopper.sparse_gradients_kernel`, import Gluon, and are imported by a first launch.
 """

@@ -7,7 +7,8 @@ out = g sum_j p_j v_j. Let delta = <d out, out> and shift = g delta - d lse. The
     d k_j = sum over tokens and picks of row j of (s sum_h d score_hj q_h, + sum_h p_hj g_h d out_h on the latent part)
 
 Tokens are worked on in chunks. Per chunk, one kernel writes what each pick gives to its row, summed over heads, and
-another sums these per row in the order of tokens and picks, which a stable sort of the indices gives.
+another sums these per row in the order of tokens and picks, which a stable sort of the indices gives. On Hopper
+:mod:`mla_kernels.hopper.sparse_gradients` has kernels for the first and for the queries' gradients.
 Source of the mathematics: FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2, extended by sink and lse.
 """
 
