@@ -208,8 +208,7 @@ def choose(chip, dtype, heads: int, statics) -> Choice | None:
     name = DTYPE_NAMES[dtype]
     own = {constant: statics[constant] for constant in ("LATENT", "ROPE")}
     form = {"dtype": name, **own}
-    # every one is asked: one that has not run keeps the others from being launched
-    if not all([hopper.chosen(kernel, chip, form, lambda: refusal(name, heads, own)) for kernel in KERNELS]):
+    if not all(hopper.chosen(kernel, chip, form, lambda: refusal(name, heads, own)) for kernel in KERNELS):
         return None
     return Choice(own, KERNELS[0].rule(chip, name, own, {}), hopper.frozen(form))
 
@@ -239,7 +238,7 @@ def serves(choice: Choice, kv) -> bool:
     at, stride, reason = kv.data_ptr() % ALIGNMENT, kv.stride(0), ""
     if at or stride % _UNIT:
         reason = f"kv at byte {at} of 16 with stride {stride}; rows are copied from multiples of 16 bytes"
-    return all([hopper.served(kernel, choice.form, reason) for kernel in KERNELS])
+    return all([hopper.served(kernel, choice.form, reason) for kernel in KERNELS])  # a list: each is noted
 
 
 def weights_shape(heads: int, top_k: int) -> tuple[int, int, int]:

@@ -101,11 +101,8 @@ def _score_group(
     lse = gl.load(lse_ptr + line, mask=line < heads, other=float("inf"))  # behind the last head weights are 0
     lse = gl.where(lse > float("-inf"), lse * LOG2E, 0.0)
     shift = gl.load(shift_ptr + line, mask=line < heads, other=0.0)
-    gate = shift
-    factor = shift * 0.0 + scale
     if SINK:
         gate = gl.load(gate_ptr + line, mask=line < heads, other=0.0)
-        factor = gate * scale
     nothing = gl.zeros([BLOCK, PICKS], gl.float32, layout=SCORES)
     mbarrier.wait(inputs_full.index(0), 0, pred=blocks > 0)
     for block in range(GROUP, blocks, 2):
@@ -132,9 +129,11 @@ def _score_group(
         mbarrier.arrive(free.index((block * PIECES + PIECES - 1) % PIECE_STAGES))
         hidden = gl.convert_layout(hidden, gl.SliceLayout(0, SCORES))
         weights = gl.exp2(scores * score_scale - lse[:, None] + hidden[None, :])
-        scores_grad = weights * (toward * factor[:, None] - shift[:, None])
         if SINK:
+            scores_grad = weights * (toward * (gate * scale)[:, None] - shift[:, None])
             weights = weights * gate[:, None]
+        else:
+            scores_grad = weights * (toward * scale - shift[:, None])
         column = gl.arange(0, PICKS, layout=gl.SliceLayout(0, SCORES))
         at = out_ptr + block * PICKS + line[:, None] * stride + column[None, :]
         gl.store(at, scores_grad.to(q.dtype))
@@ -302,8 +301,8 @@ def hopper_sparse_mla_query_gradient_kernel(
     """dq of up to 128 heads of a token, WIDTH columns from part * WIDTH on: q_grad [tokens, heads, LATENT + ROPE].
 
     A program is token * parts + part. weight_tiles: weights as a matrix [tokens * 2 * padded_heads,
-    pick_blocks * PICKS].
-    Other arguments as above.
+    pick_blocks * PICKS]. Other arguments as above. ``parts``, as many as rows have of WIDTH columns, is no constant:
+    where it is known to be 1, the ptxas of Triton 3.6.0, 3.7.1 and 3.9.0 serialises products for want of registers.
     """
     STRIDE: gl.constexpr = LATENT + ROPE
     first = gl.program_id(0) % parts * WIDTH

@@ -130,7 +130,7 @@ FAULTS = {
         "pieces are overwritten a phase too early": ("number // PIECE_STAGES & 1 ^ 1", "number // PIECE_STAGES & 1", 1),
         "a pick that is none has weight": ('0.0, float("-inf"))\n', "0.0, 0.0)\n", 1),
         "the gate is left out of P": ("            weights = weights * gate[:, None]\n", "            pass\n", 1),
-        "the gate is left out of dS": ("factor = gate * scale", "factor = gate * 0.0 + scale", 1),
+        "the gate is left out of dS": ("(gate * scale)[:, None]", "(gate * 0.0 + scale)[:, None]", 1),
         "P lies over dS": ("gl.store(at + to_weights,", "gl.store(at,", 1),
         "the next block's rows are this one's": ("start + (block + 1) * PICKS, ", "start + block * PICKS, ", 1),
         "the length is left out": ("gl.minimum(gl.maximum(gl.load(lengths_ptr + token), 0), top_k)", "top_k", 1),

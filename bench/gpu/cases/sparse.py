@@ -5,7 +5,8 @@ from functools import partial
 import torch
 
 import mla_kernels as mk
-from mla_kernels.device.case import Case, Place, Problem, variants
+from mla_kernels import hopper
+from mla_kernels.device.case import HOPPER, Case, Place, Problem, on_hopper, variants
 from mla_kernels.device.cases.decode import LATENT, PAGE, SCALE, TOKEN_BYTES, WIDTH, attend, filled_cache, tokens_of
 
 HEADS, TOP_K = 128, 2048
@@ -78,8 +79,8 @@ def sparse_prefill(tokens: int, keys: int, place: Place, peers) -> Problem:
 
 
 def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
-    """Forward and gradients; beside it our own forward alone. Looked at are the gradients of some tokens, and of some
-    rows that others pick, too."""
+    """Forward and gradients; beside it our own forward alone, on Hopper also its kernel there. Looked at are the
+    gradients of some tokens, and of some rows that others pick, too."""
     tokens, keys = place.size(tokens, 8), place.size(keys, 96)
     heads, top_k = place.size(HEADS, 16), place.size(TOP_K, 64)
     q, kv, toward = place.normal(tokens, heads, WIDTH), place.normal(keys, WIDTH), place.normal(tokens, heads, LATENT)
@@ -124,10 +125,15 @@ def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
         graph=False,
     )  # fmt: skip
     variants(problem, mk.sparse_mla_prefill, call, place)
-    problem.add(
-        "mla_kernels, forward alone", lambda copy: forward(q, kv), "own", exact=of_forward,
-        pick=lambda out: out[looked_at],
-    )  # fmt: skip
+    alone = dict(kind="own", exact=of_forward, pick=lambda out: out[looked_at])
+    problem.add("mla_kernels, forward alone", lambda copy: forward(q, kv), **alone)
+    if on_hopper(place):
+
+        def forced(copy: int):
+            with hopper.variants("force"):
+                return forward(q, kv)
+
+        problem.add(f"{HOPPER}, forward alone", forced, **alone)
     return problem
 
 
