@@ -88,7 +88,11 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 
 
 def check(problem: Prefill) -> None:
-    """problem.check_gradients; where that finds them too far, within a tenth more than the portable kernels' error."""
+    """problem.check_gradients; where that finds them too far, within a tenth more than the portable kernels' error.
+
+    Of 80 drawn forms 16 are so, each with a sink and a single row or pick: what the row's score gets all but cancels,
+    and delta is of the rounded output, there as here.
+    """
     try:
         problem.check_gradients()
     except AssertionError:
