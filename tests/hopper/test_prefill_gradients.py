@@ -95,8 +95,8 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 def check(problem: Problem, found: list[torch.Tensor]) -> None:
     """problem.check_gradients; where that finds them too far, within a tenth more than the portable kernels' error.
 
-    Of 120 drawn forms one is so, of keys of 96 in float16: delta is of the rounded output there as here, and the largest
-    error 3.1 times that of torch, which rounds otherwise.
+    Of 120 drawn forms one is so, of keys of 96 in float16: delta is of the rounded output there as here, and the
+    largest error 3.1 times that of torch, which rounds otherwise.
     """
     try:
         problem.check_gradients(found)
