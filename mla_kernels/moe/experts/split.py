@@ -77,7 +77,7 @@ def split_of(chip: Chip, sizes: dict[str, int], block_n: int, batch_invariant: b
     if splits == 1:
         return None
     share = -(-sizes["hidden"] // (splits * SPLIT_STEP)) * SPLIT_STEP
-    return Split(splits, share)
+    return Split(-(-sizes["hidden"] // share), share)  # none of them without columns
 
 
 @triton.jit

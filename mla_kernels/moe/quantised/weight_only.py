@@ -8,7 +8,7 @@ from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
 from mla_kernels.moe.experts.schedule import num_slots, rows_of_slot, tile_of_item
 from mla_kernels.moe.experts.split import ROWS, partial_bytes
-from mla_kernels.moe.quantised.decoded import BLOCK, HALF, add_run, eight_bit_values, row_sums
+from mla_kernels.moe.quantised.decoded import BLOCK, HALF, add_run, eight_bit_values, groups_of, row_sums
 from mla_kernels.moe.quantised.parts import (
     activate,
     by_columns,
@@ -101,17 +101,16 @@ def wo_gate_up_kernel(
                         x_low = tl.load(x_rows + (low + lane))
                         x_high = tl.load(x_rows + (low + HALF + lane))
                         at = block * HALF + run
+                        low_group, high_group = groups_of(block, low, FORMAT, GROUP, EVEN_K, TWO)
                         gate = add_run(
-                            gate, x_low, x_high, codes + gate_row[:, None] * row_bytes,
-                            scales + expert_rows * groups + gate_row * groups,
-                            zeros + expert_rows * groups + gate_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
+                            gate, x_low, x_high, codes + gate_row[:, None] * row_bytes, scales + expert_rows * groups,
+                            zeros + expert_rows * groups, gate_row * groups, at, low_group, high_group, mask,
+                            FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
                         up = add_run(
-                            up, x_low, x_high, codes + up_row[:, None] * row_bytes,
-                            scales + expert_rows * groups + up_row * groups,
-                            zeros + expert_rows * groups + up_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
+                            up, x_low, x_high, codes + up_row[:, None] * row_bytes, scales + expert_rows * groups,
+                            zeros + expert_rows * groups, up_row * groups, at, low_group, high_group, mask,
+                            FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
             y = activate(
                 upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
@@ -150,12 +149,11 @@ def wo_gate_up_part_kernel(
             else:
                 row_codes = tl.cdiv(hidden_size, BLOCK) * HALF
                 row_scales = groups
-            begin = split * share
             total = row_sums(
                 empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32), hidden + token[:, None] * hidden_stride,
                 gate_up + expert_rows * row_codes, scales + expert_rows * row_scales, zeros + expert_rows * row_scales,
-                n, groups, hidden_size, begin, tl.minimum(begin + share, hidden_size), mask,
-                FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS,
+                n, groups, hidden_size, split * share, share, mask,
+                FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS, True,
             )  # fmt: skip
             out = sums + (tl.cast(split, tl.int64) * pairs + first) * columns + m[:, None] * columns + n[None, :]
             tl.store(out, upright(total, SWAP), mask=(m < end - first)[:, None] & mask[None, :])
@@ -192,7 +190,7 @@ def wo_down_kernel(
             total = row_sums(
                 empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32), x_rows, down + expert_rows * row_codes,
                 scales + expert_rows * row_scales, zeros + expert_rows * row_scales, n, groups,
-                intermediate, 0, intermediate, mask, FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS,
+                intermediate, 0, intermediate, mask, FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS, False,
             )  # fmt: skip
             store_pairs(
                 upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
