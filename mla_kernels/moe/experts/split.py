@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work
 from mla_kernels.moe.experts.activation import Activation, activate
 from mla_kernels.moe.experts.grouped import MODELS, Rows, block_e
 from mla_kernels.moe.experts.schedule import block_m, num_slots, rows_of_slot
@@ -33,6 +33,9 @@ STARTED, ADDED, MERGED = 4, 4, 1 / 16
 """What a program costs beside its columns, the launch that adds the sums, and each split of a row there: in steps of
 128 columns. Estimates (a step alone takes about 0.6 us on an H200); no device has timed a split."""
 
+WORTH = 3 / 4
+"""Share of the estimate without splits that one with them must stay below."""
+
 MOST_SPLITS = 64
 
 
@@ -40,12 +43,12 @@ def split_count(programs: int, depth: int, cores: int) -> int:
     """Splits of ``depth`` columns, where ``programs`` programs would run without, on a chip that runs ``cores`` of
     them at once; 1: none.
 
-    The least of ``waves * (steps of a split + 4) + 4 + splits / 16``, waves = ceil(programs * splits / cores), and of
-    the same without the last two for one split. A function of sizes alone: V3 cut in eight on an H200 gets 14, 8, 4
-    and 2 splits for 1, 2, 4 and 8 tokens, and none for 16.
+    The least of ``waves * (steps of a split + 4) + 4 + splits / 16``, waves = ceil(programs * splits / cores), where
+    that is less than three quarters of what one split costs, which has no launch more. A function of sizes alone: V3
+    cut in eight on an H200 gets 14, 8, 4 and 2 splits for 1, 2, 4 and 8 tokens, and none for 16.
     """
     steps = -(-depth // SPLIT_STEP)
-    best, least = 1, -(-programs // cores) * (steps + STARTED)
+    best, least = 1, WORTH * -(-programs // cores) * (steps + STARTED)
     for splits in range(2, min(steps, MOST_SPLITS) + 1):
         share = -(-steps // splits)
         if -(-steps // share) < splits:
@@ -74,10 +77,9 @@ def split_of(chip: Chip, sizes: dict[str, int], block_n: int, batch_invariant: b
     slots = num_slots(sizes["pairs"], sizes["experts"], ROWS)
     programs = slots * -(-2 * sizes["intermediate"] // block_n)
     splits = split_count(programs, sizes["hidden"], chip.dot_cores * (TOGETHER if chip.is_gpu else 1))
-    if splits == 1:
-        return None
     share = -(-sizes["hidden"] // (splits * SPLIT_STEP)) * SPLIT_STEP
-    return Split(-(-sizes["hidden"] // share), share)  # none of them without columns
+    split = Split(-(-sizes["hidden"] // share), share)  # none of them without columns
+    return split if split.splits > 1 else None
 
 
 @triton.jit
@@ -187,6 +189,7 @@ ACTIVATION = Kernel(
 
 
 def launch_activation(
+    chip: Chip,
     sums: torch.Tensor,
     activated: torch.Tensor,
     rows: Rows,
@@ -199,7 +202,7 @@ def launch_activation(
 ) -> None:
     """Write the first P rows of ``activated`` [.., I] from sums [splits, P, 2 I]; ``weights`` [T, K], contiguous. One
     launch."""
-    (splits, pairs, doubled), chip, experts = sums.shape, chip_of(sums.device), sizes["experts"]
+    (splits, pairs, doubled), experts = sums.shape, sizes["experts"]
     key = chip.device, activated.dtype, activation.arguments, bias is None, weight_at, *sizes.values()
     plan = ACTIVATION.kept.plans.get(key)
     if plan is None:
