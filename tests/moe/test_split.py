@@ -66,7 +66,7 @@ def test_ascend_splits_where_cores_would_be_idle_alone():
     assert few is not None and 2 * 4 * few.splits <= chip.dot_cores
 
 
-def test_no_split_is_empty_and_most_programs_run_at_once():
+def test_no_split_is_empty():
     draw = random.Random(7)
     for _ in range(400):
         hidden, inner, top_k = draw.randint(16, 9000), draw.randint(16, 3000), draw.randint(1, 8)

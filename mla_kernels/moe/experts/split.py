@@ -25,16 +25,19 @@ SPLIT_STEP = 128
 ROWS = 16
 """Rows of a tile of the products that are split, and the most that an expert has on average where they are."""
 
+WIDTH = 128
+"""Rows of weights of such a tile, of 16 bits."""
+
 TOGETHER = 4
 """Programs that a GPU's core runs side by side. A tile of four-bit weights has 16 KiB in flight, and an H200's core
 needs about 40 for its share of the bandwidth; so many programs of four warps fill its registers at 128 a thread."""
 
 STARTED, ADDED, MERGED = 4, 4, 1 / 16
 """What a program costs beside its columns, the launch that adds the sums, and each split of a row there: in steps of
-128 columns. Estimates (a step alone takes about 0.6 us on an H200); no device has timed a split."""
+128 columns. Estimates: no device has timed a split."""
 
 WORTH = 3 / 4
-"""Share of the estimate without splits that one with them must stay below."""
+"""Share of the estimate without splits that one with them must stay below: estimates are no finer."""
 
 MOST_SPLITS = 64
 
@@ -131,7 +134,7 @@ def _memory(chip, dtype, statics, tile):
 def _declared_splits(sizes):
     """Of the chip that declarations know."""
     slots = num_slots(sizes["pairs"], sizes["experts"], ROWS)
-    programs = slots * -(-2 * sizes["intermediate"] // SPLIT_STEP)
+    programs = slots * -(-2 * sizes["intermediate"] // WIDTH)
     return split_count(programs, sizes["hidden"], CHIPS["sm_90"].dot_cores * TOGETHER)
 
 
