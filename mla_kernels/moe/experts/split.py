@@ -73,7 +73,7 @@ def split_of(chip: Chip, sizes: dict[str, int], block_n: int, batch_invariant: b
     """The split of a call with these sizes whose tiles are ``block_n`` of the 2 I rows wide, or None.
 
     None with ``batch_invariant`` (their number follows from that of tokens), and with more rows than a tile has. On
-    Ascend, whose programs are one a core, there are splits where even a half of the cores would have no tile.
+    Ascend, whose programs are one a core, there are splits where half of the cores or more would have no tile.
     """
     if batch_invariant or block_m(sizes["pairs"], sizes["experts"]) > ROWS:
         return None
