@@ -235,8 +235,8 @@ def _rule(products):
 
 
 def _part_rule(chip, dtype, statics, sizes):
-    """Down's tile, and 128 rows of weights in 16 bits: a step's 16 rows of hidden take as many bytes as the four-bit codes
-    of 64 rows of weights, and are loaded for either number."""
+    """Down's tile, and 128 rows of weights in 16 bits: a step's 16 rows of hidden take as many bytes as the four-bit
+    codes of 64 rows of weights, and are loaded for either number."""
     tile = _rule(1)(chip, dtype, statics | {"HAS_BIAS": False}, sizes)
     del tile["GROUP_M"]
     return tile | {"BLOCK_M": ROWS, "BLOCK_N": tile["BLOCK_N"] if dtype == "fp32" else 128}
