@@ -49,8 +49,8 @@ USUAL = "deepseek-v3", 8
 FIRST = (
     "mla_decode_kernel", "merge_splits_kernel", "sparse_mla_kernel", "sparse_mla_pair_kernel", "sparse_merge_kernel",
     "moe_gate_up_kernel", "moe_down_kernel", "moe_combine_kernel", "moe_dispatch_kernel", "eb_gate_up_kernel",
-    "eb_down_kernel", "wo_gate_up_kernel", "wo_down_kernel", "mla_prefill_kernel", "indexer_logits_kernel",
-    "topk_kernel", "topk_count_kernel", "topk_write_kernel",
+    "eb_down_kernel", "wo_gate_up_kernel", "wo_gate_up_part_kernel", "wo_down_kernel", "mla_prefill_kernel",
+    "indexer_logits_kernel", "topk_kernel", "topk_count_kernel", "topk_write_kernel",
 )  # fmt: skip
 """Kernels whose declared problems come before the others'."""
 

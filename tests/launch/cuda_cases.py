@@ -309,6 +309,19 @@ def test_fused_experts(form):
     assert {weights.data_ptr(), out.data_ptr()} <= combine
 
 
+def test_fused_experts_of_one_token_are_split():
+    hidden, ids, weights = torch.randn(1, 2048).to(BF16), torch.randint(0, 4, (1, 2), dtype=I32), torch.rand(1, 2)
+    experts = mla_kernels.ExpertWeights.quantise(torch.randn(4, 256, 2048), torch.randn(4, 2048, 128), "mxfp4")
+    with record() as launches:
+        mla_kernels.fused_experts(hidden, experts, weights, ids)
+        mla_kernels.fused_experts(hidden, experts, weights, ids)
+    first, again = launches[:5], launches[5:]
+    order, parts, activation, down, _ = (set(pointers(launch).values()) for launch in first)
+    assert {experts.gate_up.data_ptr(), hidden.data_ptr()} <= parts and order & parts & activation & down
+    assert (parts & activation) - order and (activation & down) - order  # the sums, and the activation
+    assert [launch.arguments.keys() for launch in first] == [launch.arguments.keys() for launch in again]
+
+
 def test_nothing_is_launched_for_nothing():
     with record() as launches:
         out = mla_kernels.fused_moe(
