@@ -123,6 +123,19 @@ def read_store(path: Path, device: str) -> list[Entry]:
     return entries
 
 
+def device_of_store(path: Path) -> str:
+    """Whose store a file is. BadFile where it is none."""
+    try:
+        with open(path) as file:
+            header = json.loads(file.readline())
+        device = header.pop("device")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadFile(f"{path}: no store of tiles ({error!r})") from error
+    if header != STORE_FORMAT:
+        raise BadFile(f"{path}: its first line is {header}, expected {json.dumps(STORE_FORMAT)} and a device")
+    return device
+
+
 def store_header(device: str) -> dict:
     """The first line of a device's store."""
     return STORE_FORMAT | {"device": device}
