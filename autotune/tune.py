@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,11 +92,11 @@ def add_parser(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--store", type=Path, metavar="FILE", help="store to fill (default: that of launches)")
     parser.add_argument(
-        "--shortlists", nargs="+", type=Path, metavar="FILE", help="stores to take shortlists from, which stay as they are"
+        "--shortlists", nargs="+", type=Path, metavar="FILE", help="stores to take shortlists from; they stay as they are"
     )  # fmt: skip
     parser.add_argument(
         "--launchable", action="store_true",
-        help="with --offline: compile shortlists into Triton's cache as launches do, over mla_kernels.device's stub driver",
+        help="with --offline: compile shortlists into Triton's cache, too, as launches do (mla_kernels.device.prepare)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -123,7 +123,7 @@ def run(options) -> int:
         if budget is None:
             budget = BUDGET if timed else math.inf
         log = (options.store or tile_files.store_path(chip.device)).with_suffix(".log")
-        timer = timer_on(here, lambda: begin + budget - time.monotonic(), log) if timed else None
+        timer = timer_on(here, begin + budget, log) if timed else None
         compilers = compilers_for(here, log) if timed else over_stub(chip, log) if options.launchable else None
         session = Session(chip, options, timer, compilers, begin, budget)
         try:
@@ -135,10 +135,10 @@ def run(options) -> int:
     return status
 
 
-def timer_on(device: torch.device, left: Callable[[], float], log: Path) -> timing.Elsewhere:
-    """What times on a device of this machine, for ``left()`` seconds more."""
+def timer_on(device: torch.device, deadline: float, log: Path) -> timing.Elsewhere:
+    """What times on a device of this machine, until ``deadline`` by time.monotonic()."""
     command = [sys.executable, "-m", "mla_kernels.autotune.child", "--device", str(device)]
-    return timing.Elsewhere(lambda: Child(command, log), left, log)
+    return timing.Elsewhere(lambda: Child(command, log), lambda: deadline - time.monotonic(), log)
 
 
 def compilers_for(device: torch.device, log: Path) -> ahead.Compilers | None:

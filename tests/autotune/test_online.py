@@ -178,7 +178,7 @@ class Machine:
         monkeypatch.setattr(tile_files, "table_path", lambda device: folder / f"{device}.json")
         monkeypatch.setattr(tune, "local_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(tune, "chip_of", lambda device: CHIPS["ascend910b"])
-        monkeypatch.setattr(tune, "timer_on", lambda device, left, log: timing.Here(device, self.clock))
+        monkeypatch.setattr(tune, "timer_on", lambda device, deadline, log: timing.Here(device, self.clock))
         monkeypatch.setitem(MODELS, "small", replace(SMALL, formats=()))
         monkeypatch.setitem(problems.OPERATIONS, "fused_moe", self._few(problems.OPERATIONS["fused_moe"]))
         self.compiler = Compiler()

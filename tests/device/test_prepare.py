@@ -105,7 +105,8 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
     (peers / files.MANIFEST).write_text("{}")
     assert prepare.main([str(folder), "--peers", str(peers), "--tiles-of", "h200"]) == 0
     text = capsys.readouterr().out
-    assert "a case, x: KeyError: y" in text and "a case: DIED" in text and "MiB; there: python packed/run.py" in text
+    assert "a case, x: KeyError: y" in text and "a case: DIED" in text
+    assert re.search(r"0\.0 MiB in \d+ s; there: python packed/run\.py --seconds 240$", text, re.MULTILINE)
     command = [sys.executable, str(folder / "run.py"), "--only", "decode"]
     child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, cwd=tmp_path)
     first, second = child.stdout.splitlines()
