@@ -1,4 +1,4 @@
-"""What goes on beside the timing: shortlists of the problems to come, and their tiles compiled as launches ask for them.
+"""What goes on beside the timing: shortlists of the problems to come, and their tiles compiled as launches want them.
 
 Compilers need processors and the timing needs the device, so both are busy: while one problem is timed, a thread makes
 the shortlists of the next ones and hands their tiles to processes that fill Triton's cache.

@@ -3,8 +3,8 @@
 A problem's op is called with each tile in turn. Every round times the control first and last and each other tile once
 between, so that drift of clocks touches all alike; a tile is compared with the controls of its own round. It replaces
 the control only where it is faster in four rounds of five by more than the noise, which is what the two controls of a
-round differ by, and by two percent at least. Times are of the whole op's launches. Where an op has no reference here, results are held
-against those of the tile in use, over memory that was spoilt before.
+round differ by, and by two percent at least. Times are of the whole op's launches. Where an op has no reference here,
+results are held against those of the tile in use, over memory that was spoilt before.
 """
 
 import math

@@ -131,8 +131,8 @@ def shortlists(
 
     Of each, the ``compiled`` tiles that the model ranks best and the rule's are compiled; those with spills in the main
     loop, traps or too much memory are dropped; the others are ranked again by :func:`refined`. The first stands before
-    the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all. ``kept`` tiles at
-    most make a shortlist.
+    the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all. A
+    shortlist holds ``kept`` tiles at most.
 
     ``requested`` is told how many compilations there will be, ``progress`` gets each report. Compilers are stopped
     after ``limit`` seconds.

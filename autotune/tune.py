@@ -91,9 +91,7 @@ def add_parser(commands) -> None:
         help="tiles of a shortlist, which is what is timed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--store", type=Path, metavar="FILE", help="store to fill (default: that of launches)")
-    parser.add_argument(
-        "--shortlists", nargs="+", type=Path, metavar="FILE", help="stores to take shortlists from; they stay as they are"
-    )  # fmt: skip
+    parser.add_argument("--shortlists", nargs="+", type=Path, metavar="FILE", help="stores to take shortlists from")
     parser.add_argument(
         "--launchable", action="store_true",
         help="with --offline: compile shortlists into Triton's cache, too, as launches do (mla_kernels.device.prepare)",
@@ -116,6 +114,8 @@ def run(options) -> int:
         raise ValueError(f"--store: one file is for one device, got {len(chips)} with --target")
     if options.launchable and not options.offline:
         raise ValueError("--launchable goes with --offline: where tiles are timed they are compiled for it")
+    for path in options.shortlists or ():
+        tile_files.device_of_store(path)  # says what is no store
     begin, status = time.monotonic(), 0
     for chip in chips:
         timed = here is not None and not options.offline and chip.device == chip_of(here).device

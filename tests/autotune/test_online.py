@@ -284,6 +284,32 @@ def test_without_a_toolchain_stored_shortlists_are_timed_all_the_same(machine, m
     assert "moe_dispatch_kernel: no compiler here" in capsys.readouterr().err
 
 
+def test_shortlists_of_other_stores_are_timed_and_stay_as_they_are(machine, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    machine.tune("--offline", "--keep", "2", "--store", str(other))
+    before, compiled = other.read_bytes(), len(machine.compiler.tiles)
+    assert machine.tune("--shortlists", str(other)) == 0
+    (measured,) = machine.entries
+    assert measured.provenance == "measured" and len(measured.shortlist) == 2
+    assert other.read_bytes() == before and len(machine.compiler.tiles) == compiled
+    assert machine.tune("--shortlists", __file__, "--again") == 2
+    assert "no store of tiles" in capsys.readouterr().err
+
+
+def test_without_a_reference_the_tile_in_use_stands_for_one():
+    """Over memory that every call writes: what a tile leaves as it was is no result."""
+    memory = torch.zeros(4)
+
+    def run():
+        tile = tiles._overrides[KERNEL]
+        if tile != SLOW:
+            memory[:3] = torch.tensor([1.0, 2.0, 3.0])
+        return (memory,)
+
+    found = online.measure(problem(KERNEL), Call(run, None), CONTROL, (FAST, SLOW), Seconds(by_block), 0.0)
+    assert found.replaced and found.error == 0.0 and [tile for tile, _ in found.wrong] == [SLOW]
+
+
 def test_offline_does_not_time(machine):
     machine.clock.prepare = None
     assert machine.tune("--offline") == 0
