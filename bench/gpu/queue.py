@@ -158,6 +158,8 @@ class Run:
 
     def _case(self, case: Case) -> dict:
         record = {"family": case.family, "group": case.group, "case": case.name, "contestants": [], "problem": ""}
+        record |= {"asked": dict(case.asked)} if case.asked else {}
+        record |= {"asked_mean": case.asked_mean} if case.asked_mean else {}
         began = time.monotonic()
         for broken in range(1, MOST_BREAKS + 1):
             if not self._ready():

@@ -77,6 +77,25 @@ def test_forms_that_ran_right_become_entries_of_the_list():
     assert entries(None, *cases) == entries({"problem": "it needs pytest"}, *cases) == []
 
 
+def test_what_is_asked_is_reached_missed_or_not_timed():
+    """The fastest contestant whose name begins as asked counts, and the geometric mean of a group."""
+    first = case(fast=10.0, slow=40.0) | {"asked": {"slow": 1.9, "fa": 0.6, "other": 1.0}, "asked_mean": 0.9}
+    second = case("b", 20.0, fast=40.0) | {"asked": {"fast": 3.0}, "asked_mean": 0.9}
+    second["contestants"].append({"name": "Hopper kernel", "kind": "variant", "us": 10.0, "graph": True})
+    made = results.finish(ABOUT, [first, second])
+    name = "decode h16 b1 4k"
+    assert [(one.case, one.beside, one.ratio, one.hopper, one.said) for one in results.asked(made)] == [
+        (name, "slow", 2.0, None, "reached"), (name, "fa", 0.5, None, "missed"),
+        (name, "other", None, None, "not timed"),
+        ("b", "fast", 2.0, 4.0, "reached by the Hopper kernel"),
+        ("mean of decode, bf16", "the best peer", pytest.approx(1.0), 4.0, "reached"),
+    ]  # fmt: skip
+    text = table.markdown(made)
+    assert "3 of 5 reached." in text and f"| {name} | fa | 0.60 | 0.50 |  | missed |" in text
+    assert f"| {name} | other | 1.00 |  |  | not timed |" in text
+    assert "## Asked" not in table.markdown(results.finish(ABOUT, [case()]))
+
+
 def test_without_our_time_there_is_no_ratio():
     broken = case(fast=10.0)
     broken["contestants"][0] = {"name": "mla_kernels", "kind": "ours", "problem": "DIED"}
