@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mla_kernels.tile_files import TABLE_FORMAT, Entry, line_of, read_store, store_header
 
-
 RUN = {"part", "date", "versions"}
 """What a table keeps of a measurement."""
 
@@ -29,7 +28,7 @@ def write_table(path: Path, device: str, entries: Iterable[Entry], versions: dic
                 group["tiles"].append(dict(tile))
             chosen.append(group["tiles"].index(dict(tile)))
         problem = [list(entry.sizes.values()), chosen, entry.provenance]
-        if entry.provenance == "measured" and RUN <= entry.detail.keys():
+        if entry.provenance == "measured" and entry.detail.keys() >= RUN:
             run = {name: entry.detail[name] for name in sorted(RUN)}
             if run not in runs:
                 runs.append(run)

@@ -84,13 +84,15 @@ def compile_cases(
     known, folder: Path | None, tiles_of: str, environment: dict[str, str], *, log: Path | None = None, workers: int = 2
 ) -> list[dict]:
     """Launch every contestant that is written in Triton over the stub; the records of the cases."""
-    command = ["env", *(f"{name}={value}" for name, value in environment.items())]
-    command += children.command("stub", folder, "--warm", "--tiles-of", tiles_of)
+    over = ["env", *(f"{name}={value}" for name, value in environment.items())]
+
+    def start(without):
+        command = children.command("stub", folder, "--warm", "--tiles-of", tiles_of, without=without)
+        return children.Child([*over, *command], log)
+
     runs, threads = [], []
     for number in range(workers):
-        run = children.Run(
-            lambda: children.Child(command, log), time.monotonic() + COMPILE_SECONDS, quiet=QUIET_SECONDS
-        )
+        run = children.Run(start, time.monotonic() + COMPILE_SECONDS, quiet=QUIET_SECONDS)
         runs.append(run)
         threads.append(threading.Thread(target=run.all, args=(known[number::workers],), daemon=True))
         threads[-1].start()

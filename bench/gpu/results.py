@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_kernels.device.case import HOPPER, KINDS, OURS
-from mla_kernels.device.parity import HOPPER_ROOM
 
 FORMAT = 1
 ABOUT = ("card", "driver", "date", "versions", "command", "method", "peers", "missing", "parity", "skipped", "notes")
@@ -84,13 +83,10 @@ def write(result: Mapping, path: Path) -> None:
 
 def forms_that_ran(result: Mapping) -> list[dict]:
     """Entries for the list of Hopper kernels that are launched by default (``mla_kernels.hopper.RAN``): the forms whose
-    results were right. None that was launched in a group of cases in one of which the Hopper kernel was wrong or broke
-    (cases of several groups launch a form: forward alone, and with its backward), and none at all where one of its
-    parity tests failed or did not run."""
-    parity = result["parity"] or {}
-    unsure = [*parity.get("failed", ()), *parity.get("not_run", ())]
-    if not parity.get("passed") or any(name.startswith(HOPPER_ROOM) for name in unsure):
-        return []
+    results were right, of the kernels all of whose parity tests passed (:func:`mla_kernels.device.parity.sure`). None
+    that was launched in a group of cases in one of which the Hopper kernel was wrong or broke (cases of several groups
+    launch a form: forward alone, and with its backward)."""
+    sure = (result["parity"] or {}).get("hopper", ())
     broken, found = set(), {}
     about = {"card": result["card"], "date": result["date"]}
     about |= {name: result["versions"].get(name) for name in ("torch", "triton")}
@@ -102,7 +98,7 @@ def forms_that_ran(result: Mapping) -> list[dict]:
             for entry in one.get("forms", ()):
                 _, groups = found.setdefault(json.dumps(entry, sort_keys=True), (entry | about, set()))
                 groups.add(case["group"])
-    return [entry for entry, groups in found.values() if groups.isdisjoint(broken)]
+    return [entry for entry, groups in found.values() if groups.isdisjoint(broken) and entry["kernel"] in sure]
 
 
 def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:
@@ -113,8 +109,8 @@ def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a case, or the mean of a group's, was asked for: ``beside`` whom, and the least ratio. ``ratio`` and, with the
-    Hopper kernel in place of the call as it is, ``hopper``: None where one was not timed."""
+    """What a case, or a group's mean, was asked for: ``beside`` whom, and the ``least`` ratio. ``ratio`` is that of
+    the call as it is, ``hopper`` that of the Hopper kernel; None where one was not timed."""
 
     case: str
     beside: str

@@ -56,8 +56,8 @@ def route(model: str, tokens: int, place: Place, peers) -> Problem:
         )
 
     problem = Problem(
-        call(), lambda: dense(plain(logits.double(), bias.double(), *groups)), dense, bytes=logits.nbytes + tokens * TOP_K * 8,
-        host=tokens == 1,
+        call(), lambda: dense(plain(logits.double(), bias.double(), *groups)), dense,
+        bytes=logits.nbytes + tokens * TOP_K * 8, host=tokens == 1,
     )  # fmt: skip
     variants(problem, mk.route, call, place)
     problem.add("torch", lambda copy: plain(logits, bias, *groups))
