@@ -179,7 +179,8 @@ class Kernel:
         """Triton's function, whose key in caches on disk no longer depends on what this process launched before.
 
         Triton 3.6 and 3.7 take into a function's hash the constants of those callees alone that were hashed before it
-        (3.9 asks them first): the kernel's key would be another where a kernel with the same helpers came before.
+        (3.9 hashes them first): the kernel's key would be another where a kernel with the same helpers came before
+        (``findings/triton_cache_key_depends_on_order.sh``).
         """
         fn = getattr(self.fn, "loaded", self.fn)
         _hash_callees(fn, set())
