@@ -89,14 +89,14 @@ class Session:
             try:
                 if self.timer is None:
                     compiled = []
-                    for together, shortlists in made:
-                        compiled += self._submit(together, shortlists)
+                    for together, timeable in made:
+                        compiled += self._submit(together, timeable)
                         self._done(together)
                     wait(compiled, timeout=None if self.left == math.inf else max(0.0, self.left))
                 else:
                     with ahead.prepared(made, self._submit, lambda: self.left, self.over) as ready:
-                        for together, shortlists in ready:
-                            self._online(together, shortlists)
+                        for together, timeable in ready:
+                            self._online(together, timeable)
             except OutOfTime:
                 pass
             bar.remove_task(self.job)
@@ -138,17 +138,25 @@ class Session:
         self.waiting = +self.waiting
 
     def _shortlisted(self, lists: Iterator[list[Task]], held: dict[tuple, Entry]) -> Iterator[tuple]:
-        """(problems of one call, their shortlists), which are stored; until the budget ends."""
+        """(problems of one call, those of them that can be timed, with their tiles), until the budget ends; shortlists
+        are stored. All look-ups and recordings of tiles are made here, in one thread."""
         while self.left > 0 and (some := next(lists, None)) is not None:
             for _, together in itertools.groupby(self._list(some, held), key=_called):
                 if self.left <= 0:
                     return
                 together = list(together)
                 try:
-                    shortlists = self._offline(together, held)
+                    found = self._offline(together, held)
                 except OutOfTime:
                     return
-                yield together, shortlists
+                yield (
+                    together,
+                    [
+                        (task, self._contestants(task.problem, listed))
+                        for task in together
+                        if task.derived is not None and len(listed := found.get(_problem_key(task.problem), ())) > 1
+                    ],
+                )
 
     def _held(self) -> dict[tuple, Entry]:
         """The store's entries that were made with the kernels' present sources; the last of each problem."""
@@ -156,12 +164,14 @@ class Session:
 
     @functools.cached_property
     def _given(self) -> dict[tuple, Entry]:
-        """Shortlists of the table that ships and, before these, of the stores that are named beside this one's."""
+        """Shortlists of the stores that are named beside this one, else of the table that ships, where they are as long
+        as is asked for."""
         device = self.chip.device
         path = tile_files.table_path(device)
         shipped = current(tile_files.read_table(path, device) if path.exists() else [])
+        enough = {key: entry for key, entry in shipped.items() if len(entry.shortlist) >= self.options.keep}
         named = (path for path in self.options.shortlists or () if tile_files.device_of_store(path) == device)
-        return shipped | current([entry for path in named for entry in tile_files.read_store(path, device)])
+        return enough | current([entry for path in named for entry in tile_files.read_store(path, device)])
 
     def _is_done(self, task: Task, held: dict[tuple, Entry]) -> bool:
         entry = held.get(_problem_key(task.problem))
@@ -233,42 +243,36 @@ class Session:
         control = {name: found[name] for name in found if name in tiles.needed(problem.kernel, self.chip)}
         return [control, *(dict(tile) for tile in listed if dict(tile) != control)]
 
-    def _timeable(self, together: list[Task], lists: dict[tuple, tuple]) -> Iterator[tuple[Task, tuple]]:
-        for task in together:
-            listed = lists.get(_problem_key(task.problem), ())
-            if task.derived is not None and len(listed) > 1:
-                yield task, listed
-
-    def _submit(self, together: list[Task], lists: dict[tuple, tuple]) -> list[Future]:
+    def _submit(self, together: list[Task], timeable: list[tuple[Task, list]]) -> list[Future]:
         """Have the tiles of a call's problems compiled."""
         if self.compilers is None:
             return []
         return [
             self.compilers.submit(timing.request(task.derived, self.dtype, [tile]))
-            for task, listed in self._timeable(together, lists)
-            for tile in self._contestants(task.problem, listed)
+            for task, some in timeable
+            for tile in some
         ]
 
-    def _online(self, together: list[Task], lists: dict[tuple, tuple]) -> None:
-        """Time the shortlists of the problems of one call, where an op is known for them."""
-        for task, listed in self._timeable(together, lists):
+    def _online(self, together: list[Task], timeable: list[tuple[Task, list]]) -> None:
+        """Time the tiles of the problems of one call."""
+        for task, some in timeable:
             if self.left <= 0:
                 raise OutOfTime
             self.bar.update(self.job, description=f"timing {task.problem.kernel.name}")
             if self.options.again or not self._is_done(task, self._held()):  # by another process
                 try:
-                    self._time(task, listed)
+                    self._time(task, some)
+                except OutOfTime:
+                    raise
                 except (RuntimeError, ValueError, NotImplementedError) as error:
-                    if isinstance(error, OutOfTime):
-                        raise
                     self.failures.append(f"{task.problem.kernel.name} {task.problem.sizes}: not timed: {error}")
             self._done([task])
-        self._done([task for task in together if task not in [one for one, _ in self._timeable(together, lists)]])
+        timed = [task for task, _ in timeable]
+        self._done([task for task in together if task not in timed])
 
-    def _time(self, task: Task, listed: tuple) -> None:
+    def _time(self, task: Task, some: list[dict]) -> None:
         problem = task.problem
         seconds, preparing = min(LONGEST, max(0.0, self.left)), min(self.budget / SHARE, max(0.0, self.left))
-        some = self._contestants(problem, listed)
         outcome = self.timer.measure(timing.request(task.derived, self.dtype, some, seconds, preparing))
         detail = {
             "times": [asdict(times) for times in outcome.times],
