@@ -18,6 +18,9 @@ WAITING = 8
 COMPILE_SECONDS = 240.0
 """A compiler that takes longer for a tile is stopped."""
 
+MOST_UNREADY = 3
+"""Processes that end before they are ready; then nothing more is compiled beforehand."""
+
 
 class Compilers:
     """Processes over ``mla_kernels.autotune.child --compile``, one a thread; ``start`` makes one."""
@@ -26,23 +29,28 @@ class Compilers:
         self._start, self._threads = start, ThreadPoolExecutor(count)
         self._free: queue.SimpleQueue = queue.SimpleQueue()
         self._all: set[Child] = set()
-        self._stopped = False
+        self._stopped, self._unready = False, 0
         for _ in range(count):
             self._free.put(None)
 
     def submit(self, asked: dict) -> Future:
-        """Compile one tile's request; what fails is left to the launch, which says why."""
+        """Compile one tile's request; the future's result is why that failed, or ""."""
         return self._threads.submit(self._compile, asked)
 
-    def _compile(self, asked: dict) -> None:
+    def _compile(self, asked: dict) -> str:
         child = self._free.get()
         try:
             if self._stopped:
-                return
+                return "stopped"
             if child is None:
                 child = self._start()
                 self._all.add(child)
-                child.wait_ready(COMPILE_SECONDS)
+                if not child.wait_ready(COMPILE_SECONDS):
+                    child.stop()
+                    child = None
+                    self._unready += 1
+                    self._stopped |= self._unready == MOST_UNREADY
+                    return "the process that compiles was not ready"
             child.ask(**asked)
             try:
                 answer = child.line(COMPILE_SECONDS)
@@ -52,6 +60,8 @@ class Compilers:
                 self._all.discard(child)
                 child.stop()
                 child = None
+                return "the process that compiles ended, or took too long"
+            return answer.get("refused", "")
         finally:
             self._free.put(child)
 

@@ -92,7 +92,7 @@ class Session:
                     for together, timeable in made:
                         compiled += self._submit(together, timeable)
                         self._done(together)
-                    wait(compiled, timeout=None if self.left == math.inf else max(0.0, self.left))
+                    self._compiled(compiled)
                 else:
                     with ahead.prepared(made, self._submit, lambda: self.left, self.over) as ready:
                         for together, timeable in ready:
@@ -117,10 +117,17 @@ class Session:
             print(failure, file=sys.stderr)
         return int(bool(self.failures))
 
+    def _compiled(self, futures: list[Future]) -> None:
+        """Wait for compilations, and note those that failed."""
+        done, _ = wait(futures, timeout=None if self.left == math.inf else max(0.0, self.left))
+        why = [future.result() for future in done if future.result()]
+        if why:
+            self.failures.append(f"{len(why)} of {len(futures)} tiles were not compiled for launches: {why[0]}")
+
     def _unreached(self) -> str:
         """What the budget did not hold, in words: ops or kernels, and of which models how many problems."""
         by_name: dict[str, list[str]] = {}
-        for (name, model), count in self.waiting.items():
+        for (name, model), count in (+self.waiting).items():
             by_name.setdefault(name, []).append(f"{count} of {model}" if model else f"{count}")
         if not by_name:
             return "nothing"
@@ -135,7 +142,6 @@ class Session:
 
     def _done(self, together: list[Task]) -> None:
         self.waiting.subtract(task.label for task in together)
-        self.waiting = +self.waiting
 
     def _shortlisted(self, lists: Iterator[list[Task]], held: dict[tuple, Entry]) -> Iterator[tuple]:
         """(problems of one call, those of them that can be timed, with their tiles), until the budget ends; shortlists

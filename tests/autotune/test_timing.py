@@ -171,8 +171,20 @@ def test_compilers_go_on_after_one_has_died(tmp_path):
 
     compilers = ahead.Compilers(start, 1)
     told = [compilers.submit({"file": str(tmp_path / "told"), "word": word}) for word in ("", "die", "")]
-    for future in told:
-        future.result(timeout=30)
+    assert [bool(future.result(timeout=30)) for future in told] == [False, True, False]
     assert (tmp_path / "told").read_text().count("compiled") == 3 and len(started) == 2
     compilers.stop()
     assert all(one.process.poll() is not None for one in started)
+
+
+def test_compilers_that_are_never_ready_are_given_up():
+    started = []
+
+    def start():
+        started.append(Child([sys.executable, "-c", "raise SystemExit(1)"]))
+        return started[-1]
+
+    compilers = ahead.Compilers(start, 1)
+    told = [compilers.submit({}).result(timeout=60) for _ in range(5)]
+    assert told == ["the process that compiles was not ready"] * 3 + ["stopped"] * 2 and len(started) == 3
+    compilers.stop()
