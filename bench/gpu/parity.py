@@ -120,13 +120,15 @@ def sure(collected: list[str], outcomes: Mapping[str, tuple], launched: Mapping[
 
 
 def together(found: Sequence[Mapping]) -> dict:
-    """What several suites, one after the other, say as one."""
+    """What several suites, one after the other, say as one. A suite that could not be run is a failure beside others."""
     first, *rest = found
     made = dict(first)
     for other in rest:
         for name in ("seconds", "collected", "passed", "failed", "not_run", "hopper"):
             made[name] = made[name] + other[name]
         made["stopped"] = made["stopped"] or other["stopped"]
-        if "problem" in other:
-            made["failed"] = [*made["failed"], f"{HOPPER_ROOM}: {other['problem']}"]
+    problems = [one["problem"] for one in found if "problem" in one]
+    if len(problems) < len(found):
+        made.pop("problem", None)
+        made["failed"] = [*made["failed"], *problems]
     return made

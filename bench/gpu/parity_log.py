@@ -69,7 +69,9 @@ class Log:
             if self._worker and broken():
                 os._exit(1)
         elif report.when == "call" and not self._worker:
-            self._say(test=report.nodeid, outcome="passed", why="", kernels=dict(report.user_properties).get(KERNELS))
+            self._say(
+                test=report.nodeid, outcome="passed", why="", kernels=dict(report.user_properties).get(KERNELS, [])
+            )
 
     def _failed(self, report):
         """Workers' reports come together in the process that started them."""

@@ -80,7 +80,9 @@ def test_two_suites_as_one():
     assert parity.together([one]) == one
     made = parity.together([one, other | {"problem": "no time"}])
     assert (made["collected"], made["passed"], made["not_run"], made["hopper"]) == (5, 3, ["b"], ["k"])
-    assert made["failed"] == ["a: no", "tests/hopper: no time"] and made["stopped"] and made["seconds"] == 2.0
+    assert made["failed"] == ["a: no", "no time"] and made["stopped"] and made["seconds"] == 2.0
+    assert parity.together([one | {"problem": "no time"}, other])["hopper"] == ["k"]
+    assert parity.together([one | {"problem": "no time"}, other | {"problem": "none"}])["problem"] == "no time"
 
 
 @pytest.mark.slow
