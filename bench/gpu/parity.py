@@ -120,7 +120,7 @@ def sure(collected: list[str], outcomes: Mapping[str, tuple], launched: Mapping[
 
 
 def together(found: Sequence[Mapping]) -> dict:
-    """What several suites, one after the other, say as one. A suite that could not be run is a failure beside others."""
+    """What several suites, one after the other, say as one. One that could not be run is a failure beside others."""
     first, *rest = found
     made = dict(first)
     for other in rest:
