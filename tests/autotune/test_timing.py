@@ -1,22 +1,29 @@
 """Timing in a child process: what a tile that hangs, dies, faults or is wrong costs, and what goes on beside it."""
 
+import json
 import math
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mla_kernels.autotune import ahead, problems, timing
+from mla_kernels.autotune.models import MODELS
+from mla_kernels.device import prepare
 from mla_kernels.device.queue import Child
 from mla_kernels.targets.chips import CHIPS
+from mla_kernels.targets.devices import DEVICES
 from mla_kernels.targets.service import OutOfTime
 from tests.autotune.test_problems import SMALL
 from tests.autotune.timing_child import KERNEL
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "tests.autotune.timing_child"]
 CONSTANT = "BLOCK_H"
 
@@ -162,6 +169,20 @@ for line in sys.stdin:
 """
 
 
+LAUNCH = """
+import contextlib, json, sys
+import torch
+from mla_kernels import tiles
+from mla_kernels.autotune import timing
+from mla_kernels.device import stub
+asked = json.load(sys.stdin)
+with contextlib.ExitStack() as stack:
+    stub.pose(stack, "h200")
+    stack.enter_context(tiles.override(asked["kernel"], asked["tiles"][0]))
+    timing.build(asked, "cpu").run()
+"""
+
+
 def test_compilers_go_on_after_one_has_died(tmp_path):
     started = []
 
@@ -175,6 +196,28 @@ def test_compilers_go_on_after_one_has_died(tmp_path):
     assert (tmp_path / "told").read_text().count("compiled") == 3 and len(started) == 2
     compilers.stop()
     assert all(one.process.poll() is not None for one in started)
+
+
+def test_tiles_are_compiled_as_launches_ask_for_them(tmp_path):
+    """By the real process, over a driver that does nothing; a launch of the same call there compiles nothing more."""
+    chip, cache = DEVICES["h200"], tmp_path / "cache"
+    found, _ = problems.of_model(MODELS["deepseek-v3"].on(8), chip, torch.bfloat16, ("merge_states",))
+    (one,) = [one for one in found if one.size["tokens"] == 64]
+    rule = dict(one.problem.kernel.rule(chip, "bf16", one.problem.statics, one.problem.sizes))
+    request = timing.request(one, "bf16", [rule])
+    environment = prepare.stub(ROOT / prepare.STUB, tmp_path / "stub") | {"TRITON_CACHE_DIR": str(cache)}
+    over = ["env", "-u", "TRITON_INTERPRET", *(f"{name}={value}" for name, value in environment.items())]
+    command = [*over, sys.executable, "-m", "mla_kernels.autotune.child", "--compile", "--stub", "--device", "h200"]
+    compilers = ahead.Compilers(lambda: Child(command, tmp_path / "log"), 1)
+    assert compilers.submit(request).result(timeout=200) == "", (tmp_path / "log").read_text()
+    assert compilers.submit(request | {"operation": "none"}).result(timeout=60) == "KeyError: 'none'"
+    compilers.stop()
+    compiled = set(cache.glob("*/*.cubin"))
+    assert [path.name for path in compiled] == [f"{one.problem.kernel.name}.cubin"]
+    launched = subprocess.run(
+        [*over, sys.executable, "-c", LAUNCH], input=json.dumps(request), capture_output=True, text=True
+    )
+    assert launched.returncode == 0 and set(cache.glob("*/*.cubin")) == compiled, launched.stderr
 
 
 def test_compilers_that_are_never_ready_are_given_up():
