@@ -31,7 +31,8 @@ def logits_rule(chip, dtype, statics, sizes):
     if from_registers(chip) and dtype != "fp32":
         return tile | {"BLOCK_H": max(16, heads // 4), "PEEL": 1, "num_warps": 4}
     if dtype == "fp32":
-        tile |= {"BLOCK_N": 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
+        wide = from_registers(chip) and statics["HEAD_DIM"] <= 128  # a load of queries serves more keys
+        tile |= {"BLOCK_N": 64 if wide else 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
     page = statics["PAGE_SIZE"]
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
