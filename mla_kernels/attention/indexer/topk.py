@@ -20,7 +20,13 @@ from mla_kernels.attention.indexer.digits import (
     write_nothing,
 )
 from mla_kernels.attention.indexer.spread import launch_spread, plan_spread
-from mla_kernels.attention.indexer.tiles import RESIDENT_BLOCK, power_of_two, topk_memory, topk_rule
+from mla_kernels.attention.indexer.tiles import (
+    RESIDENT_BLOCK,
+    power_of_two,
+    resident_block,
+    topk_memory,
+    topk_rule,
+)
 from mla_kernels.checks import check_int, check_no_grad, check_tensor
 from mla_kernels.cpu.indexer import indexer_topk as cpu_indexer_topk
 from mla_kernels.language import tl, triton
@@ -124,9 +130,9 @@ def topk_kernel(
         write_nothing(out_values, out_indices, written, top_k, VALUED, BLOCK_W)
 
 
-def _resident(columns: int, top_k: int) -> bool:
-    """Whether chunks are read once and kept: they must leave few enough candidates, a quarter."""
-    return columns <= RESIDENT_BLOCK or 4 * power_of_two(top_k) <= RESIDENT_BLOCK
+def _resident(columns: int, top_k: int, block: int) -> bool:
+    """Whether chunks of ``block`` are read once and kept: they must leave few enough candidates, a quarter."""
+    return columns <= block or 4 * power_of_two(top_k) <= block
 
 
 def _cost(dtype, statics, sizes):
@@ -154,7 +160,7 @@ def _statics(starts, ends, indices, chunks, resident):
 
 
 def _case(name, *, rows, columns, top_k, chunks=1, starts=None, ends=None, indices=None):
-    statics = _statics(starts, ends, indices, chunks, -(-columns // chunks) <= RESIDENT_BLOCK)
+    statics = _statics(starts, ends, indices, chunks, -(-columns // chunks) <= 2 * RESIDENT_BLOCK)
     sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": chunks}
     return Case(name, statics, sizes, ("fp32",))
 
@@ -177,7 +183,7 @@ TOPK = Kernel(
     },
     statics=("HAS_STARTS", "HAS_ENDS", "INDEXED", "VALUED", "RESIDENT"),
     tiles={
-        "BLOCK": (128, 256, 512, 1024, 2048, 4096, 8192),
+        "BLOCK": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         "BLOCK_W": (128, 256, 512, 1024, 2048),
         "HISTOGRAM": (0, 1),
         "num_warps": (1, 2, 4, 8, 16),
@@ -187,9 +193,10 @@ TOPK = Kernel(
     cost=_cost,
     work=_work,
     cases=(
-        _case("v32_chunks", rows=64, columns=131072, top_k=2048, chunks=16, starts=True, ends=True),
+        _case("v32_chunks", rows=64, columns=131072, top_k=2048, chunks=8, starts=True, ends=True),
         _case("v32_candidates", rows=64, columns=8192, top_k=2048, indices=True),
         _case("v32_short", rows=64, columns=8192, top_k=2048, ends=True),
+        _case("v32_row", rows=64, columns=16384, top_k=2048, ends=True),
         _case("large_k", rows=64, columns=131072, top_k=4096, chunks=2),
     ),
     uses_dot=False,
@@ -198,7 +205,7 @@ TOPK = Kernel(
 
 def _step(chip, rows, columns, top_k, starts, ends, indices):
     """(chunk, chunks, statics, tile) of a launch over rows of so many columns."""
-    resident = _resident(columns, top_k)
+    resident = _resident(columns, top_k, resident_block(chip))
     statics = _statics(starts, ends, indices, 2, resident)
     sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": 1}
     tile = TOPK.tile_for(chip, "fp32", statics, sizes)
@@ -212,22 +219,23 @@ def _step(chip, rows, columns, top_k, starts, ends, indices):
 
 
 def _chunks(columns, top_k):
-    """How many chunks rows are cut into."""
-    return max(1, -(-columns // (RESIDENT_BLOCK if _resident(columns, top_k) else 16 * power_of_two(top_k))))
+    """How many chunks rows are cut into, of RESIDENT_BLOCK where these are kept."""
+    kept = _resident(columns, top_k, RESIDENT_BLOCK)
+    return max(1, -(-columns // (RESIDENT_BLOCK if kept else 16 * power_of_two(top_k))))
 
 
 def _plan_rows(chip, rows, columns, top_k, starts, ends):
     """A plan of :func:`launch_spread`, or None for chunks and their candidates.
 
-    Digits take five launches of many programs. Candidates take two for most rows, else the second and later ones have
-    ever fewer programs: where these leave cores idle, rows are spread. Chunks that no program keeps are read 19 times:
-    they are spread wherever they leave cores idle themselves.
+    Digits take five launches of many programs, candidates two or three, of ever fewer programs. Few rows are spread
+    where candidates of chunks of RESIDENT_BLOCK fill more than another such chunk, and would leave cores idle. Chunks
+    that no program keeps are read 19 times: they are spread wherever they leave cores idle themselves.
     """
-    chunks = _chunks(columns, top_k)
-    later = _chunks(chunks * top_k, top_k)
-    if columns > MOST_SPREAD or (later == 1 if _resident(columns, top_k) else columns <= RESIDENT_BLOCK):
+    if columns <= resident_block(chip) or columns > MOST_SPREAD:
         return None
-    if rows * (later if _resident(columns, top_k) else chunks) > chip.vector_cores:
+    chunks, kept = _chunks(columns, top_k), _resident(columns, top_k, RESIDENT_BLOCK)
+    later = _chunks(chunks * top_k, top_k)
+    if (kept and later == 1) or rows * (later if kept else chunks) > chip.vector_cores:
         return None
     return plan_spread(chip, rows, columns, top_k, starts, ends)
 
@@ -294,11 +302,11 @@ def indexer_topk(
     Exact: of equal values the ones with the lowest index are chosen (0 equals -0). NaN and -inf are never chosen. Row
     ``[1, 3, NaN, 3, -inf, 3]`` with ``top_k`` 2 gives ``[1, 3]``, with ``top_k`` 5 ``[0, 1, 3, 5, -1]``.
 
-    Rows of up to 8192 keys take one launch, a program a row. Longer ones are cut into chunks of 8192 keys (for
-    ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program each, whose candidates are chosen among in the
-    same way: 2 launches for 32,768 keys with ``top_k`` 2048, 8 ``top_k`` bytes of device workspace a chunk. Where that
-    takes more launches and the later ones would leave cores idle (128k keys: up to ``cores / 4`` rows), and up to 1M
-    keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
+    Rows of up to 16,384 keys (on Ascend 8192) take one launch, a program a row. Longer ones are cut into chunks of as
+    many keys (for ``top_k`` above a quarter of them: 16 ``top_k``, to a power of two), one program each, whose
+    candidates are chosen among in the same way: 2 launches for up to 131,072 keys (Ascend: 32,768) with ``top_k`` 2048,
+    8 ``top_k`` bytes of device workspace a chunk. Where few programs would choose among the candidates of more than
+    32,768 keys (128k keys: up to ``cores / 4`` rows), and up to 1M keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
     most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
     same: exact picks, the same bits on every call and in any batch.
 
