@@ -321,7 +321,7 @@ def test_nothing_is_launched_for_nothing():
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
 def test_the_indexer_is_one_launch_a_step(layout):
-    """Keys in one; slots in logits and the choice, which looks them up; codes and scales as typed parts of one storage."""
+    """Keys in one; slots in logits and the choice, which looks them up; codes and scales as parts of one storage."""
     cache = mla_kernels.IndexerCache.allocate(40, 64, layout=layout)
     k, norm, (cos, sin), slots = torch.randn(5, 128).to(BF16), torch.ones(128, dtype=BF16), table(64), torch.arange(5)
     q, weights = torch.randn(2, 1, 64, 128).to(BF16), torch.randn(2, 1, 64)
