@@ -7,7 +7,7 @@ Keys are the rows of a product, heads its columns, so that a thread holds column
 sum over heads by itself, and four threads finish it. The weights stay in registers. One warp group multiplies and adds
 up; a warp beside it, the *loader*, keeps STAGES blocks of 64 keys under way: codes by TMA, their scales by cp.async.
 Several programs share a multiprocessor, so that one's sums fall into another's products and copies.
-Blocks that all tokens of a program see whole, most of a long sequence's, are stored without masks, in a loop of their own.
+Blocks that all tokens of a program see whole, most of a long sequence's, have a loop of their own without masks.
 
 A stage's FULL ends a phase each time it is filled: by the bytes of the codes, and an arrival of each of the loader's
 threads once its copies of scales are there. Its FREE ends one each time it was read. Block b waits for phase
