@@ -334,7 +334,7 @@ def test_nothing_is_launched_for_nothing():
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
 def test_the_indexer_is_one_launch_a_step(layout):
-    """Keys in one; slots in logits, choice and table look-up; codes and scales as typed parts of one storage."""
+    """Keys in one; slots in logits and the choice, which looks them up; codes and scales as parts of one storage."""
     cache = mla_kernels.IndexerCache.allocate(40, 64, layout=layout)
     k, norm, (cos, sin), slots = torch.randn(5, 128).to(BF16), torch.ones(128, dtype=BF16), table(64), torch.arange(5)
     q, weights = torch.randn(2, 1, 64, 128).to(BF16), torch.randn(2, 1, 64)
@@ -342,7 +342,7 @@ def test_the_indexer_is_one_launch_a_step(layout):
     with record() as launches:
         mla_kernels.write_indexer_key(k, norm, norm, cos, sin, slots, slots, cache, rope_dim=64, rope="half")
         chosen = mla_kernels.select_slots(q, cache, weights, block_table, seq_lens, 32)
-    write, logits, topk, look_up = launches
+    write, logits, topk = launches
     at = cache.data.data_ptr()
     keys, codes = (pointers(write)[name] for name in ("values", "codes"))
     assert (codes if layout == "fp8" else keys) == at
@@ -351,7 +351,8 @@ def test_the_indexer_is_one_launch_a_step(layout):
         assert pointers(logits)["codes_ptr"] == at and logits.arguments["scale_stride"] == 64 * 33
     assert {t.data_ptr() for t in (q, weights, block_table, seq_lens)} <= set(pointers(logits).values())
     assert pointers(topk)["values_ptr"] == pointers(logits)["out_ptr"]
-    assert pointers(look_up)["slots_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
+    assert pointers(topk)["block_table_ptr"] == block_table.data_ptr() and topk.arguments["table_stride"] == 4
+    assert pointers(topk)["out_indices_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
 
 
 def test_profilers_hooks_see_every_launch():
