@@ -17,7 +17,10 @@ from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, 
 ROWS = 64
 """Query rows of a group of warps."""
 TILE_ROWS = 2 * ROWS
-CARRIED = ((128, 0, 64, 128), (128, 64, 0, 128), (64, 0, 32, 64), (128, 64, 64, 256))
+CARRIED = (
+    (128, 0, 64, 128), (128, 64, 0, 128), (128, 0, 0, 128), (64, 0, 32, 64), (64, 32, 0, 64), (128, 64, 64, 256),
+    (256, 0, 0, 256), (128, 64, 64, 128),
+)  # fmt: skip
 """KEY and REST columns of a head's own key, of the rotated key that all heads share, of a value."""
 KEPT_TOGETHER = 32 << 20
 """Bytes of keys and values that programs at work at a time should share: what fits the L2 of 50 MB beside the rest."""
@@ -28,7 +31,7 @@ _MOST_ROWS = 1 << 31  # of a matrix: coordinates of TMA have 32 bits
 
 def block(statics) -> int:
     """Keys of a block."""
-    return 128 if statics["VALUE"] <= 128 else 64
+    return 128 if statics["VALUE"] <= 128 and _width(statics) <= 192 else 64
 
 
 def _boxes(statics):
@@ -117,8 +120,12 @@ HOPPER_MLA_PREFILL = GluonKernel(
         _case("v3", 128, CARRIED[0]),
         _case("v3_context", 128, CARRIED[0], queries=2048, keys=16384, causal=False),
         _case("expanded_rope", 16, CARRIED[1], dtypes=("bf16",)),
-        _case("minicpm3", 40, CARRIED[2], dtypes=("bf16",)),
-        _case("glm4_lite", 20, CARRIED[3], dtypes=("bf16",)),
+        _case("minicpm3", 40, CARRIED[3], dtypes=("bf16",)),
+        _case("glm4_lite", 20, CARRIED[5], dtypes=("bf16",)),
+        _case("no_rope", 16, CARRIED[2], dtypes=("bf16",)),
+        _case("expanded_minicpm3", 40, CARRIED[4], dtypes=("bf16",)),
+        _case("expanded_glm5", 64, CARRIED[6], dtypes=("bf16",)),
+        _case("values_of_128", 16, CARRIED[7], dtypes=("bf16",)),
     ),
     uses_dot=True,
     unsupported=hopper.ELSEWHERE,

@@ -1,6 +1,7 @@
 """Gradients of mla_prefill for Hopper: declarations of the kernels, and their launch in place of the portable ones.
 
-The kernels, :mod:`mla_kernels.hopper.prefill_gradients_kernel`, import Gluon, and are imported by a first launch.
+The kernels, of keys up to 192 wide in :mod:`mla_kernels.hopper.prefill_gradients_kernel` and of 256 in
+:mod:`mla_kernels.hopper.prefill_wide_gradients_kernel`, import Gluon, and are imported by a first launch.
 """
 
 import math
@@ -11,15 +12,22 @@ import torch
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel
 from mla_kernels.hopper.decode import SMALLEST_SCALE
-from mla_kernels.hopper.prefill import KEPT_TOGETHER, Matrix, matrix, readable, widths
+from mla_kernels.hopper.prefill import CARRIED, KEPT_TOGETHER, Matrix, matrix, readable, widths
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 ROWS = 64
 """Rows of a group of warps, and of a block of the other side."""
-TILE_ROWS = 2 * ROWS
-CARRIED = ((128, 0, 64, 128), (128, 64, 0, 128), (64, 0, 32, 64))
-"""As of the forward kernel; one of the two in the middle is the tail of a key, ROPE below."""
+TAIL = 64
+"""Columns that are counted as the tail of a key whose width is a power of two."""
+WIDE = 256
+"""Width of a key whose gradients have kernels of their own; a program owns 64 such keys, not 128."""
 _STAGES = 3
+_WIDE_STAGES = 2
+_PANEL = 64
+
+
+def _width(statics):
+    return statics["KEY"] + statics["ROPE"]
 
 
 def _boxes(statics):
@@ -28,28 +36,38 @@ def _boxes(statics):
             "grad_tiles": value}  # fmt: skip
 
 
+def _wide_boxes(statics):
+    panel, value = (ROWS, _PANEL), (ROWS, statics["VALUE"])
+    return {"q_tiles": (ROWS, _width(statics)), "k_tiles": panel, "rope_tiles": panel, "v_tiles": value,
+            "grad_tiles": value}  # fmt: skip
+
+
+def tile_rows(statics) -> int:
+    """Keys or queries that a program owns, by its kernel's constants."""
+    return ROWS if "SHARED" in statics and _width(statics) == WIDE else 2 * ROWS
+
+
 def _memory(chip, dtype, statics, tile):
-    """Held rows and streamed blocks of a key and a value, lse and delta, barriers."""
+    """Held rows and streamed blocks of a key and a value, lse and delta, weights, barriers."""
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
-    row = 2 * (statics["KEY"] + statics["ROPE"] + statics["VALUE"])
-    return {
-        "shared": (TILE_ROWS + _STAGES * ROWS) * row
-        + _STAGES * 3 * ROWS * 4
-        + (4 * ROWS * ROWS if "SHARED" in statics else 0)
-        + 1024
-    }
+    key, value, of_keys, wide = _width(statics), statics["VALUE"], "SHARED" in statics, _width(statics) == WIDE
+    stages = _WIDE_STAGES if wide else _STAGES
+    value_stages = 1 if wide and not of_keys else stages
+    rows = tile_rows(statics) * (key + value) + ROWS * (stages * key + value_stages * value)
+    own = stages * 3 * ROWS * 4 + 4 * ROWS * ROWS if of_keys else 0
+    return {"shared": 2 * rows + own + 1024}
 
 
 def _products(statics):
     """Columns that a pair of a query and a key is multiplied by: by the gradient of keys and values, or of queries."""
-    width, value = statics["KEY"] + statics["ROPE"], statics["VALUE"]
+    width, value = _width(statics), statics["VALUE"]
     return 2 * width + (2 if "SHARED" in statics else 1) * value
 
 
 def _cost(dtype, statics, sizes):
     sequences, queries, keys, heads = (sizes[name] for name in ("batch", "queries", "keys", "heads"))
-    width, value, size = statics["KEY"] + statics["ROPE"], statics["VALUE"], DTYPE_BYTES[dtype]
+    width, value, size = _width(statics), statics["VALUE"], DTYPE_BYTES[dtype]
     pairs = queries * keys - (queries * (queries - 1) / 2 if statics["CAUSAL"] else 0)
     written = keys * (width + value) if "SHARED" in statics else queries * width
     return Cost(
@@ -61,29 +79,47 @@ def _cost(dtype, statics, sizes):
 def _work(dtype, statics, sizes, tile):
     of_keys = "SHARED" in statics
     held, streamed = (sizes[name] for name in (("keys", "queries") if of_keys else ("queries", "keys")))
-    row = (statics["KEY"] + statics["ROPE"] + statics["VALUE"]) * DTYPE_BYTES[dtype]
+    row = (_width(statics) + statics["VALUE"]) * DTYPE_BYTES[dtype]
+    owned = tile_rows(statics)
     seen = math.ceil(max(streamed - (sizes["queries"] / 2 if statics["CAUSAL"] else 0), 1) / ROWS) * ROWS
     return Work(
-        programs=sizes["batch"] * sizes["heads"] * -(-held // TILE_ROWS),
-        flops=2.0 * TILE_ROWS * seen * _products(statics),
-        bytes=(2 * TILE_ROWS + seen) * row,
+        programs=sizes["batch"] * sizes["heads"] * -(-held // owned),
+        flops=2.0 * owned * seen * _products(statics),
+        bytes=(2 * owned + seen) * row,
     )
 
 
-def _cases(of_keys: bool):
+def split(statics) -> dict[str, int]:
+    """KEY and ROPE of the kernels, of FIRST, REST and ROPE of the portable one: a key's own part, and its tail."""
+    width = statics["FIRST"] + statics["REST"] + statics["ROPE"]
+    tail = statics["ROPE"] or statics["REST"] or TAIL
+    return {"KEY": width - tail, "ROPE": tail}
+
+
+def _cases(of_keys: bool, wide: bool):
     def case(name, carried, heads, causal=True, dtypes=("bf16",)):
-        key, rest, rope, value = carried
-        statics = {"KEY": key, "ROPE": rest or rope, "VALUE": value, "CAUSAL": causal}
-        statics |= {"SHARED": int(rope > 0)} if of_keys else {}
-        return Case(name, statics, {"heads": heads, "batch": 1, "queries": 4096, "keys": 4096}, dtypes)
+        statics = dict(zip(("FIRST", "REST", "ROPE"), carried))
+        own = split(statics) | {"VALUE": carried[3], "CAUSAL": causal}
+        own |= {"SHARED": int(statics["ROPE"] > 0)} if of_keys else {}
+        return Case(name, own, {"heads": heads, "batch": 1, "queries": 4096, "keys": 4096}, dtypes)
 
+    glm, v3 = (128, 64, 64, 256), (128, 0, 64, 128)
+    if wide:
+        cases = (
+            case("glm5", glm, 64, dtypes=("bf16", "fp16")),
+            case("glm5_bidirectional", glm, 64, causal=False),
+            case("expanded_glm5", (256, 0, 0, 256), 64),
+            case("values_of_128", (128, 64, 64, 128), 16),
+        )
+        return cases if of_keys else (*cases[:2], cases[3])  # for queries an expanded key is as any other
     cases = (
-        case("v3", CARRIED[0], 128, dtypes=("bf16", "fp16")),
-        case("bidirectional", CARRIED[0], 128, causal=False),
-        case("expanded_rope", CARRIED[1], 16),
-        case("minicpm3", CARRIED[2], 40),
+        case("v3", v3, 128, dtypes=("bf16", "fp16")),
+        case("bidirectional", v3, 128, causal=False),
+        case("minicpm3", (64, 0, 32, 64), 40),
+        case("no_rope", (128, 0, 0, 128), 16),
     )
-    return cases if of_keys else cases[:2] + cases[3:]  # for queries an expanded key is as any other
+    expanded = (case("expanded_rope", (128, 64, 0, 128), 16), case("expanded_minicpm3", (64, 32, 0, 64), 40))
+    return cases + expanded if of_keys else cases
 
 
 _TILES = ("q_tiles", "q_rope_tiles", "k_tiles", "rope_tiles", "v_tiles", "grad_tiles")
@@ -98,35 +134,37 @@ _INPUTS = {
     "softmax_scale": "fp32",
     **dict.fromkeys(_NUMBERS, "i32"),
 }
-_SHARED = {
-    "boxes": _boxes,
-    "worker_warps": 8,
-    "tiles": {"REGISTERS": (168,), "num_warps": (4,)},
-    "rule": lambda chip, dtype, statics, sizes: {"REGISTERS": 168, "num_warps": 4},
-    "memory": _memory,
-    "cost": _cost,
-    "work": _work,
-    "uses_dot": True,
-    "unsupported": hopper.ELSEWHERE,
-}
+_WIDE_INPUTS = {name: kind for name, kind in _INPUTS.items() if name != "q_rope_tiles"}
+_KEY_OUTPUTS = {"k_grad_ptr": "*T", "rope_grad_ptr": "*fp32", "v_grad_ptr": "*T"}
+_QUERY_OUTPUTS = {"q_grad_ptr": "*T"}
 
-HOPPER_MLA_PREFILL_KEY_GRADIENT = GluonKernel(
-    "mla_kernels.hopper.prefill_gradients_kernel",
-    "hopper_mla_prefill_key_gradient_kernel",
-    arguments={"k_grad_ptr": "*T", "rope_grad_ptr": "*fp32", "v_grad_ptr": "*T", **_INPUTS},
-    statics=("KEY", "ROPE", "VALUE", "CAUSAL", "SHARED"),
-    cases=_cases(True),
-    **_SHARED,
-)
 
-HOPPER_MLA_PREFILL_QUERY_GRADIENT = GluonKernel(
-    "mla_kernels.hopper.prefill_gradients_kernel",
-    "hopper_mla_prefill_query_gradient_kernel",
-    arguments={"q_grad_ptr": "*T", **_INPUTS},
-    statics=("KEY", "ROPE", "VALUE", "CAUSAL"),
-    cases=_cases(False),
-    **_SHARED,
-)
+def _declared(name: str, of_keys: bool, wide: bool) -> GluonKernel:
+    outputs = _KEY_OUTPUTS if of_keys else _QUERY_OUTPUTS
+    return GluonKernel(
+        f"mla_kernels.hopper.prefill{'_wide' if wide else ''}_gradients_kernel",
+        name,
+        arguments=outputs | (_WIDE_INPUTS if wide else _INPUTS),
+        statics=("KEY", "ROPE", "VALUE", "CAUSAL", *(("SHARED",) if of_keys else ())),
+        boxes=_wide_boxes if wide else _boxes,
+        worker_warps=8,
+        tiles={"REGISTERS": (168,), "num_warps": (4,)},
+        rule=lambda chip, dtype, statics, sizes: {"REGISTERS": 168, "num_warps": 4},
+        memory=_memory,
+        cost=_cost,
+        work=_work,
+        cases=_cases(of_keys, wide),
+        uses_dot=True,
+        unsupported=hopper.ELSEWHERE,
+    )
+
+
+HOPPER_MLA_PREFILL_KEY_GRADIENT = _declared("hopper_mla_prefill_key_gradient_kernel", True, False)
+HOPPER_MLA_PREFILL_QUERY_GRADIENT = _declared("hopper_mla_prefill_query_gradient_kernel", False, False)
+HOPPER_MLA_PREFILL_WIDE_KEY_GRADIENT = _declared("hopper_mla_prefill_wide_key_gradient_kernel", True, True)
+HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT = _declared("hopper_mla_prefill_wide_query_gradient_kernel", False, True)
+_OF_KEYS = (HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_WIDE_KEY_GRADIENT)
+_OF_QUERIES = (HOPPER_MLA_PREFILL_QUERY_GRADIENT, HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT)
 
 
 class Choice(NamedTuple):
@@ -138,22 +176,20 @@ class Choice(NamedTuple):
     form: frozenset  # as it was chosen
 
 
-def choose(kernel: GluonKernel, chip, dtype, statics) -> Choice | None:
-    """What a call of this form launches; see :func:`mla_kernels.hopper.chosen`.
+def choose(of_keys: bool, chip, dtype, statics) -> Choice | None:
+    """What a call of this form launches for the gradients of keys and values, or for that of queries; see
+    :func:`mla_kernels.hopper.chosen`.
 
     ``statics``: FIRST, REST, ROPE, VALUE and CAUSAL of the portable kernel.
     """
     name = DTYPE_NAMES[dtype]
     form = {"dtype": name, **statics}
+    wide = statics["FIRST"] + statics["REST"] + statics["ROPE"] == WIDE
+    kernel = (_OF_KEYS if of_keys else _OF_QUERIES)[wide]
     if not hopper.chosen(kernel, chip, form, lambda: refusal(name, statics)):
         return None
-    own = {
-        "KEY": statics["FIRST"],
-        "ROPE": statics["REST"] or statics["ROPE"],
-        "VALUE": statics["VALUE"],
-        "CAUSAL": statics["CAUSAL"],
-        "SHARED": int(statics["ROPE"] > 0),
-    }
+    own = split(statics) | {"VALUE": statics["VALUE"], "CAUSAL": statics["CAUSAL"]}
+    own |= {"SHARED": int(statics["ROPE"] > 0)}
     own = {constant: own[constant] for constant in kernel.statics}
     return Choice(kernel, own, kernel.rule(chip, name, own, {}), hopper.frozen(form))
 
@@ -208,16 +244,17 @@ def launch(chip, choice: Choice, reading: Reading, outputs, bounds, stats, numbe
     q, k, rope, v, out_grad = reading
     _, heads, queries = stats.shape
     softmax_scale, max_queries, max_keys = numbers
-    of_keys = choice.kernel is HOPPER_MLA_PREFILL_KEY_GRADIENT
+    of_keys = choice.kernel in _OF_KEYS
     held, streamed = (max_keys, max_queries) if of_keys else (max_queries, max_keys)
-    tiles = -(-held // TILE_ROWS)
+    tiles = -(-held // tile_rows(choice.statics))
     pairs = heads * (bounds[0].shape[0] - 1)
     key, tail, value = (choice.statics[name] for name in ("KEY", "ROPE", "VALUE"))
     together = KEPT_TOGETHER // max(1, 2 * streamed * (key + tail + value))
     tokens = v.tiles.base.shape[0]
+    q_tiles = (q.tiles,) * ("q_rope_tiles" in choice.kernel.arguments) + (q.tiles,)
     rope_first = key if rope.tiles.base is k.tiles.base else 0  # the tail of an expanded key
     args = (
-        *outputs, *bounds, stats, q.tiles, q.tiles, k.tiles, rope.tiles, v.tiles, out_grad.tiles, softmax_scale,
+        *outputs, *bounds, stats, *q_tiles, k.tiles, rope.tiles, v.tiles, out_grad.tiles, softmax_scale,
         q.row, q.column, k.row, k.column, rope.row, rope.column, rope_first, v.row, v.column, out_grad.row,
         out_grad.column, heads, queries, tokens, max_queries, max_keys, tiles,
         max(1, min(together, pairs)), 0,

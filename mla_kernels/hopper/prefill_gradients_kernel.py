@@ -65,21 +65,21 @@ _NUMBERS = [
 
 
 @gluon.jit
-def _no_sums(WIDTH: gl.constexpr):
+def no_sums(WIDTH: gl.constexpr):
     """[64, WIDTH] zeros, as a product adds to them."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     return gl.zeros([ROWS, WIDTH], gl.float32, layout=LAYOUT)
 
 
 @gluon.jit
-def _each_row(line):
+def each_row(line):
     """[64, 64] of which every row is a line [64] of shared memory."""
     values = line.load(gl.SliceLayout(0, SQUARE))
     return values[None, :] - gl.zeros([ROWS, ROWS], gl.float32, layout=SQUARE)  # - 0 is no instruction, + 0 is one
 
 
 @gluon.jit
-def _multiply(held, streamed, scores, spot, stage, FRESH: gl.constexpr):
+def multiply(held, streamed, scores, spot, stage, FRESH: gl.constexpr):
     """Queue scores [64, 64] + held rows . streamed rows^T; FRESH: from zero."""
     return warpgroup_mma(
         held.index(spot), streamed.index(stage).permute((1, 0)), scores, use_acc=not FRESH, is_async=True
@@ -87,7 +87,7 @@ def _multiply(held, streamed, scores, spot, stage, FRESH: gl.constexpr):
 
 
 @gluon.jit
-def _add(weights, streamed, sums, stage):
+def add(weights, streamed, sums, stage):
     """Queue sums [64, width] + weights [64, 64] of 16 bits . streamed rows."""
     operand = gl.convert_layout(weights, gl.DotOperandLayout(0, sums.type.layout, 2))
     return warpgroup_mma(operand, streamed.index(stage), sums, is_async=True)
@@ -139,31 +139,31 @@ def _over_queries(held, streamed, stats, full, free, rule, blocks, GROUP: gl.con
     own, rope, values = held
     q_own, q_rope, out_grads, kept = streamed
     score_scale, zero = rule
-    k_grad = _no_sums(own.shape[2])
-    rope_grad = _no_sums(rope.shape[2])
-    v_grad = _no_sums(values.shape[2])
+    k_grad = no_sums(own.shape[2])
+    rope_grad = no_sums(rope.shape[2])
+    v_grad = no_sums(values.shape[2])
     for step in range(blocks):
         stage = step % STAGES
         spot = GROUP + step * zero
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        scores = _each_row(stats.index(stage * 3))
+        scores = each_row(stats.index(stage * 3))
         if CAUSAL:
             key = (gl.arange(0, ROWS, layout=gl.SliceLayout(1, SQUARE)) + GROUP * ROWS).to(gl.float32)
             newest = stats.index(stage * 3 + 2).load(gl.SliceLayout(0, SQUARE))
             scores = gl.where(key[:, None] <= newest[None, :], scores, float("-inf"))
-        scores = _multiply(own, q_own, scores, spot, stage, False)
-        scores = _multiply(rope, q_rope, scores, spot, stage, False)
+        scores = multiply(own, q_own, scores, spot, stage, False)
+        scores = multiply(rope, q_rope, scores, spot, stage, False)
         scores = warpgroup_mma_wait(0, [scores])  # [64 keys, 64 queries]
         weights = gl.exp2(scores * score_scale)
         mine = kept.index(spot)
         mine.store(weights.to(q_own.dtype))
         fence_async_shared()  # the weights
-        toward = _multiply(values, out_grads, _each_row(stats.index(stage * 3 + 1)), spot, stage, False)
+        toward = multiply(values, out_grads, each_row(stats.index(stage * 3 + 1)), spot, stage, False)
         v_grad = warpgroup_mma(mine, out_grads.index(stage), v_grad, is_async=True)
         toward = warpgroup_mma_wait(1, [toward])  # [64 keys, 64 queries]
         scores_grad = (mine.load(SQUARE).to(gl.float32) * toward).to(q_own.dtype)
-        k_grad = _add(scores_grad, q_own, k_grad, stage)
-        rope_grad = _add(scores_grad, q_rope, rope_grad, stage)
+        k_grad = add(scores_grad, q_own, k_grad, stage)
+        rope_grad = add(scores_grad, q_rope, rope_grad, stage)
         k_grad, rope_grad, v_grad = warpgroup_mma_wait(0, [k_grad, rope_grad, v_grad])
         mbarrier.arrive(free.index(stage))
     return k_grad, rope_grad, v_grad
@@ -348,9 +348,9 @@ def _over_keys(
         stage = step % STAGES
         spot = GROUP + step * zero
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        scores = _multiply(own, k_own, _no_sums(ROWS), spot, stage, True)
-        scores = _multiply(rope, k_rope, scores, spot, stage, False)
-        toward = _multiply(out_grads, values, _no_sums(ROWS), spot, stage, True)
+        scores = multiply(own, k_own, no_sums(ROWS), spot, stage, True)
+        scores = multiply(rope, k_rope, scores, spot, stage, False)
+        toward = multiply(out_grads, values, no_sums(ROWS), spot, stage, True)
         scores = warpgroup_mma_wait(1, [scores])  # [64 queries, 64 keys]
         weights = gl.exp2(scores * score_scale - lse[:, None])
         toward = warpgroup_mma_wait(0, [toward])  # [64 queries, 64 keys]
@@ -363,8 +363,8 @@ def _over_keys(
                 seen = key[None, :] < (limit + query)[:, None]
             scores_grad = gl.where(seen, scores_grad, 0.0)
         scores_grad = scores_grad.to(k_own.dtype)
-        q_grad = _add(scores_grad, k_own, q_grad, stage)
-        rope_grad = _add(scores_grad, k_rope, rope_grad, stage)
+        q_grad = add(scores_grad, k_own, q_grad, stage)
+        rope_grad = add(scores_grad, k_rope, rope_grad, stage)
         q_grad, rope_grad = warpgroup_mma_wait(0, [q_grad, rope_grad])
         mbarrier.arrive(free.index(stage))
     return q_grad, rope_grad
@@ -389,7 +389,7 @@ def _query_group(held, streamed, barriers, bounds, rule, sources, target, GROUP:
     lse = gl.load(lse_ptr + GROUP * ROWS + line, mask=line < count, other=float("inf"))
     delta = gl.load(delta_ptr + GROUP * ROWS + line, mask=line < count, other=0.0)
     rows = (lse, delta)
-    sums = (_no_sums(KEY), _no_sums(ROPE))
+    sums = (no_sums(KEY), no_sums(ROPE))
     if blocks > 0:
         mbarrier.wait(held_full.index(GROUP), 0)
     sums = _over_keys(sums, held, streamed, rows, full, free, rule, 0, whole, GROUP, CAUSAL, False)

@@ -4,8 +4,9 @@ Source: FlashAttention-3, https://arxiv.org/abs/2407.08608, sections 3.1 and 3.2
 KEY and REST columns of each head's own (a power of two each; REST may be 0), and the rotated one, ROPE wide (or 0),
 which all heads share and which nobody copies behind the former. Where a part is missing its tile is the first's again.
 
-A program multiplies 128 query rows of a head by the keys that they see, in blocks of 128 (64 where values are wider
-than 128), the last block first: what has to be masked comes before all that has not. Three partitions work on it:
+A program multiplies 128 query rows of a head by the keys that they see, in blocks of 128 (64 where keys are wider than
+192 or values than 128), the last block first: what has to be masked comes before all that has not. Three partitions
+work on it:
 
 - two *groups* of four warps, of 64 query rows each. Scores and output, up to 64 x 128 sums both, or 64 x 64 and
   64 x 256, stay in registers, and the weights go from there into the second product.
@@ -283,7 +284,7 @@ def hopper_mla_prefill_kernel(
     _clear_spare_rows(
         out_ptr, lse_ptr, cu_q_ptr, sequence, sequences, head, heads, q_start, q_count, queries, tile, tiles, VALUE
     )
-    BLOCK: gl.constexpr = 128 if VALUE <= 128 else 64
+    BLOCK: gl.constexpr = 128 if VALUE <= 128 and KEY + REST + ROPE <= 192 else 64
     end = keys
     limit = keys
     if CAUSAL:

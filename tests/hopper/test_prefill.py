@@ -40,7 +40,15 @@ def test_parity(backend, device, heads, dtype, causal, lengths):
     problem.check(problem.run())
 
 
-WIDTHS = {"expanded": (192, 0, 128), "small": (64, 32, 64), "wide": (192, 64, 256)}
+WIDTHS = {
+    "expanded": (192, 0, 128),
+    "no_rope": (128, 0, 128),
+    "small": (64, 32, 64),
+    "expanded_small": (96, 0, 64),
+    "wide": (192, 64, 256),
+    "expanded_wide": (256, 0, 256),
+    "narrow_values": (192, 64, 128),
+}
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -19,7 +19,17 @@ pytestmark = ON_HOPPER
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 200)
-WIDTHS = {"v3": (128, 64, 128), "expanded": (192, 0, 128), "small": (64, 32, 64)}
+WIDTHS = {
+    "v3": (128, 64, 128),
+    "expanded": (192, 0, 128),
+    "no_rope": (128, 0, 128),
+    "small": (64, 32, 64),
+    "expanded_small": (96, 0, 64),
+    "wide": (192, 64, 256),
+    "expanded_wide": (256, 0, 256),
+    "narrow_values": (192, 64, 128),
+}
+of_both_kinds = pytest.mark.parametrize("widths", ["v3", "wide"])
 
 
 def make(lengths, widths="v3", **options) -> Problem:
@@ -51,6 +61,13 @@ FORMS = [
     ("expanded", FP16, False, [(65, 63)]),
     ("small", BF16, True, [(70, 200)]),
     ("small", FP16, False, [(65, 63)]),
+    ("no_rope", BF16, True, [(70, 129)]),
+    ("expanded_small", FP16, False, [(65, 63)]),
+    ("wide", BF16, True, [(65, 200)]),
+    ("wide", FP16, True, [(200, 65), (0, 1), (1, 129)]),
+    ("wide", BF16, False, [(64, 127), (129, 1), (1, 0)]),
+    ("expanded_wide", BF16, True, [(70, 129)]),
+    ("narrow_values", BF16, True, [(70, 129)]),
 ]
 
 
@@ -78,8 +95,8 @@ def test_parity_of_many_forms_in_many_orders(backend, device, seed, monkeypatch)
 def check(problem: Problem, found: list[torch.Tensor]) -> None:
     """problem.check_gradients; where that finds them too far, within a tenth more than the portable kernels' error.
 
-    Of 120 drawn forms one is so, of one head in float16: delta is of the rounded output there as here, and the largest
-    error of both 2.8 times that of torch, which rounds otherwise.
+    Of 120 drawn forms one is so, of keys of 96 in float16: delta is of the rounded output there as here, and the
+    largest error 3.1 times that of torch, which rounds otherwise.
     """
     try:
         problem.check_gradients(found)
@@ -92,12 +109,13 @@ def check(problem: Problem, found: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_real_sizes(backend, device):
-    problem = make([(400, 400), (7, 1300)], heads=16, device=device)
+@of_both_kinds
+def test_real_sizes(backend, device, widths):
+    problem = make([(400, 400), (7, 1300)], widths, heads=16, device=device)
     problem.check_gradients(problem.gradients())
 
 
-@pytest.mark.parametrize("widths", ["v3", "expanded"])
+@pytest.mark.parametrize("widths", ["v3", "expanded", "wide", "expanded_wide"])
 def test_padding_gets_zeros_and_is_not_read(backend, device, widths):
     """Rows before the first sequence, behind the last, and past the longest length; all of them NaN."""
     problem = make([(3, 4), (20, 40), (9, 9)], widths, poison=False, device=device)
@@ -124,20 +142,23 @@ def test_padding_gets_zeros_and_is_not_read(backend, device, widths):
     assert torch.equal(q_grad[23:32], want[0][23:32]) and torch.equal(v_grad[44:53], want[2][44:53])
 
 
-def test_gradients_of_strided_outputs_and_inputs(backend, device):
-    problem = make([(20, 70), (5, 135)], poison=False, device=device)
+@of_both_kinds
+def test_gradients_of_strided_outputs_and_inputs(backend, device, widths):
+    problem = make([(20, 70), (5, 135)], widths, poison=False, device=device)
     out, lse = forward.launch_prefill(*problem.arguments())
-    wide = torch.randn(25, 2, 256).to(device, BF16)
+    value = out.shape[2]
+    longer = torch.randn(25, 2, 2 * value).to(device, BF16)
     lse_grad = torch.randn(25, 2).to(device)
-    want = launch(problem, wide[..., :128].contiguous(), lse_grad, out, lse)
+    want = launch(problem, longer[..., :value].contiguous(), lse_grad, out, lse)
     heads_first = problem.with_inputs(lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t)
-    for got, expected in zip(launch(heads_first, wide[..., :128], lse_grad, out, lse), want):
+    for got, expected in zip(launch(heads_first, longer[..., :value], lse_grad, out, lse), want):
         assert torch.equal(got, expected)
 
 
-def test_bits_follow_neither_the_batch_nor_the_order_of_events(backend, device, monkeypatch):
+@of_both_kinds
+def test_bits_follow_neither_the_batch_nor_the_order_of_events(backend, device, monkeypatch, widths):
     """The same in any order (emulated) and on a repeat (on a device)."""
-    problem = make([(70, 100), (130, 200), (0, 5), (9, 0)], heads=1, device=device)
+    problem = make([(70, 100), (130, 200), (0, 5), (9, 0)], widths, heads=1, device=device)
     out, lse = forward.launch_prefill(*problem.arguments())
     out_grad, lse_grad = torch.randn_like(out), torch.randn_like(lse)
     together = launch(problem, out_grad, lse_grad, out, lse)
@@ -151,18 +172,20 @@ def test_bits_follow_neither_the_batch_nor_the_order_of_events(backend, device, 
             assert torch.equal(got, joint[part])
 
 
-def test_bits_do_not_follow_the_order_of_tiles(backend, device, monkeypatch):
+@pytest.mark.parametrize("widths, columns", [("v3", 320), ("wide", 512)])
+def test_bits_do_not_follow_the_order_of_tiles(backend, device, monkeypatch, widths, columns):
     from mla_kernels.hopper import prefill_gradients as variant
 
-    problem = make([(130, 130)], heads=3, poison=False, device=device)
+    problem = make([(130, 130)], widths, heads=3, poison=False, device=device)
     together = gradients(problem)
-    monkeypatch.setattr(variant, "KEPT_TOGETHER", 2 * 2 * 130 * 320)  # two heads at a time
+    monkeypatch.setattr(variant, "KEPT_TOGETHER", 2 * 2 * 130 * columns)  # two heads at a time
     for got, want in zip(gradients(problem), together):
         assert torch.equal(got, want)
 
 
-def test_nan_in_a_sequence_stays_there(backend, device):
-    problem = make([(20, 20), (5, 30), (70, 70)], device=device)
+@of_both_kinds
+def test_nan_in_a_sequence_stays_there(backend, device, widths):
+    problem = make([(20, 20), (5, 30), (70, 70)], widths, device=device)
     first, last = problem.cu_seqlens_k[3:5].tolist()
     problem.k[first:last] = float("nan")
     q_grad, k_grad, v_grad, rope_grad = gradients(problem)
@@ -172,9 +195,10 @@ def test_nan_in_a_sequence_stays_there(backend, device):
         assert not gradient[:first].isnan().any() and not gradient[last:].isnan().any()
 
 
+@of_both_kinds
 @pytest.mark.parametrize("bounds", [([0, 20, 500], [0, 70, 2**31 - 1]), ([-7, 20, 25], [-(2**31), 70, 75])])
-def test_garbage_in_bounds_reaches_no_other_memory(backend, device, bounds):
-    problem = make([(20, 70), (5, 5)], poison=False, device=device)
+def test_garbage_in_bounds_reaches_no_other_memory(backend, device, bounds, widths):
+    problem = make([(20, 70), (5, 5)], widths, poison=False, device=device)
     problem.cu_seqlens_q, problem.cu_seqlens_k = (
         torch.tensor(values, dtype=torch.int32, device=device) for values in bounds
     )  # fmt: skip

@@ -9,7 +9,6 @@ import torch
 from mla_kernels import hopper, launch
 from mla_kernels.attention.prefill import backward
 from mla_kernels.hopper import prefill_gradients as variant
-from mla_kernels.hopper.prefill import CARRIED as FORWARD
 from mla_kernels.language import TRITON_VERSION
 from tests.attention.prefill_problems import make
 from tests.hopper.test_selection import launched, listed  # noqa: F401
@@ -17,7 +16,11 @@ from tests.hopper.test_selection import launched, listed  # noqa: F401
 BF16 = torch.bfloat16
 PORTABLE = ["mla_prefill_key_gradient_kernel", "mla_prefill_query_gradient_kernel"]
 OWN = [f"hopper_{name}" for name in PORTABLE]
-CARRIED = "128 + 64 and 128, 192 + 0 and 128, 64 + 32 and 64 are carried"
+WIDE = [name.replace("prefill", "prefill_wide") for name in OWN]
+CARRIED = (
+    "128 + 64 and 128, 192 + 0 and 128, 128 + 0 and 128, 64 + 32 and 64, 96 + 0 and 64, 192 + 64 and 256, "
+    "256 + 0 and 256, 192 + 64 and 128 are carried"
+)
 
 
 def problem(**options):
@@ -37,7 +40,7 @@ def call(target="sm_90", made=None, grad=None, **options):
 
 
 def gradient_kernels(names):
-    return [name for name in names if name in PORTABLE + OWN]
+    return [name for name in names if name in PORTABLE + OWN + WIDE]
 
 
 def test_the_portable_kernels_are_the_default_for_what_ran_on_no_device(launched):  # noqa: F811
@@ -47,12 +50,24 @@ def test_the_portable_kernels_are_the_default_for_what_ran_on_no_device(launched
     assert gradient_kernels(launched) == PORTABLE * 2
 
 
-@pytest.mark.parametrize("widths", [dict(), dict(key=192, rope=0), dict(key=64, rope=32, value=64)])
+@pytest.mark.parametrize(
+    "widths, kernels",
+    [
+        (dict(), OWN),
+        (dict(key=192, rope=0), OWN),
+        (dict(rope=0), OWN),
+        (dict(key=64, rope=32, value=64), OWN),
+        (dict(key=96, rope=0, value=64), OWN),
+        (dict(key=192, value=256), WIDE),
+        (dict(key=256, rope=0, value=256), WIDE),
+        (dict(key=192), WIDE),
+    ],
+)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_the_variants_that_are_asked_for_are_launched(launched, widths, dtype):  # noqa: F811
+def test_the_variants_that_are_asked_for_are_launched(launched, widths, kernels, dtype):  # noqa: F811
     with hopper.variants("force"), hopper.launches() as found:
         call(dtype=dtype, **widths)
-    assert gradient_kernels(launched) == OWN and sorted(entry["kernel"] for entry in found) == OWN
+    assert gradient_kernels(launched) == kernels and sorted(entry["kernel"] for entry in found) == kernels
 
 
 def test_the_mode_at_the_forward_is_that_of_the_backward_in_another_thread(launched):  # noqa: F811
@@ -97,8 +112,8 @@ def test_a_listed_kernel_is_launched_by_default_and_no_other(launched, listed): 
     "options, words",
     [
         (dict(dtype=torch.float32), "gradients of fp32; bf16 and fp16 are carried"),
-        (dict(rope=0), f"gradients of keys of 128 + 0 and values of 128; {CARRIED}"),
-        (dict(key=192, value=256), f"gradients of keys of 192 + 64 and values of 256; {CARRIED}"),
+        (dict(rope=0, value=64), f"gradients of keys of 128 + 0 and values of 64; {CARRIED}"),
+        (dict(key=192, rope=0, value=256), f"gradients of keys of 192 + 0 and values of 256; {CARRIED}"),
     ],
 )
 def test_a_form_that_is_not_carried_is_refused_where_it_is_asked_for(launched, options, words):  # noqa: F811
@@ -109,8 +124,13 @@ def test_a_form_that_is_not_carried_is_refused_where_it_is_asked_for(launched, o
     assert gradient_kernels(launched) == PORTABLE
 
 
-def test_gradients_are_carried_for_forms_of_the_forward():
-    assert set(variant.CARRIED) < set(FORWARD)
+def test_the_kernel_of_another_width_is_not_listed_with_one(launched, listed):  # noqa: F811
+    form = {"dtype": "bf16", "FIRST": 128, "REST": 64, "ROPE": 64, "VALUE": 256, "CAUSAL": True}
+    wide = variant.HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT
+    listed(entry(wide) | {"form": form})
+    call(key=192, value=256)
+    call()
+    assert gradient_kernels(launched) == [PORTABLE[0], WIDE[1], *PORTABLE]
 
 
 def test_what_cannot_be_served_is_refused(launched):  # noqa: F811

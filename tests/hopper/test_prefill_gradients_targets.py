@@ -7,13 +7,34 @@ import pytest
 from mla_kernels.hopper.prefill_gradients import (
     HOPPER_MLA_PREFILL_KEY_GRADIENT,
     HOPPER_MLA_PREFILL_QUERY_GRADIENT,
+    HOPPER_MLA_PREFILL_WIDE_KEY_GRADIENT,
+    HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT,
     ROWS,
 )
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import Request, compile_many
 
 SM_90 = CHIPS["sm_90"]
-KERNELS = HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT
+WIDE_KEYS, WIDE_QUERIES = HOPPER_MLA_PREFILL_WIDE_KEY_GRADIENT, HOPPER_MLA_PREFILL_WIDE_QUERY_GRADIENT
+KERNELS = HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT, WIDE_KEYS, WIDE_QUERIES
+
+
+def products(kernel, statics) -> tuple[dict[str, int], int]:
+    """wgmma instructions of the first group's loop by their shapes; of all loops, which mask or do not, and groups."""
+    key, rope, value = (statics[name] for name in ("KEY", "ROPE", "VALUE"))
+    columns, sums, loops = key + rope + value, [key, rope], 4  # scores and dP
+    if kernel is HOPPER_MLA_PREFILL_KEY_GRADIENT:
+        sums, loops = [key, rope, value], 2
+    elif kernel is WIDE_KEYS:  # a group makes scores and dV, the other dP and dK
+        columns, sums, loops = key + rope, [value], 1
+    elif kernel is WIDE_QUERIES:
+        sums = [key + rope]
+    shapes = {f"HGMMA.64x{ROWS}x16": columns // 16}
+    for width in sums:
+        shape = f"HGMMA.64x{width}x16"
+        shapes[shape] = shapes.get(shape, 0) + ROWS // 16
+    other = (value + ROWS) // 16 if kernel is WIDE_KEYS else 0
+    return shapes, loops * sum(shapes.values()) + other
 
 
 def check(cases_of):
@@ -29,15 +50,8 @@ def check(cases_of):
         assert report.spills == 0 and report.detail["serialised"] == [], report.label
         assert report.detail["tma"] and report.detail["warps"] == 4 + request.kernel.worker_warps
         assert 32 * report.detail["warps"] * report.registers <= 65536  # of a multiprocessor
-        key, rope, value = (request.statics[name] for name in ("KEY", "ROPE", "VALUE"))
-        of_keys = request.kernel is HOPPER_MLA_PREFILL_KEY_GRADIENT
-        shapes = {f"HGMMA.64x{ROWS}x16": (key + rope + value) // 16}  # scores, and dP
-        for width in (key, rope, value) if of_keys else (key, rope):
-            shape = f"HGMMA.64x{width}x16"
-            shapes[shape] = shapes.get(shape, 0) + ROWS // 16
-        assert report.detail["loop_tensor_shapes"] == shapes
-        loops = 1 if of_keys else 2  # with masks, and without
-        assert report.tensor_instructions == 2 * loops * sum(shapes.values())
+        shapes, number = products(request.kernel, request.statics)
+        assert report.detail["loop_tensor_shapes"] == shapes and report.tensor_instructions == number
         memory = request.kernel.memory(SM_90, request.dtype, request.statics, request.tile)["shared"]
         assert report.memory["shared"] <= memory <= SM_90.memory["shared"]
 
@@ -51,7 +65,7 @@ def test_every_case_compiles_without_spills_and_multiplies_once():
     check(lambda kernel: kernel.cases)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["keys", "queries"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=["keys", "queries", "wide keys", "wide queries"])
 def test_the_declaration_names_the_parameters_in_order(kernel):
     parameters = [parameter.name for parameter in kernel.fn.params]
     assert parameters == [*kernel.arguments, *kernel.statics, *kernel.tile_constants]

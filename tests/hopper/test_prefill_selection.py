@@ -16,7 +16,10 @@ from tests.hopper.test_selection import launched, listed  # noqa: F401
 
 BF16 = torch.bfloat16
 PORTABLE, OWN = "mla_prefill_kernel", "hopper_mla_prefill_kernel"
-CARRIED = "128 + 64 and 128, 192 + 0 and 128, 64 + 32 and 64, 192 + 64 and 256 are carried"
+CARRIED = (
+    "128 + 64 and 128, 192 + 0 and 128, 128 + 0 and 128, 64 + 32 and 64, 96 + 0 and 64, 192 + 64 and 256, "
+    "256 + 0 and 256, 192 + 64 and 128 are carried"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +81,8 @@ def test_a_variant_on_another_chip_is_refused_by_its_capability(launched):  # no
     "options, words",
     [
         (dict(dtype=torch.float32), "tensors of fp32; bf16 and fp16 are carried"),
-        (dict(rope=0), f"keys of 128 + 0 and values of 128; {CARRIED}"),
-        (dict(key=192), f"keys of 192 + 64 and values of 128; {CARRIED}"),
+        (dict(rope=0, value=64), f"keys of 128 + 0 and values of 64; {CARRIED}"),
+        (dict(key=192, rope=0, value=256), f"keys of 192 + 0 and values of 256; {CARRIED}"),
         (dict(value=64), f"keys of 128 + 64 and values of 64; {CARRIED}"),
         (dict(key=64, rope=32), f"keys of 64 + 32 and values of 128; {CARRIED}"),
     ],

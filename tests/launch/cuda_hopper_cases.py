@@ -62,18 +62,20 @@ def test_hopper_mla_decode_of_codes(heads, rows, layout):
     assert decode.arguments["q_tiles"].base.data_ptr() == q.data_ptr() and parts["out_ptr"] == out.data_ptr()
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_hopper_mla_prefill(heads_first):
+@pytest.mark.parametrize("heads_first, key, value", [(False, 128, 128), (True, 128, 128), (True, 192, 256)])
+@pytest.mark.slow(when=lambda key: key == 192)
+def test_hopper_mla_prefill(heads_first, key, value):
     """The grid, all warps, shared memory, and a descriptor over each tensor as a matrix; of the gradients, too."""
-    q, rope = torch.randn(300, 3, 192).to(BF16), torch.randn(350, 64).to(BF16)
-    kv = torch.randn(350, 3, 256).to(BF16)
+    q, rope = torch.randn(300, 3, key + 64).to(BF16), torch.randn(350, 64).to(BF16)
+    kv = torch.randn(350, 3, key + value).to(BF16)
+    wide = key == 192
     if heads_first:
         q, kv = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (q, kv))
     bounds = torch.tensor([0, 270, 300], dtype=I32), torch.tensor([0, 280, 350], dtype=I32)
     leaves = [tensor.requires_grad_() for tensor in (q, kv, rope)]
     kernel, sizes = hopper_prefill.HOPPER_MLA_PREFILL, dict(max_seqlen_q=270, max_seqlen_k=280, softmax_scale=0.1)
     with record() as launches, hopper.variants("force"):
-        k, v = kv.split([128, 128], -1)
+        k, v = kv.split([key, value], -1)
         out, lse = mla_kernels.mla_prefill(q, k, v, *bounds, **sizes, k_rope=rope)
         known = kernel.launches_known
         mla_kernels.mla_prefill(q.clone(), k, v, *bounds, **sizes, k_rope=rope)
@@ -82,19 +84,24 @@ def test_hopper_mla_prefill(heads_first):
     first, again, stats, *gradients, heads = launches
     assert first.kernel == again.kernel == kernel.name and stats.kernel == "mla_prefill_delta_kernel"
     assert [launch.kernel for launch in gradients] == [
-        "hopper_mla_prefill_key_gradient_kernel", "hopper_mla_prefill_query_gradient_kernel",
-    ]  # fmt: skip
-    assert [launch.grid for launch in gradients] == [18, 18] and [launch.threads for launch in gradients] == [384, 384]
+        f"hopper_mla_prefill_{'wide_' * wide}{side}_gradient_kernel" for side in ("key", "query")
+    ]
+    assert [launch.grid for launch in gradients] == [30 if wide else 18, 18] and [
+        launch.threads for launch in gradients
+    ] == [384, 384]
     for launch in gradients:
         assert pointers(launch)["stats_ptr"] == pointers(stats)["stats_ptr"]
         assert {t.data_ptr() for t in bounds} <= set(pointers(launch).values())
         for name, tensor in (("q", q), ("k", k), ("v", v), ("rope", rope)):
             assert launch.arguments[f"{name}_tiles"].base.data_ptr() == tensor.data_ptr()
-        assert launch.arguments["grad_tiles"].block_shape == [64, 128]
+        assert launch.arguments["grad_tiles"].block_shape == [64, value]
+        assert launch.arguments["q_tiles"].block_shape == [64, 256 if wide else 128]
+        assert launch.arguments["k_tiles"].block_shape == [64, 64 if wide else 128]
         assert (launch.arguments["queries"], launch.arguments["tokens"]) == (300, 350)
     assert pointers(gradients[0])["rope_grad_ptr"] == pointers(heads)["partial_ptr"]
     assert first.grid == 2 * 3 * 3 and first.threads == 384
-    assert first.shared_bytes > 128 * 192 * 2 + 2 * 128 * (192 + 128) * 2  # queries, two blocks of keys and values
+    block = 64 if wide else 128
+    assert first.shared_bytes > 128 * (key + 64) * 2 + 2 * block * (key + 64 + value) * 2  # queries, two blocks
     given = {t.data_ptr() for t in (out, lse, *bounds)}
     assert given <= set(pointers(first).values())
     for name, tensor in (("q", q), ("q_rope", q), ("k", k), ("v", v), ("rope", rope)):
@@ -103,7 +110,8 @@ def test_hopper_mla_prefill(heads_first):
         if heads_first and name != "rope":
             rows, columns = 3 * tensor.shape[0], tensor.shape[2]
         assert (tiles.base.data_ptr(), tiles.shape) == (tensor.data_ptr(), [rows, columns])
-        assert tiles.strides == [tensor.stride(0), 1] and tiles.block_shape[1] == (64 if "rope" in name else 128)
+        widths = {"v": value, "rope": 64, "q_rope": 64}
+        assert tiles.strides == [tensor.stride(0), 1] and tiles.block_shape[1] == widths.get(name, 128)
     steps = (350, 0, 350, 0) if heads_first else (0, 256, 0, 256)
     assert tuple(first.arguments[name] for name in ("k_row", "k_column", "v_row", "v_column")) == steps
     assert first.arguments["together"] == 6 and first.arguments["tokens"] == 350

@@ -92,10 +92,10 @@ def forward(heads: int, tokens: int, widths: tuple[int, int, int], place: Place,
     return problem
 
 
-def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
+def backward(heads: int, tokens: int, widths: tuple[int, int, int], place: Place, peers) -> Problem:
     tokens, heads = place.size(tokens, 96), place.size(heads, 4)
-    q, k, v, rope, _, ours, flops, nbytes = tensors(heads, tokens, (NOPE, ROPE, VALUE), place)
-    k, v, toward = k.contiguous(), v.contiguous(), place.normal(tokens, heads, VALUE)
+    q, k, v, rope, _, ours, flops, nbytes = tensors(heads, tokens, widths, place)
+    k, v, toward = k.contiguous(), v.contiguous(), place.normal(tokens, heads, widths[2])
     some = slice(0, min(heads, LOOKED_AT_HEADS))
 
     def step(function, *leaves, toward=toward):
@@ -113,7 +113,8 @@ def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
 
     def pick(gradients):
         """Gradients of the first columns of queries, keys and values, of some heads. The rope part's sums all heads."""
-        return torch.stack([g[:, some].float()[..., :VALUE] for g in gradients[:3]])
+        columns = min(k.shape[-1], v.shape[-1])
+        return torch.stack([g[:, some].float()[..., :columns] for g in gradients[:3]])
 
     def exact() -> torch.Tensor:
         part = [q[:, some].float(), k[:, some].float(), v[:, some].float(), rope.float()]
@@ -140,7 +141,7 @@ def _case(heads: int, tokens: int, priority: int) -> Case:
 def _gradients(heads: int, tokens: int, priority: int) -> Case:
     return Case(
         f"prefill fwd+bwd h{heads} {tokens}", "prefill", "prefill, forward and backward", priority,
-        partial(backward, heads, tokens), {"cuDNN": 1.0},
+        partial(backward, heads, tokens, (NOPE, ROPE, VALUE)), {"cuDNN": 1.0},
     )  # fmt: skip
 
 
@@ -152,4 +153,11 @@ CASES = (
     _gradients(16, 4096, 0),
     _gradients(128, 2048, 1),
     Case("prefill glm-5 h8 8192", "prefill", "prefill, bf16, 256 / 256", 2, partial(forward, 8, 8192, GLM_5)),
+    Case(
+        "prefill fwd+bwd glm-5 h8 4096",
+        "prefill",
+        "prefill, forward and backward, 256 / 256",
+        2,
+        partial(backward, 8, 4096, GLM_5),
+    ),
 )

@@ -42,7 +42,6 @@ from mla_kernels.cpu.prefill import mla_prefill_backward as cpu_mla_prefill_back
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import prefill_gradients as hopper_gradients
 from mla_kernels.hopper import variants as hopper_variants
-from mla_kernels.hopper.prefill_gradients import HOPPER_MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -332,9 +331,9 @@ def _launch(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if k_rope is None else k_rope.stride(0),
         v.stride(0), v.stride(1), out_grad.stride(0), out_grad.stride(1),
     )  # fmt: skip
-    for kernel, hopper_kernel, outputs, longest, block in (
-        (MLA_PREFILL_KEY_GRADIENT, HOPPER_MLA_PREFILL_KEY_GRADIENT, (k_grad, partial, v_grad), max_seqlen_k, "BLOCK_N"),
-        (MLA_PREFILL_QUERY_GRADIENT, HOPPER_MLA_PREFILL_QUERY_GRADIENT, (q_grad,), max_seqlen_q, "BLOCK_M"),
+    for kernel, of_keys, outputs, longest, block in (
+        (MLA_PREFILL_KEY_GRADIENT, True, (k_grad, partial, v_grad), max_seqlen_k, "BLOCK_N"),
+        (MLA_PREFILL_QUERY_GRADIENT, False, (q_grad,), max_seqlen_q, "BLOCK_M"),
     ):
         tile = kernel.tile_for(chip, dtype, statics, {"heads": heads})  # whatever the batch, so that its bits stay
         tiles = -(-longest // tile[block])
@@ -343,7 +342,7 @@ def _launch(
         if work == 0:  # no program to clear what no sequence owns
             for output in outputs:
                 output.zero_()
-        elif queries and tokens and (variant := hopper_gradients.choose(hopper_kernel, chip, q.dtype, statics)):
+        elif queries and tokens and (variant := hopper_gradients.choose(of_keys, chip, q.dtype, statics)):
             tensors = (*inputs[:4], out_grad)
             reading = hopper_gradients.read(variant, tensors, softmax_scale)
             if reading is not None:
