@@ -199,6 +199,7 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         statics |= {"ALIGNED": inner % COLUMNS == 0 and not activation.interleaved}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
+    tile = tile if stored.gate_up.data_ptr() % 4 == 0 else eight_bit.bytewise(tile)  # the same products
     parts = -(-inner // tile["BLOCK_N"])
     activated = hidden.new_empty((pairs + COLUMNS, inner_blocks * COLUMNS), dtype=torch.int8 if fp8 else dtype)
     scales_shape = (pairs + COLUMNS, inner_blocks) if fp8 else (parts, pairs + COLUMNS)
@@ -223,6 +224,7 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes)}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    tile = tile if stored.down.data_ptr() % 4 == 0 else eight_bit.bytewise(tile)
     if statics["AHEAD"]:
         activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     variant = call.variants.down
