@@ -28,6 +28,9 @@ HALF_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
 HALF_CODES = tl.constexpr(
     0x3F803F80
 )  # the seven other bits of a code under fp16's exponent, the highest bit of it left
+BF16_CODES = tl.constexpr(0x07F007F0)  # the same under bfloat16's
+LOWER_HALF = tl.constexpr(0x0000FFFF)
+UPPER_HALF = tl.constexpr(0xFFFF0000 - (1 << 32))
 FOUR_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 FOUR_REST = tl.constexpr(0x7F7F7F7F)
 
@@ -94,6 +97,83 @@ def e4m3_halves(words):
     pairs = tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
     halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
     return tl.reshape(halves, [words.shape[0], 4 * words.shape[1]]).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def e4m3_swapped(words, DTYPE: tl.constexpr):
+    """:func:`e4m3_halves`, or in bfloat16 the values themselves in the same order: bfloat16 reads the codes 2^120 too
+    small, and so small that no product with them could be scaled afterwards."""
+    if tl.float16 == DTYPE:
+        return e4m3_halves(words)
+    else:
+        low = ((words << 4) & BF16_CODES) | ((words << 8) & HALF_SIGNS)
+        high = ((words >> 4) & BF16_CODES) | (words & HALF_SIGNS)
+        return scaled_halves(low, high, tl.bfloat16)
+
+
+@triton.jit
+def swapped_unit(DTYPE: tl.constexpr):
+    """What one in :func:`e4m3_swapped` stands for."""
+    return HALF_UNIT if tl.float16 == DTYPE else 1.0
+
+
+@triton.jit
+def swapped_fours(values):
+    """[rows, n] with the second and the third column of every four exchanged, as :func:`e4m3_halves` orders them."""
+    fours = tl.reshape(values, [values.shape[0], values.shape[1] // 4, 2, 2])
+    return tl.reshape(tl.permute(fours, [0, 1, 3, 2]), [values.shape[0], values.shape[1]])
+
+
+@triton.jit
+def scaled_halves(low, high, DTYPE: tl.constexpr):
+    """Codes under DTYPE's exponent in the halves of int32 words [rows, n] -> their values [rows, 4 n]: of ``low``'s
+    first word, of ``high``'s first, of ``low``'s second.
+
+    The upper halves are multiplied before the lower: in this order ptxas (of CUDA 12.8 to 13) makes one instruction
+    for both, and in the other one more to exchange halves in front of it and one behind it.
+    """
+    FACTOR: tl.constexpr = 256.0 if tl.float16 == DTYPE else 2.0**120
+    factor = tl.full([1, 1], FACTOR, tl.float32).to(DTYPE)
+    pairs = tl.reshape(tl.join(low, high), [low.shape[0], 2 * low.shape[1]])
+    upper = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True) * factor
+    lower = pairs.to(tl.int16).to(DTYPE, bitcast=True) * factor
+    return tl.reshape(tl.join(lower, upper), [low.shape[0], 4 * low.shape[1]])
+
+
+@triton.jit
+def ordered_fours(words, DTYPE: tl.constexpr):
+    """:func:`decode_e4m3` of words of four codes (int32 [rows, n]) in fp16 or bfloat16 [rows, 4 n], in their order.
+
+    A word is first made two, which have the first two codes and the last two in the upper bytes of their halves.
+    """
+    first = ((words << 8) & LOWER_HALF) | ((words << 16) & UPPER_HALF)
+    second = ((words >> 8) & LOWER_HALF) | (words & UPPER_HALF)
+    if tl.float16 == DTYPE:
+        low = ((first >> 1) & HALF_CODES) | (first & HALF_SIGNS)
+        high = ((second >> 1) & HALF_CODES) | (second & HALF_SIGNS)
+    else:
+        low = ((first >> 4) & BF16_CODES) | (first & HALF_SIGNS)
+        high = ((second >> 4) & BF16_CODES) | (second & HALF_SIGNS)
+    return scaled_halves(low, high, DTYPE)
+
+
+@triton.jit
+def e4m3_values(codes, DTYPE: tl.constexpr, FP8: tl.constexpr):
+    """What was loaded from an :func:`e4m3_pointer` as values of DTYPE in their order, exactly.
+
+    AS_HALVES is for chips that multiply pairs of DTYPE, AS_FNUZ for CDNA, which does so in fp16 alone: bfloat16 is the
+    upper half of float32, since no value has more digits.
+    """
+    if FP8 == AS_BYTES:
+        values = decode_e4m3(codes).to(tl.float32).to(DTYPE)
+    elif FP8 == AS_HALVES and tl.bfloat16 == DTYPE:
+        values = ordered_fours(codes, tl.bfloat16)
+    elif tl.bfloat16 == DTYPE:
+        bits = ordered_fours(codes, tl.float16).to(tl.float32).to(tl.int32, bitcast=True)
+        values = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        values = ordered_fours(codes, tl.float16).to(DTYPE)
+    return values
 
 
 @triton.jit

@@ -13,6 +13,8 @@ from mla_kernels.quant.fp8 import (
     decode_e4m3,
     e4m3_operand,
     e4m3_pointer,
+    e4m3_swapped,
+    e4m3_values,
     product_form,
     product_unit,
 )
@@ -42,6 +44,17 @@ def operand_kernel(codes, out, FP8: tl.constexpr):
     row = tl.arange(0, 4)[:, None]
     words = tl.load(e4m3_pointer(codes + row * WIDE, FP8) + tl.arange(0, WIDE // 4)[None, :])
     tl.store(out + row * WIDE + tl.arange(0, WIDE)[None, :], e4m3_operand(words, FP8).to(tl.float32))
+
+
+@triton.jit
+def values_kernel(codes, out, FP8: tl.constexpr, SWAPPED: tl.constexpr):
+    row = tl.arange(0, 4)[:, None]
+    words = tl.load(e4m3_pointer(codes + row * WIDE, FP8) + tl.arange(0, WIDE // (4 if FP8 > 1 else 1))[None, :])
+    if SWAPPED:
+        values = e4m3_swapped(words, out.dtype.element_ty)
+    else:
+        values = e4m3_values(words, out.dtype.element_ty, FP8)
+    tl.store(out + row * WIDE + tl.arange(0, WIDE)[None, :], values)
 
 
 @triton.jit
@@ -88,6 +101,24 @@ def test_every_code_as_fnuz(codes):
     expected = bytes_to_fp16(codes).float() / 2
     expected[expected == 0] = 0.0  # no -0
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("form", [AS_BYTES, AS_HALVES, AS_FNUZ])
+def test_every_code_in_order(codes, form, dtype):
+    out = torch.zeros(4, 1024, dtype=dtype)
+    values_kernel[(1,)](codes.view(torch.int8), out, FP8=form.value, SWAPPED=False)
+    expected, bits = bytes_to_fp16(codes).to(dtype), torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(out.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_code_out_of_order(codes, dtype):
+    out = torch.zeros(4, 1024, dtype=dtype)
+    values_kernel[(1,)](codes.view(torch.int8), out, FP8=AS_HALVES.value, SWAPPED=True)
+    unit = HALF_UNIT.value if dtype == torch.float16 else 1
+    expected = swapped(bytes_to_fp16(codes).float() / unit).to(dtype)
+    assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("form", [AS_BYTES, AS_HALVES, AS_FNUZ])

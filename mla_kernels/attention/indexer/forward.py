@@ -8,7 +8,7 @@ import torch
 
 from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
 from mla_kernels.attention.indexer.stream import INDEXER_STREAM, launch_stream, stream_plan
-from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
+from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule, where_they_lie
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import indexer as hopper_indexer
@@ -66,13 +66,12 @@ def indexer_logits_kernel(
     or with LIMITS below what ``starts`` holds for it.
     FILL: keys outside a range become -inf; without it, a tile that no token of the item sees is left as it was.
     FP8: keys are e4m3 codes with a scale each; CODES: queries are codes, too, and their scales in the weights. E4M3:
-    the product takes both as they are, else as fp16, which is exact.
+    how codes are taken (:mod:`mla_kernels.quant.fp8`), each way exact.
     Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
     PEEL: the first token stands before the loop over the others. Its product is what makes Triton (3.6 to 3.9) keep
     the keys in registers within the loop, decoded once; else each token reads and decodes them from shared memory.
     """
     key = tl.arange(0, BLOCK_N)
-    column = tl.arange(0, HEAD_DIM)
     lane = tl.arange(0, BLOCK_T)
     key_f = key.to(tl.float32)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -119,13 +118,12 @@ def indexer_logits_kernel(
                     rows = page.to(tl.int64) * page_stride + offset.to(tl.int64) * key_stride
                     scale_place = tl.cast(0, tl.int64)
                     scale_rows = page.to(tl.int64) * scale_stride + offset
-            tile = rows[:, None] + column[None, :]
             if FP8:
                 scale = tl.load(k_scale_ptr + scale_place + scale_rows, mask=exists, other=0.0)  # [BLOCK_N]
             if CODES:
-                k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
+                k = load_codes(codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, E4M3)  # [BLOCK_N, HEAD_DIM]
             else:
-                k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)
+                k = load_keys(k_ptr + place, codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, FP8, E4M3)
             if PEEL:
                 write_token(
                     k, scale, exists, key, key_f, 0, row, first, first_key, length, q_ptr, weights_ptr, starts_ptr,
@@ -227,7 +225,7 @@ INDEXER_LOGITS = Kernel(
 def as_multiplied(q):
     """Codes of queries, as 16 bits where the matrix units take no e4m3: made once a query, not once a tile of keys."""
     chip = chip_of(q.device)
-    if chip.dot_e4m3:
+    if chip.dot_e4m3 or chip.dot_fnuz:
         return q
     if chip.is_gpu:
         return q.half()
@@ -312,6 +310,7 @@ def launch_indexer_logits(
             places = starts, ends, block_table
             hopper_indexer.launch(chip, variant, q, weights, source, places, out, sequences, keys)
             return
+    tile = where_they_lie(tile, q.data_ptr(), k.data_ptr(), strides[0], strides[3]) if tile["E4M3"] else tile
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     q = q.view(torch.int8) if codes else q
