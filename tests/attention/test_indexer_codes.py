@@ -8,8 +8,8 @@ from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
 from mla_kernels.attention.indexer.op import indexer_logits
 from mla_kernels.attention.indexer.select import select_keys, select_slots
 from mla_kernels.latent.indexer.query import quantise_indexer_query
-from mla_kernels.reference import indexer as reference
 from mla_kernels.quant.fp8 import AS_FNUZ
+from mla_kernels.reference import indexer as reference
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel
 from tests.attention.indexer_problems import accepted, make_paged, make_ragged

@@ -159,8 +159,8 @@ def stream_rule(chip, dtype, statics, sizes):
 
 
 def _form(chip, statics):
-    """The E4M3 of a tile; a cache's codes lie in words. On chips that multiply e4m3 products of 16 bits take longer than
-    decoding bytes, and queries in another order take more registers than there are (sm_120)."""
+    """The E4M3 of a tile; a cache's codes lie in words. On chips that multiply e4m3, products of 16 bits take longer
+    than decoding bytes, and queries in another order take more registers than there are (sm_120)."""
     return AS_BYTES.value if chip.dot_e4m3 and not statics["CODES"] else logits_form(chip, {**statics, "FP8": True})
 
 

@@ -94,7 +94,7 @@ def operand(codes, FORMAT: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def columns_of(rows, block, FP8: tl.constexpr):
-    """Pointers to the columns of a block in rows of bytes [n, 1], and their numbers (those of words where words are)."""
+    """Pointers to the columns of a block in rows of bytes [n, 1], and their numbers; of words of four, the words'."""
     WIDTH: tl.constexpr = BLOCK // 4 if FP8 >= AS_HALVES else BLOCK
     column = block * WIDTH + tl.arange(0, WIDTH)[None, :]
     return e4m3_pointer(rows, FP8) + column, column
