@@ -4,12 +4,12 @@ Chips without fp8 (sm_80, Ascend 910) and the Ascend compiler, which refuses the
 the same code runs on every chip. Where a product has codes on both sides, :func:`product_form` says how a chip takes
 them, in one constant of a tile:
 
-=========== ========================================================================================================
-``AS_BYTES``   decoded one by one, as fp16: every chip can
-``AS_E4M3`` as they are: chips that multiply e4m3
-``AS_HALVES``  four to a word, as fp16 times 2^-8, which spares the multiplication: NVIDIA's chips without e4m3
-``AS_FNUZ``    four to a word, as AMD's own e4m3, whose bias is 8 instead of 7: gfx942
-=========== ========================================================================================================
+============= ======================================================================================================
+``AS_BYTES``  decoded one by one, as fp16: every chip can
+``AS_E4M3``   as they are: chips that multiply e4m3
+``AS_HALVES`` four to a word, as fp16 times 2^-8, which spares the multiplication: NVIDIA's chips without e4m3
+``AS_FNUZ``   four to a word, as AMD's own e4m3, whose bias is 8 instead of 7: gfx942
+============= ======================================================================================================
 
 Products of the last two are exact, too, in units of 2^-16 and 1/4 (:func:`product_unit`); their operands' columns must
 be a multiple of four codes, at addresses divisible by four.
@@ -25,10 +25,8 @@ AS_HALVES = tl.constexpr(2)
 AS_FNUZ = tl.constexpr(3)
 HALF_UNIT = tl.constexpr(256.0)  # what one in an operand of AS_HALVES stands for
 HALF_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
-HALF_CODES = tl.constexpr(
-    0x3F803F80
-)  # the seven other bits of a code under fp16's exponent, the highest bit of it left
-BF16_CODES = tl.constexpr(0x07F007F0)  # the same under bfloat16's
+HALF_CODES = tl.constexpr(0x3F803F80)  # a code's seven other bits, at the end of fp16's exponent
+BF16_CODES = tl.constexpr(0x07F007F0)  # at the end of bfloat16's
 LOWER_HALF = tl.constexpr(0x0000FFFF)
 UPPER_HALF = tl.constexpr(0xFFFF0000 - (1 << 32))
 FOUR_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
@@ -126,11 +124,11 @@ def swapped_fours(values):
 
 @triton.jit
 def scaled_halves(low, high, DTYPE: tl.constexpr):
-    """Codes under DTYPE's exponent in the halves of int32 words [rows, n] -> their values [rows, 4 n]: of ``low``'s
-    first word, of ``high``'s first, of ``low``'s second.
+    """Codes under DTYPE's exponent in the halves of int32 words [rows, n] -> their values [rows, 4 n]: two of ``low``'s
+    first word, two of ``high``'s first, two of ``low``'s second.
 
     The upper halves are multiplied before the lower: in this order ptxas (of CUDA 12.8 to 13) makes one instruction
-    for both, and in the other one more to exchange halves in front of it and one behind it.
+    for both; in the other it adds one to exchange the halves in front of it, and one behind it.
     """
     FACTOR: tl.constexpr = 256.0 if tl.float16 == DTYPE else 2.0**120
     factor = tl.full([1, 1], FACTOR, tl.float32).to(DTYPE)
