@@ -42,6 +42,12 @@ def product_form(chip, in_words: bool = True) -> int:
     return AS_FNUZ.value if chip.dot_fnuz else AS_HALVES.value
 
 
+def where_they_lie(tile: dict, name: str, places: int) -> dict:
+    """``tile``, whose form has this name, for codes at these addresses and distances, or-ed: in bytes where four does
+    not divide all of them. The results are the same."""
+    return tile | {name: AS_BYTES.value} if places % 4 and tile[name] > AS_E4M3.value else tile
+
+
 @triton.jit
 def decode_e4m3(codes):
     """Bytes (int8 or uint8) of any shape -> their values in fp16, exactly; the two NaN codes give +-480.

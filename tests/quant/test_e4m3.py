@@ -50,7 +50,7 @@ def operand_kernel(codes, out, FP8: tl.constexpr):
 def values_kernel(codes, out, FP8: tl.constexpr, SWAPPED: tl.constexpr):
     row = tl.arange(0, 4)[:, None]
     words = tl.load(e4m3_pointer(codes + row * WIDE, FP8) + tl.arange(0, WIDE // (4 if FP8 > 1 else 1))[None, :])
-    if SWAPPED:
+    if SWAPPED:  # noqa: SIM108 - only one of both is for these words
         values = e4m3_swapped(words, out.dtype.element_ty)
     else:
         values = e4m3_values(words, out.dtype.element_ty, FP8)

@@ -8,13 +8,14 @@ import torch
 
 from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
 from mla_kernels.attention.indexer.stream import INDEXER_STREAM, launch_stream, stream_plan
-from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule, where_they_lie
+from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.hopper import MODE
 from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import where_they_lie
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
@@ -310,7 +311,8 @@ def launch_indexer_logits(
             places = starts, ends, block_table
             hopper_indexer.launch(chip, variant, q, weights, source, places, out, sequences, keys)
             return
-    tile = where_they_lie(tile, q.data_ptr(), k.data_ptr(), strides[0], strides[3]) if tile["E4M3"] else tile
+    places = q.data_ptr() | k.data_ptr() | strides[0] | strides[3]
+    tile = where_they_lie(tile, "E4M3", places) if places % 4 else tile
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     q = q.view(torch.int8) if codes else q

@@ -14,7 +14,7 @@ import torch
 
 from mla_kernels.attention.indexer.forward import E4M3, FIXED_QUERIES, as_multiplied, launch_paged_logits
 from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
-from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule, where_they_lie
+from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
 from mla_kernels.cpu import mqa as cpu
@@ -24,7 +24,7 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
 from mla_kernels.launch import NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.decode import e2m1_values, ue8m0_values
-from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8 import decode_e4m3, where_they_lie
 from mla_kernels.shim import define_op
 
 
@@ -252,7 +252,7 @@ def _launch(q, codes, scale, weights, starts, ends, table, out, strides, shape, 
     sequences, tokens, keys, num_pages = shape
     chip = chip_of(q.device)
     tile = MQA_LOGITS.tile_for(chip, "bf16", statics, {"tokens": tiled})
-    tile = where_they_lie(tile, q.data_ptr(), codes.data_ptr(), q.stride(0), *strides[:2])
+    tile = where_they_lie(tile, "E4M3", q.data_ptr() | codes.data_ptr() | q.stride(0) | strides[0] | strides[1])
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     args = (

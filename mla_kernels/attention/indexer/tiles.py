@@ -29,12 +29,6 @@ def logits_form(chip, statics):
     return AS_HALVES.value if chip.vendor == "nvidia" else AS_FNUZ.value
 
 
-def where_they_lie(tile, *places):
-    """``tile`` for codes at these addresses and distances, which four may not divide."""
-    in_words = all(place % 4 == 0 for place in places)
-    return tile if in_words or tile["E4M3"] < AS_HALVES.value else tile | {"E4M3": AS_BYTES.value}
-
-
 def logits_rule(chip, dtype, statics, sizes):
     """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once.
 

@@ -30,15 +30,8 @@ from mla_kernels.moe.quantised.parts import (
     upright,
 )
 from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
-from mla_kernels.quant.fp8 import (
-    AS_BYTES,
-    AS_HALVES,
-    e4m3_operand,
-    e4m3_pointer,
-    product_form,
-    product_unit,
-    quantise_e4m3,
-)
+from mla_kernels.quant import fp8
+from mla_kernels.quant.fp8 import AS_HALVES, e4m3_operand, e4m3_pointer, product_unit, quantise_e4m3
 from mla_kernels.quant.int8 import int8_scale, round_to_int8
 
 BLOCK = tl.constexpr(COLUMNS)  # rows and columns that share a scale in fp8_block; columns of a step
@@ -310,8 +303,13 @@ def _rule(products):
     Fewer rows are the second, of which tensor cores take any number; int8's order matters to theirs alone."""
 
     def rule(chip, dtype, statics, sizes):
-        eight, fp8 = statics["FORMAT"] == "int8_w8a8", _form(chip, statics)
-        tile = {"BLOCK_N": 128, "GROUP_M": 8, "FP8": fp8, "num_stages": 2 if chip.vendor == "amd" else 3}
+        eight = statics["FORMAT"] == "int8_w8a8"
+        tile = {
+            "BLOCK_N": 128,
+            "GROUP_M": 8,
+            "FP8": _form(chip, statics),
+            "num_stages": 2 if chip.vendor == "amd" else 3,
+        }
         if chip.vendor == "ascend":
             most = 16 if products == 2 and not eight else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
@@ -333,12 +331,7 @@ def _rule(products):
 
 def _form(chip, statics):
     """The FP8 of a tile."""
-    return product_form(chip, statics["EVEN_K"]) if statics["FORMAT"] == "fp8_block" else AS_BYTES.value
-
-
-def bytewise(tile: dict) -> dict:
-    """``tile`` for codes that do not lie in words."""
-    return tile | {"FP8": AS_BYTES.value} if tile["FP8"] >= AS_HALVES.value else tile
+    return fp8.product_form(chip, statics["EVEN_K"]) if statics["FORMAT"] == "fp8_block" else fp8.AS_BYTES.value
 
 
 def ahead(chip, format, sizes) -> bool:
@@ -375,7 +368,7 @@ def _memory(products):
     within = operand_memory(products)
 
     def memory(chip, dtype, statics, tile):
-        if tile["FP8"] not in (AS_BYTES.value, _form(chip, statics)) or (
+        if tile["FP8"] not in (fp8.AS_BYTES.value, _form(chip, statics)) or (
             statics["FORMAT"] == "fp8_block" and tile["BLOCK_N"] != 128
         ):
             return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
@@ -405,14 +398,6 @@ def _dispatch_work(dtype, statics, sizes, tile):
     whole = _dispatch_cost(dtype, statics, sizes)
     programs = sort.programs + dispatch_items(statics["FORMAT"], sizes["tokens"], sizes["hidden"], tile["BLOCK_H"])
     return Work(programs, whole.flops / programs, whole.bytes / programs)
-
-
-def _activation_rule(chip, dtype, statics, sizes):
-    return {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4}
-
-
-def _activation_memory(chip, dtype, statics, tile):
-    return {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]}
 
 
 def _activation_cost(dtype, statics, sizes):
@@ -488,8 +473,10 @@ ACTIVATION = Kernel(
     | {"intermediate": "i32:16", "parts": "i32"},
     statics=(),
     tiles={"BLOCK_M": (4, 8, 16, 32), "BLOCK_H": (128, 256, 512), "num_warps": (4, 8)},
-    rule=_activation_rule,
-    memory=_activation_memory,
+    rule=lambda chip, dtype, statics, sizes: {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4},
+    memory=lambda chip, dtype, statics, tile: (
+        {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]}
+    ),
     cost=_activation_cost,
     work=_activation_work,
     cases=cases(_CASES[3:], lambda format, sizes: {}),

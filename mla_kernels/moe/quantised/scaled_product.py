@@ -21,7 +21,6 @@ from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.experts.schedule import tile_of_item
-from mla_kernels.moe.quantised.eight_bit import bytewise
 from mla_kernels.moe.quantised.parts import by_columns, by_rows, empty_sum, multiply, upright
 from mla_kernels.quant.decode import ue8m0_values
 from mla_kernels.quant.fp8 import (
@@ -32,6 +31,7 @@ from mla_kernels.quant.fp8 import (
     e4m3_pointer,
     product_form,
     product_unit,
+    where_they_lie,
 )
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 from mla_kernels.shim import define_op
@@ -285,8 +285,7 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add, batc
     looked_up = FIXED_TOKENS if batch_invariant else rows
     even = depth % min(grans[0], grans[2]) == 0
     places = a.data_ptr() | b.data_ptr() | a.stride()[0] | a.stride()[1] | b.stride()[0] | b.stride()[1]
-    in_words = even and places % 4 == 0
-    form = product_form(chip, in_words)
+    form = product_form(chip, even and places % 4 == 0)
     halves = form in (AS_BYTES.value, AS_HALVES.value)  # what a tile makes of codes is worth making once
     halves = halves and looked_up > FEW_ROWS and mode != "masked"  # whose rows are mostly not there
     a = _as_fp16(a, chip, form) if halves else a.view(torch.int8)
@@ -294,7 +293,7 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add, batc
     most = 1 << max(looked_up - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
     sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
-    tile = tile if in_words else bytewise(tile)
+    tile = where_they_lie(tile, "FP8", places)
     row_tiles = -(-rows // tile["BLOCK_M"])
     work = row_tiles * (1 if mode == "contiguous" else groups) * -(-columns // tile["BLOCK_N"])
     args = (
