@@ -474,9 +474,7 @@ ACTIVATION = Kernel(
     statics=(),
     tiles={"BLOCK_M": (4, 8, 16, 32), "BLOCK_H": (128, 256, 512), "num_warps": (4, 8)},
     rule=lambda chip, dtype, statics, sizes: {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4},
-    memory=lambda chip, dtype, statics, tile: (
-        {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]}
-    ),
+    memory=lambda chip, _, __, tile: {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]},
     cost=_activation_cost,
     work=_activation_work,
     cases=cases(_CASES[3:], lambda format, sizes: {}),
