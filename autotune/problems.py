@@ -306,6 +306,7 @@ OPERATIONS: dict[str, Operation] = {
         Operation("rotate_heads", lambda g: g.latent == 0, _TOKENS, v4_problems.rotated_heads),
         Operation("write_kv", v4_problems.is_v4, _TOKENS, v4_problems.write_kv),
         Operation("write_windows", v4_problems.is_v4, v4_problems.WINDOWS, v4_problems.write_windows),
+        Operation("write_paged_windows", v4_problems.is_v4, v4_problems.PAGED_WINDOWS, v4_problems.write_paged_windows),
         Operation("compress_windows", v4_problems.is_v4, v4_problems.COMPRESSED, v4_problems.compress_windows),
         Operation("route", lambda g: g.experts > 0, _TOKENS, _route),
         Operation("entry_slots", v4_problems.is_v4, each("sequences", 1, 64), v4_problems.entry_slots),

@@ -15,6 +15,11 @@ WINDOWS = (
     *each("sequences", 1, 8, 64, ratio=4, width=128, tokens=1),
     *each("ratio", 128, 4, width=512, tokens=4096, sequences=1),
 )
+PAGED_WINDOWS = (
+    *each("tokens", 1, 64, 4096, ratio=128, width=512),
+    *each("tokens", 1, 64, 4096, ratio=4, width=512),
+    *each("tokens", 1, 64, 4096, ratio=4, width=128),
+)
 COMPRESSED = (*each("ratio", 128, 4, width=512, tokens=8192), *each("ratio", 4, width=128, tokens=8192))
 
 
@@ -63,6 +68,30 @@ def write_windows(g: Geometry, size, make: Make) -> Call:
 
     def run():
         mk.write_windows(*inputs, state, *places, cache, max_tokens=tokens, **options)
+        return (cache.data,)
+
+    return Call(run, None)
+
+
+def write_paged_windows(g: Geometry, size, make: Make, layout: str | None = None) -> Call:
+    """vLLM's pages of states: of 8 tokens, with overlap of 4; the tokens are the newest of one sequence."""
+    tokens, ratio, width = size["tokens"], size["ratio"], size["width"]
+    page_size, overlap = (4, True) if ratio == 4 else (8, False)
+    if width == WIDTH:
+        options = {"latent_dim": width, "rope_dim": 0, "dtype": make.dtype, "layout": layout, "device": make.device}
+        cache = mk.LatentCache.allocate(-(-tokens // (ratio * PAGE)), PAGE, **options)
+    else:
+        pages = -(-tokens // (ratio * PAGE))
+        cache = mk.IndexerCache.allocate(pages, PAGE, head_dim=width, layout="fp8", device=make.device)
+    count = max(ratio, tokens) // page_size + 1
+    states = make.normal(count, page_size, 2, width * (1 + overlap), dtype=torch.float32)
+    positions = make.counting(tokens) + max(0, ratio - tokens)
+    slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1)
+    places = positions, slots, make.full(tokens, value=0), make.counting(1, count).int()
+    weights = make.normal(width), *make.angles(64)
+
+    def run():
+        mk.write_paged_windows(states, *places, *weights, cache, ratio=ratio, overlap=overlap)
         return (cache.data,)
 
     return Call(run, None)

@@ -168,6 +168,25 @@ def _(make: Make, kind: str, sequences: int, tokens: int) -> Run:
     return run
 
 
+@op("write_paged_windows", *({"kind": kind, "tokens": tokens} for kind in ("hca", "csa") for tokens in (8, 256)))
+def _(make: Make, kind: str, tokens: int) -> Run:
+    """The newest tokens of eight sequences, whose last one ends a window."""
+    ratio, overlap, page = (128, False, 8) if kind == "hca" else (4, True, 4)
+    table = make.order(8 * 256 // page, torch.int32).view(8, -1)
+    states = make.normal(table.numel(), page, 2, LATENT * (1 + overlap), dtype=torch.float32)
+    each = make.counting(tokens, torch.int64)
+    positions, sequences = 255 - each // 8, (each % 8).int()
+    slots = torch.where((positions + 1) % ratio == 0, each, -1)
+    cache = mk.LatentCache.allocate(-(-tokens // PAGE), PAGE, latent_dim=LATENT, rope_dim=0, device=make.device)
+    places, weights = (positions, slots, sequences, table), (make.normal(LATENT), *make.tables())
+
+    def run():
+        mk.write_paged_windows(states, *places, *weights, cache, ratio=ratio, overlap=overlap)
+        return (cache.data,)
+
+    return run
+
+
 @op("compress_windows", {"kind": "hca", "tokens": 1024}, {"kind": "csa", "tokens": 1024})
 def _(make: Make, kind: str, tokens: int) -> Run:
     inputs, options = _compressor(make, kind, tokens)

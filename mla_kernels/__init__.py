@@ -30,6 +30,7 @@ from mla_kernels.latent.tools.gather import gather_tokens
 from mla_kernels.latent.tools.scatter import scatter_tokens
 from mla_kernels.latent.windows.compress import compress_windows
 from mla_kernels.latent.windows.kv import write_kv
+from mla_kernels.latent.windows.paged import write_paged_windows
 from mla_kernels.latent.windows.write import write_windows
 from mla_kernels.latent.write import write_latent
 from mla_kernels.moe.dispatch.align import align_blocks
@@ -116,5 +117,6 @@ __all__ = [
     "write_indexer_key",
     "write_kv",
     "write_latent",
+    "write_paged_windows",
     "write_windows",
 ]

@@ -191,6 +191,45 @@ def write_windows(
             state[slot, position % rows, 1] = gate[begin + position - old]
 
 
+def write_paged_windows(
+    states: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    sequences: torch.Tensor,
+    block_table: torch.Tensor,
+    norm_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: torch.Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    layout: str | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Write the entries of the windows that end with tokens which have a slot, in place.
+
+    states        [pages, page_size, 2, W]: of each token kv, then its gate with the position bias in it
+    positions     [T]: each token's position
+    slot_mapping  [T]: where the entry of its window goes; -1: it ends no window
+    sequences     [T]: its row of the table
+    block_table   [B, P]: pages of states; position p lies in row p % page_size of page block_table[b, p // page_size]
+    cache         as `write_windows` has it
+    """
+    page_size, width = states.shape[1], norm_weight.shape[0]
+    for slot, last, b in zip(slot_mapping.tolist(), positions.tolist(), sequences.tolist()):
+        if slot < 0:
+            continue
+        rows = []
+        for position in range(max(last + 1 - ratio * (1 + overlap), 0), last + 1):
+            state = states[block_table[b, position // page_size], position % page_size]  # [2, W]
+            newer = overlap and position > last - ratio
+            rows.append(state[:, width:] if newer else state[:, :width])
+        kv, gate = torch.stack(rows, dim=1)
+        angles = cos[last + 1 - ratio], sin[last + 1 - ratio]
+        store_row(window_entry(kv, gate, norm_weight, *angles, eps=eps), slot, cache, layout)
+
+
 def entries_of_a_page(cache: torch.Tensor, width: int, layout: str | None) -> int:
     return cache.shape[1] // (width + 4) if layout == "indexer" and cache.dtype == torch.uint8 else cache.shape[1]
 

@@ -80,6 +80,8 @@ SIGNATURES = {
     "rope_first=True, hadamard=False, eps=1e-06, batch_invariant=None)",
     "write_kv": "(kv, norm_weight, cos, sin, positions, slot_mapping, cache, *, q_a=None, q_norm=None, eps=1e-06, "
     "batch_invariant=None)",
+    "write_paged_windows": "(states, positions, slot_mapping, sequences, block_table, norm_weight, cos, sin, cache, *, "
+    "ratio, overlap, eps=1e-06, batch_invariant=None)",
     "write_windows": "(kv, gate, position_bias, norm_weight, cos, sin, state, state_slots, cu_seqlens, seq_lens, "
     "block_table, cache, *, ratio, overlap, max_tokens, eps=1e-06, batch_invariant=None)",
     "write_latent": "(kv_a, norm_weight, cos, sin, positions, slot_mapping, cache, *, rope, eps=1e-06, "

@@ -121,9 +121,12 @@ def _run(build, g: Geometry, make: Make, size: dict) -> None:
     build(g, size, make).run()
 
 
-CACHED = ("mla_decode", "sparse_mla_decode", "write_latent", "norm_and_write", "write_kv")
+CACHED = ("mla_decode", "sparse_mla_decode", "write_latent", "norm_and_write", "write_kv", "write_paged_windows")
 """Operations whose cache has a layout."""
-INDEXED = ("write_latent", "norm_and_write", "write_kv", "write_indexer_key", "absorb_query", "rotate_heads")
+INDEXED = (
+    "write_latent", "norm_and_write", "write_kv", "write_paged_windows", "write_indexer_key", "absorb_query",
+    "rotate_heads",
+)  # fmt: skip
 """Operations that take positions and slots in int32 or int64."""
 
 
@@ -144,6 +147,9 @@ def _sizes(name: str, g: Geometry, limits: Limits) -> Iterator[dict]:
             rest = {"ratio": ratio, "width": width}
             yield from ({"sequences": batch, "tokens": 1} | rest for batch in batches)
             yield from ({"sequences": 1, "tokens": tokens} | rest for tokens in limits.counts())
+    elif name == "write_paged_windows":
+        for ratio, width in ((128, 512), (4, 512), (4, 128)):
+            yield from ({"tokens": tokens, "ratio": ratio, "width": width} for tokens in limits.counts())
     elif name.endswith("_paged_mqa_logits"):
         yield from ({"batch": batch, "keys": keys} for keys in limits.contexts for batch in batches)
     elif name.endswith("_mqa_logits"):

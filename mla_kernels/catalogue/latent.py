@@ -9,6 +9,7 @@ from mla_kernels.catalogue.calls import (
     LATENT,
     PAGE,
     ROPE,
+    TABLE,
     bounds,
     cache_parts,
     call,
@@ -223,6 +224,52 @@ def _():
         }
 
     return run, example
+
+
+_PAGED = {key: {0: "tokens"} for key in ("positions", "slot_mapping", "sequences")} | {"data": {0: "pages"}}
+
+
+def _write_paged_windows(cache, data, width, ratio, overlap):
+    """Every token is the last of a window; ``cache(data)`` holds entries of this width, ``data(pages)`` makes room."""
+
+    def run(states, positions, slot_mapping, sequences, block_table, norm_weight, cos, sin, data):
+        data = data.clone()
+        mk.write_paged_windows(
+            states, positions, slot_mapping, sequences, block_table, norm_weight, cos, sin, cache(data), ratio=ratio,
+            overlap=overlap,
+        )  # fmt: skip
+        return data
+
+    def example(n):
+        return {
+            "states": torch.randn(20, PAGE, 2, width * (1 + overlap)),
+            "positions": torch.randint(0, TABLE * PAGE // ratio, (n,)) * ratio + ratio - 1,
+            "slot_mapping": _slots(n)["slot_mapping"],
+            "sequences": torch.randint(0, 2, (n,), dtype=torch.int32),
+            "block_table": torch.randperm(20, dtype=torch.int32)[: 2 * TABLE].view(2, TABLE),
+            "norm_weight": torch.rand(width),
+            **rope_tables(),
+            "data": data(2 * n),
+        }
+
+    return run, example
+
+
+enter(
+    "write_paged_windows", _PAGED,
+    *_write_paged_windows(
+        lambda data: mk.IndexerCache(data, 32),
+        lambda pages: mk.IndexerCache.allocate(pages, PAGE, head_dim=32, layout="fp8").data, 32, 4, True,
+    ),
+    results=indexer_parts(32),
+)  # fmt: skip
+enter(
+    "write_paged_windows of fp8_v4", _PAGED,
+    *_write_paged_windows(
+        lambda data: mk.LatentCache(data, 256, "fp8_v4"), lambda pages: latent_data(pages, "fp8_v4"), 256, 8, False
+    ),
+    results=cache_parts(256, "fp8_v4"),
+)  # fmt: skip
 
 
 @call(

@@ -49,11 +49,9 @@ from mla_kernels.compat.vllm_rope import (
     fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert,
     v4_cache,
 )
-from mla_kernels.compat.vllm_v4_windows import finished_windows
 from mla_kernels.latent.heads import rotate_heads, rotate_indexer_query
 from mla_kernels.latent.indexer.query import quantise_indexer_query
-from mla_kernels.latent.indexer.scatter import scatter_indexer_keys
-from mla_kernels.latent.tools.scatter import scatter_tokens
+from mla_kernels.latent.windows.paged import write_paged_windows
 
 __all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration"]
 
@@ -87,33 +85,28 @@ class V4WindowBackend(DeepseekSparseSWAFlashMLABackend):
 
 
 class V4Compressor(DeepseekCompressor):
-    """vLLM's, of which the states are kept as they are; finished windows become entries by this library's ops."""
+    """vLLM's, of which the states are kept as they are; finished windows become entries in one launch."""
 
     def _compress_norm_rope_store(
         self, state_metadata, state_cache, state_width, positions, rotary_emb, attn_metadata, pdl_kwargs
     ):
         cache = self._static_forward_context[self.k_cache_prefix].kv_cache
-        cos, sin = rope_tables(rotary_emb.cos_sin_cache)
-        sides = 1 + self.overlap
-        for tokens, entries in finished_windows(
-            state_cache,
-            positions,
-            attn_metadata[self.k_cache_prefix].slot_mapping[: state_metadata.slot_mapping.shape[0]],
-            state_metadata.token_to_req_indices,
+        slots = attn_metadata[self.k_cache_prefix].slot_mapping[: state_metadata.slot_mapping.shape[0]]
+        tokens = slots.shape[0]
+        write_paged_windows(
+            state_cache.unflatten(2, (2, state_width)),
+            positions[:tokens],
+            slots,
+            state_metadata.token_to_req_indices[:tokens],
             state_metadata.block_table,
+            self.norm.weight,
+            *rope_tables(rotary_emb.cos_sin_cache),
+            indexer_cache(cache, 128, cache.device) if self.head_dim == 128 else v4_cache(cache, cache.shape[1]),
             ratio=self.compress_ratio,
-            sides=sides,
-        ):
-            normed = torch.nn.functional.rms_norm(
-                entries, entries.shape[1:], self.norm.weight.float(), self.rms_norm_eps
-            )
-            starts = tokens.positions // self.compress_ratio * self.compress_ratio
-            turned = rotate_heads(normed[:, None], cos, sin, starts, rope_dim=self.rope_head_dim)
-            keys = turned[:, 0].to(torch.bfloat16)
-            if self.head_dim == 128:
-                scatter_indexer_keys(keys, tokens.slots, indexer_cache(cache, 128, cache.device))
-            else:
-                scatter_tokens(keys, keys[:, :0], tokens.slots, v4_cache(cache, cache.shape[1]))
+            overlap=self.overlap,
+            eps=self.rms_norm_eps,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
 
 
 class V4Indexer(DeepseekV4Indexer):

@@ -120,6 +120,32 @@ def write_windows(
     state[:, :, 1].index_put_(at, gate[source])
 
 
+def write_paged_windows(
+    states, positions, slot_mapping, sequences, block_table, norm_weight, cos, sin, cache, layout, ratio, overlap, eps,
+    batch_invariant=False,
+) -> None:  # fmt: skip
+    """Entries of the windows that end with tokens that have a slot, from states [pages, page_size, 2, W]."""
+    ends = (slot_mapping >= 0).nonzero().squeeze(1)
+    if ends.shape[0] == 0:
+        return
+    norm, sides, page_size = norm_weight.float(), 1 + int(overlap), states.shape[1]
+    last = positions[ends].long()
+    index = last[:, None] + torch.arange(1 - sides * ratio, 1)  # [entries, places]
+    seen = index.clamp_min(0)
+    page = block_table[sequences[ends].long()[:, None], torch.where(index < 0, last[:, None], seen) // page_size].long()
+    side = torch.arange(sides * ratio) // ratio
+    state = states.unflatten(3, (sides, -1))  # [pages, page_size, 2, sides, D]
+    for block in _blocks(index, norm.shape[0], batch_invariant):
+        x, z = state[page[block], seen[block] % page_size, :, side].unbind(2)  # [n, places, D] each
+        if overlap:
+            z = _hidden(z, index[block])
+            x = x.masked_fill(index[block][..., None] < 0, 0.0)  # what stands there may be NaN
+        weights = torch.softmax(z, 1)
+        starts = last[block] + 1 - ratio
+        rows = _finished((weights * x).sum(1), norm, cos[starts], sin[starts], eps)
+        _store(rows, slot_mapping[ends[block]], cache, layout)
+
+
 def _each(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For counts (2, 0, 1): whose each of the 3 is (0, 0, 2), its number there (0, 1, 0), and how many come before
     each (0, 2, 2)."""

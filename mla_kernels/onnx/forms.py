@@ -25,7 +25,7 @@ _MODULES = {
         "route", "hash_route", "dispatch", "align_blocks", "combine", "permute", "unpermute", "expert_load",
         "update_bias",
     ),
-    windows: ("window_slots", "entry_slots", "compress_windows", "write_windows"),
+    windows: ("window_slots", "entry_slots", "compress_windows", "write_windows", "write_paged_windows"),
 }  # fmt: skip
 
 WITHOUT_FORM = {

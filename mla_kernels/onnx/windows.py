@@ -117,6 +117,27 @@ def write_windows(
     return _new_state(kv, gate, flat, own, begins, counts, lengths, held_rows).reshape(state.shape), new_cache
 
 
+def write_paged_windows(
+    states, positions, slot_mapping, sequences, block_table, norm_weight, cos, sin, cache, layout, ratio, overlap,
+    eps=1e-6, batch_invariant=False,
+):  # fmt: skip
+    """The new cache; of all T tokens the window that ends there, or would."""
+    pages, page_size, _, row = states.shape
+    ends = slot_mapping >= 0
+    last = torch.where(ends, positions.to(torch.int64), ratio - 1)
+    position = last.unsqueeze(1) + torch.arange(1 - ratio * (1 + int(overlap)), 1)  # [T, places]
+    of_sequence = block_table.to(torch.int64).index_select(0, torch.where(ends, sequences.to(torch.int64), 0))
+    page = of_sequence.gather(1, (position.clamp(min=0) // page_size).clamp(max=block_table.shape[1] - 1))
+    absent = (position < 0) | ~ends.unsqueeze(1)
+    index = torch.where(absent, -1, page * page_size + position % page_size)
+    flat = states.reshape(pages * page_size, 2, row)
+    bias = norm_weight.new_zeros(ratio, row)  # the gates hold theirs
+    rows = _entries(flat[:, 0], flat[:, 1], bias, norm_weight, cos, sin, index, last + 1 - ratio, overlap, eps)
+    if layout == "indexer":
+        return write_indexer_rows(rows, slot_mapping, cache)
+    return write_rows(rows, rows[:, :0], slot_mapping, cache, layout, norm_weight.shape[0])
+
+
 def _new_state(kv, gate, flat, own, begins, counts, lengths, held_rows):
     """The state's rows with the newest tokens of every sequence."""
     token = torch.arange(kv.shape[0])

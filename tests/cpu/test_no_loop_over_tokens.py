@@ -41,6 +41,16 @@ def write_windows_args(tokens):
     return *rows, *tables, torch.randn(1, 9, 2, 64), torch.tensor([0]), *places, *options
 
 
+def write_paged_windows_args(tokens):
+    """A prompt over pages of 4 states."""
+    places = torch.arange(tokens), torch.where(torch.arange(tokens) % 4 == 3, torch.arange(tokens) // 4, -1)
+    table = torch.randperm(tokens // 4).int()[None]
+    weights = torch.rand(32), torch.rand(tokens, 8), torch.rand(tokens, 8)
+    cache = torch.zeros(tokens // 16 + 1, 4, 32)
+    states = torch.randn(tokens // 4, 4, 2, 64)
+    return states, *places, torch.zeros(tokens).int(), table, *weights, cache, "latent_32bit", 4, True, 1e-6
+
+
 def compress_args(tokens):
     return *windows_args(tokens), torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), 4, True, 1e-6
 
@@ -71,6 +81,7 @@ CASES = {
         lambda tokens: (torch.randn(tokens, 24), torch.rand(24), *CASES["write_kv"][1](tokens)),
     ),
     "write_windows": (windows.write_windows, write_windows_args),
+    "write_paged_windows": (windows.write_paged_windows, write_paged_windows_args),
     "compress_windows": (windows.compress_windows, compress_args),
     "compress_windows_backward": (
         windows.compress_windows_backward,

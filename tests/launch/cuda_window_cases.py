@@ -38,6 +38,32 @@ def test_windows_are_one_launch_a_step(tokens, rows, launched, most):
         assert launch.arguments["scale_stride"] == 64 * 33 and launch.arguments["part_stride"] == 256
 
 
+@pytest.mark.parametrize("layout", ["fp8_v4", None, "indexer"])
+def test_windows_of_pages_are_one_launch(layout):
+    """Of any number of tokens, whether they end windows or not; norms of 16 bits, states as an engine holds them."""
+    width = 128 if layout == "indexer" else 512
+    cache = (
+        mla_kernels.IndexerCache.allocate(4, 64, layout="fp8") if layout == "indexer"
+        else mla_kernels.LatentCache.allocate(4, 64, rope_dim=0, layout=layout)
+    )  # fmt: skip
+    states = torch.randn(6, 4, 4 * width)
+    positions, slots = torch.arange(9), torch.full((9,), -1)
+    sequences, pages, norm = torch.zeros(9, dtype=I32), torch.arange(3, dtype=I32)[None], torch.ones(width).to(BF16)
+    cos, sin = table(64)
+    with record() as launches:
+        mla_kernels.write_paged_windows(
+            states.unflatten(2, (2, -1)), positions, slots, sequences, pages, norm, cos, sin, cache, ratio=4,
+            overlap=True,
+        )  # fmt: skip
+    (launch,) = launches
+    assert launch.grid == 9 and launch.constants["BLOCK_T"] == 4
+    assert {t.data_ptr() for t in (states, positions, slots, sequences, pages, norm, cos, sin)} <= set(
+        pointers(launch).values()
+    )
+    assert pointers(launch)["values" if layout is None else "codes"] == cache.data.data_ptr()
+    assert launch.arguments["state_stride"] == 16 * width and launch.arguments["part_stride"] == 2 * width
+
+
 def test_write_kv_is_one_launch():
     cache = mla_kernels.LatentCache.allocate(4, 64, rope_dim=0, layout="int8")
     kv, norm, (cos, sin), slots = torch.randn(5, 512).to(BF16), torch.ones(512), table(64), torch.arange(5)

@@ -12,7 +12,7 @@ from bench.op_cases import OPS
 from tests.launch.test_cuda_launch import stub_environment
 
 MOST = {
-    "write_kv": 22, "write_windows": 33, "compress_windows": 23,
+    "write_kv": 22, "write_windows": 33, "write_paged_windows": 26, "compress_windows": 23,
     "write_latent": 20, "compress_latent": 21, "norm_and_write": 24, "mla_prolog": 29, "absorb_query": 19,
     "expand_output": 13, "gather_tokens": 11, "scatter_tokens": 15, "scatter_indexer_keys": 15, "copy_pages": 12,
     "mla_decode": 16, "mla_prefill": 23, "merge_states": 13, "sparse_mla_decode": 23, "sparse_mla_prefill": 21,

@@ -13,6 +13,7 @@ from mla_kernels.latent.indexer.cache import launched_parts as indexer_parts
 from mla_kernels.latent.indexer.key import store_codes
 from mla_kernels.latent.rotate import join_pairs, pair_lanes, rotate_pairs
 from mla_kernels.latent.write import cache_parts, store_latent, token_offsets
+from mla_kernels.quant.cache_layout import QUANTISED
 
 INDEXER = "indexer"
 INDEXER_FP8 = "indexer_fp8"
@@ -112,6 +113,17 @@ def first_of_window(start, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def add_tokens(x, z, largest, total, mean):
+    """Tokens' values x and gates z, [BLOCK_T, WIDTH] fp32, put into the running maximum, the sum of weights and the sum
+    of weighted values, [WIDTH] each; second comes what was subtracted from the gates."""
+    new = tl.maximum(largest, tl.max(z, 0))
+    base = tl.where(new == float("-inf"), 0.0, new)  # gates of -inf so far have no weight yet
+    keep = tl.exp(largest - base)
+    weight = tl.exp(z - base[None, :])  # [BLOCK_T, WIDTH]
+    return new, base, total * keep + tl.sum(weight, 0), mean * keep + tl.sum(weight * x, 0)
+
+
+@triton.jit
 def window_mean(
     kv, gate, position_bias,
     start,
@@ -132,13 +144,7 @@ def window_mean(
             old, shift, kv_stride, gate_stride, state_row, rows, row_stride, part_stride,
             WIDTH, RATIO, OVERLAP, STATE, BLOCK_T,
         )  # fmt: skip
-        new = tl.maximum(largest, tl.max(z, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)  # gates of -inf so far have no weight yet
-        keep = tl.exp(largest - base)
-        weight = tl.exp(z - base[None, :])  # [BLOCK_T, WIDTH]
-        total = total * keep + tl.sum(weight, 0)
-        mean = mean * keep + tl.sum(weight * x, 0)
-        largest = new
+        largest, base, total, mean = add_tokens(x, z, largest, total, mean)
     return mean / total, base + tl.log(total)
 
 
@@ -166,13 +172,25 @@ def stored_parts(cache: torch.Tensor, layout: str, width: int, fp32: torch.Tenso
     return fp32, codes, scales, fp32, width, scales.stride()[0]
 
 
-def check_rows(kv, gate, position_bias, norm_weight, ratio, overlap) -> None:
-    """Checks that the ops over windows share, but for the tables; the options first, since shapes follow from them."""
-    check_int("ratio", ratio, 1)
+def stored_layout(layout: str, dimensions: int) -> str:
+    """The constant LAYOUT of :func:`store_row` for a cache's data of so many dimensions."""
+    if layout == INDEXER and dimensions == 2:
+        return INDEXER_FP8
+    return layout if layout in QUANTISED else "unquantised"
+
+
+def check_window(ratio, overlap) -> None:
+    if type(ratio) is not int or ratio < 1:
+        check_int("ratio", ratio, 1)
     if ratio & (ratio - 1):
         raise ValueError(f"ratio: got {ratio}, powers of two are accepted")
     if not isinstance(overlap, bool):
         raise TypeError(f"overlap: got {type(overlap).__name__}, a bool is accepted")
+
+
+def check_rows(kv, gate, position_bias, norm_weight, ratio, overlap) -> None:
+    """Checks that the ops over windows share, but for the tables; the options first, since shapes follow from them."""
+    check_window(ratio, overlap)
     check_tensor("kv", kv, rank=2)
     check_tensor("norm_weight", norm_weight, rank=1, dtypes=(kv.dtype, torch.float32), device=kv.device)
     width = norm_weight.shape[0]

@@ -11,7 +11,6 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.cache import LatentCache
 from mla_kernels.latent.indexer.cache import IndexerCache, page_size_of
 from mla_kernels.latent.windows.parts import (
-    INDEXER,
     INDEXER_FP8,
     check_eps,
     check_rows,
@@ -21,13 +20,13 @@ from mla_kernels.latent.windows.parts import (
     normalise,
     statics,
     store_row,
+    stored_layout,
     stored_parts,
     window_mean,
     window_rule,
 )
 from mla_kernels.latent.write import check_fits, load_row, row_bytes
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
-from mla_kernels.quant.cache_layout import QUANTISED
 from mla_kernels.shim import define_op
 
 _INT32 = (torch.int32,)
@@ -215,9 +214,9 @@ def _launch(
     if kv.shape[0] == 0 or sequences == 0 or max_tokens == 0:
         return
     max_tokens = min(max_tokens, kv.shape[0])
-    stored = INDEXER_FP8 if layout == INDEXER and cache.dim() == 2 else layout if layout in QUANTISED else "unquantised"
     key = (
-        chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap, stored, batch_invariant
+        chip.device, kv.dtype, sequences, max_tokens, rows, width, cos.shape[1], ratio, overlap,
+        layout, cache.dim(), batch_invariant,
     )  # fmt: skip
     plans = WRITE_WINDOWS.kept.plans.get(key)
     if plans is None:
@@ -238,9 +237,12 @@ def _launch(
         WRITE_WINDOWS.launch(chip, work, (*args, per_sequence, work), constants, tile)
 
 
-def _plans(chip, dtype, sequences, max_tokens, rows, width, pairs, ratio, overlap, stored, batch_invariant):
+def _plans(
+    chip, dtype, sequences, max_tokens, rows, width, pairs, ratio, overlap, layout, dimensions, batch_invariant
+):  # fmt: skip
     """(items of a sequence, constants, tile) of each launch: one where no new token can fall on what a new window
     reads, else the entries first and then the state."""
+    stored = stored_layout(layout, dimensions)
 
     def plan(entries, keep, tokens, step):
         constants = _statics(width, 2 * pairs, ratio, overlap, stored, entries, keep)
