@@ -56,29 +56,29 @@ def token_picks(indices_ptr, lengths_ptr, token, split, queries, top_k, share, i
 
 
 @gluon.jit
-def _load_slots(indices, first, end, num_slots, ROW: gl.constexpr):
-    """(slots [64] of the picks from ``first`` on, which of them are picks): none is from ``end`` on."""
-    line = gl.arange(0, BLOCK, layout=ROW)
+def _load_slots(indices, first, end, num_slots, ROW: gl.constexpr, COUNT: gl.constexpr):
+    """(slots [COUNT] of the picks from ``first`` on, which of them are picks): none is from ``end`` on."""
+    line = gl.arange(0, COUNT, layout=ROW)
     slot = gl.load(indices + first + line, mask=line < end - first, other=-1)
     return slot, (slot >= 0) & (slot < num_slots)
 
 
 @gluon.jit
-def hide_absent(indices, first, end, num_slots, ROW: gl.constexpr):
-    """What to add to the scores of a block of picks, [64]: 0, and -inf for those that are none."""
-    _, seen = _load_slots(indices, first, end, num_slots, ROW)
+def hide_absent(indices, first, end, num_slots, ROW: gl.constexpr, COUNT: gl.constexpr = BLOCK):
+    """What to add to the scores of COUNT picks, [COUNT]: 0, and -inf for those that are none."""
+    _, seen = _load_slots(indices, first, end, num_slots, ROW, COUNT)
     return gl.where(seen, 0.0, float("-inf"))
 
 
 @gluon.jit
-def find_rows(picks, first, LAYOUT: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """(where the rows of a block's picks begin, in units of 16 bytes, [64] int64; which are picks).
+def find_rows(picks, first, LAYOUT: gl.constexpr, PAGE_SIZE: gl.constexpr, COUNT: gl.constexpr = BLOCK):
+    """(where the rows of COUNT picks begin, in units of 16 bytes, [COUNT] int64; which are picks).
 
     PAGE_SIZE 1: slots lie token_stride apart, whatever the cache's pages.
     """
     indices, end, num_slots, page_stride, token_stride = picks
     ROW: gl.constexpr = gl.SliceLayout(1, COPIES if LAYOUT == "plain" else CODES)
-    slot, seen = _load_slots(indices, first, end, num_slots, ROW)
+    slot, seen = _load_slots(indices, first, end, num_slots, ROW, COUNT)
     slot = gl.where(seen, slot, 0)
     if PAGE_SIZE == 1:
         units = slot.to(gl.int64) * token_stride
@@ -89,10 +89,10 @@ def find_rows(picks, first, LAYOUT: gl.constexpr, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_tile(tile, rows, seen, column, WIDTH: gl.constexpr):
-    """One tile from ``column`` of rows [64] (pointers) on; its columns from WIDTH on, and rows unseen, become zeros."""
+def copy_tile(tile, rows, seen, column, width):
+    """One tile from ``column`` of rows (pointers) on; its columns from ``width`` on, and rows unseen, become zeros."""
     line = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, COPIES))
-    inside = seen[:, None] & (line < WIDTH)[None, :]
+    inside = seen[:, None] & (line < width)[None, :]
     copy_rows(tile, rows[:, None] + (line + column)[None, :], mask=inside)
 
 
@@ -123,9 +123,9 @@ def start_filling(
     if LAYOUT == "plain":
         rows = latent_ptr + units * 8
         for part in gl.static_range(NUMBER):
-            _copy_tile(parts.index(part), rows, seen, column + part * COLUMNS, COLUMNS)
+            copy_tile(parts.index(part), rows, seen, column + part * COLUMNS, COLUMNS)
         if WITH_ROPE and ROPE > 0:
-            _copy_tile(rope, rows, seen, LATENT, ROPE)
+            copy_tile(rope, rows, seen, LATENT, ROPE)
         arrive_with_copies(full, increment_count=False)
     else:
         codes = _code_tiles(parts)

@@ -9,6 +9,7 @@ from mla_kernels.hopper import decode as hopper_decode
 from mla_kernels.hopper import experts as hopper_experts
 from mla_kernels.hopper import prefill as hopper_prefill
 from mla_kernels.hopper import sparse as hopper_sparse
+from mla_kernels.hopper import sparse_gradients as hopper_sparse_gradients
 from mla_kernels.hopper.indexer import HOPPER_INDEXER_LOGITS
 from tests.launch.cuda_cases import BF16, I32, make_cache, pointers
 from tests.launch.cuda_recorder import record
@@ -171,6 +172,31 @@ def test_hopper_sparse_mla_prefill():
     assert (launch.kernel, launch.grid, launch.threads) == (hopper_sparse.HOPPER_SPARSE_MLA.name, 5 * 2, 384)
     assert launch.arguments["page_stride"] == 1152 // 16 and launch.constants["PAGE_SIZE"] == 1
     assert {t.data_ptr() for t in (kv, indices, *results)} <= set(pointers(launch).values())
+
+
+def test_hopper_sparse_mla_gradients():
+    """Grids, all warps, shared memory, and descriptors over queries, gradients and the weights' workspace."""
+    q, kv = torch.randn(5, 128, 576).to(BF16).requires_grad_(), torch.randn(40, 576).to(BF16).requires_grad_()
+    indices = torch.zeros(5, 700, dtype=I32)
+    with record() as launches, hopper.variants("force"):
+        out, lse = mla_kernels.sparse_mla_prefill(q, kv, indices, softmax_scale=0.1)
+        torch.autograd.grad(out.sum() + lse.sum(), [q, kv])
+    _, gate, weights, queries, picks, sums = launches
+    own = weights, queries, picks
+    assert [launch.kernel for launch in own] == [kernel.name for kernel in hopper_sparse_gradients.KERNELS]
+    assert [launch.grid for launch in own] == [5 * 2 * 2, 5 * 3, 5 * 6]
+    assert {launch.threads for launch in own} == {384} and min(launch.shared_bytes for launch in own) > 160 << 10
+    workspace = pointers(weights)["weights_ptr"]
+    for launch in (queries, picks):
+        tiles = launch.arguments["weight_tiles"]
+        assert (tiles.base.data_ptr(), tiles.shape, tiles.strides) == (workspace, [5 * 2 * 128, 768], [768, 1])
+    for launch in (weights, picks):
+        assert launch.arguments["q_tiles"].base.data_ptr() == q.data_ptr()
+        assert launch.arguments["grad_tiles"].shape == [5, 128, 512]
+    assert (weights.arguments["token_stride"], weights.arguments["pick_blocks"]) == (72, 6)
+    assert pointers(gate)["shift_ptr"] == pointers(weights)["shift_ptr"]
+    assert pointers(picks)["picks_ptr"] == pointers(sums)["picks_ptr"]
+    assert {t.data_ptr() for t in (kv, indices, lse)} <= set(pointers(weights).values())
 
 
 def test_hopper_paged_indexer_logits():

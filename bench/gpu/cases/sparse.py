@@ -5,10 +5,12 @@ from functools import partial
 import torch
 
 import mla_kernels as mk
-from mla_kernels.device.case import Case, Place, Problem, variants
+from mla_kernels import hopper
+from mla_kernels.device.case import HOPPER, Case, Place, Problem, on_hopper, variants
 from mla_kernels.device.cases.decode import LATENT, PAGE, SCALE, TOKEN_BYTES, WIDTH, attend, filled_cache, tokens_of
 
 HEADS, TOP_K = 128, 2048
+LOOKED_AT_ROWS = 4
 
 
 def sparse_decode(batch: int, layout: str | None, place: Place, peers) -> Problem:
@@ -77,12 +79,14 @@ def sparse_prefill(tokens: int, keys: int, place: Place, peers) -> Problem:
 
 
 def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
-    """Forward and gradients of queries and keys; beside it our own forward alone."""
+    """Forward and gradients; beside it our own forward alone, on Hopper also its kernel there. Looked at are the
+    gradients of some tokens, and of some rows that others pick, too."""
     tokens, keys = place.size(tokens, 8), place.size(keys, 96)
     heads, top_k = place.size(HEADS, 16), place.size(TOP_K, 64)
     q, kv, toward = place.normal(tokens, heads, WIDTH), place.normal(keys, WIDTH), place.normal(tokens, heads, LATENT)
     picks = place.ints(torch.stack([torch.randperm(keys)[:top_k] for _ in range(tokens)]))
     looked_at = [0, tokens // 2, tokens - 1]
+    rows = picks[0, :LOOKED_AT_ROWS].long()
 
     def step(function):
         def run(copy: int):
@@ -92,14 +96,19 @@ def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
 
         return run
 
+    def of_token(t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        leaves = [tensor.float().requires_grad_() for tensor in (q[t : t + 1], kv[picks[t].long()])]
+        with torch.enable_grad():
+            return torch.autograd.grad(attend(*leaves), leaves, toward[t : t + 1].float())
+
     def exact() -> torch.Tensor:
-        found = []
-        for t in looked_at:
-            leaf = q[t : t + 1].float().requires_grad_()
-            with torch.enable_grad():
-                (grad,) = torch.autograd.grad(attend(leaf, kv[picks[t].long()]), leaf, toward[t : t + 1].float())
-            found.append(grad[0])
-        return torch.stack(found)
+        of_rows = torch.zeros(len(rows), WIDTH, device=kv.device)
+        for t in range(tokens):
+            of_rows += (picks[t] == rows[:, None]).float() @ of_token(t)[1]
+        return torch.cat([*(of_token(t)[0][0] for t in looked_at), of_rows])
+
+    def looked(gradients) -> torch.Tensor:
+        return torch.cat([gradients[0][looked_at].flatten(0, 1), gradients[1][rows]]).float()
 
     def of_forward() -> torch.Tensor:
         return torch.stack([attend(q[t : t + 1], kv[picks[t].long()])[0] for t in looked_at])
@@ -111,15 +120,20 @@ def backward(tokens: int, keys: int, place: Place, peers) -> Problem:
         return step(partial(forward, **more))
 
     problem = Problem(
-        call(), exact, lambda gradients: gradients[0][looked_at].float(),
+        call(), exact, looked,
         bytes=3 * tokens * top_k * 2 * WIDTH + 6 * q.nbytes, flops=7 * tokens * heads * top_k * (WIDTH + LATENT),
         graph=False,
     )  # fmt: skip
     variants(problem, mk.sparse_mla_prefill, call, place)
-    problem.add(
-        "mla_kernels, forward alone", lambda copy: forward(q, kv), "own", exact=of_forward,
-        pick=lambda out: out[looked_at],
-    )  # fmt: skip
+    alone = dict(kind="own", exact=of_forward, pick=lambda out: out[looked_at])
+    problem.add("mla_kernels, forward alone", lambda copy: forward(q, kv), **alone)
+    if on_hopper(place):
+
+        def forced(copy: int):
+            with hopper.variants("force"):
+                return forward(q, kv)
+
+        problem.add(f"{HOPPER}, forward alone", forced, **alone)
     return problem
 
 

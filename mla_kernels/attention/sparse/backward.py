@@ -7,7 +7,8 @@ out = g sum_j p_j v_j. Let delta = <d out, out> and shift = g delta - d lse. The
     d k_j = sum over tokens and picks of row j of (s sum_h d score_hj q_h, + sum_h p_hj g_h d out_h on the latent part)
 
 Tokens are worked on in chunks. Per chunk, one kernel writes what each pick gives to its row, summed over heads, and
-another sums these per row in the order of tokens and picks, which a stable sort of the indices gives.
+another sums these per row in the order of tokens and picks, which a stable sort of the indices gives. On Hopper
+:mod:`mla_kernels.hopper.sparse_gradients` has kernels for the first and for the queries' gradients.
 Source of the mathematics: FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2, extended by sink and lse.
 """
 
@@ -18,6 +19,9 @@ import torch
 from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.backward_products import SPARSE_PICK_GRAD, SPARSE_QUERY_GRAD
 from mla_kernels.cpu.sparse import sparse_mla_prefill_backward as cpu_sparse_mla_prefill_backward
+from mla_kernels.hopper import MODE
+from mla_kernels.hopper import sparse_gradients as hopper_gradients
+from mla_kernels.hopper import variants as hopper_variants
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.shim import define_op
@@ -183,13 +187,20 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
 
     wide = (num_rows - 1) * kv.stride(0) + width >= 1 << 31
     plain = {"LATENT": latent_dim, "ROPE": width - latent_dim, "WIDE": wide, "LENGTHS": False, "SINK": False}
-    statics = plain | {"LENGTHS": topk_length is not None, "SINK": sink is not None}
+    added = {"LENGTHS": topk_length is not None, "SINK": sink is not None}
+    statics = plain | added
     query_tile = SPARSE_QUERY_GRAD.tile_for(chip, dtype, plain, {"heads": heads})
     pick_tile = SPARSE_PICK_GRAD.tile_for(chip, dtype, plain, {"heads": heads})
     sum_statics = {"LATENT": latent_dim, "ROPE": width - latent_dim}
     sum_tile = SPARSE_ROW_SUM.tile_for(chip, dtype, sum_statics, {})
-    step = max(1, min(tokens, WORKSPACE // max(1, top_k * width * q.element_size())))
+    variant = hopper_gradients.choose(chip, q.dtype, heads, plain)
+    if variant is not None and not hopper_gradients.serves(variant, kv):
+        variant = None
+    of_weights = (0,) if variant is None else hopper_gradients.weights_shape(heads, top_k)
+    of_token = (top_k * width + math.prod(of_weights)) * q.element_size()
+    step = max(1, min(tokens, WORKSPACE // max(1, of_token)))
     picks = torch.empty(step * top_k, width, dtype=q.dtype, device=q.device)
+    weights = torch.empty(step, *of_weights, dtype=q.dtype, device=q.device)
     for first in range(0, tokens, step):
         chunk = slice(first, min(first + step, tokens))
         count = chunk.stop - first
@@ -198,14 +209,18 @@ def _launch(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_
             q[chunk], kv, indices[chunk], indices if lengths is None else lengths, out_grad[chunk], lse[chunk],
             gate[chunk], shift[chunk],
         )  # fmt: skip
-        sizes = (
-            softmax_scale, softmax_scale / math.log(2.0), q.stride(0), q.stride(1), kv.stride(0), indices.stride(0),
-            heads, num_rows, top_k,
-        )  # fmt: skip
-        work = count * -(-heads // query_tile["BLOCK_H"]) * query_tile["VALUE_TILES"]
-        SPARSE_QUERY_GRAD.launch(chip, work, (*given, q_grad[chunk], *sizes, work), statics, query_tile)
-        work = count * -(-top_k // pick_tile["BLOCK_N"]) * pick_tile["VALUE_TILES"]
-        SPARSE_PICK_GRAD.launch(chip, work, (*given, picks, *sizes, work), statics, pick_tile)
+        if variant is not None:
+            call = hopper_gradients.Call(given, weights[:count], added, softmax_scale)
+            hopper_gradients.launch(chip, variant, call, q_grad[chunk], picks)
+        else:
+            sizes = (
+                softmax_scale, softmax_scale / math.log(2.0), q.stride(0), q.stride(1), kv.stride(0),
+                indices.stride(0), heads, num_rows, top_k,
+            )  # fmt: skip
+            work = count * -(-heads // query_tile["BLOCK_H"]) * query_tile["VALUE_TILES"]
+            SPARSE_QUERY_GRAD.launch(chip, work, (*given, q_grad[chunk], *sizes, work), statics, query_tile)
+            work = count * -(-top_k // pick_tile["BLOCK_N"]) * pick_tile["VALUE_TILES"]
+            SPARSE_PICK_GRAD.launch(chip, work, (*given, picks, *sizes, work), statics, pick_tile)
         order, offsets = _order(indices[chunk], lengths, num_rows)
         SPARSE_ROW_SUM.launch(chip, num_rows, (picks, order, offsets, kv_grad, num_rows), sum_statics, sum_tile)
     total = torch.zeros(heads, dtype=torch.float32, device=q.device) if sink is None else sink_grad.sum(0)
@@ -231,11 +246,13 @@ def save_for_backward(ctx, inputs, output):
     q, kv, indices, ctx.softmax_scale, ctx.latent_dim, topk_length, sink, *_ = inputs
     out, lse, _ = output
     ctx.save_for_backward(q, kv, indices, topk_length, sink, out, lse)
+    ctx.hopper_variants = MODE.get()  # autograd calls the backward in a thread of its own, where it is the default
 
 
 def backward(ctx, out_grad, lse_grad, max_logits_grad):
     q, kv, indices, topk_length, sink, out, lse = ctx.saved_tensors
-    q_grad, kv_grad, sink_grad = _backward(
-        q, kv, indices, out, lse, out_grad, lse_grad, ctx.softmax_scale, ctx.latent_dim, topk_length, sink
-    )
+    with hopper_variants(ctx.hopper_variants):
+        q_grad, kv_grad, sink_grad = _backward(
+            q, kv, indices, out, lse, out_grad, lse_grad, ctx.softmax_scale, ctx.latent_dim, topk_length, sink
+        )
     return q_grad, kv_grad, None, None, None, None, None if sink is None else sink_grad, None, None

@@ -210,7 +210,8 @@ def sparse_mla_prefill(
 
     Differentiable in q, kv and sink (through out and lse), deterministic: what each pick gives to the gradient of its
     row is written to a workspace and summed in float32 in the order of tokens and picks. Workspace of the backward, on
-    a device: at most 256 MiB, or the contributions of one token where they take more (top_k rows in q's dtype),
+    a device: at most 256 MiB, or the contributions of one token where they take more (top_k rows in q's dtype; where
+    Hopper's kernels are launched also two numbers a pair of head and pick, padded to multiples of 64 and 128),
     20 bytes a query row, 32 bytes an index of the tokens that share the workspace, and kv in float32.
 
     Args:
