@@ -17,13 +17,18 @@ def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl
 
 @triton.jit
 def load_e4m3(rows, coded, WIDTH: tl.constexpr, CODES: tl.constexpr, WORDS: tl.constexpr):
-    """Values fp32 [BLOCK_N, WIDTH] of rows of e4m3 codes, those from column CODES on and of rows not in ``coded`` 0.
+    """Rows of WIDTH e4m3 codes for :func:`e4m3_latents`, those from column CODES on and of rows not in ``coded`` 0.
     WORDS: four at a time, as they lie in every cache, which Ascend's vector units do not gain by."""
-    FORM: tl.constexpr = AS_HALVES if WORDS else AS_BYTES
     SHARE: tl.constexpr = 4 if WORDS else 1  # codes of a column that is loaded
     column = tl.arange(0, WIDTH // SHARE)[None, :]
     mask = coded[:, None] if CODES == WIDTH else coded[:, None] & (column < CODES // SHARE)
-    return e4m3_values(tl.load(e4m3_pointer(rows, FORM) + column, mask=mask, other=0), tl.float32, FORM)
+    return tl.load(e4m3_pointer(rows, AS_HALVES if WORDS else AS_BYTES) + column, mask=mask, other=0)
+
+
+@triton.jit
+def e4m3_latents(codes, WORDS: tl.constexpr):
+    """Values fp32 [BLOCK_N, WIDTH] of loaded codes."""
+    return e4m3_values(codes, tl.float32, AS_HALVES if WORDS else AS_BYTES)
 
 
 @triton.jit
@@ -47,7 +52,7 @@ def load_latents(
         for number in tl.static_range(1, WIDTH // SCALED_TOGETHER):
             other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
             scales = tl.where(column_block[None, :] < block + number, scales, other)
-        values = (values * scales).to(DTYPE)
+        values = (e4m3_latents(values, WORDS) * scales).to(DTYPE)
     return values
 
 

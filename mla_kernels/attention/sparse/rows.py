@@ -4,7 +4,7 @@ In fp8_v4 the rotated values are the last ROPE of the LATENT, in products of the
 leave them out (0), and ``tail`` sums them.
 """
 
-from mla_kernels.attention.latents import LN2, load_e4m3, load_latents, score_tile
+from mla_kernels.attention.latents import LN2, e4m3_latents, load_e4m3, load_latents, score_tile
 from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.language import tl, triton
@@ -41,9 +41,9 @@ def scale_offsets(slot, page_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr
 def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     """What load_latents loads of fp8_v32; all scales of a token in one transfer take less of Ascend's UB."""
     GROUPS: tl.constexpr = WIDTH // SCALED_TOGETHER
-    values = load_e4m3(rows, seen, WIDTH, WIDTH, False)
+    codes = load_e4m3(rows, seen, WIDTH, WIDTH, False)
     scales = tl.load(scale_rows + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, GROUPS]
-    values = tl.reshape(values, [seen.shape[0], GROUPS, SCALED_TOGETHER])
+    values = tl.reshape(e4m3_latents(codes, False), [seen.shape[0], GROUPS, SCALED_TOGETHER])
     values = (values * scales[:, :, None]).to(DTYPE)
     return tl.reshape(values, [seen.shape[0], WIDTH])
 
@@ -55,9 +55,9 @@ def load_v4_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.const
     GROUPS: tl.constexpr = WIDTH // ROTATED
     group = tl.arange(0, GROUPS)
     scaled = seen[:, None] & (group < GROUPS - 1)[None, :]
-    values = load_e4m3(rows, seen, WIDTH, WIDTH - ROTATED, WORDS)
+    codes = load_e4m3(rows, seen, WIDTH, WIDTH - ROTATED, WORDS)
     scales = ue8m0_values(tl.load(scale_rows + group[None, :], mask=scaled, other=0))  # [BLOCK_N, GROUPS]
-    values = tl.reshape(values, [seen.shape[0], GROUPS, ROTATED])
+    values = tl.reshape(e4m3_latents(codes, WORDS), [seen.shape[0], GROUPS, ROTATED])
     values = (values * scales[:, :, None]).to(DTYPE)
     return tl.reshape(values, [seen.shape[0], WIDTH])
 
