@@ -7,7 +7,7 @@ import sys
 import mla_kernels  # noqa: F401  (declares the kernels)
 from mla_kernels.targets.service import ToolchainMissing
 
-COMMANDS = ("tune", "tables", "show", "report", "diff", "evaluate", "fit")
+COMMANDS = ("tune", "ship", "tables", "show", "report", "diff", "evaluate", "fit")
 """Modules of this package with ``add_parser(commands)``, which sets ``run`` to a function of the parsed options."""
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mla_kernels.autotune import moe_model
+from mla_kernels.autotune import moe_model, timed
 from mla_kernels.autotune.measured import (
     FORMATS,
     Candidates,
@@ -161,6 +161,35 @@ def _whole(point: Point) -> tuple:
     return (*point.tile, point.group_m, point.stages)
 
 
+def evaluate_store(path: Path) -> dict:
+    """Scores by device of a store of timed tiles: of the model, of the tile in use and of no order."""
+    chip, found = timed.read(path)
+    fitted = moe_model.constants()["fitted_on"]
+    excluded = {tuple(s) for s in fitted["shapes"]} if device(fitted["device"]).device == chip.device else set()
+    scored = [one for one in found if one.shape not in excluded]
+    places: dict[str, list] = defaultdict(list)
+    lost: dict[str, list[float]] = defaultdict(list)
+    for one in scored:
+        in_use = np.arange(len(one.tiles)) == one.control
+        orders = {"model": -one.modelled(chip), "in use": in_use.astype(float), "random": np.zeros(len(one.tiles))}
+        best = int(np.argmin(one.seconds))
+        for name, scores in orders.items():
+            places[name].append(place(scores, best))
+            first = scores == scores.max()
+            lost[name].append(float(np.log(one.seconds[first]).mean() - np.log(one.seconds[best])))
+    return {
+        "measured": str(path),
+        "device": chip.device,
+        "target": chip.name,
+        "problems": len(found),
+        "scored": len(scored),
+        "tiles": float(np.mean([len(one.tiles) for one in scored])) if scored else 0.0,
+        "kernels": sorted({one.kernel for one in scored}),
+        "methods": {name: metrics(places[name]) | {"lost": math.expm1(float(np.mean(lost[name])))} for name in places},
+        "fitted_on": fitted,
+    }
+
+
 def _fitted_shapes(points: Sequence[Point]) -> set:
     """Shapes of these points that the constants were fitted to."""
     fitted = moe_model.constants()["fitted_on"]
@@ -231,13 +260,19 @@ def evaluate(path: Path, dtype: str = "bf16") -> dict:
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("evaluate", help="score tile choices against a file of measured winners")
-    parser.add_argument("--measured", type=Path, required=True, metavar="FILE.csv", help="measured winners")
+    parser.add_argument(
+        "--measured", type=Path, required=True, metavar="FILE", help="measured winners (CSV) or a store of tune (jsonl)"
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=FORMATS, default="bf16", help="rows to score (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options) -> int:
+    if timed.is_store(options.measured):
+        result = evaluate_store(options.measured)
+        print(json.dumps(result, indent=1) if options.json else _store_page(result))
+        return 0
     result = evaluate(options.measured, options.dtype)
     if options.json:
         print(json.dumps(result, indent=1))
@@ -247,6 +282,18 @@ def run(options) -> int:
     for name in result["unknown"]:
         print(f"{name}: no figures are known, left out", file=sys.stderr)
     return 0
+
+
+def _store_page(scores: dict) -> str:
+    lines = [
+        f"{scores['measured']} ({scores['device']}, {scores['target']}): {scores['scored']} of {scores['problems']} "
+        f"timed problems of {', '.join(scores['kernels']) or 'no kernel'}, {scores['tiles']:.0f} tiles each",
+        f"{'':<20}{'percentile':>11}{'lost':>11}" + "".join(f"{f'recall@{k}':>11}" for k in RECALLS),
+    ]
+    for method, found in scores["methods"].items():
+        recalls = "".join(f"{found['recall'][str(k)]:>11.3f}" for k in RECALLS)
+        lines.append(f"{method:<20}{found['rank_percentile']:>11.1f}{found['lost']:>11.1%}{recalls}")
+    return "\n".join(lines)
 
 
 def _page(name: str, scores: dict) -> str:

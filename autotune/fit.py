@@ -4,7 +4,8 @@ The winner of a problem is one draw among the valid tiles of its space, with log
 (conditional logit). The weights maximise the likelihood of the winners' shapes, plus STAGES_SHARE of that of their
 stages, less RIDGE of their squares in units of a feature's spread; those of costs are held at or below zero. Fitted on
 half of the file's (experts, intermediate) shapes (:func:`mla_kernels.autotune.measured.halves`); the other half is
-never looked at. ``seconds`` maps scores to the terms' scale: the straight line that gives log seconds their mean and
+never looked at. Of a store of timed tiles (:mod:`mla_kernels.autotune.timed`) the fastest is a draw among those that
+were timed. ``seconds`` maps scores to the terms' scale: the straight line that gives log seconds their mean and
 spread.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mla_kernels.autotune import moe_model
+from mla_kernels.autotune import moe_model, timed
 from mla_kernels.autotune.measured import Candidates, Point, halves, problem_terms, read_points
 from mla_kernels.checks import output_file
 from mla_kernels.targets.chips import Chip
@@ -91,14 +92,39 @@ def fit_weights(data: Samples) -> np.ndarray:
     return signed().detach().numpy() / spread
 
 
+def samples_of_store(chip: Chip, found: Sequence[timed.Timed]) -> Samples:
+    """Timed problems; each tile stands for itself, with the stages that it has."""
+    widest = max(len(one.tiles) for one in found)
+    features = np.zeros((len(found), widest, len(moe_model.FEATURES)))
+    log_seconds, fits = np.zeros((len(found), widest)), np.zeros((len(found), widest, 1), bool)
+    for number, one in enumerate(found):
+        count = len(one.tiles)
+        features[number, :count], log_seconds[number, :count] = one.features(chip)
+        fits[number, :count] = True
+    winner = np.array([int(np.argmin(one.seconds)) for one in found])
+    return Samples(features, fits, winner, np.full(len(found), -1), log_seconds)
+
+
 def fit(points: Sequence[Point]) -> dict:
     """Constants from the points of one device whose shape is in the first half of its shapes."""
     fitted, left = halves(point.shape for point in points)
     name = points[0].device
-    data = samples(device(name), [point for point in points if point.shape in fitted])
+    return _constants(name, samples(device(name), [point for point in points if point.shape in fitted]), fitted, left)
+
+
+def fit_store(path: Path) -> dict:
+    """The same from a store of timed tiles. ValueError where it holds fewer than two shapes."""
+    chip, found = timed.read(path)
+    fitted, left = halves(one.shape for one in found)
+    if not fitted:
+        raise ValueError(f"{path}: all timed problems have one shape {left}; a fit takes half of the shapes")
+    return _constants(chip.device, samples_of_store(chip, [one for one in found if one.shape in fitted]), fitted, left)
+
+
+def _constants(name: str, data: Samples, fitted: set, left: set) -> dict:
     weights = fit_weights(data)
-    scores = (data.features @ weights).reshape(data.fits.shape)[data.fits]
-    log_seconds = data.log_seconds.reshape(data.fits.shape)[data.fits]
+    fits = data.fits.reshape(len(data.fits), -1)
+    scores, log_seconds = (data.features @ weights)[fits], data.log_seconds[fits]
     slope = -log_seconds.std() / scores.std()
     offset = log_seconds.mean() - slope * scores.mean()
     return {
@@ -117,20 +143,16 @@ def fit(points: Sequence[Point]) -> dict:
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("fit", help="fit the model of grouped products to a file of measured winners")
-    parser.add_argument("--measured", type=Path, required=True, metavar="FILE.csv", help="measured winners to fit to")
+    parser.add_argument(
+        "--measured", type=Path, required=True, metavar="FILE", help="measured winners (CSV) or a store of tune (jsonl)"
+    )  # fmt: skip
     parser.add_argument("--device", help="fit to the rows of this device (default: the one with the most rows)")
     parser.add_argument("--output", type=output_file, default=moe_model.CONSTANTS, help="where the constants go")
     parser.set_defaults(run=run)
 
 
 def run(options) -> int:
-    points = read_points(options.measured)
-    names = [point.device for point in points]
-    name = options.device or max(sorted(set(names)), key=names.count)
-    if name not in names:
-        raise ValueError(f"--device: got {name!r}, the file holds {', '.join(sorted(set(names)))}")
-    points = [point for point in points if point.device == name]
-    constants = fit(points)
+    constants = fit_store(options.measured) if timed.is_store(options.measured) else fit(_points(options))
     options.output.write_text(json.dumps(constants, indent=1) + "\n")
     fitted = constants["fitted_on"]
     print(
@@ -138,3 +160,12 @@ def run(options) -> int:
         f"{len(fitted['shapes'])} shapes; {fitted['shapes_left']} shapes are left for evaluation"
     )
     return 0
+
+
+def _points(options) -> list[Point]:
+    points = read_points(options.measured)
+    names = [point.device for point in points]
+    name = options.device or max(sorted(set(names)), key=names.count)
+    if name not in names:
+        raise ValueError(f"--device: got {name!r}, the file holds {', '.join(sorted(set(names)))}")
+    return [point for point in points if point.device == name]

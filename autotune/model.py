@@ -19,7 +19,7 @@ Of a compiled attention kernel whose main loop has clock bounds (:mod:`mla_kerne
 waves * turns of the loop * clocks of a turn, see :func:`loop_seconds`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from mla_kernels.autotune import moe_model
@@ -60,7 +60,7 @@ def seconds(kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Map
     """Modelled duration of one launch; see the module's formula. For ranking only."""
     products = GROUPED.get(kernel.name)
     if products and chip.is_gpu and sizes["pairs"]:
-        return float(_grouped(products, chip, dtype, statics, sizes, [tile])[0])
+        return all_seconds(kernel, chip, dtype, statics, sizes, [tile])[0]
     work = kernel.work(dtype, statics, sizes, tile)
     if products and sizes["pairs"]:
         product = _product(products, chip, dtype, statics, sizes, tile)
@@ -106,12 +106,8 @@ def all_seconds(
     if not (products and chip.is_gpu and sizes["pairs"] and tiles):
         return [seconds(kernel, chip, dtype, statics, sizes, tile) for tile in tiles]
     found = [0.0] * len(tiles)
-    alike: dict[tuple, list[int]] = {}
-    for index, tile in enumerate(tiles):
-        alike.setdefault((bool(tile.get("JOINED")), bool(tile.get("FP8"))), []).append(index)
-    for indices in alike.values():
-        some = [tiles[index] for index in indices]
-        for index, value in zip(indices, _grouped(products, chip, dtype, statics, sizes, some)):
+    for indices, shapes, parts in grouped(kernel, chip, dtype, statics, sizes, tiles):
+        for index, value in zip(indices, moe_model.seconds(shapes, [parts])):
             found[index] = float(value)
     return found
 
@@ -131,12 +127,20 @@ def _product(products, chip, dtype, statics, sizes, tile) -> moe_model.Product:
     return moe_model.Product(tokens, top_k, sizes["experts"], columns, inner, row_bytes, weight_bytes, rate)
 
 
-def _grouped(products, chip, dtype, statics, sizes, tiles):
-    """Seconds of tiles that have JOINED and FP8 in common."""
-    product = _product(products, chip, dtype, statics, sizes, tiles[0])
-    dots = products if not tiles[0].get("JOINED") else 1
-    rows = [
-        (t["BLOCK_M"], products * t["BLOCK_N"], t.get("BLOCK_K", 128), t["num_warps"], t["num_stages"]) for t in tiles
-    ]
-    shapes = moe_model.Tiles.of(rows, dots)
-    return moe_model.seconds(shapes, [moe_model.terms(chip, product, shapes)])
+def grouped(
+    kernel: Kernel, chip: Chip, dtype: str, statics: Mapping, sizes: Mapping, tiles: Sequence[Mapping]
+) -> Iterator[tuple[list[int], moe_model.Tiles, moe_model.Terms]]:
+    """(positions, shapes, terms) of tiles of a grouped product; those that have JOINED and FP8 in common together."""
+    products = GROUPED[kernel.name]
+    alike: dict[tuple, list[int]] = {}
+    for index, tile in enumerate(tiles):
+        alike.setdefault((bool(tile.get("JOINED")), bool(tile.get("FP8"))), []).append(index)
+    for (joined, _), indices in alike.items():
+        some = [tiles[index] for index in indices]
+        product = _product(products, chip, dtype, statics, sizes, some[0])
+        rows = [
+            (t["BLOCK_M"], products * t["BLOCK_N"], t.get("BLOCK_K", 128), t["num_warps"], t["num_stages"])
+            for t in some
+        ]
+        shapes = moe_model.Tiles.of(rows, 1 if joined else products)
+        yield indices, shapes, moe_model.terms(chip, product, shapes)

@@ -3,7 +3,8 @@
 A problem's op is called with each tile in turn. Every round times the control first and last and each other tile once
 between, so that drift of clocks touches all alike; a tile is compared with the controls of its own round. It replaces
 the control only where it is faster in four rounds of five by more than the noise, which is what the two controls of a
-round differ by, and by two percent at least. Times are of the whole op's launches.
+round differ by, and by two percent at least. Times are of the whole op's launches. Where an op has no reference here,
+results are held against those of the tile in use, over memory that was spoilt before.
 """
 
 import math
@@ -29,6 +30,10 @@ class WrongResult(RuntimeError):
     """The tile in use gives a result that is not the reference's."""
 
 
+class DeviceFault(RuntimeError):
+    """The device's context is broken: only another process can go on."""
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds that a tile took, over ``n`` rounds."""
@@ -51,7 +56,7 @@ class Outcome:
     times: tuple[Times, ...]
     control: Times
     noise: float
-    error: float  # of the chosen tile's result, as a share of the reference's largest magnitude; NaN: no reference
+    error: float  # of the chosen tile's result, as a share of the largest magnitude that it is held against
     wrong: tuple[tuple[Tile, str], ...] = ()
     skipped: int = 0  # tiles that time did not reach
 
@@ -70,6 +75,9 @@ class DeviceTimer:
     def __init__(self, device: torch.device, cache_bytes: int):
         self.device, self.module = device, getattr(torch, device.type)
         self.flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+
+    def synchronise(self) -> None:
+        self.module.synchronize(self.device)
 
     def prepare(self, run: Callable[[], object]) -> Callable[[], float]:
         """Warm a call up; the function that is returned takes one sample of it."""
@@ -108,33 +116,38 @@ def measure(
     timer,
     seconds: float = math.inf,
     preparing: float = math.inf,
+    begin: Callable[[Tile | None], None] = lambda tile: None,
 ) -> Outcome:
     """Time ``others`` beside ``control`` for at most about ``seconds``, though never less than a few rounds.
 
-    ``timer`` is a :class:`DeviceTimer` or an object with its ``prepare``. Tiles whose result is not the reference's, or
-    that do not launch, are left out. So are the last of ``others`` where the first took ``preparing`` seconds: a first
-    launch compiles, which takes longer than all its samples.
+    ``timer`` is a :class:`DeviceTimer` or an object with its ``prepare`` and ``synchronise``. Tiles whose result is not
+    the reference's, or that do not launch, are left out. So are the last of ``others`` where the first took
+    ``preparing`` seconds: a first launch compiles, which takes longer than all its samples. ``begin`` is told which
+    tile is launched next for the first time, and None before the samples of all.
 
     Raises:
         WrongResult: the control's own result is wrong; nothing should be stored then.
+        DeviceFault: a tile has broken the device's context.
     """
-    begin, skipped = time.monotonic(), 0
+    start, skipped = time.monotonic(), 0
     kernel = problem.kernel
-    expected = None if call.expected is None else call.expected()
+    held = _Held(call)
     contestants, wrong, errors = [], [], {}
     for tile in (control, *(tile for tile in others if dict(tile) != dict(control))):
-        if len(contestants) > 1 and time.monotonic() - begin > preparing:
+        if len(contestants) > 1 and time.monotonic() - start > preparing:
             skipped += 1
             continue
+        begin(dict(tile))
         problem_seen = ""
         try:
             with tiles.override(kernel, tile):
-                error = math.nan if expected is None else error_of(call.run(), expected)
-                if expected is not None and not error <= TOLERANCE[problem.dtype]:
+                error = held.error()
+                if not error <= TOLERANCE[problem.dtype]:
                     problem_seen = f"its result is {error:.2g} off, accepted {TOLERANCE[problem.dtype]:.2g}"
                 else:
                     sample = timer.prepare(call.run)
-        except (RuntimeError, ValueError, NotImplementedError) as refused:
+        except Exception as refused:  # of Triton, of torch: whatever keeps a tile from being launched
+            _still_works(timer, refused)
             if tile is control:
                 raise
             problem_seen = str(refused)
@@ -145,14 +158,47 @@ def measure(
             continue
         errors[len(contestants)] = error
         contestants.append((dict(tile), sample))
-    begin, rounds = time.monotonic(), []
-    while len(rounds) < MOST_ROUNDS and (len(rounds) < FEWEST_ROUNDS or time.monotonic() - begin < seconds):
+    begin(None)
+    start, rounds = time.monotonic(), []
+    while len(rounds) < MOST_ROUNDS and (len(rounds) < FEWEST_ROUNDS or time.monotonic() - start < seconds):
         taken = []
         for tile, sample in (*contestants, contestants[0]):
             with tiles.override(kernel, tile):
                 taken.append(sample())
         rounds.append(taken)
     return _judge([tile for tile, _ in contestants], rounds, errors, wrong, skipped)
+
+
+class _Held:
+    """What results of a call are held against: the reference's, else the first result of all, the control's."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.expected = None if call.expected is None else call.expected()
+        self.before: tuple[torch.Tensor, ...] = ()
+
+    def error(self) -> float:
+        """Of a call that is made now. What the one before has written, maybe into the same memory, is spoilt first."""
+        if self.call.expected is None:
+            for result in self.before or self.call.run():
+                spoil(result)
+        self.before = self.call.run()
+        if self.expected is None:
+            self.expected = tuple(result.detach().clone() for result in self.before)
+        return error_of(self.call.seen(self.before), self.expected)
+
+
+def spoil(result: torch.Tensor) -> None:
+    """Overwrite a result with NaN, -1 or 255."""
+    if result.is_contiguous() and result.numel():
+        result.detach().view(-1).view(torch.uint8).fill_(255)
+
+
+def _still_works(timer, refused: Exception) -> None:
+    try:
+        timer.synchronise()
+    except Exception as error:
+        raise DeviceFault(f"{refused}; {error}") from refused
 
 
 def _judge(contestants, rounds, errors, wrong, skipped) -> Outcome:

@@ -208,7 +208,7 @@ def _indexer_write(g: Geometry, size, make: Make) -> Call:
     def run():
         mk.write_indexer_key(key, *norm, *tables, positions, slots, cache, rope_dim=g.rope, rope="half")
         rotated = mk.rotate_indexer_query(queries, *tables, positions, rope_dim=g.rope, rope="half")
-        return rotated, mk.quantise_indexer_query(rotated, weights)[1]
+        return rotated, mk.quantise_indexer_query(rotated, weights)[1], cache.data
 
     return Call(run, None)
 
@@ -218,11 +218,28 @@ def _select(g: Geometry, size, make: Make) -> Call:
     pages = size["keys"] // page
     room = max(batch * pages, size.get("pool", 0) // page)
     cache = mk.IndexerCache.allocate(room, page, head_dim=g.index_width, layout="fp8", device=make.device)
+    if not make.bare:
+        cache.keys.copy_(make.normal(*cache.keys.shape).to(torch.float8_e4m3fn).view(torch.uint8))
+        cache.scales.fill_(1.0)
     q = make.normal(batch, 1, g.index_heads, g.index_width)
     weights = make.normal(batch, 1, g.index_heads, dtype=torch.float32)
     table, lengths = make.counting(batch, pages), make.full(batch, value=size["keys"])
     codes = q.to(torch.float8_e4m3fn) if size["codes"] else q
-    return Call(lambda: (mk.select_slots(codes, cache, weights, table, lengths, g.index_top_k),), None)
+
+    def scores() -> torch.Tensor:
+        """Of the first sequence, whose pages come first."""
+        keys = cache.keys[:pages].view(torch.float8_e4m3fn).float().flatten(0, 1)
+        return weights[0, 0] @ torch.relu(codes[0, 0].float() @ keys.t())
+
+    def seen(results):
+        """The chosen keys' scores: which of two keys of nearly one score is chosen may depend on a tile."""
+        chosen = results[0][0].flatten()
+        return (scores()[chosen[chosen >= 0].unique().long()].sort().values,)
+
+    return Call(
+        lambda: (mk.select_slots(codes, cache, weights, table, lengths, g.index_top_k),),
+        lambda: (scores().topk(min(g.index_top_k, size["keys"])).values.sort().values,), seen,
+    )  # fmt: skip
 
 
 def _picks(g: Geometry) -> tuple[int, ...]:

@@ -59,11 +59,12 @@ def add_parser(commands) -> None:
     common.add_targets(parser, "the device of this machine")
     common.add_kernels(parser)
     parser.add_argument(
-        "--model", metavar="MODEL", help=f"a known model ({', '.join(models.MODELS)}) or a config.json; else all cases"
-    )
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
+        "--model", nargs="+", metavar="MODEL",
+        help=f"known models ({', '.join(models.MODELS)}), a config.json, or {tune.ALL}; else all cases",
+    )  # fmt: skip
+    parser.add_argument("--tp", nargs="+", type=int, metavar="N", help="devices that share a layer (default: as tune)")
     parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="where the pages go (default: .)")
-    parser.set_defaults(run=run, statics=None, sizes=None)
+    parser.set_defaults(run=run, statics=None, sizes=None, format=None)
 
 
 def run(options) -> int:
@@ -75,7 +76,7 @@ def run(options) -> int:
     failed = False
     for chip in chips:
         rows, refused = collect([task.problem for some in tune.tasks(options, chip) for task in some], chip)
-        title = f"{options.model or 'declared cases'} on {chip.part} ({chip.name})"
+        title = f"{', '.join(options.model or ['declared cases'])} on {chip.part} ({chip.name})"
         for suffix, text in (
             (".md", markdown(title, chip, rows, refused)),
             (".html", html(title, chip, rows, refused)),

@@ -31,7 +31,7 @@ RANKED = (
 model sees no layouts, and not what decoding quantised weights costs."""
 
 KEPT = 8
-"""How many tiles a shortlist holds."""
+"""How many tiles a shortlist holds, where no other number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,14 @@ def shortlists(
     progress: Callable[[Report], None] | None = None,
     requested: Callable[[int], None] | None = None,
     limit: float | None = None,
+    kept: int = KEPT,
 ) -> list[Shortlist]:
     """Shortlists of problems for ``chip``, in their order.
 
     Of each, the ``compiled`` tiles that the model ranks best and the rule's are compiled; those with spills in the main
     loop, traps or too much memory are dropped; the others are ranked again by :func:`refined`. The first stands before
-    the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all.
+    the rule's tile only if it is faster by :data:`MARGIN`. With ``compiled`` 0 the rule's tile is all. A
+    shortlist holds ``kept`` tiles at most.
 
     ``requested`` is told how many compilations there will be, ``progress`` gets each report. Compilers are stopped
     after ``limit`` seconds.
@@ -155,7 +157,7 @@ def shortlists(
         requested(len(requests))
     reports = iter(compile_many(requests, progress, limit))
     return [
-        _choose(problem, chip, some, [next(reports) for _ in some], len(fitting[_key(problem)]))
+        _choose(problem, chip, some, [next(reports) for _ in some], len(fitting[_key(problem)]), kept)
         for problem, some in zip(problems, tried)
     ]
 
@@ -164,7 +166,9 @@ def _key(problem: Problem) -> tuple:
     return problem.kernel.name, problem.dtype, frozenset(problem.statics.items())
 
 
-def _choose(problem: Problem, chip: Chip, tried: list[Tile], reports: list[Report], considered: int) -> Shortlist:
+def _choose(
+    problem: Problem, chip: Chip, tried: list[Tile], reports: list[Report], considered: int, kept: int
+) -> Shortlist:
     ranked = []
     for tile, report, modelled in zip(tried, reports, seconds(problem, chip, tried)):
         if report.ok:
@@ -183,4 +187,4 @@ def _choose(problem: Problem, chip: Chip, tried: list[Tile], reports: list[Repor
         order, provenance = [others[0], rule, *others[1:]], "modelled"
     else:
         order, provenance = [rule, *others], "rule"
-    return Shortlist(tuple(order[:KEPT]), provenance, considered)
+    return Shortlist(tuple(order[:kept]), provenance, considered)

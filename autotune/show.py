@@ -15,9 +15,10 @@ def add_parser(commands) -> None:
     common.add_targets(parser, "the device of this machine")
     common.add_kernels(parser)
     parser.add_argument(
-        "--model", metavar="MODEL", help=f"a known model ({', '.join(models.MODELS)}) or a config.json; else all cases"
-    )
-    parser.add_argument("--tp", nargs="+", type=int, default=[1], metavar="N", help="devices that share a layer")
+        "--model", nargs="+", metavar="MODEL",
+        help=f"known models ({', '.join(models.MODELS)}), a config.json, or {tune.ALL}; else all cases",
+    )  # fmt: skip
+    parser.add_argument("--tp", nargs="+", type=int, metavar="N", help="devices that share a layer (default: as tune)")
     parser.set_defaults(run=run, statics=None, sizes=None, format=None)
 
 
@@ -41,6 +42,8 @@ def run(options) -> int:
             tile, origin = _words(found.tile), found.origin
             if found.entry is not None:
                 origin = f"{found.origin} of {found.device}, {found.entry.provenance}"
+                if found.entry.provenance == "measured" and "part" in found.entry.detail:
+                    origin += f" on {found.entry.detail['part']}"
             sizes, statics = _words(problem.sizes), _words(problem.statics)
             printed.add_row(chip.device, problem.kernel.name, statics, sizes, tile, origin)
     Console(width=None if sys.stdout.isatty() else 240).print(printed)

@@ -9,10 +9,15 @@ from pathlib import Path
 
 from mla_kernels.tile_files import TABLE_FORMAT, Entry, line_of, read_store, store_header
 
+RUN = {"part", "date", "versions"}
+"""What a table keeps of a measurement."""
+
 
 def write_table(path: Path, device: str, entries: Iterable[Entry], versions: dict[str, str]) -> None:
-    """Replace the table at ``path`` in one step, entries in a fixed order."""
+    """Replace the table at ``path`` in one step, entries in a fixed order; of what is said beside a measured one, the
+    part, the date and the versions are kept."""
     groups: dict[tuple, dict] = {}
+    runs: list[dict] = []
     ordered = sorted(entries, key=lambda e: (e.kernel, e.dtype, json.dumps(dict(e.statics)), *e.sizes.values()))
     for entry in ordered:
         key = (entry.kernel, entry.dtype, entry.source, json.dumps(dict(entry.statics)), tuple(entry.sizes))
@@ -22,7 +27,13 @@ def write_table(path: Path, device: str, entries: Iterable[Entry], versions: dic
             if dict(tile) not in group["tiles"]:
                 group["tiles"].append(dict(tile))
             chosen.append(group["tiles"].index(dict(tile)))
-        group["problems"].append([list(entry.sizes.values()), chosen, entry.provenance])
+        problem = [list(entry.sizes.values()), chosen, entry.provenance]
+        if entry.provenance == "measured" and entry.detail.keys() >= RUN:
+            run = {name: entry.detail[name] for name in sorted(RUN)}
+            if run not in runs:
+                runs.append(run)
+            problem.append(runs.index(run))
+        group["problems"].append(problem)
     lines = [
         json.dumps(
             {"kernel": kernel, "dtype": dtype, "source": source, "statics": json.loads(statics), "sizes": list(sizes)}
@@ -31,7 +42,8 @@ def write_table(path: Path, device: str, entries: Iterable[Entry], versions: dic
         )
         for (kernel, dtype, source, statics, sizes), group in groups.items()
     ]
-    head = json.dumps({"format": TABLE_FORMAT, "device": device, "versions": versions})[:-1]
+    about = {"format": TABLE_FORMAT, "device": device, "versions": versions} | ({"runs": runs} if runs else {})
+    head = json.dumps(about)[:-1]
     replace_text(path, f'{head}, "groups": [\n' + ",\n".join(lines) + "\n]}\n")
 
 

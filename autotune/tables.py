@@ -2,6 +2,7 @@
 
 Kernels in :data:`mla_kernels.autotune.search.RANKED` get the tile that the cost model ranks best among those that
 compile well, with a shortlist; the others keep their rule's tile, compiled, since the model sees no layouts in them.
+What was measured (:mod:`.ship`) stays, as long as the kernel's source does.
 """
 
 import sys
@@ -18,7 +19,7 @@ from mla_kernels.launch import KERNELS
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.compile import Request, compile_many
 from mla_kernels.targets.devices import DEVICES
-from mla_kernels.tile_files import Entry, table_path
+from mla_kernels.tile_files import BadFile, Entry, read_table, table_path
 from mla_kernels.tiles import Problem
 
 SHIPPED = (
@@ -70,7 +71,10 @@ def run(options) -> int:
             entries, failed = make_entries(wanted, chip, options.candidates, bar)
             failures += failed
             path = table_path(chip.device) if options.output is None else options.output / f"{chip.device}.json"
-            entries += _others(path, chip, options, {p.key for p in wanted})
+            kept = _measured(path, chip, options)
+            entries = [entry for entry in entries if problem_of(entry) not in kept] + list(kept.values())
+            others = _others(path, chip, options, {p.key for p in wanted})
+            entries += [entry for entry in others if problem_of(entry) not in kept]
             write_table(path, chip.device, entries, common.versions(chip))
             bar.console.print(f"{path}: {len(entries)} problems, {path.stat().st_size / 1024:.0f} KiB", soft_wrap=True)
     for failure in failures:
@@ -78,20 +82,38 @@ def run(options) -> int:
     return int(bool(failures))
 
 
+def problem_of(entry: Entry) -> tuple:
+    """What an entry answers, whatever its source."""
+    return entry.kernel, entry.dtype, frozenset(entry.statics.items()), frozenset(entry.sizes.items())
+
+
+def _measured(path: Path, chip: Chip, options) -> dict[tuple, Entry]:
+    """Measured entries of the table so far, of the kernels that are made and of their present sources."""
+    made = options.kernel or KERNELS
+    return {
+        problem_of(entry): entry
+        for entry in _read(path, chip)
+        if entry.provenance == "measured" and entry.kernel in made and entry.kernel in KERNELS
+        and entry.source == KERNELS[entry.kernel].source_hash
+    }  # fmt: skip
+
+
+def _read(path: Path, chip: Chip) -> list[Entry]:
+    """The table so far; nothing where there is none, or a bad one, which is replaced."""
+    try:
+        return read_table(path, chip.device) if path.exists() else []
+    except BadFile:
+        return []
+
+
 def _others(path: Path, chip: Chip, options, made: set) -> list[Entry]:
     """Entries of the table so far that a run for some kernels or models leaves as they are."""
-    from mla_kernels.tile_files import BadFile, read_table
-
     if not options.kernel and set(options.model) == set(MODELS):
-        return []
-    try:
-        kept = read_table(path, chip.device) if path.exists() else []
-    except BadFile:
         return []
     remade = options.kernel or KERNELS
     return [
         entry
-        for entry in kept
+        for entry in _read(path, chip)
         if (entry.kernel, entry.dtype, tuple(entry.statics.items()), tuple(entry.sizes.items())) not in made
         and (entry.kernel not in remade or entry.source == KERNELS[entry.kernel].source_hash)
     ]

@@ -58,7 +58,7 @@ class GpuLaunch:
             if kind == "fp32" and not isinstance(value, float):
                 raise TypeError(f"{kernel.name}: {name}: got {type(value).__name__}, a float is accepted")
         constants = kernel.constexprs(statics, tile)
-        compiled = kernel.fn[(grid,)](*args, **constants, **kernel.options(chip, tile))
+        compiled = kernel.jit[(grid,)](*args, **constants, **kernel.options(chip, tile))
         if key is None:
             return
         if len(self.known) >= MOST_LAUNCHES_KEPT:

@@ -7,6 +7,8 @@ launch all read it; nothing is listed twice.
 
 import functools
 import hashlib
+import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -88,6 +90,21 @@ TYPES = {
 """Letters that stand for types of a kernel's arguments: letter -> (dtype, statics) -> Triton type."""
 
 
+def _hash_callees(fn, seen: set[int]) -> None:
+    """Have Triton hash what a function calls, leaves first, and then the function."""
+    seen.add(id(fn))
+    python = python_function(fn)
+    names, scope = python.__code__.co_names, python.__globals__ | inspect.getclosurevars(python).nonlocals
+    found = [scope.get(name) for name in names]
+    modules = [value for value in found if isinstance(value, types.ModuleType)]
+    found += [getattr(module, name, None) for module in modules for name in names]
+    for value in found:
+        # the type is asked, since asking the function for its key would hash it
+        if hasattr(type(value), "cache_key") and hasattr(value, "fn") and id(value) not in seen:
+            _hash_callees(value, seen)
+    _ = fn.cache_key
+
+
 class Kernel:
     """One Triton kernel and what is known about it. ``language``: which of Triton's languages it is written in.
 
@@ -156,6 +173,18 @@ class Kernel:
     def launches_known(self) -> int:
         """Entries of the launch cache."""
         return len(self._gpu.known)
+
+    @functools.cached_property
+    def jit(self):
+        """Triton's function, whose key in caches on disk no longer depends on what this process launched before.
+
+        Triton 3.6 and 3.7 take into a function's hash the constants of those callees alone that were hashed before it
+        (3.9 hashes them first): the kernel's key would be another where a kernel with the same helpers came before
+        (``findings/triton_cache_key_depends_on_order.sh``).
+        """
+        fn = getattr(self.fn, "loaded", self.fn)
+        _hash_callees(fn, set())
+        return fn
 
     @functools.cached_property
     def source(self) -> str:

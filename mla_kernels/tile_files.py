@@ -8,8 +8,9 @@ A **table** is one JSON file a device, in the package: ``autotune/tables/<device
      "problems": [[[1, 6, 64, 2048, 1408], [2, 0, 5], "modelled"], ...]}, ...]}
 
 A problem names its sizes, its shortlist (positions in ``tiles``, the chosen one first) and where the choice comes from:
-``"modelled"`` (ranked by the cost model, compiled, never timed) or ``"rule"`` (the kernel's closed-form rule, compiled,
-never timed).
+``"modelled"`` (ranked by the cost model, compiled, never timed), ``"rule"`` (the kernel's closed-form rule, compiled,
+never timed) or ``"measured"``, with the position of its run in ``"runs"``, which a table with timed choices has beside
+its versions: ``[{"part": "NVIDIA H200", "date": "...", "versions": {...}}, ...]``, the part that was timed and when.
 
 A **store** is one file of JSON lines a device, in the user's cache folder: ``<cache>/tiles/<device>.jsonl``. Its first
 line is ``{"format": "mla_kernels tiles", "version": 1, "device": "h200"}``; each other line is one entry, ::
@@ -78,16 +79,16 @@ def read_table(path: Path, device: str) -> list[Entry]:
         raise BadFile(f"{path}: a table for {table.get('device')!r}, expected {device!r}")
     if not isinstance(table.get("groups"), list):
         raise BadFile(f"{path}: a table without groups")
-    entries = []
+    entries, runs = [], table.get("runs", [])
     for index, group in enumerate(table["groups"]):
         try:
             tiles, names = group["tiles"], group["sizes"]
             entries += [
                 Entry(
                     group["kernel"], group["dtype"], group["source"], group["statics"], dict(zip(names, sizes)),
-                    tuple(tiles[i] for i in chosen), provenance,
+                    tuple(tiles[i] for i in chosen), provenance, runs[run[0]] if run else {},
                 )
-                for sizes, chosen, provenance in group["problems"]
+                for sizes, chosen, provenance, *run in group["problems"]
             ]  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadFile(f"{path}: group {index} is damaged ({error!r})") from error
@@ -121,6 +122,19 @@ def read_store(path: Path, device: str) -> list[Entry]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadFile(f"{path}: line {number} is damaged ({error!r})") from error
     return entries
+
+
+def device_of_store(path: Path) -> str:
+    """Whose store a file is. BadFile where it is none."""
+    try:
+        with open(path) as file:
+            header = json.loads(file.readline())
+        device = header.pop("device")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadFile(f"{path}: no store of tiles ({error!r})") from error
+    if header != STORE_FORMAT:
+        raise BadFile(f"{path}: its first line is {header}, expected {json.dumps(STORE_FORMAT)} and a device")
+    return device
 
 
 def store_header(device: str) -> dict:

@@ -99,4 +99,4 @@ assert command.main([]) == 0 and command.main(["--tiny", "--only", "route"]) == 
 """
     result = run(site, program, tmp_path)
     assert "the installed package has no tests: git clone" in result.stdout, result.stdout + result.stderr
-    assert "3 cases on the CPU, checked and not timed; 0 wrong; not begun: 0" in result.stdout, result.stderr
+    assert "4 cases on the CPU, checked and not timed; 0 wrong; not begun: 0" in result.stdout, result.stderr

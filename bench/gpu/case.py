@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,13 +81,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """``build(place, peers)`` makes the tensors and gives the problem; ``family`` is a word of ``--only``."""
+    """``build(place, peers)`` makes the tensors and gives the problem; ``family`` is a word of ``--only``.
+
+    ``asked``: beginning of contestants' names -> what the ratio of the fastest of these should be at least;
+    ``asked_mean``: what the mean of its group's ratios to the best peer should be at least, 0 where nothing is asked.
+    """
 
     name: str
     family: str
     group: str
     priority: int
     build: Callable[..., Problem]
+    asked: Mapping[str, float] = field(default_factory=dict)
+    asked_mean: float = 0.0
 
 
 @dataclass(frozen=True)

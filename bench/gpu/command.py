@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from mla_kernels import hopper
@@ -24,6 +25,8 @@ PARITY = "parity"
 WORDS = (PARITY, *FAMILIES)
 PARITY_SHARE = 0.35
 """Of the time, at most; kernels that the cases launch are compiled meanwhile, in other processes."""
+HOPPER_SHARE = 0.6
+"""Of the time for parity, that of the Hopper kernels: what passed there alone makes them the default."""
 MOST_WARM = 4
 LEAST_SECONDS = 20
 METHOD = (
@@ -148,7 +151,7 @@ def plan(cases: list[Case], chosen, say) -> int:
 def tiny(cases: list[Case], chosen, say) -> int:
     """Check tiny sizes of every case on the CPU."""
     run = children.Run(
-        lambda: children.Child(children.command("tiny", None)), time.monotonic() + chosen.seconds,
+        lambda without: children.Child(children.command("tiny", None)), time.monotonic() + chosen.seconds,
         done=lambda record: say(line(record)),
     )  # fmt: skip
     run.all(cases)
@@ -191,7 +194,7 @@ def measure(cases: list[Case], chosen, say, command: str) -> int:
             for text in table.parity(about["parity"]):
                 say(text)
         run = children.Run(
-            lambda: children.Child(children.command("cuda", chosen.peers), log), deadline,
+            lambda without: children.Child(children.command("cuda", chosen.peers, without=without), log), deadline,
             done=lambda record: (say(line(record)), keep(about, run, chosen.output)),
         )  # fmt: skip
         run.all(cases, first)
@@ -219,28 +222,38 @@ def measure(cases: list[Case], chosen, say, command: str) -> int:
 
 def before_timing(cases: list[Case], chosen, until: float, log: Path, stops: list) -> dict | None:
     """Until ``until``, or until both are done: the parity suite, and processes in which the cases' kernels compile."""
-    suite, why = None, ""
-    if PARITY in chosen.only:
-        why = parity.cannot()
-        if not why:
-            suite = parity.Suite(rooms=(parity.HOPPER_ROOM, *parity.ROOMS) if machine.is_hopper() else parity.ROOMS)
-            stops.append(suite.finish)
-    command = children.command("cuda", chosen.peers, "--warm")
+    warm = partial(children.command, "cuda", chosen.peers, "--warm")
     count = max(1, min(MOST_WARM, (os.cpu_count() or 1) // 4))
     parts = [cases[number::count] for number in range(count) if cases[number:]]
-    runs = [children.Run(lambda: children.Child(command, log), until) for _ in parts]
+    runs = [children.Run(lambda without: children.Child(warm(without=without), log), until) for _ in parts]
     stops += [run.cancel for run in runs]
     threads = [threading.Thread(target=run.all, args=(part,), daemon=True) for run, part in zip(runs, parts)]
     for thread in threads:
         thread.start()
+    found = suites(until, stops) if PARITY in chosen.only else None
     for thread in threads:
         thread.join()
-    if suite is None:
-        return {"problem": why} if why else None
-    while suite.running() and time.monotonic() < until:
-        time.sleep(0.1)
-    stops.remove(suite.finish)
-    return suite.finish()
+    return found
+
+
+def suites(until: float, stops: list) -> dict:
+    """The parity suite and then, on Hopper, that of its own kernels, which time is left for."""
+    why = parity.cannot()
+    if why:
+        return {"problem": why}
+    left = until - time.monotonic()
+    parts = [(parity.ROOMS, until)]
+    if machine.is_hopper():
+        parts = [(parity.ROOMS, until - HOPPER_SHARE * left), ((parity.HOPPER_ROOM,), until)]
+    found = []
+    for rooms, end in parts:
+        suite = parity.Suite(rooms=rooms)
+        stops.append(suite.finish)
+        while suite.running() and time.monotonic() < end:
+            time.sleep(0.1)
+        stops.remove(suite.finish)
+        found.append(suite.finish())
+    return parity.together(found)
 
 
 def line(record: dict) -> str:

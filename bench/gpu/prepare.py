@@ -1,12 +1,14 @@
 """``python -m mla_kernels.device.prepare FOLDER``: a folder for a machine with a Hopper GPU and no network.
 
 It holds the last commit of this checkout, pytest, the peers that get_peers brought (``--peers``) and Triton's cache of
-what the cases launch with the tiles of ``--tiles-of``, compiled here over a driver that does nothing. No GPU is needed;
-torch, Triton and Python must be the versions of the machine with the GPU, or that machine compiles by itself. There:
-``python FOLDER/run.py`` takes the arguments of ``python -m mla_kernels device``.
+what the cases launch with the tiles of ``--tiles-of``, compiled here over a driver that does nothing. With ``--tune``
+also shortlists of tiles for models, and their code. No GPU is needed; torch, Triton and Python must be the versions of
+the machine with the GPU, or that machine compiles by itself. There: ``python FOLDER/run.py`` takes the arguments of
+``python -m mla_kernels device``, and ``--tune``.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -28,7 +30,7 @@ MOST_BYTES = 64 << 20
 CHECKOUT = ("mla_kernels", "autotune", "reference", "bench/gpu", "tests", "pyproject.toml", "LICENSE")
 INSTALLED = {"autotune": "autotune", "reference": "reference", "bench/gpu": "device"}
 """Folder of the checkout -> its name in the package."""
-PACKAGES = ("einops", "pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark")
+PACKAGES = ("einops", "pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark", "rich")
 STUB = "tests/launch/stub_libcuda.c"
 COMPILE_SECONDS = 3600.0
 QUIET_SECONDS = 600.0
@@ -56,7 +58,7 @@ def checkout(root: Path, folder: Path) -> None:
 
 
 def packages(root: Path, folder: Path) -> None:
-    """pytest and what else the tests import, for any Python: none of it is compiled."""
+    """pytest, and what else the tests and the tuner import, for any Python: none of it is compiled."""
     target = folder / "packages"
     shutil.rmtree(target, ignore_errors=True)
     constraints = ["--constraint", str(root / "constraints.txt")] if (root / "constraints.txt").is_file() else []
@@ -82,13 +84,15 @@ def compile_cases(
     known, folder: Path | None, tiles_of: str, environment: dict[str, str], *, log: Path | None = None, workers: int = 2
 ) -> list[dict]:
     """Launch every contestant that is written in Triton over the stub; the records of the cases."""
-    command = ["env", *(f"{name}={value}" for name, value in environment.items())]
-    command += children.command("stub", folder, "--warm", "--tiles-of", tiles_of)
+    over = ["env", *(f"{name}={value}" for name, value in environment.items())]
+
+    def start(without):
+        command = children.command("stub", folder, "--warm", "--tiles-of", tiles_of, without=without)
+        return children.Child([*over, *command], log)
+
     runs, threads = [], []
     for number in range(workers):
-        run = children.Run(
-            lambda: children.Child(command, log), time.monotonic() + COMPILE_SECONDS, quiet=QUIET_SECONDS
-        )
+        run = children.Run(start, time.monotonic() + COMPILE_SECONDS, quiet=QUIET_SECONDS)
         runs.append(run)
         threads.append(threading.Thread(target=run.all, args=(known[number::workers],), daemon=True))
         threads[-1].start()
@@ -100,6 +104,16 @@ def compile_cases(
     return [record for run in runs for record in run.records]
 
 
+def shortlists(device: str, models: list[str], folder: Path, environment: dict[str, str], log: Path) -> None:
+    """Choose the tiles that are timed for models on a device, and compile them, too."""
+    command = [sys.executable, "-m", "mla_kernels.autotune", "tune", "--offline", "--launchable", "--target", device]
+    command += ["--model", *models, "--store", str(folder / f"{device}.jsonl")]
+    with open(log, "a") as file:
+        done = subprocess.run(command, env=os.environ | environment, stderr=file)
+    if done.returncode not in (0, 1):  # 1: a kernel has no tile for some sizes, which the log names
+        raise Failed(f"{' '.join(command[2:])} ended with status {done.returncode}; its messages are in {log}")
+
+
 def pack(source: Path, archive: Path) -> None:
     """A folder as a compressed archive, written under another name first."""
     half = archive.with_suffix(".half")
@@ -109,12 +123,26 @@ def pack(source: Path, archive: Path) -> None:
     half.replace(archive)
 
 
-def prepare(root: Path, folder: Path, others: Path | None, tiles_of: list[str], say=print) -> None:
+def without_sources(cache: Path) -> None:
+    """Leave out Triton's text of each kernel, which no launch reads."""
+    for path in cache.glob("*/*.source"):
+        path.unlink()
+    for group in cache.glob("*/__grp__*"):
+        names = json.loads(group.read_text())["child_paths"]
+        kept = {name: path for name, path in names.items() if not name.endswith(".source")}
+        group.write_text(json.dumps({"child_paths": kept}))
+
+
+def prepare(
+    root: Path, folder: Path, others: Path | None, tiles_of: list[str], models: list[str] | None = None, say=print
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkout(root, folder)
     packages(root, folder)
     shutil.copy(run_packed.__file__, folder / "run.py")
-    (folder / run_packed.PEERS).unlink(missing_ok=True)
+    began = time.monotonic()
+    for name in (run_packed.PEERS, run_packed.TILES):
+        (folder / name).unlink(missing_ok=True)
     if others is not None:
         say(f"packing the peers of {others}")
         pack(others, folder / run_packed.PEERS)
@@ -123,6 +151,7 @@ def prepare(root: Path, folder: Path, others: Path | None, tiles_of: list[str], 
         cache = work / "cache"
         environment = stub(folder / STUB, work / "stub") | {
             "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
+            "TRITON_STORE_BINARY_ONLY": "1",
         }  # fmt: skip
         if (folder / run_packed.CACHE).is_file():  # from before: what is still valid is not compiled again
             run_packed.unpack(folder / run_packed.CACHE, cache)
@@ -136,10 +165,17 @@ def prepare(root: Path, folder: Path, others: Path | None, tiles_of: list[str], 
                         say(f"{record['case']}, {one['name']}: {one['problem']}")
                 if record["problem"]:
                     say(f"{record['case']}: {record['problem']}")
+        if models:
+            for name in tiles_of:
+                say(f"choosing and compiling the tiles that are timed on {name} for {', '.join(models)}")
+                shortlists(name, models, work / "tiles", environment, folder / "prepare.log")
+            pack(work / "tiles", folder / run_packed.TILES)
+        without_sources(cache)
         pack(cache, folder / run_packed.CACHE)
     (folder / run_packed.KEY).write_text(run_packed.triton_key() + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"{folder}: {size / 2**20:.1f} MiB; there: python {folder.name}/run.py --seconds 240")
+    said = f"{size / 2**20:.1f} MiB in {time.monotonic() - began:.0f} s"
+    say(f"{folder}: {said}; there: python {folder.name}/run.py --seconds 240{' --tune 240' if models else ''}")
     if size > MOST_BYTES:
         raise Failed(f"{folder} has {size / 2**20:.1f} MiB, more than {MOST_BYTES >> 20}: get_peers --capability 9.0")
 
@@ -153,6 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
         choices=[name for name, chip in devices.DEVICES.items() if chip.name == "sm_90"],
         help="devices of capability 9.0 (default h100 h200)",
     )  # fmt: skip
+    made.add_argument(
+        "--tune", nargs="+", metavar="MODEL", help="models whose tiles will be timed; all: the known ones"
+    )
     chosen = made.parse_args(arguments)
     if chosen.folder.exists() and not chosen.folder.is_dir():
         made.error(f"{chosen.folder} is no folder")
@@ -163,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     root = Path(mla_kernels.__file__).parents[1]
     others = chosen.peers.resolve() if chosen.peers else None
     try:
-        prepare(root, chosen.folder.resolve(), others, chosen.tiles_of)
+        prepare(root, chosen.folder.resolve(), others, chosen.tiles_of, chosen.tune)
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,7 @@ class Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
         )
         self.ready: dict | None = None
+        self.loading = ""
         self._stopped = False
         self._lines: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -65,13 +66,20 @@ class Child:
         return None if line is None else json.loads(line)
 
     def wait_ready(self, seconds: float) -> bool:
-        """Whether the child answers, and what it loaded is in ``ready``."""
-        if self.ready is None:
+        """Whether the child answers, and what it loaded is in ``ready``; else ``loading`` is the peer that it loads."""
+        until = time.monotonic() + seconds
+        while self.ready is None:
             try:
-                self.ready = self.line(seconds)
+                line = self.line(until - time.monotonic())
             except TimeoutError:
                 return False
-        return self.ready is not None
+            if line is None:
+                return False
+            if "loading" in line:
+                self.loading = line["loading"]
+            else:
+                self.ready = line
+        return True
 
     def stop(self, grace: float = 0.0) -> int | None:
         """End it and what it started, after ``grace`` seconds in which it may end by itself; its exit status, None
@@ -98,17 +106,18 @@ def stop_group(process: subprocess.Popen, grace: float) -> None:
         process.wait(KILLED_SECONDS)
 
 
-def command(place: str, peers: Path | None, *more: str) -> list[str]:
-    """Of the child that measures at ``place``: "cuda", "tiny" or "stub"."""
+def command(place: str, peers: Path | None, *more: str, without: Sequence[str] = ()) -> list[str]:
+    """Of the child that measures at ``place``: "cuda", "tiny" or "stub"; ``without`` these peers."""
     folder = ["--peers", str(peers)] if peers else []
-    return [sys.executable, "-m", "mla_kernels.device.child", "--place", place, *folder, *more]
+    left_out = [f"--without={name}" for name in without]
+    return [sys.executable, "-m", "mla_kernels.device.child", "--place", place, *folder, *more, *left_out]
 
 
 class Run:
     """Cases through children until ``deadline``, by time.monotonic().
 
     Args:
-        start: makes a child.
+        start: makes a child that loads no peer of a list of names.
         done: is told of each record of a case that is finished.
 
     ``records`` are those of the cases that were begun, ``skipped`` the names of those that were not, for want of time,
@@ -116,13 +125,14 @@ class Run:
     """
 
     def __init__(
-        self, start: Callable[[], Child], deadline: float, *, quiet: float = QUIET_SECONDS,
+        self, start: Callable[[Sequence[str]], Child], deadline: float, *, quiet: float = QUIET_SECONDS,
         start_seconds: float = START_SECONDS, done: Callable[[dict], None] = lambda record: None,
     ):  # fmt: skip
         self._start, self._deadline, self._quiet, self._start_seconds = start, deadline, quiet, start_seconds
         self._done = done
         self._child: Child | None = None
         self._empty_starts = 0
+        self._ended: dict[str, str] = {}  # peers whose loading ended a child, and how
         self.records: list[dict] = []
         self.skipped: list[str] = []
         self.loaded: dict = {}
@@ -158,6 +168,8 @@ class Run:
 
     def _case(self, case: Case) -> dict:
         record = {"family": case.family, "group": case.group, "case": case.name, "contestants": [], "problem": ""}
+        record |= {"asked": dict(case.asked)} if case.asked else {}
+        record |= {"asked_mean": case.asked_mean} if case.asked_mean else {}
         began = time.monotonic()
         for broken in range(1, MOST_BREAKS + 1):
             if not self._ready():
@@ -183,12 +195,16 @@ class Run:
         """Whether there is a child that answers; starts one where there is none."""
         while self.left() > 0 and not self.broken:
             if self._child is None:
-                self._child = self._start()
+                self._child = self._start(list(self._ended))
             if self._child.wait_ready(min(self._start_seconds, self.left())):
-                self._empty_starts, self.loaded = 0, self._child.ready
+                self._empty_starts = 0
+                self.loaded = self._child.ready | {"missing": self._child.ready["missing"] | self._ended}
                 return True
-            status = self._child.stop(grace=0.1)
+            status, peer = self._child.stop(grace=0.1), self._child.loading
             self._child = None
+            if peer and self.left() > 0:
+                self._ended[peer] = f"not loaded: the process ended, or was silent, while it did ({status})"
+                continue
             self._empty_starts += 1
             if self._empty_starts == MOST_EMPTY_STARTS:
                 self.broken = f"the measuring process ended {MOST_EMPTY_STARTS} times before it was ready ({status})"

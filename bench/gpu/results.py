@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mla_kernels.device.case import HOPPER, KINDS, OURS
-from mla_kernels.device.parity import HOPPER_ROOM
 
 FORMAT = 1
 ABOUT = ("card", "driver", "date", "versions", "command", "method", "peers", "missing", "parity", "skipped", "notes")
@@ -83,13 +83,10 @@ def write(result: Mapping, path: Path) -> None:
 
 def forms_that_ran(result: Mapping) -> list[dict]:
     """Entries for the list of Hopper kernels that are launched by default (``mla_kernels.hopper.RAN``): the forms whose
-    results were right. None that was launched in a group of cases in one of which the Hopper kernel was wrong or broke
-    (cases of several groups launch a form: forward alone, and with its backward), and none at all where one of its
-    parity tests failed or did not run."""
-    parity = result["parity"] or {}
-    unsure = [*parity.get("failed", ()), *parity.get("not_run", ())]
-    if not parity.get("passed") or any(name.startswith(HOPPER_ROOM) for name in unsure):
-        return []
+    results were right, of the kernels all of whose parity tests passed (:func:`mla_kernels.device.parity.sure`). None
+    that was launched in a group of cases in one of which the Hopper kernel was wrong or broke (cases of several groups
+    launch a form: forward alone, and with its backward)."""
+    sure = (result["parity"] or {}).get("hopper", ())
     broken, found = set(), {}
     about = {"card": result["card"], "date": result["date"]}
     about |= {name: result["versions"].get(name) for name in ("torch", "triton")}
@@ -101,13 +98,57 @@ def forms_that_ran(result: Mapping) -> list[dict]:
             for entry in one.get("forms", ()):
                 _, groups = found.setdefault(json.dumps(entry, sort_keys=True), (entry | about, set()))
                 groups.add(case["group"])
-    return [entry for entry, groups in found.values() if groups.isdisjoint(broken)]
+    return [entry for entry, groups in found.values() if groups.isdisjoint(broken) and entry["kernel"] in sure]
 
 
 def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:
     """The contestants of this kind, and of this name if one is given, that were timed beside ours; fastest first."""
     found = [c for c in case["contestants"] if c["kind"] == kind and "ratio" in c and name in ("", c["name"])]
     return sorted(found, key=lambda one: one["us"])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a case, or a group's mean, was asked for: ``beside`` whom, and the ``least`` ratio. ``ratio`` is that of
+    the call as it is, ``hopper`` that of the Hopper kernel; None where one was not timed."""
+
+    case: str
+    beside: str
+    least: float
+    ratio: float | None
+    hopper: float | None
+
+    @property
+    def said(self) -> str:
+        if self.ratio is not None and self.ratio >= self.least:
+            return "reached"
+        if self.hopper is not None and self.hopper >= self.least:
+            return "reached by the Hopper kernel"
+        return "not timed" if self.ratio is None else "missed"
+
+
+def asked(result: Mapping) -> list[Asked]:
+    """What the cases of a result were asked for, and the means of their groups. Of contestants whose names begin as the
+    case says the fastest counts."""
+    found, means = [], {}
+    for case in result["cases"]:
+        for name, least in case.get("asked", {}).items():
+            times = [c["us"] for c in case["contestants"] if c["name"].startswith(name) and "us" in c]
+            found.append(Asked(case["case"], name, least, *_ratios(case, min(times, default=None))))
+        if case.get("asked_mean"):
+            best = (timed(case, "peer") or [{}])[0].get("us")
+            means.setdefault((case["group"], case["asked_mean"]), []).append(_ratios(case, best))
+    for (group, least), ratios in means.items():
+        both = ([ratio for ratio in column if ratio is not None] for column in zip(*ratios))
+        mean = (math.exp(sum(map(math.log, column)) / len(column)) if column else None for column in both)
+        found.append(Asked(f"mean of {group}", "the best peer", least, *mean))
+    return found
+
+
+def _ratios(case: Mapping, us: float | None) -> tuple[float | None, float | None]:
+    """This time over ours, and over the Hopper kernel's."""
+    times = {c["name"]: c["us"] for c in case["contestants"] if c["name"] in (OURS, HOPPER) and "us" in c}
+    return tuple(us / times[name] if us and name in times else None for name in (OURS, HOPPER))
 
 
 def summary(result: Mapping, kind: str, name: str = "") -> dict[str, tuple[int, float, float, float]]:

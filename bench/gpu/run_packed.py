@@ -1,8 +1,10 @@
-"""python run.py [arguments of python -m mla_kernels device]: run what mla_kernels.device.prepare put into this folder.
+"""python run.py [--tune SECONDS] [arguments of python -m mla_kernels device]: what mla_kernels.device.prepare made.
 
-Archives are unpacked into a temporary folder; nothing is written here but the results, where --output says.
+First ``python -m mla_kernels device``; with --tune then ``python -m mla_kernels.autotune tune`` for as many seconds,
+whose store is that of --output. Archives are unpacked into a temporary folder; nothing is written here.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,7 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-PEERS, CACHE, KEY, PACKAGES = "peers.tar.xz", "triton_cache.tar.xz", "triton_key", "packages"
+PEERS, CACHE, TILES = "peers.tar.xz", "triton_cache.tar.xz", "tiles.tar.xz"
+KEY, PACKAGES = "triton_key", "packages"
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -37,11 +40,22 @@ def triton_key() -> str:
     return hashlib.sha256(triton_key().encode()).hexdigest()
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError(text)
+    return value
+
+
 def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    options.add_argument("--tune", type=seconds, metavar="SECONDS")
+    options.add_argument("--output", default="device_results")
+    chosen, given = options.parse_known_args()
     here, began = Path(__file__).resolve().parent, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mla_kernels_device_") as made:
         work = Path(made)
-        parts = [(here / PEERS, work / "peers"), (here / CACHE, work / "cache")]
+        parts = [(here / PEERS, work / "peers"), (here / CACHE, work / "cache"), (here / TILES, work / "tiles")]
         threads = [threading.Thread(target=unpack, args=part) for part in parts if part[0].is_file()]
         for thread in threads:
             thread.start()
@@ -57,9 +71,22 @@ def main() -> int:
             "DG_JIT_CACHE_DIR": str(work / "deep_gemm"), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1",
         }  # fmt: skip
         found = ["--peers", str(work / "peers")] if (work / "peers").is_dir() else []
-        return subprocess.run(
-            [sys.executable, "-m", "mla_kernels", "device", *found, *sys.argv[1:]], env=environment
-        ).returncode
+        device = [*found, "--output", chosen.output, *given]
+        status = subprocess.run([sys.executable, "-m", "mla_kernels", "device", *device], env=environment).returncode
+        if chosen.tune is None or status not in (0, 1):
+            return status
+        stores = sorted(map(str, (work / "tiles").glob("*.jsonl")))
+        tune = [
+            "--model",
+            "all",
+            "--budget",
+            f"{chosen.tune:g}s",
+            "--store",
+            os.path.join(chosen.output, "tiles.jsonl"),
+        ]
+        tune += ["--shortlists", *stores] if stores else []
+        command = [sys.executable, "-m", "mla_kernels.autotune", "tune", *tune]
+        return subprocess.run(command, env=environment).returncode or status
 
 
 if __name__ == "__main__":

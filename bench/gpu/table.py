@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from mla_kernels.device.case import HOPPER, INVARIANT, OURS, PORTABLE
 from mla_kernels.device.peers.files import HOW
-from mla_kernels.device.results import summary, timed
+from mla_kernels.device.results import asked, summary, timed
 
 LEGEND = (
     "Times are microseconds of a call: medians of CUDA graphs with a cold L2 (`~`: timed eagerly). A ratio is the "
@@ -81,6 +81,20 @@ def by_test(names: list[str]) -> dict[str, int]:
     return counted
 
 
+def wanted(result: Mapping) -> list[str]:
+    """Which ratios the cases were asked for, and which of them were reached."""
+    found = asked(result)
+    if not found:
+        return []
+    count = sum(one.said.startswith("reached") for one in found)
+    head = ["case", "beside", "asked", "its time over ours", "over the Hopper kernel's", ""]
+    rows = []
+    for one in found:
+        ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (one.ratio, one.hopper))
+        rows.append([one.case, one.beside, f"{one.least:.2f}", *ratios, one.said])
+    return ["## Asked", "", f"{count} of {len(found)} reached.", "", *_table(head, rows), ""]
+
+
 def markdown(result: Mapping) -> str:
     """The whole result."""
     lines = [f"# mla_kernels on {result['card']}", ""]
@@ -95,6 +109,7 @@ def markdown(result: Mapping) -> str:
         ]
         if cells:
             lines += [*_table(["group", "cases", f"{name}, its time over ours: mean (least, most)"], cells), ""]
+    lines += wanted(result)
     for family in dict.fromkeys(case["family"] for case in result["cases"]):
         rows = [row(case) for case in result["cases"] if case["family"] == family]
         lines += [f"## {family}", ""]

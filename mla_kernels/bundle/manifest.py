@@ -70,8 +70,7 @@ def compiler_settings() -> dict[str, str]:
 
 def triton_source(kernel) -> str:
     """Triton's hash of a declared kernel's source, its helpers and the line where it stands."""
-    fn = getattr(kernel.fn, "loaded", kernel.fn)
-    return digest(fn.cache_key.encode())
+    return digest(kernel.jit.cache_key.encode())
 
 
 def triton_version() -> str:

@@ -82,8 +82,7 @@ def gpu_launches(steps: Iterable[Step], chip: Chip, say=LOG.info) -> tuple[list[
         kernel, constants = launch.kernel, launch.kernel.constexprs(launch.statics, launch.tile)
         args = kernel.described(launch.args, launch.statics)
         asked.clear()
-        fn = getattr(kernel.fn, "loaded", kernel.fn)
-        fn.warmup(*args, grid=(1,), **constants, **kernel.options(launch.chip, launch.tile))
+        kernel.jit.warmup(*args, grid=(1,), **constants, **kernel.options(launch.chip, launch.tile))
         ((key, data),) = asked
         wanted = found.get((kernel.name, key))
         if wanted is None:

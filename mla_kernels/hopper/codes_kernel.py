@@ -114,7 +114,7 @@ def _left_group(
     factor, lse = last_factor(largest, total, sink_ptr, stored_rows, SINK)
     factor_line.store(factor)
     mbarrier.arrive(done.index(0))
-    store_rows(acc * gl.convert_layout(factor, ACC_ROW)[:, None], out_ptr, stored_rows, LATENT)
+    store_rows(acc * gl.convert_layout(factor, ACC_ROW)[:, None], out_ptr, LATENT, stored_rows)
     line = gl.arange(0, BLOCK, layout=ROW)
     gl.store(lse_ptr + line, lse, mask=line < stored_rows)
 
@@ -137,7 +137,7 @@ def _right_group(
         acc = warpgroup_mma_wait(0, [acc])  # [64, HALF]
         mbarrier.arrive(free.index(stage * READERS + 1))
     mbarrier.wait(done.index(0), 0)
-    store_rows(acc * factor_line.load(ACC_ROW)[:, None], out_ptr + HALF, stored_rows, LATENT)
+    store_rows(acc * factor_line.load(ACC_ROW)[:, None], out_ptr + HALF, LATENT, stored_rows)
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)

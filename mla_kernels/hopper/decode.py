@@ -27,6 +27,8 @@ _WORD = 4  # bytes in which codes are read
 _UNIT = 16  # bytes of which TMA wants multiples; strides of codes are counted in them
 SMALLEST_SCALE = 1e-30
 """Scores are masked with -inf before they are scaled: a scale of 0, or below, would make something else of it."""
+EXCHANGED = 2 * 2048
+"""Bytes in which two groups' threads exchange results of 16 bits before they store them."""
 
 
 def _boxes(statics):
@@ -43,7 +45,7 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     rows, width = statics.get("ROWS", ROWS), (statics["LATENT"] + _COLUMNS) * 2
-    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else 0) + 2048}
+    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else EXCHANGED) + 2048}
 
 
 def _codes_boxes(statics):
@@ -152,6 +154,7 @@ HOPPER_MLA_DECODE = GluonKernel(
     cases=(
         _case("v3", 128, dtypes=("bf16", "fp16")),
         _case("v3_two_tokens", 128, queries=2),
+        _case("v3_unsplit", 128, batch=66, split=4096),
         _case("window_and_sink", 128, queries=2, window=512, sink=True),
         _case("pages_of_192", 64, page=192),
         _case("no_rope", 128, rope=0),
@@ -173,6 +176,7 @@ HOPPER_MLA_DECODE_FEW_ROWS = GluonKernel(
     cases=(
         _case("v3_tp8", 16, batch=64, dtypes=("bf16", "fp16")),
         _case("v3_tp8_two_tokens", 16, queries=2),
+        _case("v3_tp8_unsplit", 16, batch=132, split=4096),
         _case("window_and_sink", 16, queries=2, window=512, sink=True),
         _case("pages_of_192", 20, page=192, dtypes=("fp16",)),
         _case("no_rope", 16, rope=0),
@@ -195,6 +199,7 @@ HOPPER_MLA_DECODE_CODES = GluonKernel(
     cases=(
         _case("v3_fp8", 128, layout="fp8_v32"),
         _case("v3_int8", 128, layout="int8"),
+        _case("v3_int8_unsplit", 128, batch=66, split=4096, layout="int8"),
         _case("window_and_sink", 128, queries=2, window=512, sink=True, layout="fp8_v32"),
         _case("window_and_sink_int8", 128, queries=2, window=512, sink=True, layout="int8"),
         _case("pages_of_192", 64, page=192, layout="fp8_v32"),
@@ -224,6 +229,7 @@ HOPPER_MLA_DECODE_FEW_ROWS_CODES = GluonKernel(
     cases=(
         _case("v3_fp8_tp8", 16, batch=64, layout="fp8_v32"),
         _case("v3_int8_tp8", 16, batch=64, layout="int8"),
+        _case("v3_int8_tp8_unsplit", 16, batch=132, split=4096, layout="int8"),
         _case("window_and_sink", 16, queries=2, window=512, sink=True, layout="fp8_v32"),
         _case("window_and_sink_int8", 16, queries=2, window=512, sink=True, layout="int8"),
         _case("pages_of_192", 20, page=192, layout="int8"),
@@ -315,7 +321,7 @@ def tma_strides(
     if shape[1] == 1:
         row = shape[2]
     if shape[0] == 1:
-        outer = shape[1] * row
+        outer = max(1, shape[1]) * row
     aligned = address % _UNIT == 0 and row * size % _UNIT == 0
     fits = aligned and row >= shape[2] and outer >= row and outer % row == 0
     return (outer, row, 1) if fits else None

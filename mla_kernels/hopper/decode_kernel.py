@@ -147,7 +147,7 @@ def _even_group(
     total += odd_sum.load(ROW)
     line = gl.arange(0, BLOCK, layout=ROW)
     acc, lse = finish(acc, largest, total, sink_ptr, stored_rows, SINK)
-    store_rows(acc, out_ptr, stored_rows, LATENT)
+    store_rows(acc, out_ptr, LATENT, stored_rows)
     gl.store(lse_ptr + line, lse, mask=line < stored_rows)
 
 
@@ -232,7 +232,7 @@ def _odd_group(
     mbarrier.wait(signals.index(EVEN_SUM), 0)
     total += even_sum.load(ROW)
     acc, _ = finish(acc, largest, total, sink_ptr, stored_rows, SINK)
-    store_rows(acc, out_ptr + HALF, stored_rows, LATENT)
+    store_rows(acc, out_ptr + HALF, LATENT, stored_rows)
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)

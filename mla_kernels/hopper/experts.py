@@ -9,7 +9,7 @@ import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
-from mla_kernels.hopper.decode import tma_strides
+from mla_kernels.hopper.decode import EXCHANGED, tma_strides
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 PANEL = 128
@@ -58,8 +58,9 @@ def _memory(chip, dtype, statics, tile):
         return {"shared": NO_MEMORY}
     tokens = statics["TOKENS"]
     stage = _STEP_BYTES * (2 * PANEL + tokens) + 4 * tokens
-    result = 0 if tokens == MANY else tokens * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
-    return {"shared": tile["STAGES"] * stage + 16 * tokens + 2 * result + _BARRIERS}
+    result = tokens * PANEL // 2 * DTYPE_BYTES.get(_result(dtype, statics), 1)
+    results = EXCHANGED if tokens == MANY else 2 * result
+    return {"shared": tile["STAGES"] * stage + 16 * tokens + results + _BARRIERS}
 
 
 def _widths(statics, sizes):

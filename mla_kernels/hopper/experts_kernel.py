@@ -39,7 +39,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import new_barriers
+from mla_kernels.hopper.parts import new_barriers, row_layout
 
 ROWS = gl.constexpr(64)  # what one wgmma multiplies
 PANEL = gl.constexpr(128)  # rows of weights under one scale, and columns of an activation under one
@@ -298,10 +298,9 @@ def _scales_of(largest):
 
 @gluon.jit
 def _store(values, out, rows, inside, first_column, width, SWAP: gl.constexpr):
-    """Store a group's values to rows of ``out`` from a column on; with SWAP transposed, 16 bytes a thread.
+    """Store a group's values to rows of ``out`` from a column on, 16 bytes a thread; with SWAP transposed.
 
-    Without, from where the product left them: what a transposition needs to know would be kept in registers all along,
-    which hold none beside 64 x 128 sums of two panels and a third that is added.
+    Without, codes leave from where the product left them: to exchange them Triton 3.9.0's ptxas spills two registers.
     """
     if SWAP:
         N: gl.constexpr = values.shape[0]
@@ -312,8 +311,11 @@ def _store(values, out, rows, inside, first_column, width, SWAP: gl.constexpr):
         inside = gl.convert_layout(inside, gl.SliceLayout(1, OUT))
         n = first_column + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
     else:
-        tile = values
-        n = first_column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+        OUT: gl.constexpr = row_layout(values.type.layout, values.shape[1], values.dtype.primitive_bitwidth)
+        tile = gl.convert_layout(values, OUT)
+        rows = gl.convert_layout(rows, gl.SliceLayout(1, OUT))
+        inside = gl.convert_layout(inside, gl.SliceLayout(1, OUT))
+        n = first_column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, OUT))
     places = out + (rows.to(gl.int64) * width)[:, None] + n[None, :]
     gl.store(places, tile, mask=inside[:, None] & (n < width)[None, :])
 

@@ -10,6 +10,7 @@ import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import CODE_TILE, GluonKernel, Tiles
+from mla_kernels.hopper.decode import tma_strides
 from mla_kernels.launch import NO_MEMORY, Case, Cost, Work
 
 BLOCK = 64
@@ -179,10 +180,15 @@ def serves(choice: Choice, source: Source) -> bool:
     """
     reason = ""
     at = source.codes.data_ptr() % _UNIT
-    if at or source.page_stride % _UNIT or source.key_stride % _UNIT:
+    if _key_strides(source) is None:
         strides = f"{source.page_stride} (pages) and {source.key_stride} (keys)"
         reason = f"keys {strides} bytes apart at byte {at} of {_UNIT}; TMA reads from multiples of {_UNIT} bytes"
     return hopper.served(HOPPER_INDEXER_LOGITS, choice.form, reason)
+
+
+def _key_strides(source: Source) -> tuple[int, int, int] | None:
+    shape = source.pages, source.page_size, WIDTH
+    return tma_strides(source.codes.data_ptr(), shape, source.page_stride, source.key_stride, 1)
 
 
 def launch(chip, choice: Choice, q, weights, source: Source, places, out, sequences: int, keys: int) -> None:
@@ -196,18 +202,19 @@ def launch(chip, choice: Choice, q, weights, source: Source, places, out, sequen
         sequences: of so many the rows are, equally many of each.
         keys: of a sequence at most.
     """
-    rows, heads, _ = q.shape
-    if (q.data_ptr() | q.stride(0)) % _UNIT:  # a slice at an odd place
+    shape = rows, heads, _ = q.shape
+    strides = tma_strides(q.data_ptr(), shape, q.stride(0), WIDTH, 1)
+    if strides is None:  # a slice at an odd place
         q = q.clone(memory_format=torch.contiguous_format)
+        strides = heads * WIDTH, WIDTH, 1
     tokens = rows // sequences if sequences else 0
     token_tiles = -(-tokens // choice.statics["TOKENS"])
     chunks, share = chunks_of(keys, sequences * token_tiles, chip.dot_cores)
     starts, ends, table = places
-    key_shape, key_strides = (source.pages, source.page_size, WIDTH), (source.page_stride, source.key_stride, 1)
+    key_shape = source.pages, source.page_size, WIDTH
     args = (
         out, weights, source.scales, starts, ends, table,
-        Tiles(q, (rows, heads, WIDTH), (q.stride(0), WIDTH, 1)),
-        Tiles(source.codes.view(torch.float8_e4m3fn), key_shape, key_strides),
+        Tiles(q, shape, strides), Tiles(source.codes.view(torch.float8_e4m3fn), key_shape, _key_strides(source)),
         weights.stride(0), source.scale_stride, table.stride(0), out.stride(0), tokens, heads, keys, out.shape[1],
         source.pages, token_tiles, chunks, share,
     )  # fmt: skip

@@ -161,14 +161,30 @@ def finish(acc, largest, total, sink_ptr, limit, SINK: gl.constexpr):
     return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None], lse
 
 
+@gluon.constexpr_function
+def row_layout(layout, columns, bits):
+    """In which layout four warps store sums [64, columns] that wgmma left in ``layout``, as numbers of ``bits``.
+
+    It leaves two neighbouring columns in a thread, and eight in the four threads of a row: of 16 bits an instruction
+    would store 16 bytes of each row that it touches. Where threads of a row exchange what they hold, 16 bytes each, it
+    stores 64, and there are a quarter as many. Other numbers stay where they are: 8 bytes of 32 bits fill a sector.
+    """
+    if bits != 16:
+        return layout
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0], *([0, 1 << bit] for bit in range(5, columns.bit_length() - 1))]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
 @gluon.jit
-def store_rows(acc, out_ptr, limit, STRIDE: gl.constexpr):
-    """The first ``limit`` rows of acc to out_ptr, STRIDE elements apart, in its element type."""
-    ACC: gl.constexpr = acc.type.layout
-    row = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, ACC))
-    column = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ACC))
-    at = row[:, None] * STRIDE + column[None, :]
-    gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(row < limit)[:, None])
+def store_rows(acc, out_ptr, stride, limit):
+    """The first ``limit`` of 64 rows of acc to out_ptr, ``stride`` elements apart, in its element type."""
+    values = acc.to(out_ptr.dtype.element_ty)
+    ROWS: gl.constexpr = row_layout(acc.type.layout, acc.shape[1], values.dtype.primitive_bitwidth)
+    row = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, ROWS))
+    column = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, ROWS))
+    at = row[:, None] * stride + column[None, :]
+    gl.store(out_ptr + at, gl.convert_layout(values, ROWS), mask=(row < limit)[:, None])
 
 
 @gluon.jit

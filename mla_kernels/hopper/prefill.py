@@ -11,7 +11,7 @@ import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
-from mla_kernels.hopper.decode import SMALLEST_SCALE
+from mla_kernels.hopper.decode import EXCHANGED, SMALLEST_SCALE
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 
 ROWS = 64
@@ -54,7 +54,8 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     width = _width(statics)
-    return {"shared": (TILE_ROWS * width + _STAGES * block(statics) * (width + statics["VALUE"])) * 2 + 1024}
+    tiles = (TILE_ROWS * width + _STAGES * block(statics) * (width + statics["VALUE"])) * 2
+    return {"shared": tiles + EXCHANGED + 1024}
 
 
 def _cost(dtype, statics, sizes):

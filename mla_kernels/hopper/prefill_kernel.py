@@ -36,7 +36,7 @@ from mla_kernels.hopper.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_kernels.hopper.parts import LOWEST, last_factor, new_barriers
+from mla_kernels.hopper.parts import LOWEST, last_factor, new_barriers, store_rows
 from mla_kernels.hopper.sequences import (
     SPARE,
     SPARE_LAYOUT,
@@ -45,7 +45,6 @@ from mla_kernels.hopper.sequences import (
     sequence_span,
     spare_blocks,
     spare_rows,
-    store_sums,
     store_zeros,
 )
 
@@ -201,7 +200,7 @@ def _group(
     inside = line < stored_rows - GROUP * ROWS
     gl.store(lse_ptr + (line + GROUP * ROWS) * heads, lse, mask=inside)
     out = acc * gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]
-    store_sums(out, out_ptr + GROUP * ROWS * heads * VALUE, heads * VALUE, stored_rows - GROUP * ROWS)
+    store_rows(out, out_ptr + GROUP * ROWS * heads * VALUE, heads * VALUE, stored_rows - GROUP * ROWS)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ import torch
 
 from mla_kernels import hopper
 from mla_kernels.gluon_launch import TILE, GluonKernel, Tiles
-from mla_kernels.hopper.decode import FEW_ROWS, ROWS, few_rows, tma_strides
+from mla_kernels.hopper.decode import EXCHANGED, FEW_ROWS, ROWS, few_rows, tma_strides
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Work
 from mla_kernels.quant.cache_layout import ALIGNMENT
 
@@ -30,7 +30,7 @@ def _memory(chip, dtype, statics, tile):
     if chip.name in hopper.ELSEWHERE or dtype == "fp32":
         return {"shared": NO_MEMORY}
     rows, width = statics.get("ROWS", ROWS), (statics["LATENT"] + _COLUMNS) * 2
-    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else 0) + 2048}
+    return {"shared": rows * width + 2 * ROWS * width + (ROWS * rows * 2 if rows < ROWS else EXCHANGED) + 2048}
 
 
 def _token_bytes(dtype, statics) -> int:

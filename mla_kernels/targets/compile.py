@@ -18,7 +18,7 @@ from mla_kernels.targets.report import Report
 
 HERE = Path(__file__).parent
 _WORKER_FILES = {
-    "gpu": ("gpu_worker.py", "amdgcn.py", "bounds.py", "loops.py", "sass.py"),
+    "gpu": ("gpu_worker.py", "amdgcn.py", "bounds.py", "loops.py", "ptx.py", "sass.py"),
     "ascend": ("ascend_worker.py",),
 }
 _ASCEND_PACKAGES = ("triton-ascend", "ascendnpu-ir")

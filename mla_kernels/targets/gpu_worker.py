@@ -25,6 +25,7 @@ from pathlib import Path
 import amdgcn
 import bounds
 import loops
+import ptx
 import sass
 import triton
 from triton.backends.compiler import GPUTarget
@@ -164,6 +165,7 @@ def report(job: dict) -> dict:
     answer, artefacts = (report_nvidia if job["vendor"] == "nvidia" else report_amd)(compiled, gluon)
     if gluon:
         answer["detail"]["serialised"] = [line.strip() for line in log.splitlines() if SERIALISED.search(line)]
+        answer["detail"]["unmet"] = ptx.problems(compiled.asm["ptx"]) if job["vendor"] == "nvidia" else []
     answer["detail"]["warps"] = compiled.metadata.num_warps
     answer |= {"ok": True, "reason": "", "memory": {"shared": compiled.metadata.shared}}
     if job.get("output"):

@@ -12,7 +12,8 @@ class Report:
     a program uses of the memories in ``limits``, in bytes. ``traps`` counts places where the compiler gave up and
     left an instruction that stops the kernel. ``detail`` differs by vendor: the main loop's instruction mix, tensor
     instruction shapes, asynchronous copies, programs that fit one core at a time (``resident``); of a Gluon kernel,
-    whose ``loop_spills`` are those of all loops, what ptxas said of products that it serialises (``serialised``).
+    whose ``loop_spills`` are those of all loops, what ptxas said of products that it serialises (``serialised``), and
+    where warps do not meet that must (``unmet``).
     """
 
     target: str
@@ -47,13 +48,15 @@ class Report:
             problems.append(f"{self.loop_spills} spills in the main loop")
         if self.detail.get("serialised"):
             problems.append(f"products one at a time: {self.detail['serialised'][0]}")
+        if self.detail.get("unmet"):
+            problems.append(self.detail["unmet"][0])
         if self.traps:
             problems.append(f"{self.traps} traps: the kernel stops instead of computing")
         return "; ".join(problems)
 
     @property
     def ok(self) -> bool:
-        """Compiled, no spill in the main loop, no serialised product, no trap, inside every memory."""
+        """Compiled, no spill in the main loop, no serialised product, no warp unmet, no trap, inside every memory."""
         return not self.problem
 
     @property

@@ -24,7 +24,6 @@ def python_function(kernel):
     return kernel
 
 
-@functools.cache
 def standalone(kernel) -> str:
     """Source of a module that defines ``kernel``, the jit functions it calls and the ``tl.constexpr`` globals they use.
 

@@ -5,6 +5,7 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.attention.indexer import select as indexer_select
+from mla_kernels.attention.indexer import tiles, topk
 from mla_kernels.attention.indexer.op import indexer_logits, paged_indexer_logits
 from mla_kernels.attention.indexer.select import select_keys, select_slots
 from mla_kernels.attention.indexer.topk import indexer_topk
@@ -203,6 +204,22 @@ def test_limits_of_causal_keys_change_no_bits(backend, device):
     want, slots = problem.run(), problem.select(9)
     problem.limits = causal.clamp_min(0)
     assert torch.equal(problem.run(), want) and torch.equal(problem.select(9), slots)
+
+
+@pytest.mark.parametrize("way", ["candidates", "spread", "parts"])
+def test_slots_are_the_same_in_any_number_of_launches(backend, device, way, monkeypatch):
+    problem = make_paged((700, 1, 330), queries=2, heads=32, page_size=61, limits=True, device=device)
+    want = problem.select(9)
+    topk.TOPK.kept.plans.clear()
+    if way == "parts":
+        monkeypatch.setattr(indexer_select, "WORKSPACE", 8 * 2 * 732)
+    else:
+        monkeypatch.setattr(topk, "MOST_SPREAD", 0 if way == "candidates" else 1 << 20)
+        monkeypatch.setattr(topk, "RESIDENT_BLOCK", 16)
+        for place in (topk, tiles):
+            monkeypatch.setattr(place, "resident_block", lambda chip: 128)
+    assert torch.equal(problem.select(9), want)
+    topk.TOPK.kept.plans.clear()
 
 
 @pytest.mark.quick("select_slots")

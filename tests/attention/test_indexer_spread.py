@@ -70,6 +70,7 @@ def test_nothing_outside_the_ranges_is_looked_at(backend, device):
 def test_few_long_rows_are_spread(backend, device, monkeypatch):
     """As a call finds it: 1,000 columns in chunks of 128, whose candidates would take more launches than two."""
     monkeypatch.setattr(topk, "RESIDENT_BLOCK", 128)
+    monkeypatch.setattr(topk, "resident_block", lambda chip: 128)
     monkeypatch.setattr(topk, "launch_spread", lambda *args: called.append(1) or spread.launch_spread(*args))
     called, logits = [], rows_of("quantised", 2, 1000)
     with launch.on_cpu(launch.cpu_mode()):

@@ -61,6 +61,16 @@ def test_hopper_multiplies_keys_by_heads_on_tensor_cores_without_waste(case):
     assert issued == tile["BLOCK_N"] * tile["BLOCK_H"] * 128
 
 
+@pytest.mark.parametrize(
+    "target", ["sm_120", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_86"))]
+)
+def test_float32_scores_spill_nothing(target):
+    chip, case = CHIPS[target], INDEXER_LOGITS.cases[0]
+    tile = INDEXER_LOGITS.rule(chip, "fp32", case.statics, case.sizes)
+    report = compile_kernel(INDEXER_LOGITS, chip, "fp32", case.statics, tile)
+    assert report.ok and report.spills == 0, report.problem
+
+
 def test_traffic_of_logits():
     """Keys once per tile of tokens, queries once per tile of keys; nothing for tiles that no token sees."""
     from mla_kernels.targets.traffic import Traffic

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mla_kernels import launch
+from mla_kernels.attention.indexer import tiles
 from mla_kernels.attention.indexer import topk as module
 from mla_kernels.attention.indexer.topk import indexer_topk
 from mla_kernels.reference import indexer as reference
+from mla_kernels.targets.chips import CHIPS
 from tests.attention.indexer_problems import rows_of
 from tests.support import poisoned, repeats
 
@@ -46,7 +48,8 @@ def test_chunks_and_their_candidates(backend, device, kind, monkeypatch):
     want = reference.indexer_topk(logits, 32, ends=ends)
     monkeypatch.setattr(module, "MOST_SPREAD", 0)
     for resident in (128, 64):
-        monkeypatch.setattr(module, "RESIDENT_BLOCK", resident)
+        for place in (module, tiles):
+            monkeypatch.setattr(place, "resident_block", lambda chip, resident=resident: resident)
         module.TOPK.kept.plans.clear()
         got = indexer_topk(logits.to(device), 32, ends=ends.to(device))
         assert torch.equal(got.cpu(), want), resident
@@ -61,6 +64,37 @@ def test_a_million_keys(kind):
     values = logits[0].nan_to_num(-float("inf"), float("inf"), -float("inf"))
     order = values.sort(descending=True, stable=True).indices[:2048]  # stable: ties keep their order
     assert torch.equal(got, order.sort().values)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_in_how_many_launches_rows_are_chosen_from(chip):
+    """Rows that a program keeps in one; on GPUs up to 16,384 keys, and 131,072 where candidates of 2,048 fit one."""
+    chip = CHIPS[chip]
+
+    def launches(columns, top_k=2048):
+        count, indices = 0, None
+        while True:
+            _, chunks, statics, tile = module._step(chip, 1000, columns, top_k, None, None, indices)
+            assert statics["RESIDENT"] and tile["num_warps"] * 32 * 32 >= tile["BLOCK"]
+            count, indices, columns = count + 1, True, chunks * top_k
+            if chunks == 1:
+                return count
+
+    kept = 16384 if chip.is_gpu else 8192
+    assert (launches(1), launches(kept), launches(kept + 1)) == (1, 1, 2)
+    assert launches(65536) == launches(131072) == (2 if chip.is_gpu else 3)
+
+
+def test_a_row_of_16384_keys_takes_one_launch(monkeypatch):
+    logits = rows_of("quantised", 1, 16384)
+    launched = []
+    kernel = type(module.TOPK)
+    launch_of = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *given: launched.append(given[2]) or launch_of(*given))
+    with launch.on_cpu("interpret"):
+        got = indexer_topk(logits, 2048)
+    order = logits[0].sort(descending=True, stable=True).indices[:2048]
+    assert torch.equal(got[0].long(), order.sort().values) and launched == [1]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from mla_kernels import tile_files, tiles
 from mla_kernels.autotune import __main__ as cli
-from mla_kernels.autotune import options, problems, search, tables, tune
+from mla_kernels.autotune import options, problems, search, session, tables, tune
 from mla_kernels.autotune.models import MODELS
 from mla_kernels.tile_files import read_store, read_table
 from tests.autotune.declared import Clock, Compiler
@@ -43,6 +43,7 @@ def _own_files(monkeypatch, tmp_path):
         (["--target", "h100", "--dtype", "fp4"], "choose from"),
         (["--target", "h100", "--budget", "soon"], "accepted are seconds, as in 60 or 60s, or 5m, 1h"),
         (["--target", "h100", "--sizes", "rows"], "accepted is NAME=VALUE"),
+        (["--target", "h100", "--keep", "0"], "'0': accepted are numbers from 1"),
     ],
 )
 def test_the_command_line_names_what_it_accepts(capsys, arguments, message):
@@ -70,6 +71,8 @@ def test_the_command_line_names_what_it_accepts(capsys, arguments, message):
             "has no hats; it has pairs, experts",
         ),
         (["--target", "h100", "a100", "--store", "x.jsonl"], "one file is for one device"),
+        (["--target", "h100", "--launchable"], "--launchable goes with --offline"),
+        (["--target", "a100", "--launchable", "--offline"], "got a100, devices of capability 9.0 are accepted"),
     ],
 )
 def test_bad_combinations_are_explained(capsys, monkeypatch, arguments, message):
@@ -148,6 +151,7 @@ def test_a_table_leaves_out_what_does_not_compile_and_says_so(compiler, tmp_path
 
 def test_a_budget_holds_for_compiling_too_and_goes_to_what_matters_most(compiler, tmp_path, monkeypatch, capsys):
     clock = compiler.clock = Clock()
+    monkeypatch.setattr(session, "time", clock)
     monkeypatch.setattr(tune, "time", clock)
     monkeypatch.setattr(tune, "local_device", lambda: None)
     command = ["tune", "--target", "h200", "--model", "deepseek-v3", "--tp", "8", "--budget", "300s"]
@@ -155,7 +159,9 @@ def test_a_budget_holds_for_compiling_too_and_goes_to_what_matters_most(compiler
     assert clock.now <= 301
     assert list(dict.fromkeys(compiler.kernels))[:2] == ["mla_decode_kernel", "merge_splits_kernel"]
     assert "eb_gate_up_kernel" in compiler.kernels and "mla_prefill_kernel" not in compiler.kernels
-    assert "those not listed yet: run the same command again" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has ended before " in told and ": run the same command again" in told
+    assert "mla_prefill (2 of deepseek-v3 tp 8)" in told and "merge_states (3 of deepseek-v3 tp 8)" in told
     stored = {e.kernel for e in read_store(tmp_path / "h200.jsonl", "h200")}
     assert "mla_decode_kernel" in stored
     clock.now = 0.0
@@ -171,6 +177,19 @@ def test_nothing_is_listed_before_it_is_asked_for(monkeypatch):
     made = tune.tasks(parse("--target", "h200", "--model", "deepseek-v3"), tables.DEVICES["h200"], False)
     assert seen == []
     assert {task.problem.kernel.name for task in next(made)} >= {"mla_decode_kernel"} and seen == [("mla_decode",)]
+
+
+def test_what_matters_most_of_all_models_comes_first(capsys):
+    chip = tables.DEVICES["h200"]
+    lists = iter(tune.tasks(parse("--target", "h200", "--model", "all"), chip, True))
+    first = next(lists)
+    shares = {(task.derived.geometry.name, task.derived.geometry.tp) for task in first}
+    assert {task.derived.operation.name for task in first} == {"mla_decode"}
+    assert {("deepseek-v2-lite", 1), ("kimi-k2", 8)} <= shares  # V3's problem is V2's
+    two = tune.shares(["kimi-k2", "glm-5"], [2, 4])
+    assert [(one.name, one.tp) for one in two] == [("kimi-k2", 2), ("kimi-k2", 4), ("glm-5", 2), ("glm-5", 4)]
+    assert {one.name: one.tp for one in tune.shares(["all"], None)}["glm-5"] == 8
+    assert capsys.readouterr().err == ""
 
 
 def test_on_a_device_without_a_model_the_usual_one_is_timed_first(capsys):

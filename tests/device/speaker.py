@@ -17,6 +17,13 @@ def say(**words):
 def main():
     if "never-ready" in sys.argv:
         sys.exit(9)
+    say(loading="Peer")
+    if "--without=Bad" not in sys.argv:
+        say(loading="Bad")
+        if "loading-dies" in sys.argv:
+            os._exit(6)
+        if "loading-hangs" in sys.argv:
+            time.sleep(600)
     say(ready=True, versions={"Peer": "1.0"}, missing={})
     for line in sys.stdin:
         request = json.loads(line)

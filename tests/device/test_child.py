@@ -50,7 +50,7 @@ known = [
     case("unbuildable", unbuildable),
     case("broken tensors", broken_tensors),
 ]
-sys.exit(child.serve(known, Place("cpu"), Peers(), clock, False))
+sys.exit(child.serve(known, Place("cpu"), Peers(), clock, False, child.speaker()))
 """
 FAULT = {"fault": "RuntimeError: CUDA error: an illegal memory access was encountered"}
 TENSORS = {"begin": "", "kind": ""}

@@ -74,8 +74,8 @@ def test_tiny(capsys):
     """In the real child, on the CPU."""
     assert top.main(["device", "--tiny", "--only", "route,latent"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "12 cases on the CPU, checked and not timed; 0 wrong; not begun: 0"
-    assert sum("mla_kernels: right (" in line for line in lines) == 12
+    assert lines[-1] == "13 cases on the CPU, checked and not timed; 0 wrong; not begun: 0"
+    assert sum("mla_kernels: right (" in line for line in lines) == 13
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     monkeypatch.setattr(machine, "card", lambda: "NVIDIA Test (capability 9.0)")
     monkeypatch.setattr(machine, "driver", lambda: "580.1")
-    monkeypatch.setattr(queue, "command", lambda place, peers, *more: [*SPEAKER, *more])
+    monkeypatch.setattr(queue, "command", lambda place, peers, *more, without=(): [*SPEAKER, *more])
     monkeypatch.setattr(queue, "QUIET_SECONDS", 1.0)
     monkeypatch.setattr(queue.Run.__init__, "__kwdefaults__", queue.Run.__init__.__kwdefaults__ | {"quiet": 1.0})
     monkeypatch.setattr(command, "LEAST_SECONDS", 0)
@@ -138,7 +138,7 @@ def test_ours_not_timed_is_a_failure(card, capsys):
 
 def test_nothing_can_be_measured(card, capsys, monkeypatch):
     folder = card("right peer")
-    monkeypatch.setattr(queue, "command", lambda place, peers, *more: [*SPEAKER, "never-ready"])
+    monkeypatch.setattr(queue, "command", lambda place, peers, *more, without=(): [*SPEAKER, "never-ready"])
     assert top.main(["device", "--only", "decode", "--seconds", "30"]) == 2
     assert "ended 3 times before it was ready (9); its messages are in" in capsys.readouterr().err
     result = results.read(folder / "device.json")
@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_leaves_no_process(tmp_path):
 import sys
 from mla_kernels.device import command, machine, queue
 machine.has_gpu, machine.card, machine.driver = lambda: True, lambda: "a card", lambda: ""
-queue.command = lambda place, peers, *more: {SPEAKER!r}
+queue.command = lambda place, peers, *more, without=(): {SPEAKER!r}
 command.CASES = [queue.Case("right", "decode", "decode, bf16", 0, None), queue.Case("hang", "decode", "", 0, None)]
 command.MOST_WARM = 0
 command.before_timing = lambda *arguments: None

@@ -54,6 +54,48 @@ def test_what_is_known_of_a_run_that_was_stopped(tmp_path, monkeypatch):
     assert (found["passed"], found["failed"], found["not_run"]) == (1, ["b: in teardown"], ["c", "d"])
 
 
+def test_hopper_kernels_of_which_all_is_known():
+    """Every test passed of every file in which one launched them, and no file is left that might."""
+    room = "tests/hopper/test_"
+    tests = {f"{room}a.py::x": ["decode"], f"{room}a.py::y": ["decode", "sparse"], f"{room}b.py::x": ["sparse"],
+             f"{room}c.py::x": ["experts"], "tests/moe/test_d.py::x": []}  # fmt: skip
+    outcomes = {name: ("passed", "") for name in tests}
+
+    def sure(**other):
+        changed = {f"{room}{name.replace('_', '.py::')}": outcome for name, outcome in other.items()}
+        known = {name: outcome for name, outcome in (outcomes | changed).items() if outcome}
+        return parity.sure(list(tests), known, {name: tests[name] for name in known})
+
+    assert sure() == ["decode", "experts", "sparse"]
+    assert sure(a_x=None) == ["experts"] and sure(a_x=("failed", "no")) == ["experts"]
+    assert sure(c_x=None) == []  # which kernels it launches is not known
+    assert parity.sure(list(tests), outcomes | {"tests/moe/test_d.py::x": ("failed", "")}, tests) == sure()
+    assert parity.sure([], {f"{room}e.py": ("failed", "no module")} | outcomes, tests) == sure()
+
+
+def test_two_suites_as_one():
+    one = {"backend": "cuda", "seconds": 1.0, "stopped": False, "collected": 2, "passed": 1, "failed": ["a: no"],
+           "not_run": [], "hopper": []}  # fmt: skip
+    other = one | {"stopped": True, "collected": 3, "passed": 2, "failed": [], "not_run": ["b"], "hopper": ["k"]}
+    assert parity.together([one]) == one
+    made = parity.together([one, other | {"problem": "no time"}])
+    assert (made["collected"], made["passed"], made["not_run"], made["hopper"]) == (5, 3, ["b"], ["k"])
+    assert made["failed"] == ["a: no", "no time"] and made["stopped"] and made["seconds"] == 2.0
+    assert parity.together([one | {"problem": "no time"}, other])["hopper"] == ["k"]
+    assert parity.together([one | {"problem": "no time"}, other | {"problem": "none"}])["problem"] == "no time"
+
+
+@pytest.mark.slow
+def test_a_worker_whose_device_is_broken_is_replaced(tmp_path, monkeypatch):
+    """What passes after a test that breaks it passes, and a test that hangs ends alone."""
+    monkeypatch.setattr(parity, "workers", lambda: 2)
+    monkeypatch.setattr(parity, "TEST_SECONDS", 3)
+    found = finished(parity.Suite("cpu", ["tests/device/breaking_cases.py"]), 90.0)
+    names = [name.partition(": ")[0] for name in found["failed"]]
+    assert sorted(names) == [f"tests/device/breaking_cases.py::test_{word}" for word in ("breaks", "hangs")], found
+    assert found["passed"] == found["collected"] - 2 and not found["not_run"]
+
+
 def test_where_it_can_run(monkeypatch, tmp_path):
     assert parity.root() == Path(__file__).parents[2] and parity.cannot() == ""
     monkeypatch.setattr(parity.mla_kernels, "__file__", str(tmp_path / "mla_kernels" / "__init__.py"))

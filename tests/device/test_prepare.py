@@ -82,6 +82,17 @@ def test_archives_and_the_caches_paths(tmp_path):
     assert not list(tmp_path.glob("*.half"))
 
 
+def test_sources_are_left_out_of_the_cache(tmp_path):
+    (tmp_path / "KEY").mkdir()
+    for name in ("k.source", "k.cubin", "k.json"):
+        (tmp_path / "KEY" / name).write_text(name)
+    names = {name: str(tmp_path / "KEY" / name) for name in ("k.source", "k.cubin", "k.json")}
+    (tmp_path / "KEY" / "__grp__k.json").write_text(json.dumps({"child_paths": names}))
+    prepare.without_sources(tmp_path)
+    kept = json.loads((tmp_path / "KEY" / "__grp__k.json").read_text())["child_paths"]
+    assert kept.keys() == {"k.cubin", "k.json"} and not (tmp_path / "KEY" / "k.source").exists()
+
+
 def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
     """With nothing compiled and a package of two lines in place of the library: run.py hands its arguments on."""
 
@@ -91,6 +102,10 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
         (folder / "mla_kernels" / "__main__.py").write_text(
             "import os, sys; print(sys.argv[1:], os.environ['TRITON_CACHE_DIR'], sorted(os.listdir(sys.argv[3])))"
         )
+        (folder / "mla_kernels" / "autotune").mkdir()
+        (folder / "mla_kernels" / "autotune" / "__main__.py").write_text(
+            "import pathlib, sys; print(sys.argv[1:], pathlib.Path(sys.argv[-1]).read_text())"
+        )
 
     def compile_cases(known, folder, tiles_of, environment, *, log):
         (Path(environment["TRITON_CACHE_DIR"]) / tiles_of).mkdir(parents=True)
@@ -99,18 +114,35 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "checkout", checkout)
     monkeypatch.setattr(prepare, "packages", lambda root, folder: None)
     monkeypatch.setattr(prepare, "stub", lambda source, folder: {})
+
+    def shortlists(device, models, folder, environment, log):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{device}.jsonl").write_text(f"shortlists for {' '.join(models)}")
+
     monkeypatch.setattr(prepare, "compile_cases", compile_cases)
+    monkeypatch.setattr(prepare, "shortlists", shortlists)
     peers, folder = tmp_path / "peers", tmp_path / "packed"
     peers.mkdir()
     (peers / files.MANIFEST).write_text("{}")
     assert prepare.main([str(folder), "--peers", str(peers), "--tiles-of", "h200"]) == 0
     text = capsys.readouterr().out
-    assert "a case, x: KeyError: y" in text and "a case: DIED" in text and "MiB; there: python packed/run.py" in text
+    assert "a case, x: KeyError: y" in text and "a case: DIED" in text
+    assert re.search(r"0\.0 MiB in \d+ s; there: python packed/run\.py --seconds 240$", text, re.MULTILINE)
     command = [sys.executable, str(folder / "run.py"), "--only", "decode"]
     child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, cwd=tmp_path)
     first, second = child.stdout.splitlines()
     assert first.endswith("the cache of kernels is valid here")
     assert second.startswith("['device', '--peers', ") and "'--only', 'decode']" in second and files.MANIFEST in second
+    assert prepare.main([str(tmp_path / "two"), "--peers", str(peers), "--tiles-of", "h200", "--tune", "all"]) == 0
+    assert "run.py --seconds 240 --tune 240" in capsys.readouterr().out
+    command = [sys.executable, str(tmp_path / "two" / "run.py"), "--tune", "30", "--output", "out", "--only", "decode"]
+    child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, cwd=tmp_path)
+    _, first, second = child.stdout.splitlines()
+    assert "'--output', 'out', '--only', 'decode']" in first
+    assert second.startswith(
+        "['tune', '--model', 'all', '--budget', '30s', '--store', 'out/tiles.jsonl', '--shortlists'"
+    )
+    assert second.endswith("shortlists for all")
     monkeypatch.setattr(prepare, "MOST_BYTES", 10)
     assert prepare.main([str(folder / "again"), "--tiles-of", "h200"]) == 2
     assert "get_peers --capability 9.0" in capsys.readouterr().err

@@ -16,8 +16,8 @@ def run(*names, seconds=60.0, quiet=1.0, more=(), child=None):
     """(Run, number of children that it started)."""
     started = []
 
-    def start():
-        started.append(queue.Child([*SPEAKER, *more]))
+    def start(without):
+        started.append(queue.Child([*SPEAKER, *more, *(f"--without={name}" for name in without)]))
         return started[-1]
 
     made = queue.Run(start, time.monotonic() + seconds, quiet=quiet)
@@ -87,6 +87,18 @@ def test_a_child_that_is_never_ready():
     made, started = run("right one", "right two", more=["never-ready"])
     assert started == queue.MOST_EMPTY_STARTS and made.skipped == ["right one", "right two"]
     assert made.broken == "the measuring process ended 3 times before it was ready (9)"
+
+
+@pytest.mark.parametrize("word, how", [("dies", "6"), ("hangs", "None")])
+def test_a_peer_whose_loading_ends_the_child_is_left_out(word, how, monkeypatch):
+    monkeypatch.setattr(
+        queue.Run.__init__, "__kwdefaults__", queue.Run.__init__.__kwdefaults__ | {"start_seconds": 2.0}
+    )
+    made, started = run("right one", more=[f"loading-{word}"])
+    assert started == 2 and problems(made.records[0])["mla_kernels"] is None and not made.broken
+    assert made.loaded["versions"] == {"Peer": "1.0"} and made.loaded["missing"]["Bad"].startswith(
+        "not loaded: the process"
+    )
 
 
 def test_a_child_that_was_started_before_and_one_that_is_cancelled():

@@ -51,7 +51,7 @@ def test_ratios_and_summary(result):
 
 
 def test_forms_that_ran_right_become_entries_of_the_list():
-    """Not where a case of their group was wrong, a parity test of theirs failed or did not run."""
+    """Not where a case of their group was wrong, nor of a kernel whose parity tests have not all passed."""
     forms = [{"kernel": "k", "source": str(number), "form": {"LATENT": 512}} for number in range(3)]
 
     def hopper(name, group, number, **more):
@@ -63,7 +63,7 @@ def test_forms_that_ran_right_become_entries_of_the_list():
         about = ABOUT | {"parity": parity, "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
         return results.forms_that_ran(results.finish(about, cases))
 
-    right = {"passed": 9, "failed": ["tests/moe/test_route.py::test_x: no"], "not_run": []}
+    right = {"passed": 9, "failed": ["tests/moe/test_route.py::test_x: no"], "not_run": [], "hopper": ["k"]}
     cases = [hopper("a", "decode", 0), hopper("b", "decode", 1), hopper("c", "sparse", 2)]
     refused = hopper("d", "decode", 0, forms=[], problem="NotImplementedError: it needs")
     found = entries(right, *cases, refused, hopper("e", "decode", 0))
@@ -72,9 +72,27 @@ def test_forms_that_ran_right_become_entries_of_the_list():
     wrong = hopper("d", "decode", 0, forms=[], problem="WRONG: error nan")
     assert entries(right, *cases, wrong) == [forms[2] | about]
     assert entries(right, *cases, wrong, hopper("f", "decode and more", 0)) == [forms[2] | about]
-    for doubt in ("failed", "not_run"):
-        assert entries(right | {doubt: ["tests/hopper/test_decode.py::test_parity[cuda]"]}, *cases) == []
+    assert entries(right | {"hopper": ["another"]}, *cases) == []
     assert entries(None, *cases) == entries({"problem": "it needs pytest"}, *cases) == []
+
+
+def test_what_is_asked_is_reached_missed_or_not_timed():
+    """The fastest contestant whose name begins as asked counts, and the geometric mean of a group."""
+    first = case(fast=10.0, slow=40.0) | {"asked": {"slow": 1.9, "fa": 0.6, "other": 1.0}, "asked_mean": 0.9}
+    second = case("b", 20.0, fast=40.0) | {"asked": {"fast": 3.0}, "asked_mean": 0.9}
+    second["contestants"].append({"name": "Hopper kernel", "kind": "variant", "us": 10.0, "graph": True})
+    made = results.finish(ABOUT, [first, second])
+    name = "decode h16 b1 4k"
+    assert [(one.case, one.beside, one.ratio, one.hopper, one.said) for one in results.asked(made)] == [
+        (name, "slow", 2.0, None, "reached"), (name, "fa", 0.5, None, "missed"),
+        (name, "other", None, None, "not timed"),
+        ("b", "fast", 2.0, 4.0, "reached by the Hopper kernel"),
+        ("mean of decode, bf16", "the best peer", pytest.approx(1.0), 4.0, "reached"),
+    ]  # fmt: skip
+    text = table.markdown(made)
+    assert "3 of 5 reached." in text and f"| {name} | fa | 0.60 | 0.50 |  | missed |" in text
+    assert f"| {name} | other | 1.00 |  |  | not timed |" in text
+    assert "## Asked" not in table.markdown(results.finish(ABOUT, [case()]))
 
 
 def test_without_our_time_there_is_no_ratio():

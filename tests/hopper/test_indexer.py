@@ -62,7 +62,7 @@ def test_many_forms_in_many_orders(backend, device, seed, monkeypatch):
         problem.check(problem.run())
 
 
-@pytest.mark.parametrize("fewest", [1, 3])
+@pytest.mark.parametrize("fewest", [1, 3, 12])
 def test_programs_that_share_a_sequence(backend, device, fewest, monkeypatch):
     """Chunks before, across and behind what tokens see."""
     monkeypatch.setattr(variant, "_FEWEST_BLOCKS", fewest)

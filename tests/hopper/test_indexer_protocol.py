@@ -28,6 +28,15 @@ def rows():
     return problem
 
 
+def ranges():
+    """Blocks before, among and behind those that all tokens see whole."""
+    problem = make_ragged(6, 1000, heads=20, head_dim=128, dtype=E4M3, fp8=True)
+    problem.k_scale.nan_to_num_(0.001)
+    problem.starts.copy_(torch.tensor([0, 70, 200, 5, 0, 64]))
+    problem.ends.copy_(torch.tensor([1000, 900, 850, 1000, 990, 960]))
+    return problem
+
+
 def pages():
     """A page among a sequence's is none; rows behind its end are NaN and copied all the same."""
     problem = make_paged((700, 65), queries=3, heads=20, head_dim=128, dtype=E4M3, layout="fp8")
@@ -48,7 +57,7 @@ def expected(problem):
 def goes_wrong(text, folder, monkeypatch) -> bool:
     """Whether a kernel of this source does, over rows or over pages."""
     monkeypatch.setattr(KERNEL, "fn", types.SimpleNamespace(loaded=getattr(load(text, folder), KERNEL.name)))
-    for problem in (rows(), pages()):
+    for problem in (rows(), ranges(), pages()):
         try:
             with on_cpu("hopper-emulated"), hopper.variants("force"):
                 logits = run(problem)
@@ -91,9 +100,9 @@ FAULTS = {
     "the phases of full stages never change": ("full.index(stage), block // STAGES & 1)", "full.index(stage), 0)"),
     "stages are refilled one round too early": ("block // STAGES & 1 ^ 1", "block // STAGES & 1"),
     "a stage is given back before its last product": (
-        "            dots = warpgroup_mma(key_tiles",
-        "            if tile == TILES - 1:\n                mbarrier.arrive(free.index(stage))\n"
-        "            dots = warpgroup_mma(key_tiles",
+        "        dots = warpgroup_mma(key_tiles",
+        "        if tile == TILES - 1:\n            mbarrier.arrive(free.index(stage))\n"
+        "        dots = warpgroup_mma(key_tiles",
     ),
     "scales are those of the block before": ("* scale_stride + place)", "* scale_stride + place - 64)"),
     "copies are told of too often": ("LOADERS + 1)", "2)"),
@@ -107,7 +116,14 @@ FAULTS = {
     "halves are exchanged": ("    left, right = tile", "    right, left = tile"),
     "nothing is filled before the first block": ("out, fill_start, first_block,", "out, first_block, first_block,"),
     "nothing is filled behind the last block": ("out, first_block + blocks, fill_end,", "out, fill_end, fill_end,"),
-    "a token too many is stored": ("TOGETHER + part < count,", "TOGETHER + part <= count,"),
+    "a token too many is stored": ("mask=(line < keys - first) & (token < count)", "mask=line < keys - first"),
+    "a token too many is stored whole": ("logits, mask=token < count)", "logits, mask=token <= count)"),
+    "a token sees what the first does": ("gl.load(ends_ptr + token, mask=real", "gl.load(ends_ptr, mask=real"),
+    "a block that begins before what all see is whole": ("(whole_start + BLOCK - 1) // BLOCK", "whole_start // BLOCK"),
+    "a block that ends behind what all see is whole": ("whole_end // BLOCK", "(whole_end + BLOCK - 1) // BLOCK"),
+    "what one token sees is whole": ("end = gl.minimum(end, gl.where(token < count, high, keys))", "end = keys"),
+    "a page that is none is seen whole": ('logits = gl.where(present, logits, float("-inf"))', "logits = logits"),
+    "nothing behind whole blocks is scored": ("gl.where(turn == 0, whole_start, blocks)", "whole_start"),
 }
 
 

@@ -309,6 +309,19 @@ def test_fused_experts(form):
     assert {weights.data_ptr(), out.data_ptr()} <= combine
 
 
+def test_fused_experts_of_one_token_are_split():
+    hidden, ids, weights = torch.randn(1, 2048).to(BF16), torch.randint(0, 4, (1, 2), dtype=I32), torch.rand(1, 2)
+    experts = mla_kernels.ExpertWeights.quantise(torch.randn(4, 256, 2048), torch.randn(4, 2048, 128), "mxfp4")
+    with record() as launches:
+        mla_kernels.fused_experts(hidden, experts, weights, ids)
+        mla_kernels.fused_experts(hidden, experts, weights, ids)
+    first, again = launches[:5], launches[5:]
+    order, parts, activation, down, _ = (set(pointers(launch).values()) for launch in first)
+    assert {experts.gate_up.data_ptr(), hidden.data_ptr()} <= parts and order & parts & activation & down
+    assert (parts & activation) - order and (activation & down) - order  # the sums, and the activation
+    assert [launch.arguments.keys() for launch in first] == [launch.arguments.keys() for launch in again]
+
+
 def test_nothing_is_launched_for_nothing():
     with record() as launches:
         out = mla_kernels.fused_moe(
@@ -321,7 +334,7 @@ def test_nothing_is_launched_for_nothing():
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
 def test_the_indexer_is_one_launch_a_step(layout):
-    """Keys in one; slots in logits, choice and table look-up; codes and scales as typed parts of one storage."""
+    """Keys in one; slots in logits and the choice, which looks them up; codes and scales as parts of one storage."""
     cache = mla_kernels.IndexerCache.allocate(40, 64, layout=layout)
     k, norm, (cos, sin), slots = torch.randn(5, 128).to(BF16), torch.ones(128, dtype=BF16), table(64), torch.arange(5)
     q, weights = torch.randn(2, 1, 64, 128).to(BF16), torch.randn(2, 1, 64)
@@ -329,7 +342,7 @@ def test_the_indexer_is_one_launch_a_step(layout):
     with record() as launches:
         mla_kernels.write_indexer_key(k, norm, norm, cos, sin, slots, slots, cache, rope_dim=64, rope="half")
         chosen = mla_kernels.select_slots(q, cache, weights, block_table, seq_lens, 32)
-    write, logits, topk, look_up = launches
+    write, logits, topk = launches
     at = cache.data.data_ptr()
     keys, codes = (pointers(write)[name] for name in ("values", "codes"))
     assert (codes if layout == "fp8" else keys) == at
@@ -338,7 +351,8 @@ def test_the_indexer_is_one_launch_a_step(layout):
         assert pointers(logits)["codes_ptr"] == at and logits.arguments["scale_stride"] == 64 * 33
     assert {t.data_ptr() for t in (q, weights, block_table, seq_lens)} <= set(pointers(logits).values())
     assert pointers(topk)["values_ptr"] == pointers(logits)["out_ptr"]
-    assert pointers(look_up)["slots_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
+    assert pointers(topk)["block_table_ptr"] == block_table.data_ptr() and topk.arguments["table_stride"] == 4
+    assert pointers(topk)["out_indices_ptr"] == chosen.data_ptr() and chosen.shape == (2, 1, 32)
 
 
 def test_profilers_hooks_see_every_launch():

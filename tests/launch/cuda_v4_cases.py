@@ -17,7 +17,7 @@ KERNELS = {
     "sliding_attention": ["write_kv", "rotate_heads", "sparse_mla", "rotate_heads"],
     "heavily_compressed_attention": ["write_windows", "write_kv", "rotate_heads", "sparse_mla_pair", "rotate_heads"],
     "compressed_sparse_attention": [
-        "write_windows", "write_windows", "write_kv", "rotate_heads", "rotate_heads", "indexer_logits", "topk", "slots",
+        "write_windows", "write_windows", "write_kv", "rotate_heads", "rotate_heads", "indexer_logits", "topk",
         "sparse_mla_pair", "rotate_heads",
     ],
 }  # fmt: skip

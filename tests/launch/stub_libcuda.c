@@ -50,9 +50,25 @@ typedef struct {
     unsigned long long address, shape[5], strides[4];
     unsigned box[5], rank, type, swizzle;
 } TensorMap;
+/* What CUDA's driver API documents of cuTensorMapEncodeTiled's arguments, as far as kernels here use it. */
+static int refused(unsigned type, unsigned rank, void *address, const unsigned long long *shape,
+                   const unsigned long long *strides, const unsigned *box, const unsigned *element_strides,
+                   int interleave, int swizzle, int fill) {
+    unsigned size = type == 0 ? 1 : type == 6 || type == 9 ? 2 : 0; /* UINT8, FLOAT16, BFLOAT16 */
+    if (!size || rank < 1 || rank > 5 || (unsigned long long)address % 16 || interleave || fill) return 1;
+    if (swizzle < 1 || swizzle > 3 || box[0] * size % 16 || box[0] * size > 16u << swizzle) return 1;
+    for (unsigned i = 0; i < rank; i++) {
+        if (!shape[i] || shape[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_strides[i] != 1) return 1;
+        if (i + 1 == rank) break;
+        if (!strides[i] || strides[i] % 16 || strides[i] >= 1ull << 40 || strides[i] < shape[0] * size) return 1;
+        if (i && strides[i] % strides[i - 1]) return 1;
+    }
+    return 0;
+}
 Result cuTensorMapEncodeTiled(TensorMap *map, unsigned type, unsigned rank, void *address,
                               const unsigned long long *shape, const unsigned long long *strides, const unsigned *box,
                               const unsigned *element_strides, int interleave, int swizzle, int promotion, int fill) {
+    if (refused(type, rank, address, shape, strides, box, element_strides, interleave, swizzle, fill)) return 1;
     map->address = (unsigned long long)address;
     map->rank = rank;
     map->type = type;
@@ -66,6 +82,7 @@ Result cuTensorMapEncodeTiled(TensorMap *map, unsigned type, unsigned rank, void
 }
 Result cuTensorMapEncodeIm2col(void *map) { return 0; }
 Result cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
+    if (config->shared_bytes > 232448 || config->block[0] > 1024 || !config->grid[0]) return 1;
     if (recorder) recorder(config->grid, config->block, config->shared_bytes, parameters);
     return 0;
 }

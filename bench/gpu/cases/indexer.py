@@ -15,7 +15,7 @@ UNPAGED_KEYS = 1 << 21
 
 
 def logits(q: torch.Tensor, w: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Exact scores [K] of one query: q [64, 128], w [64], keys [K, 128] in float32."""
+    """Exact scores [K] of one query: q [heads, 128], w [heads], keys [K, 128] in float32."""
     return torch.einsum("h,hk->k", w, torch.relu(q.float() @ keys.t()))
 
 
@@ -23,11 +23,11 @@ class Cached:
     """Sequences of indexer keys in a paged fp8 cache, and queries whose values fp8 holds exactly: ``q`` in bf16, and
     ``asked`` as our op takes them, with ``codes`` in fp8, as DeepGEMM does."""
 
-    def __init__(self, batch: int, keys: int, codes: bool, place: Place):
+    def __init__(self, batch: int, keys: int, codes: bool, place: Place, heads: int = HEADS):
         self.batch, self.keys = place.size(batch, min(batch, 2)), place.size(keys, 512)
         pages = self.keys // PAGE
         self.bytes = self.batch * self.keys * (WIDTH + 4)
-        self.flops = 2 * self.batch * self.keys * HEADS * WIDTH
+        self.flops = 2 * self.batch * self.keys * heads * WIDTH
         self.copies = place.copies(self.bytes, 8)
         pool = self.copies * self.batch * pages
         self.cache = mk.IndexerCache.allocate(pool, PAGE, layout="fp8", device=place.device)
@@ -37,10 +37,10 @@ class Cached:
             self.cache.scales.fill_(KEY_SCALE)
         self.tables = place.ints(torch.randperm(pool).view(self.copies, self.batch, pages))
         self.lengths = place.ints(torch.full((self.batch,), self.keys))
-        quantised = place.normal(self.batch, 1, HEADS, WIDTH).to(E4M3)
+        quantised = place.normal(self.batch, 1, heads, WIDTH).to(E4M3)
         self.q = quantised.bfloat16()
         self.asked = quantised if codes else self.q
-        self.w = place.normal(self.batch, 1, HEADS, dtype=torch.float32)
+        self.w = place.normal(self.batch, 1, heads, dtype=torch.float32)
 
     def first(self) -> torch.Tensor:
         """Exact scores of the first sequence."""
@@ -71,8 +71,8 @@ def scores(batch: int, keys: int, codes: bool, place: Place, peers) -> Problem:
     return problem
 
 
-def selection(batch: int, keys: int, codes: bool, place: Place, peers) -> Problem:
-    at, top_k = Cached(batch, keys, codes, place), place.size(TOP_K, 64)
+def selection(batch: int, keys: int, codes: bool, place: Place, peers, heads: int = HEADS) -> Problem:
+    at, top_k = Cached(batch, keys, codes, place, heads), place.size(TOP_K, 64)
 
     def values(positions: torch.Tensor) -> torch.Tensor:
         """Exact scores of the chosen keys of the first sequence, sorted: what is chosen, whatever the order."""
@@ -198,8 +198,13 @@ def prompt(tokens: int, keys: int, codes: bool, place: Place, peers) -> Problem:
 _BATCHES = ((1, 65536, 0), (64, 16384, 0), (16, 65536, 1), (1, 16384, 1), (64, 65536, 2))
 
 
+_ASKED = {"selection": {"DeepGEMM and vLLM's top-k": 1.0}, "logits": {"DeepGEMM": 1.0}, "top-k": {"vLLM": 1.0}}
+
+
 def _case(name: str, part: str, priority: int, build, *sizes: int) -> Case:
-    return Case(name, "indexer", f"indexer, {part}", priority, partial(build, *sizes))
+    """What is asked is asked of fp8 queries: DeepGEMM takes no others."""
+    asked = _ASKED[part] if part == "top-k" or sizes[-1] else {}
+    return Case(name, "indexer", f"indexer, {part}", priority, partial(build, *sizes), asked)
 
 
 _FORMS = ((False, ""), (True, ", fp8 queries"))
@@ -216,6 +221,8 @@ CASES = (
             _case(f"prompt logits 1024x16k{form}", "logits", 1, prompt_scores, 1024, 16384, codes),
         )
     ),
+    Case("select_slots h32 b16 64k, fp8 queries", "indexer", "indexer, selection, GLM-5", 2,
+         partial(selection, 16, 65536, True, heads=32)),
     _case("topk 64x16k", "top-k", 1, top_k, 64, 16384),
     _case("topk 1x64k", "top-k", 1, top_k, 1, 65536),
     _case("topk 1x128k", "top-k", 1, top_k, 1, 131072),

@@ -139,8 +139,9 @@ def prolog(tokens: int, place: Place, peers) -> Problem:
     return problem
 
 
+_ASKED = {"compress_latent": {"torch's product and write_latent": 1.0}}
 CASES = tuple(
-    Case(f"{op} t{tokens}", "latent", op, priority + (op == "write_latent"), partial(build, tokens))
+    Case(f"{op} t{tokens}", "latent", op, priority + (op == "write_latent"), partial(build, tokens), _ASKED.get(op, {}))
     for op, build in (("compress_latent", compress), ("mla_prolog", prolog), ("write_latent", write))
     for tokens, priority in ((1, 0), (4096, 0), (64, 1))
 )

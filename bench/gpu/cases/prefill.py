@@ -8,9 +8,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import mla_kernels as mk
 from mla_kernels.device.case import Case, Place, Problem, variants
-from mla_kernels.device.cases.decode import SCALE
 
 NOPE, ROPE, VALUE = 128, 64, 128
+GLM_5 = 192, 64, 256
 LOOKED_AT_HEADS = 2
 
 
@@ -20,51 +20,57 @@ def with_rope(k: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def exact_rows(q, key, v, rows: list[int]) -> torch.Tensor:
-    scores = torch.einsum("thd,khd->htk", q[rows].float(), key.float()) * SCALE
+    scores = torch.einsum("thd,khd->htk", q[rows].float(), key.float()) * scale(q)
     seen = torch.arange(len(key), device=q.device) <= torch.tensor(rows, device=q.device)[:, None]
     return torch.einsum("htk,khd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v.float())
 
 
-def sdpa(backend: SDPBackend, width: int, q, key, v):
-    """torch's attention by ``backend``, with values padded to ``width``."""
-    v = pad(v, (0, width - VALUE)) if width > VALUE else v
+def scale(q: torch.Tensor) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def sdpa(backend: SDPBackend, padded: bool, q, key, v):
+    """torch's attention by ``backend``, with values ``padded`` to the width of keys."""
+    value = v.shape[-1]
+    v = pad(v, (0, key.shape[-1] - value)) if padded else v
     heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q, key, v)]
     with sdpa_kernel([backend]):
-        out = scaled_dot_product_attention(*heads_first, is_causal=True, scale=SCALE)
-    return out[0].transpose(0, 1)[..., :VALUE]
+        out = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale(q))
+    return out[0].transpose(0, 1)[..., :value]
 
 
-def torchs(place: Place) -> dict[str, tuple[SDPBackend, int]]:
-    """torch's kernels: name -> backend, width of values. Its default on a CPU."""
+def torchs(place: Place) -> dict[str, tuple[SDPBackend, bool]]:
+    """torch's kernels: name -> backend, whether values are padded. Its default on a CPU."""
     if not place.gpu:
-        return {"torch": (SDPBackend.MATH, VALUE)}
+        return {"torch": (SDPBackend.MATH, False)}
     if torch.version.hip:
-        return {"torch, flash, values padded": (SDPBackend.FLASH_ATTENTION, NOPE + ROPE)}
+        return {"torch, flash, values padded": (SDPBackend.FLASH_ATTENTION, True)}
     return {
-        "cuDNN": (SDPBackend.CUDNN_ATTENTION, VALUE),
-        "FlashAttention-2, values padded": (SDPBackend.FLASH_ATTENTION, NOPE + ROPE),
+        "cuDNN": (SDPBackend.CUDNN_ATTENTION, False),
+        "FlashAttention-2, values padded": (SDPBackend.FLASH_ATTENTION, True),
     }
 
 
-def tensors(heads: int, tokens: int, place: Place):
+def tensors(heads: int, tokens: int, widths: tuple[int, int, int], place: Place):
     """q, k, v, rope and our call's function of them, with more keywords."""
-    q, kv = place.normal(tokens, heads, NOPE + ROPE), place.normal(tokens, heads, NOPE + VALUE)
-    rope = place.normal(tokens, ROPE)
-    k, v = kv.split([NOPE, VALUE], -1)
+    nope, rotated, value = widths
+    q, kv = place.normal(tokens, heads, nope + rotated), place.normal(tokens, heads, nope + value)
+    rope = place.normal(tokens, rotated)
+    k, v = kv.split([nope, value], -1)
     bounds = place.ints(torch.tensor([0, tokens]))
 
     def ours(q, k, v, rope, **more):
-        sizes = dict(max_seqlen_q=tokens, max_seqlen_k=tokens, softmax_scale=SCALE)
+        sizes = dict(max_seqlen_q=tokens, max_seqlen_k=tokens, softmax_scale=scale(q))
         return mk.mla_prefill(q, k, v, bounds, bounds, k_rope=rope, **sizes, **more)[0]
 
-    flops = 2 * heads * (tokens * (tokens + 1) / 2) * (NOPE + ROPE + VALUE)
-    nbytes = 2 * tokens * (heads * (NOPE + ROPE + NOPE + 2 * VALUE) + ROPE)
+    flops = 2 * heads * (tokens * (tokens + 1) / 2) * (nope + rotated + value)
+    nbytes = 2 * tokens * (heads * (nope + rotated + nope + 2 * value) + rotated)
     return q, k, v, rope, bounds, ours, flops, nbytes
 
 
-def forward(heads: int, tokens: int, place: Place, peers) -> Problem:
+def forward(heads: int, tokens: int, widths: tuple[int, int, int], place: Place, peers) -> Problem:
     tokens, heads = place.size(tokens, 96), place.size(heads, 4)
-    q, k, v, rope, bounds, ours, flops, nbytes = tensors(heads, tokens, place)
+    q, k, v, rope, bounds, ours, flops, nbytes = tensors(heads, tokens, widths, place)
     key = with_rope(k, rope)
     rows = sorted({0, 1, tokens // 3, tokens - 2, tokens - 1})
 
@@ -73,10 +79,10 @@ def forward(heads: int, tokens: int, place: Place, peers) -> Problem:
 
     problem = Problem(call(), lambda: exact_rows(q, key, v, rows), lambda out: out[rows], bytes=nbytes, flops=flops)
     variants(problem, mk.mla_prefill, call, place)
-    for name, (backend, width) in torchs(place).items():
-        problem.add(name, lambda copy, backend=backend, width=width: sdpa(backend, width, q, key, v))
+    for name, how in torchs(place).items():
+        problem.add(name, lambda copy, how=how: sdpa(*how, q, key, v))
     if peers.fa3:
-        attend = partial(peers.fa3.attend, softmax_scale=SCALE)
+        attend = partial(peers.fa3.attend, softmax_scale=scale(q))
         lengths = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=tokens, max_seqlen_k=tokens)
         problem.add("FlashAttention-3", lambda copy: attend(q[None], key[None], v[None])[0])
         problem.add("FlashAttention-3, variable lengths", lambda copy: attend(q, key, v, **lengths))
@@ -88,7 +94,7 @@ def forward(heads: int, tokens: int, place: Place, peers) -> Problem:
 
 def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
     tokens, heads = place.size(tokens, 96), place.size(heads, 4)
-    q, k, v, rope, _, ours, flops, nbytes = tensors(heads, tokens, place)
+    q, k, v, rope, _, ours, flops, nbytes = tensors(heads, tokens, (NOPE, ROPE, VALUE), place)
     k, v, toward = k.contiguous(), v.contiguous(), place.normal(tokens, heads, VALUE)
     some = slice(0, min(heads, LOOKED_AT_HEADS))
 
@@ -101,7 +107,7 @@ def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
         return run
 
     def plain(q, k, v, rope):
-        scores = torch.einsum("thd,khd->htk", q, with_rope(k, rope)) * SCALE
+        scores = torch.einsum("thd,khd->htk", q, with_rope(k, rope)) * scale(q)
         unseen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         return torch.einsum("htk,khd->thd", scores.masked_fill(unseen, float("-inf")).softmax(-1), v)
 
@@ -118,14 +124,24 @@ def backward(heads: int, tokens: int, place: Place, peers) -> Problem:
 
     problem = Problem(call(), exact, pick, bytes=3 * nbytes, flops=3.5 * flops, graph=False)
     variants(problem, mk.mla_prefill, call, place)
-    for name, (backend, width) in torchs(place).items():
-        joined = lambda q, k, v, rope, b=backend, w=width: sdpa(b, w, q, with_rope(k, rope), v)  # noqa: E731
+    for name, how in torchs(place).items():
+        joined = lambda q, k, v, rope, how=how: sdpa(*how, q, with_rope(k, rope), v)  # noqa: E731
         problem.add(name, step(joined, q, k, v, rope))
     return problem
 
 
 def _case(heads: int, tokens: int, priority: int) -> Case:
-    return Case(f"prefill h{heads} {tokens}", "prefill", "prefill, bf16", priority, partial(forward, heads, tokens))
+    return Case(
+        f"prefill h{heads} {tokens}", "prefill", "prefill, bf16", priority,
+        partial(forward, heads, tokens, (NOPE, ROPE, VALUE)), {"FlashAttention-3": 0.97, "cuDNN": 1.15},
+    )  # fmt: skip
+
+
+def _gradients(heads: int, tokens: int, priority: int) -> Case:
+    return Case(
+        f"prefill fwd+bwd h{heads} {tokens}", "prefill", "prefill, forward and backward", priority,
+        partial(backward, heads, tokens), {"cuDNN": 1.0},
+    )  # fmt: skip
 
 
 CASES = (
@@ -133,6 +149,7 @@ CASES = (
     _case(16, 2048, 0),
     _case(16, 8192, 1),
     _case(128, 2048, 1),
-    Case("prefill fwd+bwd h16 4096", "prefill", "prefill, forward and backward", 0, partial(backward, 16, 4096)),
-    Case("prefill fwd+bwd h128 2048", "prefill", "prefill, forward and backward", 1, partial(backward, 128, 2048)),
+    _gradients(16, 4096, 0),
+    _gradients(128, 2048, 1),
+    Case("prefill glm-5 h8 8192", "prefill", "prefill, bf16, 256 / 256", 2, partial(forward, 8, 8192, GLM_5)),
 )

@@ -1,4 +1,5 @@
-"""Experts on fp8 blocks, int8, int4 and MXFP4, beside our bf16; fp8 blocks beside SGLang and DeepGEMM, too."""
+"""Experts on fp8 blocks, int8 (products of codes, too), int4 and MXFP4, beside our bf16; fp8 blocks beside SGLang
+and DeepGEMM, too."""
 
 import functools
 from functools import partial
@@ -17,10 +18,11 @@ from mla_kernels.device.cases.experts import (
     weights_of,
 )
 
+BF16 = "mla_kernels, bf16"
 QUANTISED = 4
 """Experts that are quantised; they recur in memory up to the full number, so traffic is real and values are not."""
-FP8_LIMIT = 1e-1
-"""Errors of fp8 blocks: activations are rounded to e4m3 twice, which made up to 0.06 on a CPU."""
+LIMITS = {"fp8_block": 1e-1, "int8_w8a8": 5e-2}
+"""Errors where activations are rounded twice: to e4m3, which made up to 0.06 on a CPU, or to int8."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,11 +60,11 @@ def experts(shape: str, format: str, tokens: int, place: Place, peers) -> Proble
     problem = Problem(
         call(), exact, lambda out: out[:LOOKED_AT],
         bytes=every.bytes_per_parameter * routing.parameters + 2 * hidden.nbytes, flops=routing.flops,
-        copies=routing.copies, limit=FP8_LIMIT if format == "fp8_block" else 2e-2,
+        copies=routing.copies, limit=LIMITS.get(format, 2e-2),
     )  # fmt: skip
     variants(problem, mk.fused_experts, call, place, carried=format == "fp8_block")
     problem.add(
-        "mla_kernels, bf16", lambda copy: mk.fused_moe(hidden, gate_up, down, routing.weights, routing.ids[copy]),
+        BF16, lambda copy: mk.fused_moe(hidden, gate_up, down, routing.weights, routing.ids[copy]),
         "own", exact=exact_bf16,
     )  # fmt: skip
     if format == "fp8_block":
@@ -76,12 +78,29 @@ def experts(shape: str, format: str, tokens: int, place: Place, peers) -> Proble
     return problem
 
 
-CASES = tuple(
-    Case(
+_ASKED = {
+    ("int8_w8a8", 4096): {BF16: 1.3},
+    **{(format, tokens): {BF16: least} for format in ("int4", "mxfp4")
+       for tokens, least in ((1, 2.5), (64, 1.5), (4096, 0.9))},
+}  # fmt: skip
+
+
+def _case(format: str, shape: str, tokens: int, priority: int) -> Case:
+    peers = {"SGLang": 1.0, "DeepGEMM": 1.0} if format == "fp8_block" else {}
+    return Case(
         f"{format} {shape} t{tokens}", "quant", f"experts, {format}",
         min(2, priority + (shape != "v3tp8") + (format != "fp8_block")), partial(experts, shape, format, tokens),
-    )
-    for shape in ("v3tp8", "v2lite")
-    for format in ("fp8_block", "int8", "int4", "mxfp4")
-    for tokens, priority in ((1, 0), (4096, 0), (64, 1), (1024, 1))
-)  # fmt: skip
+        peers or _ASKED.get((format, tokens), {}),
+    )  # fmt: skip
+
+
+CASES = (
+    *(
+        _case(format, shape, tokens, priority)
+        for shape in ("v3tp8", "v2lite")
+        for format in ("fp8_block", "int8_w8a8", "int8", "int4", "mxfp4")
+        for tokens, priority in ((1, 0), (4096, 0), (64, 1), (1024, 1))
+    ),
+    _case("fp8_block", "v3tp8", 16384, 2),
+    *(_case("fp8_block", "v3ep", tokens, 1) for tokens in (1, 64, 4096, 16384)),
+)

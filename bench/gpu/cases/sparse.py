@@ -149,12 +149,20 @@ CASES = (
         for layout in ("fp8_v32", None)
         for batch, priority in ((64, 0), (1, 0), (16, 1), (128, 1))
     ),
-    Case("sparse prefill 4096x8192", "sparse", "sparse prefill, bf16", 0, partial(sparse_prefill, 4096, 8192)),
+    Case(
+        "sparse prefill 4096x8192",
+        "sparse",
+        "sparse prefill, bf16",
+        0,
+        partial(sparse_prefill, 4096, 8192),
+        {"FlashMLA": 1.0},
+    ),
     Case(
         "sparse prefill fwd+bwd 4096x8192",
         "sparse",
         "sparse prefill, forward and backward",
         1,
         partial(backward, 4096, 8192),
+        {"mla_kernels, forward alone": 0.25},  # gradients take three times the forward at most
     ),
 )

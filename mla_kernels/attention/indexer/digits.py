@@ -78,11 +78,12 @@ def find_digit(counts, wanted):
 
 @triton.jit
 def write_chosen(
-    values, indices, out_values, out_indices, start, end, begin, least, ties, written,
-    INDEXED: tl.constexpr, VALUED: tl.constexpr, BLOCK_W: tl.constexpr,
+    values, indices, out_values, out_indices, table, start, end, begin, least, ties, written,
+    INDEXED: tl.constexpr, VALUED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Write the lanes of a row from ``begin`` to ``end`` that exceed ``least``, and the first ``ties`` that equal it,
-    from place ``written`` of the outputs on; returns the place behind them."""
+    from place ``written`` of the outputs on; returns the place behind them. PAGE_SIZE: the slots of their keys in a
+    cache of such pages, by the row ``table`` of its block table; 0: their indices."""
     lane = tl.arange(0, BLOCK_W)
     for block in range(begin, end, BLOCK_W):
         y = load_values(values, block, start, end, lane)  # [BLOCK_W]
@@ -95,6 +96,9 @@ def write_chosen(
             index = tl.load(indices + block + lane, mask=inside, other=-1)
         else:
             index = block + lane
+        if PAGE_SIZE > 0:
+            page = tl.load(table + index // PAGE_SIZE, mask=one > 0.5, other=0)
+            index = page * PAGE_SIZE + index % PAGE_SIZE
         tl.store(out_indices + written + place, index, mask=one > 0.5)
         if VALUED:
             tl.store(out_values + written + place, y, mask=one > 0.5)

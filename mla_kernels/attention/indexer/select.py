@@ -108,7 +108,7 @@ def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, lim
     sequences, queries = q.shape[:2]
     page_size = page_size_of(cache, head_dim)
     capacity = block_table.shape[1] * page_size
-    slots, ends = seq_lens.new_empty((sequences, queries, top_k)), seq_lens
+    ends = seq_lens
     if limits is not None:
         ends = limits.flatten()
     elif queries > 1:
@@ -117,27 +117,30 @@ def _launch_slots(q, cache, head_dim, weights, block_table, seq_lens, top_k, lim
     step = max(1, _tokens_at_once(capacity) // queries)
     if 0 < sequences <= step:  # all at once, without views
         part = q, cache, head_dim, weights, block_table, seq_lens, limits, batch_invariant
-        logits = launch_paged_logits(*part, fill=False)
-        positions = launch_topk(logits.view(sequences * queries, capacity), top_k, None, ends)
-        _launch_positions(positions, block_table, slots, queries, page_size)
-        return slots
+        logits = launch_paged_logits(*part, fill=False).view(sequences * queries, capacity)
+        return _choose_slots(logits, top_k, ends, block_table, queries, page_size).view(sequences, queries, top_k)
+    parts = []
     for first in range(0, sequences, step):
         rows = slice(first, first + step)
         table, some = block_table[rows], None if limits is None else limits[rows]
         part = q[rows], cache, head_dim, weights[rows], table, seq_lens[rows], some, batch_invariant
         logits = launch_paged_logits(*part, fill=False)
         own = ends[first * queries : (first + step) * queries]
-        positions = launch_topk(logits.flatten(0, 1), top_k, None, own)
-        _launch_positions(positions, table, slots[rows], queries, page_size)
-    return slots
+        parts.append(_choose_slots(logits.flatten(0, 1), top_k, own, table, queries, page_size))
+    return torch.cat(parts).view(sequences, queries, top_k) if parts else seq_lens.new_empty(0, queries, top_k)
 
 
-def _launch_positions(positions, table, slots, queries, page_size):
-    rows, top_k = positions.shape
-    if table.shape[1] == 0:
-        slots.fill_(-1)
-        return
-    chip = chip_of(positions.device)
+def _choose_slots(logits, top_k, ends, table, queries, page_size):
+    """[rows, top_k]. On Ascend, where a page is found for one lane after another, for the chosen positions alone."""
+    chip = chip_of(logits.device)
+    if chip.is_gpu:
+        return launch_topk(logits, top_k, None, ends, table, queries, page_size)
+    positions = launch_topk(logits, top_k, None, ends)
+    return _launch_positions(chip, positions, table, queries, page_size) if table.shape[1] else positions
+
+
+def _launch_positions(chip, positions, table, queries, page_size):
+    (rows, top_k), slots = positions.shape, torch.empty_like(positions)
     plan = SLOTS.kept.plans.get(key := (chip.device, rows, top_k))
     if plan is None:
         tile = SLOTS.tile_for(chip, "fp32", {}, {"rows": rows, "top_k": top_k})
@@ -145,6 +148,7 @@ def _launch_positions(positions, table, slots, queries, page_size):
     blocks, statics, tile = plan
     args = (positions, table, slots, table.stride()[0], queries, page_size, top_k, blocks, rows * blocks)
     SLOTS.launch(chip, rows * blocks, args, statics, tile)
+    return slots
 
 
 def _empty_keys(q, k, weights, starts, ends, k_scale, top_k, *_):

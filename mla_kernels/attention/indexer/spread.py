@@ -97,15 +97,17 @@ def topk_count_kernel(
             tl.store(counts_ptr + own, tl.zeros([BINS], tl.float32))
 
 
-@triton.jit(do_not_specialize=["chunks", "top_k"])
+@triton.jit(do_not_specialize=["chunks", "top_k", "queries"])
 def topk_write_kernel(
-    values_ptr, starts_ptr, ends_ptr, counts_ptr, found_ptr, above_ptr, out_ptr,
-    row_stride, columns, chunks, top_k, work,
-    HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    values_ptr, starts_ptr, ends_ptr, counts_ptr, found_ptr, above_ptr, block_table_ptr, out_ptr,
+    row_stride, columns, chunks, top_k, table_stride, queries, work,
+    HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Write the chosen indices of one chunk into out [rows, top_k], behind those of the chunks before it.
 
     counts, found, above: as topk_count_kernel left them for the last digit. The last chunk fills up with -1.
+    PAGE_SIZE: slots instead, as of topk_kernel.
     """
     bin = tl.arange(0, BINS).to(tl.float32)
     lane = tl.arange(0, BINS)
@@ -133,8 +135,9 @@ def topk_write_kernel(
         source = values_ptr + tl.cast(row, tl.int64) * row_stride
         begin = first + tl.maximum(start - first, 0) // BLOCK_W * BLOCK_W
         written = write_chosen(
-            source, out, source, out, start, end, begin, from_image(prefix ^ SIGN), tl.maximum(ties - equal, 0.0),
-            written, False, False, BLOCK_W,
+            source, out, source, out, block_table_ptr + tl.cast(row // queries, tl.int64) * table_stride,
+            start, end, begin, from_image(prefix ^ SIGN), tl.maximum(ties - equal, 0.0),
+            written, False, False, PAGE_SIZE, BLOCK_W,
         )  # fmt: skip
         if chunk == chunks - 1:
             write_nothing(source, out, written, top_k, False, BLOCK_W)
@@ -165,12 +168,17 @@ def _work(cost):
     return work
 
 
-_CASES = tuple(
-    Case(name, _statics(starts, True), {"rows": rows, "columns": columns, "top_k": 2048}, ("fp32",))
-    for name, rows, columns, starts in (
-        ("v32_one", 1, 131072, None), ("v32_few", 8, 131072, True), ("v32_long", 1, 1 << 20, None),
+def _cases(*more):
+    """``more``: further constants, of each case."""
+    return tuple(
+        Case(name, _statics(starts, True) | own, {"rows": rows, "columns": columns, "top_k": 2048}, ("fp32",))
+        for (name, rows, columns, starts), own in zip(
+            (("v32_one", 1, 131072, None), ("v32_few", 8, 131072, True), ("v32_long", 1, 1 << 20, None)),
+            more or ({}, {}, {}),
+        )
     )
-)  # fmt: skip
+
+
 _BOUNDS = {"values_ptr": "*fp32", "starts_ptr": "*i32", "ends_ptr": "*i32"}
 _BLOCKS = {"BLOCK": (1024, 2048, 4096, 8192), "BLOCK_C": (4, 8, 16, 32)}
 
@@ -190,7 +198,7 @@ COUNT = Kernel(
     memory=spread_memory,
     cost=_cost,
     work=_work(_cost),
-    cases=_CASES,
+    cases=_cases(),
     uses_dot=False,
 )
 
@@ -201,32 +209,36 @@ WRITE = Kernel(
         "counts_ptr": "*fp32",
         "found_ptr": "*i32",
         "above_ptr": "*fp32",
+        "block_table_ptr": "*i32",
         "out_ptr": "*i32",
         **dict.fromkeys(("row_stride", "columns"), "i32:16"),
-        **dict.fromkeys(("chunks", "top_k", "work"), "i32"),
+        **dict.fromkeys(("chunks", "top_k", "table_stride", "queries", "work"), "i32"),
     },
-    statics=("HAS_STARTS", "HAS_ENDS"),
+    statics=("HAS_STARTS", "HAS_ENDS", "PAGE_SIZE"),
     tiles={**_BLOCKS, "BLOCK_W": (256, 512, 1024, 2048), "num_warps": (4, 8)},
     rule=spread_rule("BLOCK", "BLOCK_C", "BLOCK_W"),
     memory=spread_memory,
     cost=_write_cost,
     work=_work(_write_cost),
-    cases=_CASES,
+    cases=_cases({"PAGE_SIZE": 64}, {"PAGE_SIZE": 0}, {"PAGE_SIZE": 64}),
     uses_dot=False,
 )
 
 
-def plan_spread(chip, rows, columns, top_k, starts, ends):
+def plan_spread(chip, rows, columns, top_k, starts, ends, page_size=0):
     """(chunks, constants, tile to count with, tile to write with) of rows of so many columns; the chunks are one's."""
     statics, sizes = _statics(starts, ends), {"rows": rows, "columns": columns, "top_k": top_k}
     tile = COUNT.tile_for(chip, "fp32", statics, sizes)
-    writing = WRITE.tile_for(chip, "fp32", statics, sizes) | {"BLOCK": tile["BLOCK"]}
+    writing = WRITE.tile_for(chip, "fp32", statics | {"PAGE_SIZE": page_size}, sizes) | {"BLOCK": tile["BLOCK"]}
     writing["BLOCK_W"] = min(writing["BLOCK_W"], writing["BLOCK"])
     return -(-columns // tile["BLOCK"]), statics, tile, writing
 
 
-def launch_spread(chip, logits, top_k, starts, ends, plan):
-    """logits [rows, columns] fp32 -> int32 [rows, top_k]. Workspace: 2,052 bytes a chunk and 16 a row."""
+def launch_spread(chip, logits, top_k, starts, ends, plan, table=None, queries=1, page_size=0):
+    """logits [rows, columns] fp32 -> int32 [rows, top_k]; with ``page_size`` slots, by ``table``.
+
+    Workspace: 2,052 bytes a chunk and 16 a row.
+    """
     chunks, statics, tile, writing = plan
     rows, columns = logits.shape
     out = torch.empty((rows, top_k), dtype=torch.int32, device=logits.device)
@@ -242,6 +254,9 @@ def launch_spread(chip, logits, top_k, starts, ends, plan):
             shift, work,
         )  # fmt: skip
         COUNT.launch(chip, work, args, statics, tile)
-    args = *bounds, counts[1], found[1], above, out, stride, columns, chunks, top_k, work
-    WRITE.launch(chip, work, args, statics, writing)
+    table, table_stride = (out, 0) if table is None else (table, table.stride()[0])
+    args = (
+        *bounds, counts[1], found[1], above, table, out, stride, columns, chunks, top_k, table_stride, queries, work,
+    )  # fmt: skip
+    WRITE.launch(chip, work, args, statics | {"PAGE_SIZE": page_size}, writing)
     return out

@@ -42,7 +42,8 @@ def logits_rule(chip, dtype, statics, sizes):
     if from_registers(chip) and dtype != "fp32":
         return tile | {"BLOCK_H": max(16, heads // 4), "PEEL": 1, "num_warps": 4}
     if dtype == "fp32":
-        tile |= {"BLOCK_N": 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
+        wide = from_registers(chip) and statics["HEAD_DIM"] <= 128  # a load of queries serves more keys
+        tile |= {"BLOCK_N": 64 if wide else 32, "BLOCK_H": min(tile["BLOCK_H"], 32 if from_registers(chip) else 64)}
     page = statics["PAGE_SIZE"]
     while page and page % tile["BLOCK_N"] and tile["BLOCK_N"] > 32:
         tile["BLOCK_N"] //= 2
@@ -75,7 +76,12 @@ def logits_memory(chip, dtype, statics, tile):
     return {"UB": vectors, "L1": 2 * (k + q), "L0C": dots * (2 if chip.memory["L0C"] > 128 << 10 else 1)}
 
 
-RESIDENT_BLOCK = 8192  # most columns that a program keeps
+RESIDENT_BLOCK = 8192  # most columns that a program of 8 warps, or on Ascend UB, keeps
+
+
+def resident_block(chip) -> int:
+    """Most columns that a program keeps: GPUs have 16 warps for twice as many."""
+    return 2 * RESIDENT_BLOCK if chip.is_gpu else RESIDENT_BLOCK
 
 
 def power_of_two(value: int) -> int:
@@ -84,13 +90,14 @@ def power_of_two(value: int) -> int:
 
 
 def topk_rule(chip, dtype, statics, sizes):
-    """A chunk fills the registers of 8 warps on GPUs, and a third of UB on Ascend with the lanes that it needs."""
-    block = min(RESIDENT_BLOCK if statics["RESIDENT"] else 2048, max(128, power_of_two(sizes["columns"])))
+    """A chunk has 32 columns a thread on GPUs, and with the lanes that it needs a third of UB on Ascend."""
+    block = min(resident_block(chip) if statics["RESIDENT"] else 2048, max(128, power_of_two(sizes["columns"])))
+    wide = block > RESIDENT_BLOCK
     return {
         "BLOCK": block,
-        "BLOCK_W": min(block, 1024 if chip.is_gpu else 512),
+        "BLOCK_W": min(block, (2048 if wide else 1024) if chip.is_gpu else 512),
         "HISTOGRAM": int(chip.is_gpu and statics["RESIDENT"]),  # a scalar loop on Ascend
-        "num_warps": max(1, min(8, block // 512)),
+        "num_warps": 16 if wide else max(1, min(8, block // 512)),
     }
 
 

@@ -20,7 +20,13 @@ from mla_kernels.attention.indexer.digits import (
     write_nothing,
 )
 from mla_kernels.attention.indexer.spread import launch_spread, plan_spread
-from mla_kernels.attention.indexer.tiles import RESIDENT_BLOCK, power_of_two, topk_memory, topk_rule
+from mla_kernels.attention.indexer.tiles import (
+    RESIDENT_BLOCK,
+    power_of_two,
+    resident_block,
+    topk_memory,
+    topk_rule,
+)
 from mla_kernels.checks import check_int, check_no_grad, check_tensor
 from mla_kernels.cpu.indexer import indexer_topk as cpu_indexer_topk
 from mla_kernels.language import tl, triton
@@ -34,17 +40,19 @@ MAX_KEYS = 1 << 24  # indices are ranked in fp32, because the 910 compares integ
 
 @triton.jit
 def topk_kernel(
-    values_ptr, indices_ptr, starts_ptr, ends_ptr, out_values_ptr, out_indices_ptr,
-    row_stride, columns, chunk, chunks, top_k, work,
+    values_ptr, indices_ptr, starts_ptr, ends_ptr, block_table_ptr, out_values_ptr, out_indices_ptr,
+    row_stride, columns, chunk, chunks, top_k, table_stride, queries, work,
     HAS_STARTS: tl.constexpr, HAS_ENDS: tl.constexpr, INDEXED: tl.constexpr, VALUED: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, HISTOGRAM: tl.constexpr,
+    RESIDENT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, HISTOGRAM: tl.constexpr,
 ):  # fmt: skip
     """The top_k largest of ``chunk`` columns of one row (item = row * chunks + chunk), in ascending order of column.
 
     out [rows, chunks, top_k]: indices (from ``indices`` where INDEXED) and, where VALUED, the values beside them; -1
-    and -inf where a chunk has fewer. RESIDENT: chunk is BLOCK, and a row is read once. The least chosen value is found
-    with HISTOGRAM (RESIDENT only) in four histograms of 8 bits of its image, else in passes of two bits, by counting
-    the lanes that reach each of three thresholds.
+    and -inf where a chunk has fewer. PAGE_SIZE: slots instead, by a row of the block table for every ``queries`` rows,
+    as :func:`mla_kernels.attention.indexer.digits.write_chosen` says. RESIDENT: chunk is BLOCK, and a row is read once.
+    The least chosen value is found with HISTOGRAM (RESIDENT only) in four histograms of 8 bits of its image, else in
+    passes of two bits, by counting the lanes that reach each of three thresholds.
     """
     lane = tl.arange(0, BLOCK)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -118,15 +126,16 @@ def topk_kernel(
         out_values = out_values_ptr + target
         out_indices = out_indices_ptr + target
         written = write_chosen(
-            values, indices_ptr + source, out_values, out_indices, start, end, begin, least, ties,
-            tl.cast(0, tl.int32), INDEXED, VALUED, BLOCK_W,
+            values, indices_ptr + source, out_values, out_indices,
+            block_table_ptr + tl.cast(row // queries, tl.int64) * table_stride, start, end, begin, least, ties,
+            tl.cast(0, tl.int32), INDEXED, VALUED, PAGE_SIZE, BLOCK_W,
         )  # fmt: skip
         write_nothing(out_values, out_indices, written, top_k, VALUED, BLOCK_W)
 
 
-def _resident(columns: int, top_k: int) -> bool:
-    """Whether chunks are read once and kept: they must leave few enough candidates, a quarter."""
-    return columns <= RESIDENT_BLOCK or 4 * power_of_two(top_k) <= RESIDENT_BLOCK
+def _resident(columns: int, top_k: int, block: int) -> bool:
+    """Whether chunks of ``block`` are read once and kept: they must leave few enough candidates, a quarter."""
+    return columns <= block or 4 * power_of_two(top_k) <= block
 
 
 def _cost(dtype, statics, sizes):
@@ -143,18 +152,19 @@ def _work(dtype, statics, sizes, tile):
     return Work(programs, whole.flops / programs, again * whole.bytes / programs)
 
 
-def _statics(starts, ends, indices, chunks, resident):
+def _statics(starts, ends, indices, chunks, resident, page_size=0):
     return {
         "HAS_STARTS": starts is not None,
         "HAS_ENDS": ends is not None,
         "INDEXED": indices is not None,
         "VALUED": chunks > 1,
         "RESIDENT": resident,
+        "PAGE_SIZE": 0 if chunks > 1 else page_size,
     }
 
 
-def _case(name, *, rows, columns, top_k, chunks=1, starts=None, ends=None, indices=None):
-    statics = _statics(starts, ends, indices, chunks, -(-columns // chunks) <= RESIDENT_BLOCK)
+def _case(name, *, rows, columns, top_k, chunks=1, starts=None, ends=None, indices=None, page_size=0):
+    statics = _statics(starts, ends, indices, chunks, -(-columns // chunks) <= 2 * RESIDENT_BLOCK, page_size)
     sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": chunks}
     return Case(name, statics, sizes, ("fp32",))
 
@@ -166,6 +176,7 @@ TOPK = Kernel(
         "indices_ptr": "*i32",
         "starts_ptr": "*i32",
         "ends_ptr": "*i32",
+        "block_table_ptr": "*i32",
         "out_values_ptr": "*fp32",
         "out_indices_ptr": "*i32",
         "row_stride": "i32:16",
@@ -173,11 +184,11 @@ TOPK = Kernel(
         "chunk": "i32:16",
         "chunks": "i32",
         "top_k": "i32:16",
-        "work": "i32",
+        **dict.fromkeys(("table_stride", "queries", "work"), "i32"),
     },
-    statics=("HAS_STARTS", "HAS_ENDS", "INDEXED", "VALUED", "RESIDENT"),
+    statics=("HAS_STARTS", "HAS_ENDS", "INDEXED", "VALUED", "RESIDENT", "PAGE_SIZE"),
     tiles={
-        "BLOCK": (128, 256, 512, 1024, 2048, 4096, 8192),
+        "BLOCK": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         "BLOCK_W": (128, 256, 512, 1024, 2048),
         "HISTOGRAM": (0, 1),
         "num_warps": (1, 2, 4, 8, 16),
@@ -187,18 +198,19 @@ TOPK = Kernel(
     cost=_cost,
     work=_work,
     cases=(
-        _case("v32_chunks", rows=64, columns=131072, top_k=2048, chunks=16, starts=True, ends=True),
+        _case("v32_chunks", rows=64, columns=131072, top_k=2048, chunks=8, starts=True, ends=True),
         _case("v32_candidates", rows=64, columns=8192, top_k=2048, indices=True),
         _case("v32_short", rows=64, columns=8192, top_k=2048, ends=True),
+        _case("v32_row", rows=64, columns=16384, top_k=2048, ends=True, page_size=64),
         _case("large_k", rows=64, columns=131072, top_k=4096, chunks=2),
     ),
     uses_dot=False,
 )
 
 
-def _step(chip, rows, columns, top_k, starts, ends, indices):
+def _step(chip, rows, columns, top_k, starts, ends, indices, page_size=0):
     """(chunk, chunks, statics, tile) of a launch over rows of so many columns."""
-    resident = _resident(columns, top_k)
+    resident = _resident(columns, top_k, resident_block(chip))
     statics = _statics(starts, ends, indices, 2, resident)
     sizes = {"rows": rows, "columns": columns, "top_k": top_k, "chunks": 1}
     tile = TOPK.tile_for(chip, "fp32", statics, sizes)
@@ -208,53 +220,55 @@ def _step(chip, rows, columns, top_k, starts, ends, indices):
     else:
         chunk = 16 * power_of_two(top_k)
     chunks = max(1, -(-columns // chunk))
-    return chunk, chunks, _statics(starts, ends, indices, chunks, resident), tile
+    return chunk, chunks, _statics(starts, ends, indices, chunks, resident, page_size), tile
 
 
 def _chunks(columns, top_k):
-    """How many chunks rows are cut into."""
-    return max(1, -(-columns // (RESIDENT_BLOCK if _resident(columns, top_k) else 16 * power_of_two(top_k))))
+    """How many chunks rows are cut into, of RESIDENT_BLOCK where these are kept."""
+    kept = _resident(columns, top_k, RESIDENT_BLOCK)
+    return max(1, -(-columns // (RESIDENT_BLOCK if kept else 16 * power_of_two(top_k))))
 
 
-def _plan_rows(chip, rows, columns, top_k, starts, ends):
+def _plan_rows(chip, rows, columns, top_k, starts, ends, page_size=0):
     """A plan of :func:`launch_spread`, or None for chunks and their candidates.
 
-    Digits take five launches of many programs. Candidates take two for most rows, else the second and later ones have
-    ever fewer programs: where these leave cores idle, rows are spread. Chunks that no program keeps are read 19 times:
-    they are spread wherever they leave cores idle themselves.
+    Digits take five launches of many programs, candidates two or three, of ever fewer programs. Few rows are spread
+    where candidates of chunks of RESIDENT_BLOCK fill more than another such chunk, and would leave cores idle. Chunks
+    that no program keeps are read 19 times: they are spread wherever they leave cores idle themselves.
     """
-    chunks = _chunks(columns, top_k)
+    if columns <= resident_block(chip) or columns > MOST_SPREAD:
+        return None
+    chunks, kept = _chunks(columns, top_k), _resident(columns, top_k, RESIDENT_BLOCK)
     later = _chunks(chunks * top_k, top_k)
-    if columns > MOST_SPREAD or (later == 1 if _resident(columns, top_k) else columns <= RESIDENT_BLOCK):
+    if (kept and later == 1) or rows * (later if kept else chunks) > chip.vector_cores:
         return None
-    if rows * (later if _resident(columns, top_k) else chunks) > chip.vector_cores:
-        return None
-    return plan_spread(chip, rows, columns, top_k, starts, ends)
+    return plan_spread(chip, rows, columns, top_k, starts, ends, page_size)
 
 
-def launch_topk(logits, top_k, starts, ends):
+def launch_topk(logits, top_k, starts, ends, table=None, queries=1, page_size=0):
     """logits [rows, columns] fp32 -> int32 [rows, top_k]: digit by digit, or chunk by chunk, then among the candidates
-    of the chunks."""
+    of the chunks. With ``page_size`` slots, by ``table`` [rows / queries, pages]."""
     (rows, columns), chip = logits.shape, chip_of(logits.device)
-    key = chip.device, rows, columns, top_k, starts is None, ends is None
+    key = chip.device, rows, columns, top_k, starts is None, ends is None, page_size
     spread = TOPK.kept.plans.get(key, key)
     if spread is key:
-        spread = TOPK.keep(key, _plan_rows(chip, rows, columns, top_k, starts, ends))
+        spread = TOPK.keep(key, _plan_rows(chip, rows, columns, top_k, starts, ends, page_size))
     if spread is not None:
-        return launch_spread(chip, logits, top_k, starts, ends, spread)
+        return launch_spread(chip, logits, top_k, starts, ends, spread, table, queries, page_size)
     values, indices = logits, None
     while True:
-        key = chip.device, rows, columns, top_k, starts is None, ends is None, indices is None
+        key = chip.device, rows, columns, top_k, starts is None, ends is None, page_size, indices is None
         chunk, chunks, statics, tile = TOPK.kept.plans.get(key) or TOPK.keep(
-            key, _step(chip, rows, columns, top_k, starts, ends, indices)
+            key, _step(chip, rows, columns, top_k, starts, ends, indices, page_size)
         )
         out_indices = torch.empty((rows, chunks * top_k), dtype=torch.int32, device=logits.device)
         out_values = torch.empty_like(out_indices, dtype=torch.float32) if chunks > 1 else values
         unused = out_indices
         args = (
             values, unused if indices is None else indices, unused if starts is None else starts,
-            unused if ends is None else ends, out_values, out_indices,
-            values.stride()[0], columns, chunk, chunks, top_k, rows * chunks,
+            unused if ends is None else ends, unused if table is None else table, out_values, out_indices,
+            values.stride()[0], columns, chunk, chunks, top_k, 0 if table is None else table.stride()[0], queries,
+            rows * chunks,
         )  # fmt: skip
         TOPK.launch(chip, rows * chunks, args, statics, tile)
         if chunks == 1:
@@ -294,13 +308,13 @@ def indexer_topk(
     Exact: of equal values the ones with the lowest index are chosen (0 equals -0). NaN and -inf are never chosen. Row
     ``[1, 3, NaN, 3, -inf, 3]`` with ``top_k`` 2 gives ``[1, 3]``, with ``top_k`` 5 ``[0, 1, 3, 5, -1]``.
 
-    Rows of up to 8192 keys take one launch, a program a row. Longer ones are cut into chunks of 8192 keys (for
-    ``top_k`` above 2048: 16 ``top_k``, to a power of two), one program each, whose candidates are chosen among in the
-    same way: 2 launches for 32,768 keys with ``top_k`` 2048, 8 ``top_k`` bytes of device workspace a chunk. Where that
-    takes more launches and the later ones would leave cores idle (128k keys: up to ``cores / 4`` rows), and up to 1M
-    keys, a row is spread over many programs instead, which find the least chosen value digit by digit: 5 launches, at
-    most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the result is the
-    same: exact picks, the same bits on every call and in any batch.
+    Rows of up to 16,384 keys (on Ascend 8192) take one launch, a program a row. Longer ones are cut into chunks of as
+    many keys (for ``top_k`` above a quarter of them: 16 ``top_k``, to a power of two), one program each, whose
+    candidates are chosen among in the same way: 2 launches for up to 131,072 keys (Ascend: 32,768) with ``top_k`` 2048,
+    8 ``top_k`` bytes of device workspace a chunk. Few rows of more than 32,768 keys (128k keys: up to ``cores / 4``),
+    and of up to 1M, are spread over many programs instead, which find the least chosen value digit by digit: 5
+    launches, at most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the
+    result is the same: exact picks, the same bits on every call and in any batch.
 
     Args:
         logits: [T, S] float32, rows of any stride; less than 2**24 keys.

@@ -112,6 +112,43 @@ def gated(gate, up, limit, alpha, CLAMP: tl.constexpr):
 
 
 @triton.jit
+def gate_up_rows(n, intermediate, INTERLEAVED: tl.constexpr):
+    """Rows of the weight that give column ``n`` of the gate and of up."""
+    if INTERLEAVED:
+        gate_row = 2 * n
+        up_row = 2 * n + 1
+    else:
+        gate_row = n
+        up_row = n + intermediate
+    return gate_row, up_row
+
+
+@triton.jit
+def activate(
+    gate, up, bias, weights, pair, expert, n, intermediate, limit, alpha,
+    HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_AT: tl.constexpr,
+):  # fmt: skip
+    """The activation of a tile of gate's and up's sums (fp32 [BLOCK_M, BLOCK_N]), columns ``n``, and 0 past the last
+    column. The pairs' weights multiply, WEIGHT_AT "input", the sums, which is as good as multiplying the input, or, at
+    "activation", the result."""
+    inside = n < intermediate
+    if WEIGHT_AT != "none":
+        weight = tl.load(weights + pair)  # [BLOCK_M]
+    if WEIGHT_AT == "input":
+        gate = gate * weight[:, None]
+        up = up * weight[:, None]
+    if HAS_BIAS:
+        base = bias + tl.cast(expert, tl.int64) * 2 * intermediate
+        gate_row, up_row = gate_up_rows(n, intermediate, INTERLEAVED)
+        gate += tl.load(base + gate_row, mask=inside, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(base + up_row, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y = gated(gate, up, limit, alpha, CLAMP)
+    if WEIGHT_AT == "activation":
+        y = y * weight[:, None]
+    return tl.where(inside[None, :], y, 0.0)
+
+
+@triton.jit
 def gated_gradient(gate, up, grad, limit, alpha, CLAMP: tl.constexpr):
     """Gradients of gate and of up, from the gradient of :func:`gated`'s result. A clamped value gets 0; one that lies
     on the limit is not clamped."""

@@ -19,9 +19,10 @@ from mla_kernels.moe.dispatch.combine import launch_combine_pairs
 from mla_kernels.moe.dispatch.dispatch import check_slots, launch_order
 from mla_kernels.moe.experts.activation import OP_OPTIONS, SWIGLU, Activation, activation_of
 from mla_kernels.moe.experts.fused import fused_moe
-from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, places, sizes_of_tile
+from mla_kernels.moe.experts.grouped import WEIGHT_PLACES, Places, Rows, places, sizes_of_tile
 from mla_kernels.moe.experts.parts import check_activation
 from mla_kernels.moe.experts.schedule import num_slots
+from mla_kernels.moe.experts.split import Split, launch_activation, split_of
 from mla_kernels.moe.quantised import eight_bit, weight_only
 from mla_kernels.moe.quantised.formats import WeightFormat
 from mla_kernels.moe.quantised.tiles import COLUMNS, sizes_of
@@ -65,7 +66,8 @@ def _launch(
     gate_up_bias, down_bias, group_size, clamp, limit, alpha, interleaved, weight_at, batch_invariant,
 ):  # fmt: skip
     """Four launches: order of the rows (with the codes of hidden, where activations have 8 bits), gate_up, down,
-    combine. Of int8_w8a8 with many rows, or batch-invariant, a fifth: the activation's codes."""
+    combine. Of int8_w8a8 with many rows, or batch-invariant, a fifth: the activation's codes; of weight-only formats
+    with few rows, too: gate_up's parts are added."""
     tokens, width = hidden.shape
     if tokens == 0:
         return hidden.new_empty(hidden.shape)
@@ -126,7 +128,8 @@ def _constants(activation):
 
 
 def _launch_weight_only(chip, hidden, stored, call, results):
-    """Workspace: the order of the rows, and the activation, P * I elements."""
+    """Workspace: the order of the rows, and the activation, P * I elements; where gate_up is split, its sums, splits *
+    P * 2 I numbers of four bytes."""
     (tokens, top_k, experts, width, inner), dtype = call.sizes, hidden.dtype
     pairs, activation = tokens * top_k, call.activation
     order, offsets = launch_order(call.ids, experts)
@@ -140,19 +143,25 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         addresses |= zero.data_ptr() | stored.down_zero.data_ptr()
     types = {dtype, stored.gate_up_scale.dtype, stored.down_scale.dtype}
     in_words = addresses % 4 == 0 and (stored.format != "int4" or len(types) == 1)
-    plan = weight_only.GATE_UP.kept.plans.get(call.key)
-    if plan is None:
-        statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
-        plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
-    work, statics, tile = plan
-    tile = tile if in_words else tile | {"PAIRS": 0}
-    args = (
-        hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
-        hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
-        tokens, pairs, experts, top_k, width, inner, width // max(1, group),
-        activation.limit or 0.0, activation.alpha, hidden.stride()[0],
-    )  # fmt: skip
-    weight_only.GATE_UP.launch(chip, work, args, statics, tile)
+    parts = weight_only.GATE_UP_PART.kept.plans.get(call.key)
+    if parts is None:
+        parts = _part_plan(chip, dtype, stored, call)
+    if parts.split is not None:
+        _launch_gate_up_parts(chip, hidden, stored, call, parts, Rows(order, offsets, top_k), activated, in_words)
+    else:
+        plan = weight_only.GATE_UP.kept.plans.get(call.key)
+        if plan is None:
+            statics = weight_only.statics_of(*common, bias is not None, width) | _constants(activation)
+            plan = _plan(weight_only.GATE_UP, chip, dtype, call, statics, call.places.gate_up, width, inner)
+        work, statics, tile = plan
+        tile = tile if in_words else tile | {"PAIRS": 0}
+        args = (
+            hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero,
+            hidden if bias is None else bias, call.of_pairs, activated, order, offsets,
+            tokens, pairs, experts, top_k, width, inner, width // max(1, group),
+            activation.limit or 0.0, activation.alpha, hidden.stride()[0],
+        )  # fmt: skip
+        weight_only.GATE_UP.launch(chip, work, args, statics, tile)
 
     bias, zero = stored.down_bias, stored.down_zero
     plan = weight_only.DOWN.kept.plans.get(call.key)
@@ -167,6 +176,45 @@ def _launch_weight_only(chip, hidden, stored, call, results):
         pairs, experts, width, inner, inner // max(1, group),
     )  # fmt: skip
     weight_only.DOWN.launch(chip, work, args, statics, tile)
+
+
+class _Parts(NamedTuple):
+    """How gate_up of few rows is launched in parts; without ``split`` it is not."""
+
+    split: Split | None
+    work: int
+    statics: dict
+    tile: dict
+    sizes: dict[str, int]
+
+
+def _part_plan(chip, dtype, stored, call) -> _Parts:
+    """For a call of this key, kept."""
+    kernel, sizes = weight_only.GATE_UP_PART, sizes_of(*call.sizes)
+    (tokens, top_k, experts, width, inner), name = call.sizes, DTYPE_NAMES[dtype]
+    zeros = stored.gate_up_zero is not None
+    statics = weight_only.part_statics_of(experts, stored.format, stored.group_size, zeros, width)
+    split = split_of(chip, sizes, kernel.rule(chip, name, statics, sizes)["BLOCK_N"], call.batch_invariant)
+    if split is None:
+        return kernel.keep(call.key, _Parts(None, 0, statics, {}, sizes))
+    tile = kernel.tile_for(chip, name, statics, sizes)
+    tiles = num_slots(tokens * top_k, experts, tile["BLOCK_M"]) * -(-2 * inner // tile["BLOCK_N"])
+    return kernel.keep(call.key, _Parts(split, tiles * split.splits, statics, tile, sizes))
+
+
+def _launch_gate_up_parts(chip, hidden, stored, call, parts, rows, activated, in_words):
+    """Two launches: the products of parts of the hidden size, and their sum with the activation."""
+    (tokens, top_k, experts, width, inner), zero = call.sizes, stored.gate_up_zero
+    sums = hidden.new_empty((parts.split.splits, tokens * top_k, 2 * inner), dtype=torch.float32)
+    args = (
+        hidden, stored.gate_up, stored.gate_up_scale, stored.gate_up if zero is None else zero, sums,
+        rows.order, rows.offsets, tokens, tokens * top_k, experts, top_k, width, 2 * inner,
+        width // max(1, stored.group_size), *parts.split, hidden.stride()[0],
+    )  # fmt: skip
+    tile = parts.tile if in_words else parts.tile | {"PAIRS": 0}
+    weight_only.GATE_UP_PART.launch(chip, parts.work, args, parts.statics, tile)
+    options = {"bias": stored.gate_up_bias, "activation": call.activation, "weights": call.of_pairs}
+    launch_activation(chip, sums, activated, rows, parts.sizes, **options, weight_at=call.places.gate_up)
 
 
 def _launch_eight_bit(chip, hidden, stored, call, results):
@@ -284,8 +332,10 @@ def fused_experts(
     On a device four kernel launches: order of the rows, gate_up, down, combine; with the router five. With fp8_block
     and int8_w8a8 the first one quantises hidden, too. The activation is quantised by gate_up's epilogue (fp8_block), or
     on the scale that gate_up's epilogue prepared by down (int8_w8a8); where experts have more than 32 rows on average,
-    or bits must not depend on how many, on GPUs by a launch of its own, with P I bytes more. Nothing waits for the
-    host.
+    or bits must not depend on how many, on GPUs by a launch of its own, with P I bytes more. With int8, int4 and mxfp4
+    and few tokens gate_up is two launches: products of up to 64 parts of the hidden size, 8 T K I bytes of fp32 sums
+    for each (V3 cut in eight: 0.2 MB in all), and their sum, added in one order, with the activation; not where bits
+    must not depend on the number of tokens. Nothing waits for the host.
 
     ============= ============================================================= ========================================
     format        products                                                      memory besides the result, bytes

@@ -5,8 +5,10 @@ those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fus
 """
 
 from mla_kernels.language import tl, triton
-from mla_kernels.launch import NO_MEMORY, Kernel
-from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
+from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
+from mla_kernels.moe.experts.schedule import num_slots, rows_of_slot, tile_of_item
+from mla_kernels.moe.experts.split import ROWS, partial_bytes
+from mla_kernels.moe.quantised.decoded import BLOCK, HALF, add_run, eight_bit_values, groups_of, row_sums
 from mla_kernels.moe.quantised.parts import (
     activate,
     by_columns,
@@ -16,110 +18,18 @@ from mla_kernels.moe.quantised.parts import (
     store_pairs,
     upright,
 )
-from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
-from mla_kernels.quant.decode import (
-    as_bf16,
-    e2m1_pairs,
-    e2m1_values,
-    int4_pairs,
-    int4_values,
-    int8_pairs,
-    int8_values,
-    spread,
-    ue8m0_bf16,
-    ue8m0_values,
+from mla_kernels.moe.quantised.tiles import (
+    COLUMNS,
+    TYPES,
+    WEIGHT_BYTES,
+    block_e,
+    cases,
+    cost,
+    operand_memory,
+    rows_for,
+    work,
 )
-
-HALF = tl.constexpr(64)  # bytes of a packed block, and columns in either half of it
-BLOCK = tl.constexpr(COLUMNS)
-
-
-@triton.jit
-def four_bit_values(
-    packed, scales, zeros, group, mask,
-    FORMAT: tl.constexpr, ZEROS: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr,
-    TWO: tl.constexpr,
-):  # fmt: skip
-    """Weights [BLOCK_N, columns] in DTYPE of one nibble of ``packed``, bytes (int32) or PAIRS of them, spread, whose
-    columns share a group, or, by TWO, belong to two groups of 32.
-
-    The group's scale multiplies the weights, not their sum: one more operation a weight costs less than one a sum, and
-    on Ascend the matrix units keep the sum.
-    """
-    if TWO:
-        if FORMAT == "mxfp4":
-            # One load for the four groups of a block: words are copied ahead, single bytes are not.
-            four = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + group // 4, mask=mask, other=0)
-            if HIGH:
-                four = four >> 16
-            scale = ue8m0_bf16(tl.join(four, four >> 8))  # [BLOCK_N, 2]
-        else:
-            two = tl.load(scales.to(tl.pointer_type(tl.int32), bitcast=True) + group // 2, mask=mask, other=0)
-            scale = as_bf16(two[:, None])
-        zero = tl.full([1, 1], 8.0, tl.float32)
-        if ZEROS:
-            two = tl.load(zeros.to(tl.pointer_type(tl.uint16), bitcast=True) + group // 2, mask=mask, other=0)
-            zero = tl.join(two & 0xFF, two >> 8).to(tl.float32)
-    else:
-        stored = tl.load(scales + group, mask=mask, other=0)
-        zero = tl.full([1, 1], 8.0, tl.float32) if PAIRS else 8.0
-        if ZEROS:
-            zero = tl.load(zeros + group, mask=mask, other=0).to(tl.float32)[:, None]
-        if PAIRS and FORMAT == "mxfp4":
-            scale = ue8m0_bf16(stored)[:, None]
-        elif PAIRS:
-            scale = stored[:, None]
-        elif FORMAT == "mxfp4":
-            scale = ue8m0_values(stored)[:, None]
-        else:
-            scale = stored.to(tl.float32)[:, None]
-    if FORMAT == "mxfp4":
-        if PAIRS:  # noqa: SIM108 - as the branch below
-            values = e2m1_pairs(packed, scale, HIGH)
-        else:
-            values = e2m1_values(packed, HIGH) * scale
-    elif PAIRS:
-        values = int4_pairs(packed, zero, scale, HIGH)
-    else:
-        values = int4_values(packed, zero, HIGH) * scale
-    return values.to(DTYPE)
-
-
-@triton.jit
-def load_bytes(codes, at, mask, RUN: tl.constexpr, PAIRS: tl.constexpr):
-    """RUN packed bytes of each row [BLOCK_N, RUN] from ``at`` on, as :func:`four_bit_values` takes them."""
-    if PAIRS:
-        words = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (at // 2 + tl.arange(0, RUN // 2)[None, :])
-        packed = spread(tl.load(words, mask=mask[:, None], other=0))  # [BLOCK_N, RUN / 2]
-    else:
-        packed = tl.load(codes + (at + tl.arange(0, RUN)[None, :]), mask=mask[:, None], other=0).to(tl.int32)
-    return packed
-
-
-@triton.jit
-def add_run(
-    total, x_low, x_high, codes, scales, zeros, at, low_group, high_group, mask,
-    FORMAT: tl.constexpr, ZEROS: tl.constexpr, RUN: tl.constexpr, SWAP: tl.constexpr, PAIRS: tl.constexpr,
-    TWO: tl.constexpr,
-):  # fmt: skip
-    """total plus the products of a run of packed bytes: x_low by their low nibbles, x_high by their high ones."""
-    packed = load_bytes(codes, at, mask, RUN, PAIRS)
-    w = four_bit_values(packed, scales, zeros, low_group, mask, FORMAT, ZEROS, False, x_low.dtype, PAIRS, TWO)
-    total = multiply(x_low, w, total, SWAP)
-    w = four_bit_values(packed, scales, zeros, high_group, mask, FORMAT, ZEROS, True, x_low.dtype, PAIRS, TWO)
-    return multiply(x_high, w, total, SWAP)
-
-
-@triton.jit
-def eight_bit_values(codes, start, mask, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr):
-    """int8 codes [BLOCK_N, BLOCK_K] of columns from ``start`` on in DTYPE, or, by PAIRS, 1/64 of them."""
-    if PAIRS:
-        words = codes.to(tl.pointer_type(tl.uint16), bitcast=True) + (start // 2 + tl.arange(0, BLOCK_K // 2)[None, :])
-        values = int8_pairs(tl.load(words, mask=mask[:, None], other=0))
-    else:
-        w = tl.load(codes + (start + tl.arange(0, BLOCK_K)[None, :]), mask=mask[:, None], other=0)
-        values = int8_values(w, DTYPE)
-    return values
+from mla_kernels.quant.decode import int8_values
 
 
 @triton.jit
@@ -191,17 +101,16 @@ def wo_gate_up_kernel(
                         x_low = tl.load(x_rows + (low + lane))
                         x_high = tl.load(x_rows + (low + HALF + lane))
                         at = block * HALF + run
+                        low_group, high_group = groups_of(block, low, FORMAT, GROUP, EVEN_K, TWO)
                         gate = add_run(
-                            gate, x_low, x_high, codes + gate_row[:, None] * row_bytes,
-                            scales + expert_rows * groups + gate_row * groups,
-                            zeros + expert_rows * groups + gate_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
+                            gate, x_low, x_high, codes + gate_row[:, None] * row_bytes, scales + expert_rows * groups,
+                            zeros + expert_rows * groups, gate_row * groups, at, low_group, high_group, mask,
+                            FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
                         up = add_run(
-                            up, x_low, x_high, codes + up_row[:, None] * row_bytes,
-                            scales + expert_rows * groups + up_row * groups,
-                            zeros + expert_rows * groups + up_row * groups, at, low // GROUP, (low + HALF) // GROUP,
-                            mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
+                            up, x_low, x_high, codes + up_row[:, None] * row_bytes, scales + expert_rows * groups,
+                            zeros + expert_rows * groups, up_row * groups, at, low_group, high_group, mask,
+                            FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
                         )  # fmt: skip
             y = activate(
                 upright(gate, SWAP), upright(up, SWAP), bias, weights, pair, expert, n, intermediate, limit, alpha,
@@ -209,6 +118,45 @@ def wo_gate_up_kernel(
             )  # fmt: skip
             out = activation + tl.cast(first, tl.int64) * intermediate + m[:, None] * intermediate + n[None, :]
             tl.store(out, y.to(activation.dtype.element_ty), mask=(m < end - first)[:, None] & mask[None, :])
+
+
+@triton.jit
+def wo_gate_up_part_kernel(
+    hidden, gate_up, scales, zeros, sums, order, offsets,
+    tokens, pairs, experts, top_k, hidden_size, columns, groups, splits, share, hidden_stride,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """sums[split, row] = gate_up @ hidden[token of row] over the split's ``share`` columns of hidden, a multiple of
+    128: one item is a tile [BLOCK_M, BLOCK_N] of a split. ``columns`` is 2 I: gate's and up's rows of weights are alike
+    here, in whichever order they stand. PAIRS as in :func:`wo_gate_up_kernel`."""
+    tiles = tl.cdiv(columns, BLOCK_N)
+    slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
+    for item in range(tl.program_id(0), slots * tiles * splits, tl.num_programs(0)):
+        split = item % splits
+        tile = item // splits
+        expert, first, end = rows_of_slot(offsets, tile // tiles, experts, pairs, BLOCK_M, BLOCK_E)
+        if (first >= 0) & (first < end):
+            m = tl.arange(0, BLOCK_M)
+            pair = tl.load(order + first + m, mask=m < end - first, other=0)
+            token = tl.minimum(tl.maximum(pair // top_k, 0), tokens - 1).to(tl.int64)
+            n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = n < columns
+            expert_rows = tl.cast(expert, tl.int64) * columns
+            if FORMAT == "int8":
+                row_codes = hidden_size
+                row_scales = 1
+            else:
+                row_codes = tl.cdiv(hidden_size, BLOCK) * HALF
+                row_scales = groups
+            total = row_sums(
+                empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32), hidden + token[:, None] * hidden_stride,
+                gate_up + expert_rows * row_codes, scales + expert_rows * row_scales, zeros + expert_rows * row_scales,
+                n, groups, hidden_size, split * share, share, mask,
+                FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS, True,
+            )  # fmt: skip
+            out = sums + (tl.cast(split, tl.int64) * pairs + first) * columns + m[:, None] * columns + n[None, :]
+            tl.store(out, upright(total, SWAP), mask=(m < end - first)[:, None] & mask[None, :])
 
 
 @triton.jit
@@ -233,38 +181,17 @@ def wo_down_kernel(
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = n < hidden_size
             expert_rows = tl.cast(expert, tl.int64) * hidden_size
-            total = empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32)
             if FORMAT == "int8":
-                codes = down + expert_rows * intermediate + n[:, None] * intermediate
-                lane = tl.arange(0, BLOCK_K)[None, :]
-                whole = intermediate // BLOCK_K * BLOCK_K
-                for start in range(0, whole, BLOCK_K):
-                    x = tl.load(x_rows + (start + lane))
-                    total = multiply(x, eight_bit_values(codes, start, mask, x.dtype, BLOCK_K, PAIRS), total, SWAP)
-                if not EVEN_K:
-                    k = intermediate - BLOCK_K + lane
-                    x = tl.load(x_rows + k)
-                    w = tl.load(codes + k, mask=mask[:, None] & (k >= whole), other=0)
-                    total = multiply(x, int8_values(w, x.dtype), total, SWAP)
-                UNIT: tl.constexpr = 64.0 if PAIRS else 1.0
-                total = total * by_columns(tl.load(scales + expert_rows + n, mask=mask, other=0.0) * UNIT, SWAP)
+                row_codes = intermediate
+                row_scales = 1
             else:
-                TWO: tl.constexpr = (PAIRS and EVEN_K) and GROUP == 32  # groups in half a block
-                RUN: tl.constexpr = HALF if TWO or GROUP > HALF else GROUP
-                lane = tl.arange(0, RUN)[None, :]
-                row_bytes = tl.cdiv(intermediate, BLOCK) * HALF
-                codes = down + expert_rows * row_bytes + n[:, None] * row_bytes
-                for block in range(0, tl.cdiv(intermediate, BLOCK)):
-                    start = tl.minimum(block * BLOCK, intermediate - BLOCK)
-                    for run in tl.static_range(0, HALF, RUN):
-                        low = start + run
-                        x_low = tl.load(x_rows + (low + lane))
-                        x_high = tl.load(x_rows + (low + HALF + lane))
-                        total = add_run(
-                            total, x_low, x_high, codes, scales + expert_rows * groups + n * groups,
-                            zeros + expert_rows * groups + n * groups, block * HALF + run,
-                            low // GROUP, (low + HALF) // GROUP, mask, FORMAT, ZEROS, RUN, SWAP, PAIRS, TWO,
-                        )  # fmt: skip
+                row_codes = tl.cdiv(intermediate, BLOCK) * HALF
+                row_scales = groups
+            total = row_sums(
+                empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32), x_rows, down + expert_rows * row_codes,
+                scales + expert_rows * row_scales, zeros + expert_rows * row_scales, n, groups,
+                intermediate, 0, intermediate, mask, FORMAT, GROUP, ZEROS, EVEN_K, BLOCK_K, SWAP, PAIRS, False,
+            )  # fmt: skip
             store_pairs(
                 upright(total, SWAP), rows, bias, weights, order, expert, first, end, n, hidden_size,
                 HAS_BIAS, WEIGHT_AT, BLOCK_M,
@@ -307,6 +234,27 @@ def _rule(products):
     return rule
 
 
+def _part_rule(chip, dtype, statics, sizes):
+    """Down's tile, and 128 rows of weights in 16 bits: a step's 16 rows of hidden take as many bytes as the four-bit
+    codes of 64 rows of weights, and are loaded for either number."""
+    tile = _rule(1)(chip, dtype, statics | {"HAS_BIAS": False}, sizes)
+    del tile["GROUP_M"]
+    return tile | {"BLOCK_M": ROWS, "BLOCK_N": tile["BLOCK_N"] if dtype == "fp32" else 128}
+
+
+def _part_cost(dtype, statics, sizes):
+    whole = cost(2)(dtype, statics, sizes)
+    return Cost(whole.flops, whole.bytes + partial_bytes(sizes), partial_bytes(sizes))
+
+
+def _part_work(dtype, statics, sizes, tile):
+    """Of all splits of a tile: how many there are follows from the chip."""
+    m, n, width = tile["BLOCK_M"], tile["BLOCK_N"], sizes["hidden"]
+    programs = num_slots(sizes["pairs"], sizes["experts"], m) * -(-2 * sizes["intermediate"] // n)
+    moved = n * width * WEIGHT_BYTES[statics["FORMAT"]] + m * width * DTYPE_BYTES[dtype]
+    return Work(programs, 2.0 * m * n * width, moved + partial_bytes(sizes) / programs)
+
+
 def _pairs(chip, dtype, statics):
     """Whether codes are decoded two an instruction: of CDNA chips not even gfx950 adds and multiplies pairs of
     bfloat16 in one, and Ascend's vector units convert."""
@@ -337,6 +285,17 @@ def statics_of(experts, format, group, zeros, bias, width, weight_at="none"):
     }
 
 
+def part_statics_of(experts, format, group, zeros, width):
+    """Constants of the product of a split of gate_up."""
+    whole = statics_of(experts, format, group, zeros, False, width)
+    return {name: whole[name] for name in _PART_STATICS}
+
+
+def _part_case_statics(format, sizes):
+    whole = _case_statics(2)(format, sizes)
+    return {name: whole[name] for name in _PART_STATICS}
+
+
 def _case_statics(products):
     def of(format, sizes):
         group = {"int8": 0, "int4": 128, "mxfp4": 32}[format]
@@ -349,6 +308,8 @@ def _case_statics(products):
 
 PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 _CASES = (("int4", "v3", 16), ("int8", "v2_lite", 256), ("mxfp4", "v3_tp8", 2048), ("int4", "v2_lite", 4096))
+_PART_CASES = (("int4", "v3_tp8", 1), ("int8", "v2_lite", 1), ("mxfp4", "v3_tp8", 8))
+_PART_STATICS = ("FORMAT", "GROUP", "ZEROS", "EVEN_K", "BLOCK_E")
 _STATICS = ("FORMAT", "GROUP", "ZEROS", "HAS_BIAS", "WEIGHT_AT", "EVEN_K", "BLOCK_E")
 _TILES = {
     "BLOCK_M": (16, 32, 64, 128),
@@ -375,6 +336,22 @@ GATE_UP = Kernel(
     cost=cost(2),
     work=work(2),
     cases=cases(_CASES, _case_statics(2)),
+    uses_dot=True,
+    types=TYPES,
+)
+
+GATE_UP_PART = Kernel(
+    wo_gate_up_part_kernel,
+    arguments={"hidden": "*T", "gate_up": "*i8", "scales": "*S", "zeros": "*i8", "sums": "*fp32", "order": "*i32"}
+    | {"offsets": "*i32", "tokens": "i32", "pairs": "i32", "experts": "i32", "top_k": "i32", "hidden_size": "i32:16"}
+    | {"columns": "i32:16", "groups": "i32", "splits": "i32", "share": "i32:16", "hidden_stride": "i32:16"},
+    statics=_PART_STATICS,
+    tiles={name: values for name, values in _TILES.items() if name != "GROUP_M"} | {"BLOCK_M": (ROWS,)},
+    rule=_part_rule,
+    memory=_memory(1),
+    cost=_part_cost,
+    work=_part_work,
+    cases=cases(_PART_CASES, _part_case_statics),
     uses_dot=True,
     types=TYPES,
 )
