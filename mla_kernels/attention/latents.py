@@ -2,7 +2,7 @@
 
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.write import SCALED_TOGETHER
-from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8 import AS_BYTES, AS_HALVES, e4m3_pointer, e4m3_values
 
 LOWEST = tl.constexpr(-3.0e38)  # start of the running maximum: finite, so that no difference is inf - inf
 LN2 = tl.constexpr(0.6931471805599453)
@@ -16,12 +16,33 @@ def token_rows(base_ptr, page, offset, key, page_stride, token_stride, PAGED: tl
 
 
 @triton.jit
-def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr):
+def load_e4m3(rows, coded, WIDTH: tl.constexpr, CODES: tl.constexpr, WORDS: tl.constexpr):
+    """Rows of WIDTH e4m3 codes for :func:`e4m3_latents`, those from column CODES on and of rows not in ``coded`` 0.
+    WORDS: four at a time, as they lie in every cache, which Ascend's vector units do not gain by."""
+    SHARE: tl.constexpr = 4 if WORDS else 1  # codes of a column that is loaded
+    column = tl.arange(0, WIDTH // SHARE)[None, :]
+    mask = coded[:, None] if CODES == WIDTH else coded[:, None] & (column < CODES // SHARE)
+    return tl.load(e4m3_pointer(rows, AS_HALVES if WORDS else AS_BYTES) + column, mask=mask, other=0)
+
+
+@triton.jit
+def e4m3_latents(codes, WORDS: tl.constexpr):
+    """Values fp32 [BLOCK_N, WIDTH] of loaded codes."""
+    return e4m3_values(codes, tl.float32, AS_HALVES if WORDS else AS_BYTES)
+
+
+@triton.jit
+def load_latents(
+    rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, WORDS: tl.constexpr
+):
     """Latent values first .. first + WIDTH - 1 of each token, [BLOCK_N, WIDTH]; unseen tokens are 0.
 
     int8 codes come without their token's scale, which the caller puts on scores and weights.
     """
-    values = tl.load(rows + first + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)
+    if LAYOUT == "fp8_v32":
+        values = load_e4m3(rows + first, seen, WIDTH, WIDTH, WORDS)
+    else:
+        values = tl.load(rows + first + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)
     if LAYOUT == "int8":
         values = values.to(tl.float32).to(DTYPE)
     if LAYOUT == "fp8_v32":
@@ -31,7 +52,7 @@ def load_latents(rows, scale_rows, first, seen, DTYPE: tl.constexpr, WIDTH: tl.c
         for number in tl.static_range(1, WIDTH // SCALED_TOGETHER):
             other = tl.load(scale_rows + (block + number), mask=seen[:, None], other=0.0)
             scales = tl.where(column_block[None, :] < block + number, scales, other)
-        values = (decode_e4m3(values).to(tl.float32) * scales).to(DTYPE)
+        values = (e4m3_latents(values, WORDS) * scales).to(DTYPE)
     return values
 
 

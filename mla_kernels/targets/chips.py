@@ -70,6 +70,11 @@ class Chip:
         """Whether the matrix units multiply e4m3 (OCP "fn"; gfx942 has AMD's own "fnuz" kind only)."""
         return self.architecture != "86" and self.generation in ("89", "90", "100", "120", "gfx950")
 
+    @property
+    def dot_fnuz(self) -> bool:
+        """Whether the matrix units multiply AMD's own e4m3: that of OCP with a bias of 8, whose -0 is a NaN."""
+        return self.architecture == "gfx942"
+
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Programs of so many registers a thread, shared bytes and warps that fit one core of a GPU at a time."""
         by_memory = self.core_programs

@@ -4,7 +4,8 @@ The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers. It m
 (results near 1e10), and it truncates float32 to bfloat16 where every compiler rounds to nearest even. Both are put
 right here. Products of bfloat16 and ``fma`` are rounded once, as chips that have them do. Other arithmetic on bfloat16,
 of which the interpreter would make nonsense, is refused: kernels compute in float32. Products of matrices are summed in
-float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside other rows.
+float64 and rounded once: on some processors NumPy's in float32 give a row other bits beside other rows. AMD's own e4m3
+(float8e4b8), which the interpreter of Triton 3.6 and 3.7 converts but has no type for, gets that.
 
 It also does much that a launch of small tiles spends most of its time on, and that changes no result: it replaces the
 language's functions anew in every call of a device function, by a search through all of their modules; it looks for
@@ -67,6 +68,8 @@ def prepare() -> None:
         )
     check_numpy(TRITON_VERSION, np.__version__)
     _correct_bfloat16()
+    if TRITON_VERSION < (3, 9):
+        _name_float8e4b8()
     _replace_language_once()
     _look_for_no_overflow()
     _remember_types()
@@ -124,6 +127,23 @@ def _correct_bfloat16() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def _name_float8e4b8() -> None:
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang_core
+
+    def replace_and_name(lang, scope):
+        replace(lang, scope)
+        type_of = lang.dtype.to_ir
+
+        def to_ir(self, builder):
+            return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else type_of(self, builder)
+
+        lang.dtype.to_ir = to_ir
+
+    interpreter._patch_lang_core = replace_and_name
 
 
 def _replace_language_once() -> None:

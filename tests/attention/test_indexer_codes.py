@@ -8,6 +8,7 @@ from mla_kernels.attention.indexer.forward import INDEXER_LOGITS
 from mla_kernels.attention.indexer.op import indexer_logits
 from mla_kernels.attention.indexer.select import select_keys, select_slots
 from mla_kernels.latent.indexer.query import quantise_indexer_query
+from mla_kernels.quant.fp8 import AS_FNUZ
 from mla_kernels.reference import indexer as reference
 from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_kernel
@@ -120,9 +121,10 @@ def test_matrix_units_that_have_e4m3_multiply_codes(chip):
     case = next(one for one in INDEXER_LOGITS.cases if one.name == "v32_prefill_codes")
     chip = CHIPS[chip]
     tile = INDEXER_LOGITS.rule(chip, "bf16", case.statics, case.sizes)
-    assert tile["E4M3"] == chip.dot_e4m3
-    other = INDEXER_LOGITS.memory(chip, "bf16", case.statics, tile | {"E4M3": 1})
-    assert chip.dot_e4m3 or all(size > chip.memory[name] for name, size in other.items())
+    assert tile["E4M3"] == (AS_FNUZ.value if chip.dot_fnuz else chip.dot_e4m3)
+    for form in {1, 2, 3} - {tile["E4M3"]}:
+        other = INDEXER_LOGITS.memory(chip, "bf16", case.statics, tile | {"E4M3": form})
+        assert all(size > chip.memory[name] for name, size in other.items())
 
 
 def test_hopper_multiplies_codes_on_tensor_cores_without_waste():

@@ -119,3 +119,15 @@ def test_a_turn_reads_shared_memory_for_its_keys_alone(target):
     assert bounds["multiply_adds"] == 64 * 64 * 128
     assert bounds["shared"] * 128 <= 1.25 * 2 * 64 * 128, bounds
     assert bounds["serial"] <= 720, bounds
+
+
+@pytest.mark.parametrize("name, most", [("v32_decode_fp8", 400), ("v4_decode_fp8", 400)])
+@pytest.mark.slow(when=lambda name: name == "v4_decode_fp8")
+def test_a_turn_decodes_four_codes_a_word(name, most):
+    """Decoded byte by byte a turn takes 824 instructions, more clocks than its products do."""
+    case, chip = next(one for one in INDEXER_STREAM.cases if one.name == name), CHIPS["sm_80"]
+    tile = INDEXER_STREAM.rule(chip, "bf16", case.statics, case.sizes)
+    report = compile_kernel(INDEXER_STREAM, chip, "bf16", case.statics, tile)
+    assert report.ok and report.spills == 0, report.problem
+    assert report.detail["loop_instructions"] <= most
+    assert report.detail["loop_bounds"]["core"] == report.detail["loop_bounds"]["tensor"]

@@ -89,3 +89,13 @@ def test_absent_picks_are_not_read():
     with launch.on_cpu("interpret"), Traffic() as traffic:
         problem.run()
     assert traffic.loaded <= 256 * 4 + 2 * 16 * (1152 + 513 * 4)  # two parts
+
+
+@pytest.mark.parametrize("chip, case, most", [("sm_80", "v4_tp4", 1650), ("gfx942", "v4_window", 2450)])
+def test_codes_of_a_turn_are_decoded_four_a_word(chip, case, most):
+    """Byte by byte a turn takes 2,120 and 2,978 instructions (Triton 3.9)."""
+    chip, case = CHIPS[chip], next(one for one in SPARSE_MLA.cases if one.name == case)
+    tile = SPARSE_MLA.rule(chip, "bf16", case.statics, case.sizes)
+    report = compile_kernel(SPARSE_MLA, chip, "bf16", case.statics, tile)
+    assert report.ok and report.spills == 0, report.problem
+    assert report.detail["loop_instructions"] <= most

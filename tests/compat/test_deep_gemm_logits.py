@@ -82,9 +82,9 @@ def test_rows_in_the_keys_columns(device, form):
         check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends), expected)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "ascend950"])
+@pytest.mark.parametrize("target", ["sm_80", "gfx942", "ascend950"])
 def test_chips_that_do_not_multiply_e4m3(target):
-    """Queries are made bf16 once; codes of keys are in the kernels."""
+    """Queries are made 16 bits once, or codes of AMD's kind in the kernels, where codes of keys always are."""
     q, kv, weights, starts, ends, exact = ragged("fp8", 20, 64)
     expected = reference.mqa_logits(*exact, weights.double(), starts, ends, 60)
     rows, cache, paged_weights, table, values_of_pages = paged("fp8", 20, 64, 2, 64, LENGTHS)

@@ -16,16 +16,16 @@ V3 = 256, 8, 7168, 2048  # experts, top_k, hidden, intermediate
 PLAIN = {"CLAMP": "none", "INTERLEAVED": False}
 
 
-def requests(kernels, form, rows, group=None):
-    """gate_up and down for V3's sizes and so many rows an expert, on Hopper."""
+def requests(kernels, form, rows, group=None, chip="sm_90"):
+    """gate_up and down for V3's sizes and so many rows an expert, on Hopper or another chip."""
     experts, top_k, hidden, inner = V3
     sizes = sizes_of(rows * experts // top_k, top_k, experts, hidden, inner)
     options = (form,) if group is None else (form, group, False)
-    ahead = form == "int8_w8a8" and eight_bit.ahead(CHIPS["sm_90"], form, sizes)
+    ahead = form == "int8_w8a8" and eight_bit.ahead(CHIPS[chip], form, sizes)
     for kernel, more in ((kernels.GATE_UP, PLAIN | {"ALIGNED": True}), (kernels.DOWN, {"AHEAD": ahead})):
         statics = kernels.statics_of(experts, *options, False, hidden if "CLAMP" in more else inner) | more
         statics = {name: value for name, value in statics.items() if name in kernel.statics}
-        yield kernel, CHIPS["sm_90"], "bf16", statics, kernel.rule(CHIPS["sm_90"], "bf16", statics, sizes), f"{rows}"
+        yield kernel, CHIPS[chip], "bf16", statics, kernel.rule(CHIPS[chip], "bf16", statics, sizes), f"{rows}"
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])

@@ -110,7 +110,9 @@ def mla_decode_kernel(
                     scale_rows = token_rows(
                         scale_ptr, page, offset, key, page_stride // SCALE_BYTES, token_stride // SCALE_BYTES, PAGED
                     )
-                latent = load_latents(keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)  # [BLOCK_N, LATENT]
+                latent = load_latents(
+                    keys, scale_rows, 0, seen, DTYPE, LATENT, LAYOUT, not PERSISTENT
+                )  # [BLOCK_N, LATENT]
                 rope = latent
                 if ROPE > 0:
                     rope_rows = token_rows(
@@ -140,7 +142,7 @@ def mla_decode_kernel(
                 if BLOCK_V == LATENT:
                     values = latent
                 else:
-                    values = load_latents(keys, scale_rows, value, seen, DTYPE, BLOCK_V, LAYOUT)
+                    values = load_latents(keys, scale_rows, value, seen, DTYPE, BLOCK_V, LAYOUT, not PERSISTENT)
                 if LAYOUT == "int8":
                     weights *= scales
                 acc = tl.dot(weights.to(DTYPE), values, acc, input_precision="ieee")  # [BLOCK_H, BLOCK_V]

@@ -15,6 +15,7 @@ from mla_kernels.hopper import indexer as hopper_indexer
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import launched_parts, page_size_of
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, Case, Cost, Kernel, Work, chip_of
+from mla_kernels.quant.fp8 import where_they_lie
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 
 MAX_HEADS = 256
@@ -66,13 +67,12 @@ def indexer_logits_kernel(
     or with LIMITS below what ``starts`` holds for it.
     FILL: keys outside a range become -inf; without it, a tile that no token of the item sees is left as it was.
     FP8: keys are e4m3 codes with a scale each; CODES: queries are codes, too, and their scales in the weights. E4M3:
-    the product takes both as they are, else as fp16, which is exact.
+    how codes are taken (:mod:`mla_kernels.quant.fp8`), each way exact.
     Keys are the rows of each product and heads its columns: the sum over heads stays within a thread's neighbours.
     PEEL: the first token stands before the loop over the others. Its product is what makes Triton (3.6 to 3.9) keep
     the keys in registers within the loop, decoded once; else each token reads and decodes them from shared memory.
     """
     key = tl.arange(0, BLOCK_N)
-    column = tl.arange(0, HEAD_DIM)
     lane = tl.arange(0, BLOCK_T)
     key_f = key.to(tl.float32)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -119,13 +119,12 @@ def indexer_logits_kernel(
                     rows = page.to(tl.int64) * page_stride + offset.to(tl.int64) * key_stride
                     scale_place = tl.cast(0, tl.int64)
                     scale_rows = page.to(tl.int64) * scale_stride + offset
-            tile = rows[:, None] + column[None, :]
             if FP8:
                 scale = tl.load(k_scale_ptr + scale_place + scale_rows, mask=exists, other=0.0)  # [BLOCK_N]
             if CODES:
-                k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
+                k = load_codes(codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, E4M3)  # [BLOCK_N, HEAD_DIM]
             else:
-                k = load_keys(k_ptr + place, codes_ptr + place, tile, exists, FP8)
+                k = load_keys(k_ptr + place, codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, FP8, E4M3)
             if PEEL:
                 write_token(
                     k, scale, exists, key, key_f, 0, row, first, first_key, length, q_ptr, weights_ptr, starts_ptr,
@@ -227,7 +226,7 @@ INDEXER_LOGITS = Kernel(
 def as_multiplied(q):
     """Codes of queries, as 16 bits where the matrix units take no e4m3: made once a query, not once a tile of keys."""
     chip = chip_of(q.device)
-    if chip.dot_e4m3:
+    if chip.dot_e4m3 or chip.dot_fnuz:
         return q
     if chip.is_gpu:
         return q.half()
@@ -312,6 +311,8 @@ def launch_indexer_logits(
             places = starts, ends, block_table
             hopper_indexer.launch(chip, variant, q, weights, source, places, out, sequences, keys)
             return
+    places = q.data_ptr() | k.data_ptr() | strides[0] | strides[3]
+    tile = where_they_lie(tile, "E4M3", places) if places % 4 else tile
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     q = q.view(torch.int8) if codes else q

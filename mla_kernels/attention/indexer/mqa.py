@@ -13,7 +13,7 @@ in the low nibble.
 import torch
 
 from mla_kernels.attention.indexer.forward import E4M3, FIXED_QUERIES, as_multiplied, launch_paged_logits
-from mla_kernels.attention.indexer.scores import load_codes, sum_of_heads
+from mla_kernels.attention.indexer.scores import load_codes, load_keys, sum_of_heads
 from mla_kernels.attention.indexer.tiles import LOGITS_TILES, logits_memory, logits_rule
 from mla_kernels.attention.paging import find_tokens
 from mla_kernels.checks import check_range
@@ -24,7 +24,7 @@ from mla_kernels.language import tl, triton
 from mla_kernels.latent.indexer.cache import SCALE_BYTES
 from mla_kernels.launch import NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.quant.decode import e2m1_values, ue8m0_values
-from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8 import decode_e4m3, where_they_lie
 from mla_kernels.shim import define_op
 
 
@@ -79,7 +79,7 @@ def mqa_logits_kernel(
     Item: (sequence * token_tiles + token tile) * key_tiles + key tile. PAGE_SIZE 0: one sequence, keys in rows, seen
     from ``starts`` to ``ends``; else the first ``ends`` of each token. COMPACT: column 0 is a token's first key.
     Queries are e4m3 codes (CODES, with FORMAT "fp8" alone) or bf16 values, with "mxfp4" those of the even columns in
-    front. E4M3: codes are multiplied as they are, else as fp16. PEEL: as in
+    front. E4M3: how codes are taken, see :mod:`mla_kernels.quant.fp8`. PEEL: as in
     :func:`mla_kernels.attention.indexer.forward.indexer_logits_kernel`.
     """
     WIDTH: tl.constexpr = HEAD_DIM // 2 if FORMAT == "mxfp4" else HEAD_DIM  # bytes of a key's codes
@@ -121,14 +121,13 @@ def mqa_logits_kernel(
                     rows = page.to(tl.int64) * page_stride + offset.to(tl.int64) * key_stride
                     scale_place = tl.cast(0, tl.int64)
                     scale_rows = page.to(tl.int64) * scale_stride + offset
-            tile = rows[:, None] + column[None, :]
             scale = tl.load(scale_ptr + scale_place + scale_rows, mask=exists, other=0)  # [BLOCK_N], fp32 or words
             if CODES:
-                k = load_codes(codes_ptr + place, tile, exists, True, E4M3)  # [BLOCK_N, HEAD_DIM]
+                k = load_codes(codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, E4M3)  # [BLOCK_N, HEAD_DIM]
             elif FORMAT == "fp8":
-                codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
-                k = decode_e4m3(codes).to(tl.float32).to(q_ptr.dtype.element_ty)
+                k = load_keys(q_ptr, codes_ptr + place, rows[:, None], exists, HEAD_DIM, True, True, E4M3)
             else:
+                tile = rows[:, None] + column[None, :]
                 codes = tl.load(codes_ptr + place + tile, mask=exists[:, None], other=0)
                 k = scaled_keys(codes, scale, column // GROUP, FORMAT, False)  # [BLOCK_N, WIDTH]
             k_odd = k
@@ -253,6 +252,7 @@ def _launch(q, codes, scale, weights, starts, ends, table, out, strides, shape, 
     sequences, tokens, keys, num_pages = shape
     chip = chip_of(q.device)
     tile = MQA_LOGITS.tile_for(chip, "bf16", statics, {"tokens": tiled})
+    tile = where_they_lie(tile, "E4M3", q.data_ptr() | codes.data_ptr() | q.stride(0) | strides[0] | strides[1])
     token_tiles, key_tiles = -(-tokens // tile["BLOCK_T"]), -(-keys // tile["BLOCK_N"])
     work = sequences * token_tiles * key_tiles
     args = (

@@ -8,11 +8,19 @@ Symbols: B sequences, H index heads, d head_dim, S keys.
 
 import torch
 
-from mla_kernels.attention.indexer.scores import load_codes, load_heads, weighed
-from mla_kernels.attention.indexer.tiles import from_registers
+from mla_kernels.attention.indexer.scores import load_codes, load_heads, load_packed, weighed
+from mla_kernels.attention.indexer.tiles import from_registers, logits_form
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, DTYPE_NAMES, NO_MEMORY, Case, Cost, Kernel, Work
-from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8 import (
+    AS_BYTES,
+    AS_HALVES,
+    e4m3_swapped,
+    e4m3_values,
+    product_unit,
+    swapped_fours,
+    swapped_unit,
+)
 
 MOST_TILES = 16
 """Tiles of keys of an item at most."""
@@ -22,8 +30,10 @@ MOST_TILES = 16
 def load_part(q, w, part, HEAD_DIM: tl.constexpr, CODES: tl.constexpr, BLOCK_H: tl.constexpr, E4M3: tl.constexpr):
     """(queries [BLOCK_H, HEAD_DIM], weights [BLOCK_H]) of one tile of a token's heads."""
     head = part * BLOCK_H + tl.arange(0, BLOCK_H)
-    places = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    return load_heads(q, places, head, False, CODES, E4M3), tl.load(w + head).to(tl.float32)
+    queries = load_heads(q, head[:, None] * HEAD_DIM, head, HEAD_DIM, False, CODES, E4M3)
+    if E4M3 == AS_HALVES and not CODES:
+        queries = swapped_fours(queries)
+    return queries, tl.load(w + head).to(tl.float32)
 
 
 @triton.jit
@@ -35,18 +45,19 @@ def stream_tile(
 ):  # fmt: skip
     """Logits of keys tile * BLOCK_N on into ``out``, which has room for all; from key ``seen`` on they are -inf."""
     key = tl.arange(0, BLOCK_N)
-    column = tl.arange(0, HEAD_DIM)
     page = tl.load(pages + tile // (PAGE_SIZE // BLOCK_N)).to(tl.uint32)  # -1 is out of range, too
     valid = page < tl.cast(num_pages, tl.uint32)
     page = tl.where(valid, page, 0).to(tl.int64)
     row = tile % (PAGE_SIZE // BLOCK_N) * BLOCK_N
     # Rows of a page that no token wrote are read too, and what comes of them is left out below: a mask costs more.
-    places = key[:, None] * HEAD_DIM + column[None, :]
+    rows = key[:, None] * HEAD_DIM
     codes = codes_ptr + page * tl.cast(page_stride, tl.uint32) + row * HEAD_DIM
     if CODES:
-        k = load_codes(codes, places, key, False, E4M3)  # [BLOCK_N, HEAD_DIM]
+        k = load_codes(codes, rows, key, HEAD_DIM, False, E4M3)  # [BLOCK_N, HEAD_DIM]
+    elif E4M3 == AS_HALVES:
+        k = e4m3_swapped(load_packed(codes, rows, key, HEAD_DIM, False, E4M3), q0.dtype)
     else:
-        k = decode_e4m3(tl.load(codes + places)).to(tl.float32).to(q0.dtype)
+        k = e4m3_values(load_packed(codes, rows, key, HEAD_DIM, False, E4M3), q0.dtype, E4M3)
     scale = tl.load(scale_ptr + page * tl.cast(scale_stride, tl.uint32) + row + key)  # [BLOCK_N]
     logits = weighed(tl.dot(k, tl.trans(q0)), w0)  # [BLOCK_N, BLOCK_H]
     logits += weighed(tl.dot(k, tl.trans(q1)), w1)
@@ -54,7 +65,10 @@ def stream_tile(
         logits += weighed(tl.dot(k, tl.trans(q2)), w2)
         logits += weighed(tl.dot(k, tl.trans(q3)), w3)
     first = tile * BLOCK_N
-    logits = tl.sum(logits, 1) * scale  # [BLOCK_N]
+    logits = tl.sum(logits, 1)  # [BLOCK_N]
+    if E4M3 >= AS_HALVES:
+        logits *= product_unit(E4M3) if CODES else swapped_unit(q0.dtype)
+    logits = logits * scale
     logits = tl.where(key < tl.where(valid, seen - first, 0), logits, float("-inf"))
     tl.store(out + first + key, logits)
 
@@ -140,14 +154,20 @@ def stream_rule(chip, dtype, statics, sizes):
     """A warp's products have 16 keys or 32, so that one warp alone sums over a key's heads."""
     return {
         "BLOCK_H": 16, "BLOCK_N": 128 if chip.is_gpu and statics["PAGE_SIZE"] % 128 == 0 else 64,
-        "E4M3": int(statics["CODES"] and chip.dot_e4m3), "num_warps": 4, "num_stages": 2,
+        "E4M3": _form(chip, statics), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
+
+
+def _form(chip, statics):
+    """The E4M3 of a tile; a cache's codes lie in words. On chips that multiply e4m3, products of 16 bits take longer
+    than decoding bytes, and queries in another order take more registers than there are (sm_120)."""
+    return AS_BYTES.value if chip.dot_e4m3 and not statics["CODES"] else logits_form(chip, {**statics, "FP8": True})
 
 
 def stream_memory(chip, dtype, statics, tile):
     """Upper bounds fitted to what the compilers report."""
     parts = statics["HEADS"] // tile["BLOCK_H"]
-    if tile["E4M3"] and not (statics["CODES"] and chip.dot_e4m3):
+    if tile["E4M3"] not in (AS_BYTES.value, _form(chip, statics)):
         return dict.fromkeys(chip.memory, NO_MEMORY)
     if parts not in (2, 4) or statics["PAGE_SIZE"] % tile["BLOCK_N"]:
         return dict.fromkeys(chip.memory, NO_MEMORY)
@@ -189,7 +209,7 @@ INDEXER_STREAM = Kernel(
     tiles={
         "BLOCK_H": (16, 32),
         "BLOCK_N": (64, 128),
-        "E4M3": (0, 1),
+        "E4M3": (0, 1, 2, 3),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },

@@ -1,12 +1,13 @@
 """Which tile the kernels of the indexer take on which chip, and what a tile needs of its memories."""
 
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY
+from mla_kernels.quant.fp8 import AS_BYTES, AS_FNUZ, AS_HALVES, product_form
 
 LOGITS_TILES = {
     "BLOCK_T": (8, 16, 32, 64),
     "BLOCK_H": (16, 32, 64),
     "BLOCK_N": (32, 64, 128, 256),
-    "E4M3": (0, 1),
+    "E4M3": (0, 1, 2, 3),
     "PEEL": (0, 1),
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3),
@@ -18,6 +19,16 @@ def from_registers(chip):
     return chip.vendor == "nvidia" and not chip.dot_from_shared
 
 
+def logits_form(chip, statics):
+    """How a tile takes codes that lie in words, see :mod:`mla_kernels.quant.fp8`. Queries that are codes come as fp16
+    where :func:`mla_kernels.attention.indexer.forward.as_multiplied` makes it of them."""
+    if statics["CODES"]:
+        return AS_BYTES.value if product_form(chip) == AS_HALVES.value else product_form(chip)
+    if not chip.is_gpu or not statics["FP8"] or statics.get("FORMAT", "fp8") != "fp8":
+        return AS_BYTES.value
+    return AS_HALVES.value if chip.vendor == "nvidia" else AS_FNUZ.value
+
+
 def logits_rule(chip, dtype, statics, sizes):
     """Keys enough to feed the matrix units from one load, all heads of a token, and as many tokens as come at once.
 
@@ -27,7 +38,7 @@ def logits_rule(chip, dtype, statics, sizes):
     heads = max(16, 1 << (statics["HEADS"] - 1).bit_length())
     tokens = max(8, min(32, 1 << (sizes["tokens"] - 1).bit_length()))
     tile = {"BLOCK_T": tokens, "BLOCK_H": min(heads, 64), "BLOCK_N": 128, "num_stages": 2}
-    tile["E4M3"] = int(statics["CODES"] and chip.dot_e4m3)
+    tile["E4M3"] = logits_form(chip, statics)
     if from_registers(chip) and dtype != "fp32":
         return tile | {"BLOCK_H": max(16, heads // 4), "PEEL": 1, "num_warps": 4}
     if dtype == "fp32":
@@ -44,7 +55,7 @@ def logits_rule(chip, dtype, statics, sizes):
 
 def logits_memory(chip, dtype, statics, tile):
     """Upper bounds fitted to what the compilers report."""
-    if tile["E4M3"] and not (statics["CODES"] and chip.dot_e4m3):
+    if tile["E4M3"] not in (AS_BYTES.value, logits_form(chip, statics)):
         return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     size, width, stages = DTYPE_BYTES[dtype], statics["HEAD_DIM"], tile["num_stages"]
     k, q = tile["BLOCK_N"] * width * size, tile["BLOCK_H"] * width * size

@@ -4,13 +4,12 @@ In fp8_v4 the rotated values are the last ROPE of the LATENT, in products of the
 leave them out (0), and ``tail`` sums them.
 """
 
-from mla_kernels.attention.latents import LN2, load_latents, score_tile
+from mla_kernels.attention.latents import LN2, e4m3_latents, load_e4m3, load_latents, score_tile
 from mla_kernels.attention.merge import sink_factor
 from mla_kernels.attention.sparse.picks import load_picks
 from mla_kernels.language import tl, triton
 from mla_kernels.latent.write import KEY_BYTES, ROTATED, SCALE_BYTES, SCALED_TOGETHER, UNIT
 from mla_kernels.quant.decode import ue8m0_values
-from mla_kernels.quant.fp8 import decode_e4m3
 
 
 @triton.jit
@@ -42,27 +41,25 @@ def scale_offsets(slot, page_stride, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr
 def load_grouped_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     """What load_latents loads of fp8_v32; all scales of a token in one transfer take less of Ascend's UB."""
     GROUPS: tl.constexpr = WIDTH // SCALED_TOGETHER
-    codes = tl.load(rows + tl.arange(0, WIDTH)[None, :], mask=seen[:, None], other=0)  # [BLOCK_N, WIDTH]
+    codes = load_e4m3(rows, seen, WIDTH, WIDTH, False)
     scales = tl.load(scale_rows + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, GROUPS]
-    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, SCALED_TOGETHER])
+    values = tl.reshape(e4m3_latents(codes, False), [seen.shape[0], GROUPS, SCALED_TOGETHER])
     values = (values * scales[:, :, None]).to(DTYPE)
-    return tl.reshape(values, [codes.shape[0], WIDTH])
+    return tl.reshape(values, [seen.shape[0], WIDTH])
 
 
 @triton.jit
-def load_v4_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
+def load_v4_latents(rows, scale_rows, seen, DTYPE: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr):
     """Values of fp8_v4 [BLOCK_N, WIDTH] whose last 64, the rotated ones, are 0: they lie elsewhere, in bf16. They are
     bf16(code) * bf16(scale), rounded to bf16; the product of both is exact in fp32."""
     GROUPS: tl.constexpr = WIDTH // ROTATED
-    column = tl.arange(0, WIDTH)
     group = tl.arange(0, GROUPS)
-    coded = seen[:, None] & (column < WIDTH - ROTATED)[None, :]
     scaled = seen[:, None] & (group < GROUPS - 1)[None, :]
-    codes = tl.load(rows + column[None, :], mask=coded, other=0)  # [BLOCK_N, WIDTH]
+    codes = load_e4m3(rows, seen, WIDTH, WIDTH - ROTATED, WORDS)
     scales = ue8m0_values(tl.load(scale_rows + group[None, :], mask=scaled, other=0))  # [BLOCK_N, GROUPS]
-    values = tl.reshape(decode_e4m3(codes).to(tl.float32), [codes.shape[0], GROUPS, ROTATED])
+    values = tl.reshape(e4m3_latents(codes, WORDS), [seen.shape[0], GROUPS, ROTATED])
     values = (values * scales[:, :, None]).to(DTYPE)
-    return tl.reshape(values, [codes.shape[0], WIDTH])
+    return tl.reshape(values, [seen.shape[0], WIDTH])
 
 
 @triton.jit
@@ -99,11 +96,11 @@ def attend_tile(
         rope_rows = rope_ptr + (rows * (UNIT // KEY_BYTES))[:, None]
         rows = rows * UNIT
     if LAYOUT == "fp8_v4":
-        latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
+        latent = load_v4_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT, not PERSISTENT)
     elif (LAYOUT == "fp8_v32") and PERSISTENT:
         latent = load_grouped_latents(latent_ptr + rows[:, None], scale_rows, seen, DTYPE, LATENT)
     else:
-        latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT)
+        latent = load_latents(latent_ptr + rows[:, None], scale_rows, 0, seen, DTYPE, LATENT, LAYOUT, True)
     rope = latent
     if ROPE > 0:
         rope = tl.load(rope_rows + tl.arange(0, ROPE)[None, :], mask=seen[:, None], other=0.0)  # [BLOCK_N, ROPE]

@@ -3,8 +3,9 @@
 Symbols: T tokens, K slots of a token, P = T * K pairs, E experts, H hidden size, I intermediate size. The formats are
 those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fused_experts` launches these kernels.
 
-fp8_block: hidden and the activation are e4m3 codes with a power of two for every token and 128 columns. Chips that
-multiply e4m3 do so (FP8); on others codes are read as fp16, which holds them all, so that products are the same.
+fp8_block: hidden and the activation are e4m3 codes with a power of two for every token and 128 columns. FP8 says how
+products take codes (:mod:`mla_kernels.quant.fp8`): chips that multiply e4m3 do so, on others they become fp16 or AMD's
+e4m3, which hold them all, so that products are the same.
 int8_w8a8: codes with one scale a token. Gate and up's kernel knows a part of a row only: it writes the activation and
 the largest magnitude of each part, from which down's kernel has the scale and makes the codes of each tile; where rows
 are many, another kernel makes them once (AHEAD), which gives the same codes.
@@ -29,7 +30,8 @@ from mla_kernels.moe.quantised.parts import (
     upright,
 )
 from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
-from mla_kernels.quant.fp8 import decode_e4m3, quantise_e4m3
+from mla_kernels.quant import fp8
+from mla_kernels.quant.fp8 import AS_HALVES, e4m3_operand, e4m3_pointer, product_unit, quantise_e4m3
 from mla_kernels.quant.int8 import int8_scale, round_to_int8
 
 BLOCK = tl.constexpr(COLUMNS)  # rows and columns that share a scale in fp8_block; columns of a step
@@ -78,24 +80,27 @@ def eb_dispatch_kernel(
 
 
 @triton.jit
-def e4m3_pointer(pointer, FP8: tl.constexpr):
-    """The same address, of e4m3 values where the chip has them."""
-    return pointer.to(tl.pointer_type(tl.float8e4nv), bitcast=True) if FP8 else pointer
-
-
-@triton.jit
 def operand(codes, FORMAT: tl.constexpr, FP8: tl.constexpr):
     """Codes as a matrix product takes them."""
-    return decode_e4m3(codes) if (FORMAT == "fp8_block") and (not FP8) else codes
+    return e4m3_operand(codes, FP8) if FORMAT == "fp8_block" else codes
 
 
 @triton.jit
-def load_weight(rows, k, mask, width, FORMAT: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr):
+def columns_of(rows, block, FP8: tl.constexpr):
+    """Pointers to the columns of a block in rows of bytes [n, 1], and their numbers; of words of four, the words'."""
+    WIDTH: tl.constexpr = BLOCK // 4 if FP8 >= AS_HALVES else BLOCK
+    column = block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return e4m3_pointer(rows, FP8) + column, column
+
+
+@triton.jit
+def load_weight(rows, block, mask, width, FORMAT: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr):
     """A tile of weights [BLOCK_N, BLOCK], zeros past the last column."""
+    pointers, column = columns_of(rows, block, FP8)
     if EVEN_K:
-        codes = tl.load(rows + k, mask=mask[:, None], other=0.0)
+        codes = tl.load(pointers, mask=mask[:, None], other=0.0)
     else:
-        codes = tl.load(rows + k, mask=mask[:, None] & (k < width), other=0.0)
+        codes = tl.load(pointers, mask=mask[:, None] & (column < width), other=0.0)
     return operand(codes, FORMAT, FP8)
 
 
@@ -140,7 +145,6 @@ def eb_gate_up_kernel(
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     blocks = padded // BLOCK
     wide = tl.cdiv(intermediate, BLOCK) * BLOCK
-    lane = tl.arange(0, BLOCK)[None, :]
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = tile_of_item(item, slots, columns, GROUP_M)
         expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
@@ -148,28 +152,29 @@ def eb_gate_up_kernel(
             m = tl.arange(0, BLOCK_M)
             pair = tl.load(order + first + m, mask=m < end - first, other=0)
             token = tl.minimum(tl.maximum(pair // top_k, 0), tokens - 1).to(tl.int64)
-            x_rows = e4m3_pointer(codes, FP8) + token[:, None] * padded
+            x_rows = codes + token[:, None] * padded
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = n < intermediate
             gate_row, up_row = gate_up_rows(n, intermediate, INTERLEAVED)
             gate_first, up_first = gate_up_rows(column * BLOCK_N, intermediate, INTERLEAVED)
             expert_rows = tl.cast(expert, tl.int64) * 2 * intermediate
-            w_codes = e4m3_pointer(gate_up, FP8) + expert_rows * hidden_size
+            w_codes = gate_up + expert_rows * hidden_size
+            gate_codes = w_codes + gate_row[:, None] * hidden_size
+            up_codes = w_codes + up_row[:, None] * hidden_size
             row_blocks = tl.cdiv(2 * intermediate, BLOCK)
             w_scales = scales + tl.cast(expert, tl.int64) * row_blocks * blocks
             gate = empty_sum(BLOCK_M, BLOCK_N, SWAP, DTYPE)
             up = empty_sum(BLOCK_M, BLOCK_N, SWAP, DTYPE)
             for block in range(0, blocks):
-                k = block * BLOCK + lane
-                x = operand(tl.load(x_rows + k), FORMAT, FP8)
-                w = load_weight(w_codes + gate_row[:, None] * hidden_size, k, mask, hidden_size, FORMAT, FP8, EVEN_K)
+                x = operand(tl.load(columns_of(x_rows, block, FP8)[0]), FORMAT, FP8)
+                w = load_weight(gate_codes, block, mask, hidden_size, FORMAT, FP8, EVEN_K)
                 if FORMAT == "fp8_block":
                     x_scale = tl.load(code_scales + token * blocks + block)
                     w_scale = load_block_scale(w_scales, gate_first, gate_row, block, row_blocks, blocks, ALIGNED)
                     gate = add_scaled(gate, x, x_scale, w, w_scale, ALIGNED, SWAP)
                 else:
                     gate = multiply(x, w, gate, SWAP)
-                w = load_weight(w_codes + up_row[:, None] * hidden_size, k, mask, hidden_size, FORMAT, FP8, EVEN_K)
+                w = load_weight(up_codes, block, mask, hidden_size, FORMAT, FP8, EVEN_K)
                 if FORMAT == "fp8_block":
                     w_scale = load_block_scale(w_scales, up_first, up_row, block, row_blocks, blocks, ALIGNED)
                     up = add_scaled(up, x, x_scale, w, w_scale, ALIGNED, SWAP)
@@ -177,6 +182,8 @@ def eb_gate_up_kernel(
                     up = multiply(x, w, up, SWAP)
             gate = upright(gate, SWAP)  # [BLOCK_M, BLOCK_N]
             up = upright(up, SWAP)
+            if FP8 >= AS_HALVES:
+                gate, up = gate * product_unit(FP8), up * product_unit(FP8)
             if FORMAT == "int8_w8a8":
                 x_scale = tl.load(code_scales + token)[:, None]
                 gate = gate * x_scale * tl.load(scales + expert_rows + gate_row, mask=mask, other=0.0)[None, :]
@@ -249,19 +256,18 @@ def eb_down_kernel(
     columns = tl.cdiv(hidden_size, BLOCK_N)
     slots = tl.minimum(pairs, pairs // BLOCK_M + experts)
     blocks = tl.cdiv(intermediate, BLOCK)
-    lane = tl.arange(0, BLOCK)[None, :]
     for item in range(tl.program_id(0), slots * columns, tl.num_programs(0)):
         slot, column = tile_of_item(item, slots, columns, GROUP_M)
         expert, first, end = rows_of_slot(offsets, slot, experts, pairs, BLOCK_M, BLOCK_E)
         if (first >= 0) & (first < end):
             m = tl.arange(0, BLOCK_M)
-            x_rows = e4m3_pointer(activation, FP8) + tl.cast(first, tl.int64) * (blocks * BLOCK)
+            x_rows = activation + tl.cast(first, tl.int64) * (blocks * BLOCK)
             x_rows = x_rows + m[:, None] * (blocks * BLOCK)
             x_scales = activation_scales + tl.cast(first, tl.int64) * blocks + m * blocks
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = n < hidden_size
             expert_rows = tl.cast(expert, tl.int64) * hidden_size
-            w_rows = e4m3_pointer(down, FP8) + expert_rows * intermediate + n[:, None] * intermediate
+            w_rows = down + expert_rows * intermediate + n[:, None] * intermediate
             row_blocks = tl.cdiv(hidden_size, BLOCK)
             w_scales = scales + tl.cast(expert, tl.int64) * row_blocks * blocks
             if AHEAD:
@@ -271,9 +277,8 @@ def eb_down_kernel(
                 inverse = 1.0 / scale
             total = empty_sum(BLOCK_M, BLOCK_N, SWAP, DTYPE)
             for block in range(0, blocks):
-                k = block * BLOCK + lane
-                x = tl.load(x_rows + k)
-                w = load_weight(w_rows, k, mask, intermediate, FORMAT, FP8, EVEN_K)
+                x = tl.load(columns_of(x_rows, block, FP8)[0])
+                w = load_weight(w_rows, block, mask, intermediate, FORMAT, FP8, EVEN_K)
                 if FORMAT == "fp8_block":
                     x_scale = tl.load(x_scales + block)
                     w_scale = load_block_scale(w_scales, column * BLOCK_N, n, block, row_blocks, blocks, True)
@@ -283,6 +288,8 @@ def eb_down_kernel(
                 else:
                     total = multiply(round_to_int8(x.to(tl.float32) * inverse[:, None]), w, total, SWAP)
             y = upright(total, SWAP)
+            if FP8 >= AS_HALVES:
+                y = y * product_unit(FP8)
             if FORMAT == "int8_w8a8":
                 y = y * scale[:, None] * tl.load(scales + expert_rows + n, mask=mask, other=0.0)[None, :]
             store_pairs(y, rows, bias, weights, order, expert, first, end, n, hidden_size, HAS_BIAS, WEIGHT_AT, BLOCK_M)
@@ -296,8 +303,13 @@ def _rule(products):
     Fewer rows are the second, of which tensor cores take any number; int8's order matters to theirs alone."""
 
     def rule(chip, dtype, statics, sizes):
-        eight, fp8 = statics["FORMAT"] == "int8_w8a8", int(statics["FORMAT"] == "fp8_block" and chip.dot_e4m3)
-        tile = {"BLOCK_N": 128, "GROUP_M": 8, "FP8": fp8, "num_stages": 2 if chip.vendor == "amd" else 3}
+        eight = statics["FORMAT"] == "int8_w8a8"
+        tile = {
+            "BLOCK_N": 128,
+            "GROUP_M": 8,
+            "FP8": _form(chip, statics),
+            "num_stages": 2 if chip.vendor == "amd" else 3,
+        }
         if chip.vendor == "ascend":
             most = 16 if products == 2 and not eight else 64
             return tile | {"BLOCK_M": rows_for(sizes, most), "SWAP": 0, "num_warps": 4}
@@ -315,6 +327,11 @@ def _rule(products):
         return tile | {"BLOCK_M": m, "SWAP": swap, "num_warps": 8 if m >= min(most, 64) else 4}
 
     return rule
+
+
+def _form(chip, statics):
+    """The FP8 of a tile."""
+    return fp8.product_form(chip, statics["EVEN_K"]) if statics["FORMAT"] == "fp8_block" else fp8.AS_BYTES.value
 
 
 def ahead(chip, format, sizes) -> bool:
@@ -351,7 +368,9 @@ def _memory(products):
     within = operand_memory(products)
 
     def memory(chip, dtype, statics, tile):
-        if (tile["FP8"] and not chip.dot_e4m3) or (statics["FORMAT"] == "fp8_block" and tile["BLOCK_N"] != 128):
+        if tile["FP8"] not in (fp8.AS_BYTES.value, _form(chip, statics)) or (
+            statics["FORMAT"] == "fp8_block" and tile["BLOCK_N"] != 128
+        ):
             return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
         return within(chip, dtype, statics, tile)
 
@@ -379,14 +398,6 @@ def _dispatch_work(dtype, statics, sizes, tile):
     whole = _dispatch_cost(dtype, statics, sizes)
     programs = sort.programs + dispatch_items(statics["FORMAT"], sizes["tokens"], sizes["hidden"], tile["BLOCK_H"])
     return Work(programs, whole.flops / programs, whole.bytes / programs)
-
-
-def _activation_rule(chip, dtype, statics, sizes):
-    return {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4}
-
-
-def _activation_memory(chip, dtype, statics, tile):
-    return {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]}
 
 
 def _activation_cost(dtype, statics, sizes):
@@ -418,7 +429,7 @@ _TILES = {
     "BLOCK_N": (64, 128),
     "GROUP_M": (1, 8, 16),
     "SWAP": (0, 1),
-    "FP8": (0, 1),
+    "FP8": (0, 1, 2, 3),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
@@ -462,8 +473,8 @@ ACTIVATION = Kernel(
     | {"intermediate": "i32:16", "parts": "i32"},
     statics=(),
     tiles={"BLOCK_M": (4, 8, 16, 32), "BLOCK_H": (128, 256, 512), "num_warps": (4, 8)},
-    rule=_activation_rule,
-    memory=_activation_memory,
+    rule=lambda chip, dtype, statics, sizes: {"BLOCK_M": 16, "BLOCK_H": 256, "num_warps": 4},
+    memory=lambda chip, _, __, tile: {"shared": 0} if chip.is_gpu else {"UB": 16 * tile["BLOCK_M"] * tile["BLOCK_H"]},
     cost=_activation_cost,
     work=_activation_work,
     cases=cases(_CASES[3:], lambda format, sizes: {}),

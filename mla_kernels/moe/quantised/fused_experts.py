@@ -27,6 +27,7 @@ from mla_kernels.moe.quantised import eight_bit, weight_only
 from mla_kernels.moe.quantised.formats import WeightFormat
 from mla_kernels.moe.quantised.tiles import COLUMNS, sizes_of
 from mla_kernels.moe.quantised.weights import ExpertWeights
+from mla_kernels.quant.fp8 import where_they_lie
 from mla_kernels.shim import define_op
 
 EIGHT_BIT_ACTIVATIONS = ("fp8_block", "int8_w8a8")
@@ -247,6 +248,7 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         statics |= {"ALIGNED": inner % COLUMNS == 0 and not activation.interleaved}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.gate_up, width, inner)
     work, statics, tile = plan
+    tile = where_they_lie(tile, "FP8", stored.gate_up.data_ptr()) if fp8 else tile
     parts = -(-inner // tile["BLOCK_N"])
     activated = hidden.new_empty((pairs + COLUMNS, inner_blocks * COLUMNS), dtype=torch.int8 if fp8 else dtype)
     scales_shape = (pairs + COLUMNS, inner_blocks) if fp8 else (parts, pairs + COLUMNS)
@@ -271,6 +273,7 @@ def _launch_eight_bit(chip, hidden, stored, call, results):
         statics |= {"AHEAD": eight_bit.ahead(chip, stored.format, sizes)}
         plan = _plan(kernel, chip, dtype, call, statics, call.places.down, inner, width)
     work, statics, tile = plan
+    tile = where_they_lie(tile, "FP8", stored.down.data_ptr()) if fp8 else tile
     if statics["AHEAD"]:
         activated, activated_scales = _launch_activation_codes(chip, call, activated, activated_scales, dtype)
     variant = call.variants.down
@@ -342,7 +345,7 @@ def fused_experts(
     ``int4``,     decoded weight, a row's scale (int8) the sum
     ``mxfp4``
     ``fp8_block`` e4m3 by e4m3, fp32 sums of 128 products, then both scales;    T K (H elements + I) + T H
-                  fp16 by fp16 on chips without: the same products
+                  fp16, or AMD's e4m3, on chips without: the same products
     ``int8_w8a8`` int8 by int8, int32 sums                                      T K (H + I) elements + T H
     ============= ============================================================= ========================================
 

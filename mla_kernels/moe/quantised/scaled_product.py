@@ -10,8 +10,8 @@ MODE "batched": all rows of all groups. "masked": the first layout[g] rows of ea
 "contiguous": a and d have one group; row r is multiplied by b[layout[r]], and becomes 0 where layout[r] is no group.
 Rows of different groups never share ALIGNMENT rows, of which the first names the group of all.
 
-Where the matrix units take e4m3 they multiply codes; elsewhere codes are read as fp16, which holds them all: those of b
-in each tile, and those of a, which each tile of columns reads, once in front where there are many rows.
+Where the matrix units take e4m3, or AMD's, they multiply codes; elsewhere codes are read as fp16, which holds them all:
+those of b in each tile, and those of a, which each tile of columns reads, once in front where there are many rows.
 """
 
 import torch
@@ -21,10 +21,18 @@ from mla_kernels.invariance import FIXED_TOKENS
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Case, Cost, Kernel, Work, chip_of
 from mla_kernels.moe.experts.schedule import tile_of_item
-from mla_kernels.moe.quantised.eight_bit import e4m3_pointer
 from mla_kernels.moe.quantised.parts import by_columns, by_rows, empty_sum, multiply, upright
 from mla_kernels.quant.decode import ue8m0_values
-from mla_kernels.quant.fp8 import decode_e4m3
+from mla_kernels.quant.fp8 import (
+    AS_BYTES,
+    AS_HALVES,
+    HALF_UNIT,
+    e4m3_operand,
+    e4m3_pointer,
+    product_form,
+    product_unit,
+    where_they_lie,
+)
 from mla_kernels.quant.fp8_block import decode_e4m3 as bytes_to_fp16
 from mla_kernels.shim import define_op
 
@@ -33,10 +41,16 @@ FEW_ROWS = 16  # up to which making fp16 of a is not worth a launch
 
 
 @triton.jit
-def load_operand(rows, k, mask, depth, DECODE: tl.constexpr, EVEN_K: tl.constexpr):
-    """A tile of an operand as a product takes it, 0 outside; ``mask`` is [rows, 1], k [1, STEP]. DECODE: of bytes."""
-    values = tl.load(rows + k, mask=mask if EVEN_K else mask & (k < depth), other=0.0)
-    return decode_e4m3(values) if DECODE else values
+def load_operand(
+    rows, block, mask, depth, STEP: tl.constexpr, CODES: tl.constexpr, FP8: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """A tile [rows, STEP] of an operand as a product takes it, 0 outside; rows and ``mask`` are [rows, 1]. CODES: the
+    rows are bytes, else fp16."""
+    WIDTH: tl.constexpr = STEP // 4 if CODES and FP8 >= AS_HALVES else STEP
+    pointers = e4m3_pointer(rows, FP8) if CODES else rows
+    k = block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    values = tl.load(pointers + k, mask=mask if EVEN_K else mask & (k < depth), other=0.0)
+    return e4m3_operand(values, FP8) if CODES else values
 
 
 @triton.jit
@@ -59,10 +73,10 @@ def scaled_product_kernel(
     HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_M, BLOCK_N] of the results an item. ADD: to what stands there. HALVES: a is fp16, not codes."""
+    """A tile [BLOCK_M, BLOCK_N] of the results an item. ADD: to what stands there. HALVES: a is fp16, not codes, its
+    columns in the order of b's operands (:func:`mla_kernels.quant.fp8.e4m3_halves`)."""
     STEP: tl.constexpr = GRAN_A if GRAN_A < GRAN_B else GRAN_B
     m = tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, STEP)[None, :]
     column_tiles = tl.cdiv(columns, BLOCK_N)
     slots = row_tiles if MODE == "contiguous" else row_tiles * groups
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -88,22 +102,16 @@ def scaled_product_kernel(
         out = d + tl.cast(own, tl.int64) * d_group + tl.cast(first, tl.int64) * d_row
         out = out + m[:, None] * d_row + n[None, :]
         if live:
-            a_rows = (
-                (a if HALVES else e4m3_pointer(a, FP8))
-                + tl.cast(own, tl.int64) * a_group
-                + tl.cast(first, tl.int64) * a_row
-            )
-            a_rows = a_rows + m[:, None] * a_row
+            a_rows = a + tl.cast(own, tl.int64) * a_group + tl.cast(first, tl.int64) * a_row + m[:, None] * a_row
             a_scales = a_scale + tl.cast(own, tl.int64) * sa_group + tl.cast(first, tl.int64) * sa_row + m * sa_row
-            b_rows = e4m3_pointer(b, FP8) + tl.cast(group, tl.int64) * b_group
+            b_rows = b + tl.cast(group, tl.int64) * b_group
             b_rows = b_rows + tl.cast(column_tile * BLOCK_N, tl.int64) * b_row + tl.arange(0, BLOCK_N)[:, None] * b_row
             b_scales = b_scale + tl.cast(group, tl.int64) * sb_group
             b_scales = b_scales + (n * sb_row if GRAN_N == 1 else column_tile * BLOCK_N // GRAN_N * sb_row)
             total = empty_sum(BLOCK_M, BLOCK_N, SWAP, tl.float32)
             for block in range(0, tl.cdiv(depth, STEP)):
-                k = block * STEP + lane
-                x = load_operand(a_rows, k, inside[:, None], depth, not (FP8 or HALVES), EVEN_K)  # [BLOCK_M, STEP]
-                w = load_operand(b_rows, k, known[:, None], depth, not FP8, EVEN_K)  # [BLOCK_N, STEP]
+                x = load_operand(a_rows, block, inside[:, None], depth, STEP, not HALVES, FP8, EVEN_K)
+                w = load_operand(b_rows, block, known[:, None], depth, STEP, True, FP8, EVEN_K)
                 x_scale = load_scale(a_scales, block // (GRAN_A // STEP), sa_block, inside, PACKED_A)  # [BLOCK_M]
                 part = multiply(x, w, tl.zeros_like(total), SWAP)
                 if GRAN_N == 1:
@@ -113,6 +121,8 @@ def scaled_product_kernel(
                     w_scale = tl.load(b_scales + block // (GRAN_B // STEP) * sb_block)
                     total += part * by_rows(x_scale * w_scale, SWAP)
             y = upright(total, SWAP)  # [BLOCK_M, BLOCK_N]
+            if FP8 >= AS_HALVES:
+                y = y * (HALF_UNIT if HALVES else product_unit(FP8))
             if ADD:
                 y += tl.load(out, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
             if MODE == "contiguous":
@@ -130,7 +140,7 @@ def _rule(chip, dtype, statics, sizes):
     rows, alignment = sizes["rows"], statics["ALIGNMENT"]
     if statics["MODE"] == "contiguous":
         rows = alignment & -alignment  # the largest power of two that divides it
-    fp8 = int(chip.dot_e4m3 and not statics["HALVES"])
+    fp8, form = chip.dot_e4m3 and not statics["HALVES"], _form(chip, statics)
     most = MOST_ROWS
     if fp8 and chip.dot_from_shared and not chip.tensor_memory and _one_scale(statics):
         most = 2 * MOST_ROWS
@@ -141,7 +151,7 @@ def _rule(chip, dtype, statics, sizes):
         "BLOCK_M": m,
         "BLOCK_N": 128,
         "GROUP_M": 8,
-        "FP8": fp8,
+        "FP8": form,
         "SWAP": int(chip.is_gpu and (m < MOST_ROWS or not (fp8 and _one_scale(statics)))),
     }
     narrow = min(statics["GRAN_A"], statics["GRAN_B"]) < 128
@@ -149,10 +159,16 @@ def _rule(chip, dtype, statics, sizes):
         tile |= {"BLOCK_M": min(m, 32), "BLOCK_N": 64}
     elif chip.is_gpu:
         programs = _work(dtype, statics, sizes, tile).programs
-        if programs < 2 * chip.dot_cores or (chip.vendor == "amd" and not chip.dot_e4m3):
+        if programs < 2 * chip.dot_cores or (chip.vendor == "amd" and form in (AS_BYTES.value, AS_HALVES.value)):
             tile["BLOCK_N"] = 64
     warps = 8 if tile["BLOCK_M"] * tile["BLOCK_N"] >= MOST_ROWS * 128 else 4
     return tile | {"num_warps": warps, "num_stages": 2 if chip.vendor == "amd" else 4 if narrow else 3}
+
+
+def _form(chip, statics):
+    """The FP8 of a tile: that of e4m3's products takes no fp16."""
+    form = product_form(chip, statics["EVEN_K"])
+    return AS_BYTES.value if statics["HALVES"] and form != AS_HALVES.value else form
 
 
 def _one_scale(statics):
@@ -164,7 +180,7 @@ def _memory(chip, dtype, statics, tile):
     """Upper bounds fitted to what the compilers report."""
     m, n, step = tile["BLOCK_M"], tile["BLOCK_N"], min(statics["GRAN_A"], statics["GRAN_B"])
     late = statics["MODE"] == "contiguous" and statics["ALIGNMENT"] % m
-    if (tile["FP8"] and (statics["HALVES"] or not chip.dot_e4m3)) or late:
+    if tile["FP8"] not in (AS_BYTES.value, _form(chip, statics)) or late:
         return dict.fromkeys(chip.memory, NO_MEMORY)  # no such kernel
     operands = (m * (1 + statics["HALVES"]) + n) * step
     if chip.is_gpu:
@@ -222,7 +238,7 @@ SCALED_PRODUCT = Kernel(
         "BLOCK_N": (64, 128),
         "GROUP_M": (1, 8, 16),
         "SWAP": (0, 1),
-        "FP8": (0, 1),
+        "FP8": (0, 1, 2, 3),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
@@ -249,22 +265,35 @@ SCALED_PRODUCT = Kernel(
 )  # fmt: skip
 
 
+def _as_fp16(a, chip, form):
+    """Codes as fp16 [G, M, K], their columns in the order of the other operand's."""
+    if not chip.is_gpu:  # torch casts no float8 on every NPU
+        return bytes_to_fp16(a.contiguous().view(torch.uint8))
+    a = a.view(torch.float8_e4m3fn)
+    if form == AS_BYTES.value:
+        return a.half()
+    halves = a.new_empty(a.shape, dtype=torch.float16)
+    halves.unflatten(2, (-1, 2, 2)).copy_(a.unflatten(2, (-1, 2, 2)).transpose(3, 4))
+    return halves
+
+
 def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add, batch_invariant=False):
     groups, (rows, depth), columns = b.shape[0], a.shape[1:], b.shape[1]
     packed = a_scale.dtype == torch.int32, b_scale.dtype == torch.int32
     out = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[d.dtype]
     chip = chip_of(a.device)
     looked_up = FIXED_TOKENS if batch_invariant else rows
-    halves = not chip.dot_e4m3 and looked_up > FEW_ROWS and mode != "masked"  # masked rows are mostly not there
-    if halves:  # torch casts no float8 on every NPU
-        a = a.view(torch.float8_e4m3fn).half() if chip.is_gpu else bytes_to_fp16(a.contiguous().view(torch.uint8))
-    else:
-        a = a.view(torch.int8)
     even = depth % min(grans[0], grans[2]) == 0
+    places = a.data_ptr() | b.data_ptr() | a.stride()[0] | a.stride()[1] | b.stride()[0] | b.stride()[1]
+    form = product_form(chip, even and places % 4 == 0)
+    halves = form in (AS_BYTES.value, AS_HALVES.value)  # what a tile makes of codes is worth making once
+    halves = halves and looked_up > FEW_ROWS and mode != "masked"  # whose rows are mostly not there
+    a = _as_fp16(a, chip, form) if halves else a.view(torch.int8)
     statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out, halves)
     most = 1 << max(looked_up - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
     sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
+    tile = where_they_lie(tile, "FP8", places)
     row_tiles = -(-rows // tile["BLOCK_M"])
     work = row_tiles * (1 if mode == "contiguous" else groups) * -(-columns // tile["BLOCK_N"])
     args = (
