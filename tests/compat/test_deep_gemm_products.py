@@ -12,7 +12,7 @@ from mla_kernels.quant.fp8 import AS_BYTES, AS_HALVES
 from mla_kernels.reference import block_scaled as reference
 from mla_kernels.tiles import override
 from tests.compat.deep_gemm_problems import calc_diff, cast_blocks, cast_rows
-from tests.support import assert_close, poisoned
+from tests.support import assert_close, divided_addresses, one_further, poisoned
 
 MX = {"gran_a": 32, "gran_n": 1, "gran_b": 32}
 PACKED = {"gran_n": 1}
@@ -104,6 +104,17 @@ def test_chips_that_do_not_multiply_e4m3(target, rows):
     with launch.on_cpu("interpret", target):
         deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), d)
     check(d, reference.scaled_product(a, a_scale, b, b_scale))
+
+
+@pytest.mark.parametrize("target, rows", [("sm_80", 5), ("sm_80", 37), ("gfx942", 5)])
+def test_codes_where_no_word_begins(target, rows):
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(rows, 256)), cast_blocks(torch.randn(72, 256))
+    exact = reference.scaled_product(a, a_scale, b, b_scale)
+    for left, right in ((one_further(a), b), (a, one_further(b))):
+        d = poisoned(rows, 72)
+        with launch.on_cpu("interpret", target), divided_addresses():
+            deep_gemm.fp8_gemm_nt((left, a_scale), (right, b_scale), d)
+        check(d, exact)
 
 
 @pytest.mark.parametrize("form", [AS_BYTES.value, AS_HALVES.value])
