@@ -315,8 +315,8 @@ def indexer_topk(
     candidates are chosen among in the same way: 2 launches for up to 131,072 keys (Ascend: 32,768) with ``top_k`` 2048,
     8 ``top_k`` bytes of device workspace a chunk. Few rows of up to 1M keys (with ``top_k`` 2048 of more than 32,768,
     and of 128k up to ``cores / 4``) are spread over many programs instead, which find the least chosen value digit by
-    digit: 5 launches, at most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the
-    result is the same: exact picks, the same bits on every call and in any batch.
+    digit: 5 launches, at most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores,
+    and the result is the same: exact picks, the same bits on every call and in any batch.
 
     Args:
         logits: [T, S] float32, rows of any stride; less than 2**24 keys.
