@@ -132,8 +132,9 @@ def device_of_store(path: Path) -> str:
         device = header.pop("device")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BadFile(f"{path}: no store of tiles ({error!r})") from error
-    if header != STORE_FORMAT:
-        raise BadFile(f"{path}: its first line is {header}, expected {json.dumps(STORE_FORMAT)} and a device")
+    if header != STORE_FORMAT or not isinstance(device, str):
+        found = header | {"device": device}
+        raise BadFile(f"{path}: its first line is {found}, expected {json.dumps(STORE_FORMAT)} and a device's name")
     return device
 
 

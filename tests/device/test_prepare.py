@@ -143,6 +143,10 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
         "['tune', '--model', 'all', '--budget', '30s', '--store', 'out/tiles.jsonl', '--shortlists'"
     )
     assert second.endswith("shortlists for all")
+    for given in ("0", "soon"):
+        command = [sys.executable, str(tmp_path / "two" / "run.py"), "--tune", given]
+        child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, cwd=tmp_path)
+        assert child.returncode == 2 and f"--tune: '{given}': accepted are seconds, more than 0" in child.stderr
     monkeypatch.setattr(prepare, "MOST_BYTES", 10)
     assert prepare.main([str(folder / "again"), "--tiles-of", "h200"]) == 2
     assert "get_peers --capability 9.0" in capsys.readouterr().err
