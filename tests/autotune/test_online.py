@@ -295,9 +295,9 @@ def test_shortlists_of_other_stores_are_timed_and_stay_as_they_are(machine, tmp_
     assert machine.tune("--shortlists", __file__, "--again") == 2
     assert "no store of tiles" in capsys.readouterr().err
     foreign = tmp_path / "foreign.jsonl"
-    foreign.write_text(other.read_text().replace('"h200"', '"b200"', 1))
+    foreign.write_text(other.read_text().replace('"910b"', '"b200"', 1))
     assert machine.tune("--shortlists", str(foreign)) == 0
-    assert "--shortlists: got those of b200, none of h200: they are made here" in capsys.readouterr().err
+    assert "--shortlists: got those of b200, none of 910b: they are made here" in capsys.readouterr().err
 
 
 def test_without_a_reference_the_tile_in_use_stands_for_one():
