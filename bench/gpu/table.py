@@ -13,8 +13,8 @@ LEGEND = (
 )
 
 ASKED = (
-    "The library's goals, set before anything was timed: 1.00 is as fast as the other, 0.97 at most 3% slower. Of "
-    "contestants whose names begin alike the fastest counts. Cases that were not begun are not here."
+    "What the library aims at on an H100 or H200: 1.00 is as fast as the other, 0.97 at most 3% slower. Of contestants "
+    "whose names begin alike the fastest counts. Cases that were not begun are not here."
 )
 
 

@@ -93,6 +93,13 @@ def test_sources_are_left_out_of_the_cache(tmp_path):
     assert kept.keys() == {"k.cubin", "k.json"} and not (tmp_path / "KEY" / "k.source").exists()
 
 
+def test_models_are_looked_at_before_anything_is_written(tmp_path, capsys):
+    assert prepare.main([str(tmp_path / "made"), "--tune", "gpt-2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: --tune gpt-2: " in error and "model 'gpt-2': neither a known name nor a config.json" in error
+    assert not (tmp_path / "made").exists()
+
+
 def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
     """With nothing compiled and a package of two lines in place of the library: run.py hands its arguments on."""
 
@@ -121,6 +128,7 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(prepare, "compile_cases", compile_cases)
     monkeypatch.setattr(prepare, "shortlists", shortlists)
+    monkeypatch.setattr(prepare, "check_models", lambda device, models: None)
     peers, folder = tmp_path / "peers", tmp_path / "packed"
     peers.mkdir()
     (peers / files.MANIFEST).write_text("{}")
