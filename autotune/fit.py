@@ -27,6 +27,9 @@ STAGES_SHARE = 0.3
 RIDGE = 2e-3
 STEPS = 200
 
+FEWEST = 12
+"""Timed problems of a store that a fit takes at least; fewer say too little of its weights."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -113,15 +116,18 @@ def fit(points: Sequence[Point]) -> dict:
 
 
 def fit_store(path: Path, name: str | None = None) -> dict:
-    """The same from a store of timed tiles. ValueError where it holds fewer than two shapes, or is of no device
-    ``name``."""
+    """The same from a store of timed tiles. ValueError where it holds fewer than two shapes, has fewer than
+    :data:`FEWEST` problems in half of them, or is of no device ``name``."""
     chip, found = timed.read(path)
     if name is not None and name != chip.device:
         raise ValueError(f"--device: got {name!r}, the store is of {chip.device}")
     fitted, left = halves(one.shape for one in found)
     if not fitted:
         raise ValueError(f"{path}: all timed problems have one shape {left}; a fit takes half of the shapes")
-    return _constants(chip.device, samples_of_store(chip, [one for one in found if one.shape in fitted]), fitted, left)
+    fitting = [one for one in found if one.shape in fitted]
+    if len(fitting) < FEWEST:
+        raise ValueError(f"{path}: {len(fitting)} timed problems in half of its shapes, {FEWEST} are needed")
+    return _constants(chip.device, samples_of_store(chip, fitting), fitted, left)
 
 
 def _constants(name: str, data: Samples, fitted: set, left: set) -> dict:

@@ -6,6 +6,7 @@ the table's versions, the part that was timed, the date and the versions. What i
 other devices of the compile target: there, too, the part that was timed is named. ``tables`` keeps what was shipped.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def run(options) -> int:
             path = options.output / path.name
         made.append((path, chip, *_joined(path, chip, fresh)))
     for path, chip, table, said in made:
-        write_table(path, chip.device, table, common.versions(chip))
+        # what the other entries were made with stays: this machine's compilers made none of them
+        versions = json.loads(path.read_text()).get("versions", {}) if path.exists() else common.versions(chip)
+        write_table(path, chip.device, table, versions)
         print(f"{path}: {said}")
     tiles.reload()
     return 0

@@ -79,8 +79,9 @@ def test_what_was_measured_ships_and_stays(found, tmp_path, capsys, monkeypatch)
     before = Entry(
         problem.kernel.name, problem.dtype, problem.kernel.source_hash, problem.statics, problem.sizes, (rule,), "rule"
     )
-    write_table(table, "h200", [before], {})
+    write_table(table, "h200", [before], {"triton": "0.0.1"})
     assert cli.main(["ship", str(path), "--also", "h100", "--output", str(tmp_path)]) == 0
+    assert json.loads(table.read_text())["versions"] == {"triton": "0.0.1"}
     text = capsys.readouterr().out
     assert f"{table}: 2 measured problems, 1 of them in place of others (1 with another tile); 0 are as before" in text
     for device in ("h200", "h100"):
@@ -207,6 +208,9 @@ def test_a_store_can_be_fitted(found, tmp_path, monkeypatch, capsys):
     path = store(tmp_path / "s.jsonl", [measured(p, backwards(p), 20) for p in found])
     before = evaluate.evaluate_store(path)["methods"]["model"]
     constants = tmp_path / "constants.json"
+    few = store(tmp_path / "few.jsonl", [measured(p, backwards(p)) for p in (found[0], found[-1])])
+    assert cli.main(["fit", "--measured", str(few), "--output", str(constants)]) == 2 and not constants.exists()
+    assert "few.jsonl: 1 timed problems in half of its shapes, 12 are needed" in capsys.readouterr().err
     assert cli.main(["fit", "--measured", str(path), "--output", str(constants)]) == 0
     made = json.loads(constants.read_text())
     assert made["fitted_on"]["device"] == "h200" and made["fitted_on"]["shapes_left"] == 1
