@@ -13,6 +13,7 @@ from mla_kernels.moe.experts.activation import SWIGLU
 from mla_kernels.moe.quantised import eight_bit, weight_only
 from mla_kernels.moe.quantised.fused_experts import fused_experts
 from mla_kernels.moe.route.route import route
+from mla_kernels.quant.fp8 import AS_E4M3
 from mla_kernels.targets.chips import CHIPS
 from tests.moe.quantised_problems import FORMATS, quantised_layer
 
@@ -103,8 +104,8 @@ def test_no_tile_multiplies_e4m3_where_the_chip_does_not():
     case = eight_bit.GATE_UP.cases[0]
     for chip in CHIPS.values():
         tile = eight_bit.GATE_UP.rule(chip, "bf16", case.statics, case.sizes)
-        assert tile["FP8"] == chip.dot_e4m3
-        used = eight_bit.GATE_UP.memory(chip, "bf16", case.statics, tile | {"FP8": 1})
+        assert (tile["FP8"] == AS_E4M3.value) == chip.dot_e4m3
+        used = eight_bit.GATE_UP.memory(chip, "bf16", case.statics, tile | {"FP8": AS_E4M3.value})
         assert all(used[memory] <= chip.memory[memory] for memory in used) == chip.dot_e4m3
 
 
