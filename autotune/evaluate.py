@@ -259,21 +259,23 @@ def evaluate(path: Path, dtype: str = "bf16") -> dict:
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("evaluate", help="score tile choices against a file of measured winners")
+    parser = commands.add_parser("evaluate", help="score tile choices against measured winners or a store")
     parser.add_argument(
         "--measured", type=Path, required=True, metavar="FILE", help="measured winners (CSV) or a store of tune (jsonl)"
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=FORMATS, default="bf16", help="rows to score (default: %(default)s)")
+    parser.add_argument("--dtype", choices=FORMATS, help="rows of a CSV to score (default: bf16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options) -> int:
     if timed.is_store(options.measured):
+        if options.dtype is not None:
+            raise ValueError(f"--dtype: got {options.dtype}, it chooses rows of a CSV; a store is scored as a whole")
         result = evaluate_store(options.measured)
         print(json.dumps(result, indent=1) if options.json else _store_page(result))
         return 0
-    result = evaluate(options.measured, options.dtype)
+    result = evaluate(options.measured, options.dtype or "bf16")
     if options.json:
         print(json.dumps(result, indent=1))
         return 0

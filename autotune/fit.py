@@ -27,6 +27,9 @@ STAGES_SHARE = 0.3
 RIDGE = 2e-3
 STEPS = 200
 
+FEWEST = 12
+"""Timed problems of a store that a fit takes at least; fewer say too little of its weights."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -112,13 +115,19 @@ def fit(points: Sequence[Point]) -> dict:
     return _constants(name, samples(device(name), [point for point in points if point.shape in fitted]), fitted, left)
 
 
-def fit_store(path: Path) -> dict:
-    """The same from a store of timed tiles. ValueError where it holds fewer than two shapes."""
+def fit_store(path: Path, name: str | None = None) -> dict:
+    """The same from a store of timed tiles. ValueError where it holds fewer than two shapes, has fewer than
+    :data:`FEWEST` problems in half of them, or is of no device ``name``."""
     chip, found = timed.read(path)
+    if name is not None and name != chip.device:
+        raise ValueError(f"--device: got {name!r}, the store is of {chip.device}")
     fitted, left = halves(one.shape for one in found)
     if not fitted:
         raise ValueError(f"{path}: all timed problems have one shape {left}; a fit takes half of the shapes")
-    return _constants(chip.device, samples_of_store(chip, [one for one in found if one.shape in fitted]), fitted, left)
+    fitting = [one for one in found if one.shape in fitted]
+    if len(fitting) < FEWEST:
+        raise ValueError(f"{path}: {len(fitting)} timed problems in half of its shapes, {FEWEST} are needed")
+    return _constants(chip.device, samples_of_store(chip, fitting), fitted, left)
 
 
 def _constants(name: str, data: Samples, fitted: set, left: set) -> dict:
@@ -142,17 +151,23 @@ def _constants(name: str, data: Samples, fitted: set, left: set) -> dict:
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("fit", help="fit the model of grouped products to a file of measured winners")
+    parser = commands.add_parser("fit", help="fit the model of grouped products to measured winners or a store")
     parser.add_argument(
         "--measured", type=Path, required=True, metavar="FILE", help="measured winners (CSV) or a store of tune (jsonl)"
     )  # fmt: skip
     parser.add_argument("--device", help="fit to the rows of this device (default: the one with the most rows)")
-    parser.add_argument("--output", type=output_file, default=moe_model.CONSTANTS, help="where the constants go")
+    parser.add_argument(
+        "--output", type=output_file, default=moe_model.CONSTANTS, metavar="FILE",
+        help="where the constants go (default: the package's)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(options) -> int:
-    constants = fit_store(options.measured) if timed.is_store(options.measured) else fit(_points(options))
+    if timed.is_store(options.measured):
+        constants = fit_store(options.measured, options.device)
+    else:
+        constants = fit(_points(options))
     options.output.write_text(json.dumps(constants, indent=1) + "\n")
     fitted = constants["fitted_on"]
     print(

@@ -45,6 +45,8 @@ class Geometry:
 
     def on(self, tp: int) -> "Geometry":
         """The share of one of ``tp`` devices. ValueError where heads or an expert's width do not divide."""
+        if tp < 1:
+            raise ValueError(f"tp: got {tp}, numbers from 1 are accepted")
         for what, size in (("attention heads", self.heads), ("expert intermediate size", self.inner)):
             if size % tp:
                 raise ValueError(f"tp: got {tp}, which does not divide {self.name}'s {what}, {size}")

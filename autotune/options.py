@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import re
+from collections.abc import Callable
 
 import mla_kernels
 from mla_kernels.launch import DTYPE_BYTES, KERNELS
@@ -39,6 +40,17 @@ def seconds(text: str) -> float:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: accepted are seconds, as in 60 or 60s, or 5m, 1h")
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600}[match.group(2)]
+
+
+def count(least: int) -> Callable[[str], int]:
+    """Numbers from ``least``, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: accepted are numbers from {least}")
+        return int(text)
+
+    return parse
 
 
 def assignment(text: str) -> tuple[str, int | str]:

@@ -62,7 +62,9 @@ def add_parser(commands) -> None:
         "--model", nargs="+", metavar="MODEL",
         help=f"known models ({', '.join(models.MODELS)}), a config.json, or {tune.ALL}; else all cases",
     )  # fmt: skip
-    parser.add_argument("--tp", nargs="+", type=int, metavar="N", help="devices that share a layer (default: as tune)")
+    parser.add_argument(
+        "--tp", nargs="+", type=common.count(1), metavar="N", help="devices that share a layer (default: as tune)"
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="where the pages go (default: .)")
     parser.set_defaults(run=run, statics=None, sizes=None, format=None)
 

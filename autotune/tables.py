@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, metavar="KERNEL", help="only these; others keep theirs")
     parser.add_argument(
-        "--candidates", type=int, default=COMPILED, metavar="N",
+        "--candidates", type=common.count(0), default=COMPILED, metavar="N",
         help="compile the N tiles that the model ranks best for a problem; 0: the rule's alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the tables go (default: the package's)")

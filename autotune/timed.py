@@ -5,6 +5,8 @@ were tried, so an order of tiles can be held against all of them, and what its f
 of the whole op, of which the product is a part.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from mla_kernels import tile_files
-from mla_kernels.autotune import model, moe_model
+from mla_kernels.autotune import model, moe_model, online
 from mla_kernels.autotune.session import current
 from mla_kernels.launch import KERNELS, Tile
 from mla_kernels.targets.chips import Chip
 from mla_kernels.targets.devices import device
+from mla_kernels.tile_files import Entry
+
+SAID = ("part", "date", "versions", "times", "control", "error")
+"""What ``tune`` writes beside each problem that it has timed."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,54 @@ class Timed:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a file is a store of tiles, by its first line."""
+    """Whether a file is meant as a store of tiles: its first line is a JSON object. A file of winners begins with names
+    of columns."""
     try:
-        tile_files.device_of_store(path)
-    except tile_files.BadFile:
+        with open(path) as file:
+            return isinstance(json.loads(file.readline()), dict)
+    except (OSError, ValueError):
         return False
-    return True
+
+
+def entries_of(path: Path) -> tuple[Chip, list[Entry], list[Entry]]:
+    """A store's device, all its entries, and those that were timed there with the kernels' present sources.
+
+    ValueError names the path, and an entry that says it was measured and is not as ``tune`` writes it.
+    """
+    name = tile_files.device_of_store(path)
+    try:
+        chip = device(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    entries = tile_files.read_store(path, chip.device)
+    fresh = [entry for entry in current(entries).values() if entry.provenance == "measured"]
+    for entry in fresh:
+        if why := doubt(entry, chip):
+            raise ValueError(f"{path}: {entry.kernel} {dict(entry.sizes)} says that it was measured, but {why}")
+    return chip, entries, fresh
+
+
+def doubt(entry: Entry, chip: Chip) -> str:
+    """Why an entry cannot be what ``tune`` has measured on a device; else ''."""
+    kernel, said = KERNELS[entry.kernel], entry.detail
+    if missing := [name for name in SAID if name not in said]:
+        return f"without {', '.join(missing)}"
+    if said["part"] != chip.part:
+        return f"on {said['part']!r}, and the store is of {chip.part!r}"
+    if not any(entry.dtype in case.dtypes for case in kernel.cases) or set(entry.statics) != set(kernel.statics):
+        return f"in {entry.dtype} with {dict(entry.statics)}; the kernel takes {', '.join(kernel.statics) or 'none'}"
+    if unknown := entry.sizes.keys() - kernel.cases[0].sizes.keys():
+        return f"the kernel has no {', '.join(sorted(unknown))}; it has {', '.join(kernel.cases[0].sizes)}"
+    try:
+        tiles, seconds = [one["tile"] for one in said["times"]], [float(one["median"]) for one in said["times"]]
+        right = float(said["error"]) <= online.TOLERANCE[entry.dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        return f"its times are damaged ({error!r})"
+    if tiles != [dict(tile) for tile in entry.shortlist] or said["control"] not in tiles:
+        return "its tiles are not those that were timed"
+    if not all(0 < one < math.inf for one in seconds):
+        return f"its times are {seconds} s"
+    return "" if right else f"its result was {said['error']} off, accepted {online.TOLERANCE[entry.dtype]}"
 
 
 def read(path: Path) -> tuple[Chip, list[Timed]]:
@@ -70,11 +118,11 @@ def read(path: Path) -> tuple[Chip, list[Timed]]:
 
     ValueError names the path, and says where there is none.
     """
-    chip = device(tile_files.device_of_store(path))
+    chip, _, timed = entries_of(path)
     found = []
-    for entry in current(tile_files.read_store(path, chip.device)).values():
-        times = entry.detail.get("times", ())
-        if entry.provenance != "measured" or entry.kernel not in model.GROUPED or len(times) < 2:
+    for entry in timed:
+        times = entry.detail["times"]
+        if entry.kernel not in model.GROUPED or len(times) < 2:
             continue
         tiles = tuple(dict(one["tile"]) for one in times)
         seconds = np.array([one["median"] for one in times])

@@ -9,7 +9,6 @@ done the most for its time, and says what it did not reach. Every finished probl
 interrupted goes on where it stopped.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -64,7 +63,7 @@ def add_parser(commands) -> None:
         help=f"known models ({known}), paths of a config.json, or {ALL} for the known ones",
     )  # fmt: skip
     parser.add_argument(
-        "--tp", nargs="+", type=int, metavar="N",
+        "--tp", nargs="+", type=common.count(1), metavar="N",
         help=f"devices that share a layer (default: 1; with {ALL} {SHARED_BY}, of {', '.join(ALONE)} 1)",
     )  # fmt: skip
     parser.add_argument(
@@ -83,11 +82,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--offline", action="store_true", help="do not time, even where the device is here")
     parser.add_argument("--again", action="store_true", help="also problems that the store has already")
     parser.add_argument(
-        "--candidates", type=int, default=search.COMPILED, metavar="N",
+        "--candidates", type=common.count(0), default=search.COMPILED, metavar="N",
         help="compile the N tiles that the model ranks best (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--keep", type=_count, default=search.KEPT, metavar="N",
+        "--keep", type=common.count(1), default=search.KEPT, metavar="N",
         help="tiles of a shortlist, which is what is timed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--store", type=Path, metavar="FILE", help="store to fill (default: that of launches)")
@@ -99,12 +98,6 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: accepted are numbers from 1")
-    return int(text)
-
-
 def run(options) -> int:
     here = local_device()
     chips = options.target or ([chip_of(here)] if here is not None else [])
@@ -114,15 +107,19 @@ def run(options) -> int:
         raise ValueError(f"--store: one file is for one device, got {len(chips)} with --target")
     if options.launchable and not options.offline:
         raise ValueError("--launchable goes with --offline: where tiles are timed they are compiled for it")
-    for path in options.shortlists or ():
-        tile_files.device_of_store(path)  # says what is no store
+    listed = {tile_files.device_of_store(path) for path in options.shortlists or ()}  # says what is no store
+    for chip in chips if listed else ():
+        if chip.device not in listed:
+            said = f"--shortlists: got those of {', '.join(sorted(listed))}, none of {chip.device}: they are made here"
+            print(said, file=sys.stderr)
     begin, status = time.monotonic(), 0
     for chip in chips:
         timed = here is not None and not options.offline and chip.device == chip_of(here).device
         budget = options.budget
         if budget is None:
             budget = BUDGET if timed else math.inf
-        log = (options.store or tile_files.store_path(chip.device)).with_suffix(".log")
+        store = options.store or tile_files.store_path(chip.device)
+        log = store.with_name(f"{store.name}.log")
         timer = timer_on(here, begin + budget, log) if timed else None
         compilers = compilers_for(here, log) if timed else over_stub(chip, log) if options.launchable else None
         session = Session(chip, options, timer, compilers, begin, budget)

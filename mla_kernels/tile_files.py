@@ -10,7 +10,7 @@ A **table** is one JSON file a device, in the package: ``autotune/tables/<device
 A problem names its sizes, its shortlist (positions in ``tiles``, the chosen one first) and where the choice comes from:
 ``"modelled"`` (ranked by the cost model, compiled, never timed), ``"rule"`` (the kernel's closed-form rule, compiled,
 never timed) or ``"measured"``, with the position of its run in ``"runs"``, which a table with timed choices has beside
-its versions: ``[{"part": "NVIDIA H200", "date": "...", "versions": {...}}, ...]``, the part that was timed and when.
+its versions: ``[{"part": "H200-SXM5-141GB", "date": "...", "versions": {...}}, ...]``, what was timed and when.
 
 A **store** is one file of JSON lines a device, in the user's cache folder: ``<cache>/tiles/<device>.jsonl``. Its first
 line is ``{"format": "mla_kernels tiles", "version": 1, "device": "h200"}``; each other line is one entry, ::
@@ -132,8 +132,9 @@ def device_of_store(path: Path) -> str:
         device = header.pop("device")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise BadFile(f"{path}: no store of tiles ({error!r})") from error
-    if header != STORE_FORMAT:
-        raise BadFile(f"{path}: its first line is {header}, expected {json.dumps(STORE_FORMAT)} and a device")
+    if header != STORE_FORMAT or not isinstance(device, str):
+        found = header | {"device": device}
+        raise BadFile(f"{path}: its first line is {found}, expected {json.dumps(STORE_FORMAT)} and a device's name")
     return device
 
 

@@ -83,7 +83,8 @@ class Problem:
 class Case:
     """``build(place, peers)`` makes the tensors and gives the problem; ``family`` is a word of ``--only``.
 
-    ``asked``: beginning of contestants' names -> what the ratio of the fastest of these should be at least;
+    Goals, not measurements: ``asked``: beginning of contestants' names -> what the time of the fastest of these over
+    ours should be at least (1.0: as fast, 0.97: at most 3% slower; beside our own bf16 what fewer bytes should bring);
     ``asked_mean``: what the mean of its group's ratios to the best peer should be at least, 0 where nothing is asked.
     """
 

@@ -114,6 +114,16 @@ def shortlists(device: str, models: list[str], folder: Path, environment: dict[s
         raise Failed(f"{' '.join(command[2:])} ended with status {done.returncode}; its messages are in {log}")
 
 
+def check_models(device: str, models: list[str]) -> None:
+    """Failed says what keeps these models from being tuned; found before anything is written or compiled."""
+    with tempfile.TemporaryDirectory(prefix="mla_kernels_prepare_") as made:
+        command = [sys.executable, "-m", "mla_kernels.autotune", "tune", "--offline", "--budget", "0"]
+        command += ["--target", device, "--model", *models, "--store", str(Path(made) / "tiles.jsonl")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"--tune {' '.join(models)}: {done.stderr.strip()[-1000:]}")
+
+
 def pack(source: Path, archive: Path) -> None:
     """A folder as a compressed archive, written under another name first."""
     half = archive.with_suffix(".half")
@@ -136,6 +146,8 @@ def without_sources(cache: Path) -> None:
 def prepare(
     root: Path, folder: Path, others: Path | None, tiles_of: list[str], models: list[str] | None = None, say=print
 ) -> None:
+    if models:
+        check_models(tiles_of[0], models)
     folder.mkdir(parents=True, exist_ok=True)
     checkout(root, folder)
     packages(root, folder)

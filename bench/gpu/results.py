@@ -110,7 +110,8 @@ def timed(case: Mapping, kind: str, name: str = "") -> list[dict]:
 @dataclass(frozen=True)
 class Asked:
     """What a case, or a group's mean, was asked for: ``beside`` whom, and the ``least`` ratio. ``ratio`` is that of
-    the call as it is, ``hopper`` that of the Hopper kernel; None where one was not timed."""
+    the call as it is, ``hopper`` that of the Hopper kernel; None where one was not timed (of a mean: in each of its
+    cases)."""
 
     case: str
     beside: str
@@ -139,9 +140,10 @@ def asked(result: Mapping) -> list[Asked]:
             best = (timed(case, "peer") or [{}])[0].get("us")
             means.setdefault((case["group"], case["asked_mean"]), []).append(_ratios(case, best))
     for (group, least), ratios in means.items():
-        both = ([ratio for ratio in column if ratio is not None] for column in zip(*ratios))
-        mean = (math.exp(sum(map(math.log, column)) / len(column)) if column else None for column in both)
-        found.append(Asked(f"mean of {group}", "the best peer", least, *mean))
+        known = [ratio for ratio in ratios if ratio[0] is not None]
+        mean = [None if None in column else math.exp(sum(map(math.log, column)) / len(known)) for column in zip(*known)]
+        cases = f"{len(known)} of {len(ratios)} cases"
+        found.append(Asked(f"mean of {group}, {cases}", "the best peer", least, *(mean or (None, None))))
     return found
 
 

@@ -41,9 +41,12 @@ def triton_key() -> str:
 
 
 def seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e6:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted are seconds, more than 0 and less than 1e6")
     return value
 
 

@@ -12,6 +12,11 @@ LEGEND = (
     "GB/s and TFLOP/s are the problem's compulsory bytes and FLOPs over our time."
 )
 
+ASKED = (
+    "What the library aims at on an H100 or H200: 1.00 is as fast as the other, 0.97 at most 3% slower. Of contestants "
+    "whose names begin alike the fastest counts. Cases that were not begun are not here."
+)
+
 
 def microseconds(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
@@ -92,7 +97,7 @@ def wanted(result: Mapping) -> list[str]:
     for one in found:
         ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (one.ratio, one.hopper))
         rows.append([one.case, one.beside, f"{one.least:.2f}", *ratios, one.said])
-    return ["## Asked", "", f"{count} of {len(found)} reached.", "", *_table(head, rows), ""]
+    return ["## Asked", "", f"{count} of {len(found)} reached. {ASKED}", "", *_table(head, rows), ""]
 
 
 def markdown(result: Mapping) -> str:

@@ -43,6 +43,9 @@ _launched: set[tuple[GluonKernel, frozenset]] = set()
 def variants(mode: str) -> Iterator[None]:
     """Within the block, which kernel an op launches that has a variant for Hopper.
 
+    A backward launches what its forward was asked to, wherever it is called. Not so one that ``torch.compile`` traced:
+    it asks the thread it runs in, which on a GPU is autograd's own, where ``"listed"`` holds.
+
     Args:
         mode: ``"listed"`` (the default outside): the variant for forms that ran right on a device, else the portable
             kernel. ``"force"``: the variant; a launch that it cannot serve raises. ``"portable"``: the portable kernel.

@@ -256,12 +256,18 @@ _rotate_heads = define_op(
     autograd=(_save, _backward),
 )
 
+
+def _refuse(ctx, grad):
+    raise NotImplementedError("rotate_heads has no second derivative with norm_eps")
+
+
 _rotate_heads_backward = define_op(
     "rotate_heads_backward",
     "(Tensor grad, Tensor x, " + _OPTIONS,
     cpu=by_row(cpu.rotate_heads_backward, 0, 1, 4),
     device=_launch_backward,
     fake=_empty,
+    autograd=(lambda ctx, inputs, output: None, _refuse),
 )
 
 _rotate_indexer_query = define_op(
@@ -334,7 +340,7 @@ def rotate_heads(
         TypeError: a dtype or an option's type that is not accepted.
         ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also a position outside the
             tables.
-        NotImplementedError: cos or sin requires grad.
+        NotImplementedError: cos or sin requires grad; a second derivative with ``norm_eps``.
 
     Source: DeepSeek-V4, and Hugging Face's ``DeepseekV4Attention``.
     """

@@ -156,6 +156,14 @@ def test_max_logits_carry_no_gradient(backend, device):
     assert out.requires_grad and lse.requires_grad and not largest.requires_grad
 
 
+def test_no_second_derivative(cpu_code):
+    problem = make_prefill(3, 9)
+    q = problem.q.requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.run()[0].square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="sparse_mla_prefill has no second derivative"):
+        gradient.sum().backward()
+
+
 def test_order_of_picks():
     indices = torch.tensor([[2, 0], [-1, 2]], dtype=torch.int32)
     order, offsets = sparse_backward._order(indices, None, 3)

@@ -44,6 +44,8 @@ def _own_files(monkeypatch, tmp_path):
         (["--target", "h100", "--budget", "soon"], "accepted are seconds, as in 60 or 60s, or 5m, 1h"),
         (["--target", "h100", "--sizes", "rows"], "accepted is NAME=VALUE"),
         (["--target", "h100", "--keep", "0"], "'0': accepted are numbers from 1"),
+        (["--target", "h100", "--candidates", "-3"], "'-3': accepted are numbers from 0"),
+        (["--target", "h100", "--tp", "0"], "'0': accepted are numbers from 1"),
     ],
 )
 def test_the_command_line_names_what_it_accepts(capsys, arguments, message):

@@ -294,6 +294,18 @@ def test_shortlists_of_other_stores_are_timed_and_stay_as_they_are(machine, tmp_
     assert other.read_bytes() == before and len(machine.compiler.tiles) == compiled
     assert machine.tune("--shortlists", __file__, "--again") == 2
     assert "no store of tiles" in capsys.readouterr().err
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text(other.read_text().replace('"910b"', '"b200"', 1))
+    assert machine.tune("--shortlists", str(foreign)) == 0
+    assert "--shortlists: got those of b200, none of 910b: they are made here" in capsys.readouterr().err
+
+
+def test_messages_are_beside_the_store_and_never_in_it(machine, tmp_path, monkeypatch):
+    logs, made = [], tune.timer_on
+    monkeypatch.setattr(tune, "timer_on", lambda device, end, log: logs.append(log) or made(device, end, log))
+    for name in ("tiles.jsonl", "tiles.log"):
+        assert machine.tune("--store", str(tmp_path / name)) == 0
+    assert logs == [tmp_path / "tiles.jsonl.log", tmp_path / "tiles.log.log"]
 
 
 def test_without_a_reference_the_tile_in_use_stands_for_one():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from mla_kernels.targets.devices import DEVICES
 from mla_kernels.tile_files import Entry
 
 H200 = DEVICES["h200"]
-ABOUT = {"date": "2026-01-02T03:04:05+00:00", "versions": {"triton": "3.6.0"}, "part": "H200"}
+ABOUT = {"date": "2026-01-02T03:04:05+00:00", "versions": {"triton": "3.6.0"}, "part": H200.part}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,9 @@ def test_what_was_measured_ships_and_stays(found, tmp_path, capsys, monkeypatch)
     before = Entry(
         problem.kernel.name, problem.dtype, problem.kernel.source_hash, problem.statics, problem.sizes, (rule,), "rule"
     )
-    write_table(table, "h200", [before], {})
+    write_table(table, "h200", [before], {"triton": "0.0.1"})
     assert cli.main(["ship", str(path), "--also", "h100", "--output", str(tmp_path)]) == 0
+    assert json.loads(table.read_text())["versions"] == {"triton": "0.0.1"}
     text = capsys.readouterr().out
     assert f"{table}: 2 measured problems, 1 of them in place of others (1 with another tile); 0 are as before" in text
     for device in ("h200", "h100"):
@@ -90,7 +92,7 @@ def test_what_was_measured_ships_and_stays(found, tmp_path, capsys, monkeypatch)
         (wanted,) = [e for e in chosen.values() if e.kernel == problem.kernel.name and e.sizes == problem.sizes]
         assert found.tile == wanted.tile != rule and dict(found.entry.detail) == ABOUT
         assert cli.main(["show", "--target", device, "--model", "deepseek-v2-lite", "--tp", "2"]) == 0
-        assert f"table of {device}, measured on H200" in capsys.readouterr().out
+        assert f"table of {device}, measured on {H200.part}" in capsys.readouterr().out
     monkeypatch.setattr(search, "compile_many", lambda *_: [])
     monkeypatch.setattr("mla_kernels.autotune.tables.model_problems", lambda chip, models: [])
     assert cli.main(["tables", "--target", "h200", "--output", str(tmp_path)]) == 0
@@ -108,6 +110,12 @@ def test_refusals(found, tmp_path, capsys):
     for arguments, words in (
         ([str(tmp_path / "none.jsonl")], "there is no such file"),
         ([__file__], "no store of tiles"),
+        ([written(tmp_path, "other", {"device": "nvidia-x"})], "other.jsonl: device 'nvidia-x' is unknown; known are"),
+        (
+            [written(tmp_path, "list", {"device": ["h200"]})],
+            "{'format': 'mla_kernels tiles', 'version': 1, 'device': [",
+        ),
+        ([written(tmp_path, "next", {"version": 9, "device": "h200"})], "its first line is {'format': 'mla_kernels ti"),
         ([str(old)], "nothing in it was measured with the kernels' present sources"),
         ([str(good), "--also", "a100"], "--also: got a100 (sm_80), devices of sm_90 are accepted"),
     ):
@@ -116,6 +124,67 @@ def test_refusals(found, tmp_path, capsys):
     assert not (tmp_path / "h200.json").exists()
     assert cli.main(["evaluate", "--measured", str(old)]) == 2
     assert "no timed problem of moe_gate_up_kernel" in capsys.readouterr().err
+    for command, words in (
+        (["evaluate", "--dtype", "fp16"], "--dtype: got fp16, it chooses rows of a CSV"),
+        (["fit", "--device", "a100", "--output", str(tmp_path / "fit.json")], "--device: got 'a100', the store is of"),
+    ):
+        assert cli.main([*command, "--measured", str(good)]) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main(["evaluate", "--measured", str(tmp_path / "next.jsonl")]) == 2
+    assert "its first line is {'format': 'mla_kernels tiles', 'version': 9" in capsys.readouterr().err
+
+
+def written(folder: Path, name: str, head: dict) -> str:
+    """A file with the first line of a store that is of another kind."""
+    path = folder / f"{name}.jsonl"
+    path.write_text(json.dumps(tile_files.STORE_FORMAT | head) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda e: {"detail": {}}, "without part, date, versions, times, control, error"),
+        (lambda e: {"detail": e.detail | {"part": "A100"}}, "on 'A100', and the store is of"),
+        (lambda e: {"detail": e.detail | {"times": [{}]}}, "its times are damaged"),
+        (lambda e: {"detail": e.detail | {"error": 0.5}}, "its result was 0.5 off, accepted 0.03"),
+        (lambda e: {"detail": e.detail | {"error": math.nan}}, "its result was nan off"),
+        (lambda e: {"detail": timed_at(e, 0.0)}, "its times are [0.0, "),
+        (lambda e: {"detail": timed_at(e, math.nan)}, "its times are [nan, "),
+        (lambda e: {"shortlist": e.shortlist[:1] + e.shortlist[2:]}, "its tiles are not those that were timed"),
+        (lambda e: {"shortlist": e.shortlist[::-1]}, "its tiles are not those that were timed"),
+        (lambda e: {"dtype": "fp4"}, "in fp4 with"),
+        (lambda e: {"statics": {"BLOCK_E": 1}}, "in bf16 with {'BLOCK_E': 1}; the kernel takes"),
+        (lambda e: {"sizes": {**e.sizes, "hats": 3}}, "the kernel has no hats; it has"),
+    ],
+)
+def test_what_no_tuner_has_written_does_not_ship(found, tmp_path, capsys, change, words):
+    """Such an entry beside a good one: no table is written, and nothing is scored or fitted."""
+    entry = measured(found[0], as_modelled(found[0]))
+    bad = store(tmp_path / "s.jsonl", [measured(found[1], as_modelled(found[1])), replace(entry, **change(entry))])
+    for command in (
+        ["ship", str(bad), "--output", str(tmp_path)],
+        ["evaluate", "--measured", str(bad)],
+        ["fit", "--measured", str(bad), "--output", str(tmp_path / "fit.json")],
+    ):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert f"s.jsonl: {entry.kernel} {{" in error and f"says that it was measured, but {words}" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def timed_at(entry, seconds):
+    first, *others = entry.detail["times"]
+    return entry.detail | {"times": [first | {"median": seconds}, *others]}
+
+
+def test_all_tables_are_written_or_none(found, tmp_path, capsys):
+    """A damaged table of another device is found before the first is written."""
+    good = store(tmp_path / "good.jsonl", [measured(found[0], as_modelled(found[0]))])
+    (tmp_path / "h100.json").write_text("{}")
+    assert cli.main(["ship", str(good), "--also", "h100", "--output", str(tmp_path)]) == 2
+    assert "h100.json: got a file of another format" in capsys.readouterr().err
+    assert not (tmp_path / "h200.json").exists()
 
 
 def test_the_model_is_scored_against_times(found, tmp_path, capsys):
@@ -139,6 +208,9 @@ def test_a_store_can_be_fitted(found, tmp_path, monkeypatch, capsys):
     path = store(tmp_path / "s.jsonl", [measured(p, backwards(p), 20) for p in found])
     before = evaluate.evaluate_store(path)["methods"]["model"]
     constants = tmp_path / "constants.json"
+    few = store(tmp_path / "few.jsonl", [measured(p, backwards(p)) for p in (found[0], found[-1])])
+    assert cli.main(["fit", "--measured", str(few), "--output", str(constants)]) == 2 and not constants.exists()
+    assert "few.jsonl: 1 timed problems in half of its shapes, 12 are needed" in capsys.readouterr().err
     assert cli.main(["fit", "--measured", str(path), "--output", str(constants)]) == 0
     made = json.loads(constants.read_text())
     assert made["fitted_on"]["device"] == "h200" and made["fitted_on"]["shapes_left"] == 1

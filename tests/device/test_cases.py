@@ -61,6 +61,17 @@ def test_a_call_that_writes_nothing_is_wrong():
             assert contestants(case, problem)["writes nothing"]["problem"].startswith("WRONG: error 1.00e+00")
 
 
+def test_gradients_of_rotated_parts_are_looked_at():
+    """Those of the queries' last columns, and that of the rotated key, which all heads share."""
+    case = next(case for case in FAMILIES["prefill"] if "fwd+bwd" in case.name)
+    problem = case.build(TINY, Peers())
+    for place, columns in ((0, slice(-64, None)), (3, slice(None))):
+        gradients = [gradient.clone() for gradient in problem.ours(0)]
+        gradients[place][..., columns] = 0
+        problem.add("without", lambda copy, gradients=gradients: gradients)
+        assert contestants(case, problem)["without"]["problem"].startswith("WRONG: error ")
+
+
 def test_names_and_priorities():
     names = Counter(case.name for case in CASES)
     assert max(names.values()) == 1 and len(names) >= 130

@@ -93,6 +93,13 @@ def test_sources_are_left_out_of_the_cache(tmp_path):
     assert kept.keys() == {"k.cubin", "k.json"} and not (tmp_path / "KEY" / "k.source").exists()
 
 
+def test_models_are_looked_at_before_anything_is_written(tmp_path, capsys):
+    assert prepare.main([str(tmp_path / "made"), "--tune", "gpt-2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: --tune gpt-2: " in error and "model 'gpt-2': neither a known name nor a config.json" in error
+    assert not (tmp_path / "made").exists()
+
+
 def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
     """With nothing compiled and a package of two lines in place of the library: run.py hands its arguments on."""
 
@@ -121,6 +128,7 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(prepare, "compile_cases", compile_cases)
     monkeypatch.setattr(prepare, "shortlists", shortlists)
+    monkeypatch.setattr(prepare, "check_models", lambda device, models: None)
     peers, folder = tmp_path / "peers", tmp_path / "packed"
     peers.mkdir()
     (peers / files.MANIFEST).write_text("{}")
@@ -143,6 +151,10 @@ def test_the_whole_folder_runs(tmp_path, monkeypatch, capsys):
         "['tune', '--model', 'all', '--budget', '30s', '--store', 'out/tiles.jsonl', '--shortlists'"
     )
     assert second.endswith("shortlists for all")
+    for given in ("0", "soon"):
+        command = [sys.executable, str(tmp_path / "two" / "run.py"), "--tune", given]
+        child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, cwd=tmp_path)
+        assert child.returncode == 2 and f"--tune: '{given}': accepted are seconds, more than 0" in child.stderr
     monkeypatch.setattr(prepare, "MOST_BYTES", 10)
     assert prepare.main([str(folder / "again"), "--tiles-of", "h200"]) == 2
     assert "get_peers --capability 9.0" in capsys.readouterr().err

@@ -87,8 +87,12 @@ def test_what_is_asked_is_reached_missed_or_not_timed():
         (name, "slow", 2.0, None, "reached"), (name, "fa", 0.5, None, "missed"),
         (name, "other", None, None, "not timed"),
         ("b", "fast", 2.0, 4.0, "reached by the Hopper kernel"),
-        ("mean of decode, bf16", "the best peer", pytest.approx(1.0), 4.0, "reached"),
+        ("mean of decode, bf16, 2 of 2 cases", "the best peer", pytest.approx(1.0), None, "reached"),
     ]  # fmt: skip
+    for one in (first, second):
+        one["contestants"] = one["contestants"][:1]
+    *_, mean = results.asked(results.finish(ABOUT, [first, second]))
+    assert (mean.case, mean.ratio, mean.said) == ("mean of decode, bf16, 0 of 2 cases", None, "not timed")
     text = table.markdown(made)
     assert "3 of 5 reached." in text and f"| {name} | fa | 0.60 | 0.50 |  | missed |" in text
     assert f"| {name} | other | 1.00 |  |  | not timed |" in text

@@ -185,6 +185,14 @@ def test_refused(name, cpu_code):
         compress_windows(**{**given, **changes(given)})
 
 
+def test_no_second_derivative(cpu_code):
+    given, options = packed("csa", (9, 8))
+    leaf = given["kv"].requires_grad_()
+    (gradient,) = torch.autograd.grad(compress_windows(**given, **options)[0].square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="compress_windows has no second derivative"):
+        gradient.sum().backward()
+
+
 def test_opcheck(cpu_code):
     given, options = packed("csa", (9, 8))
     leaves = [given.pop(name).contiguous().requires_grad_() for name in LEAVES]

@@ -167,6 +167,18 @@ def test_refused(name, cpu_code):
         mk.rotate_heads(**(arguments | change(arguments)))
 
 
+def test_a_second_derivative_is_exact_or_refused(cpu_code):
+    x, cos, sin, positions = given(32, 16, torch.float32)
+    leaf, arguments = x.requires_grad_(), (cos, sin, positions)
+    for eps in (None, 1e-6):
+        out = mk.rotate_heads(leaf, *arguments, rope_dim=16, norm_eps=eps)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        if eps is None:  # a rotation keeps lengths
+            torch.testing.assert_close(torch.autograd.grad(gradient.sum(), leaf)[0], torch.full_like(x, 2.0))
+    with pytest.raises(NotImplementedError, match="rotate_heads has no second derivative with norm_eps"):
+        gradient.sum().backward()
+
+
 def test_opcheck(cpu_code):
     x, cos, sin, positions = given(32, 16, torch.float32)
     arguments = cos, sin, positions, 16, "interleaved", False, 1e-6, True

@@ -96,7 +96,8 @@ def backward(heads: int, tokens: int, widths: tuple[int, int, int], place: Place
     tokens, heads = place.size(tokens, 96), place.size(heads, 4)
     q, k, v, rope, _, ours, flops, nbytes = tensors(heads, tokens, widths, place)
     k, v, toward = k.contiguous(), v.contiguous(), place.normal(tokens, heads, widths[2])
-    some = slice(0, min(heads, LOOKED_AT_HEADS))
+    looked_at = range(min(heads, LOOKED_AT_HEADS))
+    some = slice(len(looked_at))
 
     def step(function, *leaves, toward=toward):
         def run(copy: int):
@@ -111,14 +112,24 @@ def backward(heads: int, tokens: int, widths: tuple[int, int, int], place: Place
         unseen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         return torch.einsum("htk,khd->thd", scores.masked_fill(unseen, float("-inf")).softmax(-1), v)
 
+    def together(gradients, rope_gradient):
+        """Of queries, keys and values, and, as large as these, of the rotated key, which is a sum over all heads."""
+        shared = (rope_gradient.float() / heads**0.5)[:, None]
+        return torch.cat([*(g.float().flatten(1) for g in gradients), shared.flatten(1)], 1)
+
     def pick(gradients):
-        """Gradients of the first columns of queries, keys and values, of some heads. The rope part's sums all heads."""
-        columns = min(k.shape[-1], v.shape[-1])
-        return torch.stack([g[:, some].float()[..., :columns] for g in gradients[:3]])
+        """All columns of some heads' gradients, and the rotated key's."""
+        return together([g[:, some] for g in gradients[:3]], gradients[3])
 
     def exact() -> torch.Tensor:
-        part = [q[:, some].float(), k[:, some].float(), v[:, some].float(), rope.float()]
-        return pick(step(plain, *part, toward=toward[:, some].float())(0))
+        """Head by head: all of them add to the rotated key's gradient."""
+        found, of_rope = [], torch.zeros_like(rope, dtype=torch.float32)
+        for head in range(heads):
+            leaves = [tensor[:, head : head + 1].float() for tensor in (q, k, v)]
+            *own, shared = step(plain, *leaves, rope.float(), toward=toward[:, head : head + 1].float())(0)
+            of_rope += shared
+            found += [own] if head in looked_at else []
+        return together([torch.cat(parts, 1) for parts in zip(*found)], of_rope)
 
     def call(**more):
         return step(partial(ours, **more), q, k, v, rope)

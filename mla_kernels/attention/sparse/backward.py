@@ -232,6 +232,10 @@ def _fake(q, kv, indices, out, lse, out_grad, lse_grad, softmax_scale, latent_di
     return query_grad, rows_grad, q.new_empty(q.shape[1], dtype=torch.float32)
 
 
+def _refuse(ctx, *grads):
+    raise NotImplementedError("sparse_mla_prefill has no second derivative")
+
+
 _backward = define_op(
     "sparse_mla_prefill_backward",
     "(Tensor q, Tensor kv, Tensor indices, Tensor out, Tensor lse, Tensor out_grad, Tensor lse_grad,"
@@ -239,6 +243,7 @@ _backward = define_op(
     cpu=cpu_sparse_mla_prefill_backward,
     device=_launch,
     fake=_fake,
+    autograd=(lambda ctx, inputs, output: None, _refuse),
 )
 
 

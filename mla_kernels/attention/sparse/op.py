@@ -237,6 +237,7 @@ def sparse_mla_prefill(
         ValueError: shapes, devices or strides that do not fit; on CPU tensors (and on every device under
             MLA_KERNELS_CHECK_VALUES=1) also a length below 0 or above top_k, or a NaN in ``sink``. A device takes such
             a length as 0 or top_k.
+        NotImplementedError: a second derivative.
 
     Source: DeepSeek-V3.2-Exp report, section 2.1; FlashMLA's ``flash_mla_sparse_fwd``.
     """

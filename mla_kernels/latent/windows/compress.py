@@ -140,6 +140,10 @@ def _check_values(kv, gate, position_bias, norm_weight, cos, sin, cu_seqlens, ra
         raise ValueError(f"cos: got {cos.shape[0]} rows, a window begins at position {start}")
 
 
+def _refuse(ctx, *grads):
+    raise NotImplementedError("compress_windows has no second derivative")
+
+
 _compress_backward = define_op(
     "compress_windows_backward",
     "(Tensor grad, Tensor kv, Tensor gate, Tensor position_bias, Tensor norm_weight, Tensor cos, Tensor sin, "
@@ -152,6 +156,7 @@ _compress_backward = define_op(
         position_bias.new_empty(position_bias.shape),
         norm_weight.new_empty(norm_weight.shape),
     ),
+    autograd=(lambda ctx, inputs, output: None, _refuse),
 )
 
 
@@ -229,7 +234,7 @@ def compress_windows(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, device, stride or option that is not accepted; on CPU tensors also ``cu_seqlens`` that
             descend or leave the rows, or a window outside the tables.
-        NotImplementedError: cos or sin requires grad, or D does not fit the chip.
+        NotImplementedError: cos or sin requires grad, D does not fit the chip, or a second derivative.
 
     Source: DeepSeek-V4 report, sections 2.3.1 and 2.3.2; Hugging Face ``DeepseekV4HCACompressor`` and
     ``DeepseekV4CSACompressor``, which round the softmax's weights to kv's dtype.
