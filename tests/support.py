@@ -1,5 +1,8 @@
 """What the tests share: one comparison, poison, and what stands around a device."""
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -65,3 +68,27 @@ def repeats(device: torch.device | str) -> range:
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """A tensor of NaN: whatever reads it shows."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def one_further(tensor):
+    """The same values one element behind where an allocation begins, which words of four bytes do not reach evenly."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    memory.view(torch.uint8)[tensor.element_size() :] = tensor.contiguous().view(torch.uint8).flatten()
+    return memory[1:].view(tensor.shape)
+
+
+@contextlib.contextmanager
+def divided_addresses():
+    """Within the block the interpreter refuses what GPUs do: loads from addresses that their size does not divide."""
+    from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
+
+    load = InterpreterBuilder.create_masked_load
+
+    def checked(builder, pointers, mask, *rest):
+        size = np.dtype(_get_np_dtype(pointers.get_element_ty())).itemsize
+        assert not (mask.data & (pointers.data % size != 0)).any(), f"{size} bytes at addresses they do not divide"
+        return load(builder, pointers, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_load", checked)
+        yield

@@ -44,7 +44,7 @@ def product_form(chip, in_words: bool = True) -> int:
 
 def where_they_lie(tile: dict, name: str, places: int) -> dict:
     """``tile``, whose form has this name, for codes at these addresses and distances, or-ed: in bytes where four does
-    not divide all of them. The results are the same."""
+    not divide all of them. The products are the same."""
     return tile | {name: AS_BYTES.value} if places % 4 and tile[name] > AS_E4M3.value else tile
 
 

@@ -85,6 +85,14 @@ def test_in_how_many_launches_rows_are_chosen_from(chip):
     assert launches(65536) == launches(131072) == (2 if chip.is_gpu else 3)
 
 
+@pytest.mark.parametrize("top_k, columns, spread", [
+    (2048, 32768, False), (2048, 32769, True), (4096, 65536, False), (4096, 65537, True), (4097, 16385, True),
+])  # fmt: skip
+def test_which_few_rows_are_spread(top_k, columns, spread):
+    """Chunks that a program of a GPU keeps, and whose candidates fit another, are not, for any number of choices."""
+    assert (module._plan_rows(CHIPS["sm_90"], 1, columns, top_k, None, None) is not None) == spread
+
+
 def test_a_row_of_16384_keys_takes_one_launch(monkeypatch):
     logits = rows_of("quantised", 1, 16384)
     launched = []

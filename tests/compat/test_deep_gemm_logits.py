@@ -12,7 +12,7 @@ from mla_kernels.compat import deep_gemm
 from mla_kernels.latent.indexer.cache import IndexerCache
 from mla_kernels.reference import block_scaled as reference
 from tests.compat.deep_gemm_problems import cast_rows, fill_pages, hold, random_codes, random_words
-from tests.support import assert_close, repeats
+from tests.support import assert_close, divided_addresses, one_further, repeats
 
 FORMS = ("fp8", "mxfp8", "mxfp4")
 
@@ -93,6 +93,17 @@ def test_chips_that_do_not_multiply_e4m3(target):
         check(deep_gemm.fp8_mqa_logits(q[0], kv, weights, starts, ends, max_seqlen_k=60), expected)
         logits = deep_gemm.fp8_paged_mqa_logits(rows[0], cache, paged_weights, limits, table, None, 192, True)
     check(logits, expected_pages(values_of_pages, paged_weights, limits, 192))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_codes_where_no_word_begins(target):
+    (q, _), (k, k_scale), *rest, exact = ragged("fp8", 20, 64)
+    weights, starts, ends = rest
+    expected = reference.mqa_logits(*exact, weights.double(), starts, ends, 60)
+    for queries, keys in ((one_further(q), k), (q, one_further(k))):
+        with launch.on_cpu("interpret", target), divided_addresses():
+            logits = deep_gemm.fp8_mqa_logits(queries, (keys, k_scale), *rest, max_seqlen_k=60)
+        check(logits, expected)
 
 
 def test_a_row_is_cut_at_its_last_column(device):

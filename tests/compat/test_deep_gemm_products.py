@@ -8,9 +8,11 @@ import mla_kernels as mk
 from mla_kernels import launch
 from mla_kernels.compat import deep_gemm
 from mla_kernels.moe.quantised.scaled_product import SCALED_PRODUCT
+from mla_kernels.quant.fp8 import AS_BYTES, AS_HALVES
 from mla_kernels.reference import block_scaled as reference
+from mla_kernels.tiles import override
 from tests.compat.deep_gemm_problems import calc_diff, cast_blocks, cast_rows
-from tests.support import assert_close, poisoned
+from tests.support import assert_close, divided_addresses, one_further, poisoned
 
 MX = {"gran_a": 32, "gran_n": 1, "gran_b": 32}
 PACKED = {"gran_n": 1}
@@ -100,6 +102,27 @@ def test_chips_that_do_not_multiply_e4m3(target, rows):
     (a, a_scale), (b, b_scale) = cast_rows(torch.randn(rows, 256)), cast_blocks(torch.randn(72, 256))
     d = poisoned(rows, 72)
     with launch.on_cpu("interpret", target):
+        deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), d)
+    check(d, reference.scaled_product(a, a_scale, b, b_scale))
+
+
+@pytest.mark.parametrize("target, rows", [("sm_80", 5), ("sm_80", 37), ("gfx942", 5)])
+def test_codes_where_no_word_begins(target, rows):
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(rows, 256)), cast_blocks(torch.randn(72, 256))
+    exact = reference.scaled_product(a, a_scale, b, b_scale)
+    for left, right in ((one_further(a), b), (a, one_further(b))):
+        d = poisoned(rows, 72)
+        with launch.on_cpu("interpret", target), divided_addresses():
+            deep_gemm.fp8_gemm_nt((left, a_scale), (right, b_scale), d)
+        check(d, exact)
+
+
+@pytest.mark.parametrize("form", [AS_BYTES.value, AS_HALVES.value])
+def test_rows_made_fp16_have_the_order_of_the_tile(form):
+    """Of sm_80's tiles some take codes of b one by one, others four to a word."""
+    (a, a_scale), (b, b_scale) = cast_rows(torch.randn(37, 256)), cast_blocks(torch.randn(72, 256))
+    d = poisoned(37, 72)
+    with launch.on_cpu("interpret", "sm_80"), override(SCALED_PRODUCT, {"FP8": form}):
         deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), d)
     check(d, reference.scaled_product(a, a_scale, b, b_scale))
 

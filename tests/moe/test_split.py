@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from mla_kernels.targets.chips import CHIPS
 from mla_kernels.targets.compile import compile_many
 from mla_kernels.targets.devices import DEVICES
 from tests.moe.quantised_problems import quantised_layer
-from tests.support import assert_close, poisoned, repeats
+from tests.support import assert_close, divided_addresses, one_further, poisoned, repeats
 
 FORMS = {
     "int8": ("int8", {}),
@@ -121,6 +122,17 @@ def test_strided_rows_one_expert_s_and_the_same_bits_again(device, three_splits)
     problem.check(first)
     for _ in repeats(device):
         assert torch.equal(strided.run(), first)
+
+
+@pytest.mark.parametrize("tokens", [3, 80])
+@pytest.mark.parametrize("name", FORMS)
+def test_codes_and_scales_where_no_word_begins(three_splits, name, tokens):
+    """In parts, and whole with more rows."""
+    problem = layer(name, tokens)
+    for place in ("gate_up", "gate_up_scale"):
+        moved = replace(problem.experts, **{place: one_further(getattr(problem.experts, place))})
+        with launch.on_cpu("interpret", "sm_90"), divided_addresses():
+            problem.check(problem.but(experts=moved).run())
 
 
 def test_no_access_outside_the_tensors(three_splits):

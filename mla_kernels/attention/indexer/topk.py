@@ -223,23 +223,25 @@ def _step(chip, rows, columns, top_k, starts, ends, indices, page_size=0):
     return chunk, chunks, _statics(starts, ends, indices, chunks, resident, page_size), tile
 
 
-def _chunks(columns, top_k):
-    """How many chunks rows are cut into, of RESIDENT_BLOCK where these are kept."""
-    kept = _resident(columns, top_k, RESIDENT_BLOCK)
-    return max(1, -(-columns // (RESIDENT_BLOCK if kept else 16 * power_of_two(top_k))))
+def _chunks(columns, top_k, block):
+    """How many chunks rows are cut into, of ``block`` where these are kept."""
+    kept = _resident(columns, top_k, block)
+    return max(1, -(-columns // (block if kept else 16 * power_of_two(top_k))))
 
 
 def _plan_rows(chip, rows, columns, top_k, starts, ends, page_size=0):
     """A plan of :func:`launch_spread`, or None for chunks and their candidates.
 
     Digits take five launches of many programs, candidates two or three, of ever fewer programs. Few rows are spread
-    where candidates of chunks of RESIDENT_BLOCK fill more than another such chunk, and would leave cores idle. Chunks
-    that no program keeps are read 19 times: they are spread wherever they leave cores idle themselves.
+    where candidates of chunks of RESIDENT_BLOCK fill more than another such chunk, and would leave cores idle; where
+    those are too short for ``top_k``, of chunks as long as a program keeps. Chunks that no program keeps are read 19
+    times: they are spread wherever they leave cores idle themselves.
     """
     if columns <= resident_block(chip) or columns > MOST_SPREAD:
         return None
-    chunks, kept = _chunks(columns, top_k), _resident(columns, top_k, RESIDENT_BLOCK)
-    later = _chunks(chunks * top_k, top_k)
+    block = max(RESIDENT_BLOCK, min(resident_block(chip), 4 * power_of_two(top_k)))
+    chunks, kept = _chunks(columns, top_k, block), _resident(columns, top_k, block)
+    later = _chunks(chunks * top_k, top_k, block)
     if (kept and later == 1) or rows * (later if kept else chunks) > chip.vector_cores:
         return None
     return plan_spread(chip, rows, columns, top_k, starts, ends, page_size)
@@ -311,10 +313,10 @@ def indexer_topk(
     Rows of up to 16,384 keys (on Ascend 8192) take one launch, a program a row. Longer ones are cut into chunks of as
     many keys (for ``top_k`` above a quarter of them: 16 ``top_k``, to a power of two), one program each, whose
     candidates are chosen among in the same way: 2 launches for up to 131,072 keys (Ascend: 32,768) with ``top_k`` 2048,
-    8 ``top_k`` bytes of device workspace a chunk. Few rows of more than 32,768 keys (128k keys: up to ``cores / 4``),
-    and of up to 1M, are spread over many programs instead, which find the least chosen value digit by digit: 5
-    launches, at most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores, and the
-    result is the same: exact picks, the same bits on every call and in any batch.
+    8 ``top_k`` bytes of device workspace a chunk. Few rows of up to 1M keys (with ``top_k`` 2048 of more than 32,768,
+    and of 128k up to ``cores / 4``) are spread over many programs instead, which find the least chosen value digit by
+    digit: 5 launches, at most 1.3 bytes of workspace a key. Which way follows from the sizes and the number of cores,
+    and the result is the same: exact picks, the same bits on every call and in any batch.
 
     Args:
         logits: [T, S] float32, rows of any stride; less than 2**24 keys.

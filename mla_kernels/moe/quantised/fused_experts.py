@@ -136,7 +136,7 @@ def _launch_weight_only(chip, hidden, stored, call, results):
     activated = hidden.new_empty((pairs + COLUMNS, inner))
     bias, zero, group = stored.gate_up_bias, stored.gate_up_zero, stored.group_size
     common = experts, stored.format, group, zero is not None
-    # PAIRS loads words, and rounds no scale; codes decoded one by one give the same bits.
+    # PAIRS loads words, and rounds no scale; codes decoded one by one are the same weights.
     addresses = stored.gate_up.data_ptr() | stored.gate_up_scale.data_ptr()
     addresses |= stored.down.data_ptr() | stored.down_scale.data_ptr()
     if zero is not None:

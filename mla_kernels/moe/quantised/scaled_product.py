@@ -288,12 +288,12 @@ def _launch(a, a_scale, b, b_scale, d, layout, mode, grans, alignment, add, batc
     form = product_form(chip, even and places % 4 == 0)
     halves = form in (AS_BYTES.value, AS_HALVES.value)  # what a tile makes of codes is worth making once
     halves = halves and looked_up > FEW_ROWS and mode != "masked"  # whose rows are mostly not there
-    a = _as_fp16(a, chip, form) if halves else a.view(torch.int8)
     statics = _statics(mode, grans, add, even, alignment if mode == "contiguous" else 0, *packed, out, halves)
     most = 1 << max(looked_up - 1, 0).bit_length()  # one tile for all numbers of rows up to a power of two
     sizes = {"groups": groups, "rows": most, "outputs": columns, "depth": depth}
     tile = SCALED_PRODUCT.tile_for(chip, "bf16", statics, sizes)
     tile = where_they_lie(tile, "FP8", places)
+    a = _as_fp16(a, chip, tile["FP8"]) if halves else a.view(torch.int8)
     row_tiles = -(-rows // tile["BLOCK_M"])
     work = row_tiles * (1 if mode == "contiguous" else groups) * -(-columns // tile["BLOCK_N"])
     args = (
