@@ -91,6 +91,14 @@ def test_hopper_without_a_rope_part_computes_scores_twice():
     assert bounds["multiply_adds"] <= (1.51 if rows == 64 else 2.01) * rows * 64 * (512 + 512), bounds
 
 
+def test_masked_float32_stays_in_registers_on_sm_80():
+    """Triton 3.9 spilled three of them in the loop, without a branch around the scores."""
+    case = next(case for case in MLA_DECODE.cases if case.name == "v3_two_tokens")
+    tile = MLA_DECODE.rule(CHIPS["sm_80"], "fp32", case.statics, case.sizes)
+    report = compile_kernel(MLA_DECODE, CHIPS["sm_80"], "fp32", case.statics, tile)
+    assert report.ok, report.problem
+
+
 @pytest.mark.slow
 def test_every_default_tile_compiles_within_limits():
     problems = [

@@ -95,8 +95,9 @@ def _nvidia(chip, dtype, statics, rows):
     layout = statics["LAYOUT"]
     hopper, newer = chip.generation == "90", int(chip.generation) >= 90
     roomy = chip.memory["shared"] >= 160 << 10
-    if dtype == "fp32":
-        return {"BLOCK_H": 16, "BLOCK_N": 16}
+    if dtype == "fp32":  # masked scores leave no register on sm_80, whose compiler takes 255 for its pipeline of copies
+        branch = int(chip.generation == "80" and statics["CAUSAL"] and statics["ROPE"] > 0)
+        return {"BLOCK_H": 16, "BLOCK_N": 16, "BRANCH": branch}
     if hopper and rows > 32:  # without a rope part a branch has no cheap second product
         block_n = 32 if statics["CAUSAL"] and statics["WINDOW"] else 64
         return {"BLOCK_H": 64, "BLOCK_N": block_n, "BRANCH": int(statics["ROPE"] > 0), "num_warps": 8}
