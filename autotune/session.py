@@ -98,7 +98,7 @@ class Session:
                         for together, timeable in ready:
                             self._online(together, timeable)
             except OutOfTime:
-                pass
+                pass  # what was not reached is told below
             bar.remove_task(self.job)
             console = bar.console
         told = f"{self.path}: {self.there} of {self.seen} problems were there"

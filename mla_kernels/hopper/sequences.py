@@ -64,7 +64,9 @@ def store_zeros(out_ptr, stride, count, WIDTH: gl.constexpr):
 
 @gluon.jit
 def store_sums(sums, out_ptr, stride, count):
-    """The first ``count`` rows of sums to out_ptr, ``stride`` elements apart, in its element type."""
+    """The first ``count`` rows of sums to out_ptr, ``stride`` elements apart, in its element type, from the registers
+    where the product left them: the exchange of :func:`mla_kernels.hopper.parts.store_rows` spills beside the sums of
+    gradients (Triton 3.6.0)."""
     LAYOUT: gl.constexpr = sums.type.layout
     row = gl.arange(0, sums.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, LAYOUT))

@@ -18,17 +18,9 @@ from dataclasses import replace
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
 from mla_kernels.moe.dispatch.dispatch import DISPATCH, place_expert
+from mla_kernels.moe.experts.activation import activate, gate_up_rows
 from mla_kernels.moe.experts.schedule import rows_of_slot, tile_of_item
-from mla_kernels.moe.quantised.parts import (
-    activate,
-    by_columns,
-    by_rows,
-    empty_sum,
-    gate_up_rows,
-    multiply,
-    store_pairs,
-    upright,
-)
+from mla_kernels.moe.quantised.parts import by_columns, by_rows, empty_sum, multiply, store_pairs, upright
 from mla_kernels.moe.quantised.tiles import COLUMNS, TYPES, block_e, cases, cost, operand_memory, rows_for, work
 from mla_kernels.quant import fp8
 from mla_kernels.quant.fp8 import AS_HALVES, e4m3_operand, e4m3_pointer, product_unit, quantise_e4m3

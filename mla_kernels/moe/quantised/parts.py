@@ -1,7 +1,6 @@
 """What the grouped products of quantised experts share: products, their sums, and what follows at the end of a tile."""
 
 from mla_kernels.language import tl, triton
-from mla_kernels.moe.experts.activation import activate, gate_up_rows  # noqa: F401 - at the end of a tile
 
 
 @triton.jit

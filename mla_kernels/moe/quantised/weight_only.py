@@ -6,18 +6,11 @@ those of :class:`mla_kernels.ExpertWeights`; :mod:`mla_kernels.moe.quantised.fus
 
 from mla_kernels.language import tl, triton
 from mla_kernels.launch import DTYPE_BYTES, NO_MEMORY, Cost, Kernel, Work
+from mla_kernels.moe.experts.activation import activate, gate_up_rows
 from mla_kernels.moe.experts.schedule import num_slots, rows_of_slot, tile_of_item
 from mla_kernels.moe.experts.split import ROWS, partial_bytes
 from mla_kernels.moe.quantised.decoded import BLOCK, HALF, add_run, eight_bit_values, groups_of, row_sums
-from mla_kernels.moe.quantised.parts import (
-    activate,
-    by_columns,
-    empty_sum,
-    gate_up_rows,
-    multiply,
-    store_pairs,
-    upright,
-)
+from mla_kernels.moe.quantised.parts import by_columns, empty_sum, multiply, store_pairs, upright
 from mla_kernels.moe.quantised.tiles import (
     COLUMNS,
     TYPES,
